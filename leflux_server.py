@@ -2234,7 +2234,8 @@ async def no_such_route(request: web.Request) -> NoReturn:
     """Whatever no other route took: 405 if its path is known, else 404."""
     allowed: set[str] = set()
     for resource in request.app.router.resources():
-        allowed |= (await resource.resolve(request))[1] - {"*"}
+        if resource is not request.match_info.route.resource:
+            allowed |= (await resource.resolve(request))[1]
     if allowed:
         error = standard_error(405)
         error.headers["Allow"] = ", ".join(sorted(allowed))
