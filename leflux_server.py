@@ -722,6 +722,10 @@ def take(data: Json, name: str, check: Check, default: Any = ..., path: str = ""
         raise invalid(path + name, str(error)) from None
 
 
+def json_text(value: Any) -> str:
+    return orjson.dumps(value).decode()
+
+
 def decode_json(raw: bytes | str) -> Any:
     """Parse strict JSON of bounded nesting; raise ValueError for everything else."""
     value = orjson.loads(raw)
@@ -1116,10 +1120,9 @@ def join(sock: Socket, session: Session, last_seq: int | None, now: float) -> No
 
 SCHEMA_VERSION = 1
 SCHEMA = """
-    CREATE TABLE session (id TEXT PRIMARY KEY, state BLOB NOT NULL) WITHOUT ROWID;
+    CREATE TABLE session (id TEXT PRIMARY KEY, state TEXT NOT NULL) WITHOUT ROWID;
     CREATE TABLE message (
-        session TEXT, number INTEGER, role TEXT NOT NULL, content TEXT NOT NULL,
-        PRIMARY KEY (session, number)
+        session TEXT, number INTEGER, body TEXT NOT NULL, PRIMARY KEY (session, number)
     ) WITHOUT ROWID;
     CREATE TABLE usage (
         site TEXT, day TEXT, messages INTEGER NOT NULL, tokens INTEGER NOT NULL,
@@ -1127,6 +1130,19 @@ SCHEMA = """
     ) WITHOUT ROWID;
     CREATE TABLE site (id TEXT PRIMARY KEY, base BLOB, patch BLOB NOT NULL) WITHOUT ROWID;
 """
+# Whole batches in one statement each: between two statements the writer's thread would have to
+# wait for the busy loop to let go of the interpreter.
+SAVE_SESSIONS = """
+    REPLACE INTO session SELECT json_extract(value, '$.id'), value FROM json_each(?)
+"""
+SAVE_MESSAGES = """
+    REPLACE INTO message
+    SELECT json_extract(value, '$.session'), json_extract(value, '$.number'), value
+    FROM json_each(?)
+"""
+TRIM_MESSAGES = "DELETE FROM message WHERE session = ? AND number >= ? AND number < ?"
+FORGET_MESSAGES = "DELETE FROM message WHERE session IN (SELECT value FROM json_each(?))"
+FORGET_SESSIONS = "DELETE FROM session WHERE id IN (SELECT value FROM json_each(?))"
 Statement = tuple[str, tuple[Any, ...]]
 
 
@@ -1222,11 +1238,12 @@ class Store:
                 gone, self._gone = self._gone, set()
                 rows, self._rows = self._rows, {}
                 points = [(s, s.message_count, s.next_seq) for s in sessions.values()]
-                statements = [*rows.values()]
-                for session in sessions.values():
-                    statements += session_statements(session)
+                statements = [*rows.values(), *session_statements(list(sessions.values()))]
+                if gone:
+                    ids = (json_text(list(gone)),)
+                    statements += [(FORGET_MESSAGES, ids), (FORGET_SESSIONS, ids)]
                 try:
-                    await loop.run_in_executor(self._thread, self._commit, statements, gone)
+                    await loop.run_in_executor(self._thread, self._commit, statements, bool(gone))
                 except sqlite3.Error as error:
                     self._failing = True
                     self._complain(error)
@@ -1249,22 +1266,19 @@ class Store:
         finally:
             self._writer = None
 
-    def _commit(self, statements: list[Statement], gone: set[str]) -> None:
+    def _commit(self, statements: list[Statement], overwrite: bool) -> None:
         """In the writer's thread: one transaction; deleted text is overwritten."""
         db = cast(sqlite3.Connection, self._db)
         db.execute("BEGIN IMMEDIATE")
         try:
             for sql, values in statements:
                 db.execute(sql, values)
-            ids = [(session_id,) for session_id in gone]
-            db.executemany("DELETE FROM message WHERE session = ?", ids)
-            db.executemany("DELETE FROM session WHERE id = ?", ids)
             db.execute("COMMIT")
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
                 db.execute("ROLLBACK")
             raise
-        if gone:  # the log still has what the tables no longer have
+        if overwrite:  # the log still has what the tables no longer have
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _complain(self, error: sqlite3.Error) -> None:
@@ -1289,39 +1303,43 @@ class Store:
             self._db.close()
 
 
-def session_statements(session: Session) -> list[Statement]:
-    """The statements that bring the rows of a session up to date."""
-    open_task = session.task is not None
-    state = {
-        "site": session.site_id,
-        "host": session.host,
-        "pageUrl": session.page_url,
-        "created": session.created_at,
-        "active": time.time() - (time.monotonic() - session.last_active),
-        "count": session.message_count,
-        "seq": session.next_seq,
-        "open": open_task,
-        "answered": session.answered,
-        # The event that ended the turn, for a client that missed it in a crash.
-        "last": None if open_task or not session.events else session.events[-1].decode(),
-    }
-    count = session.message_count
-    new = session.history[max(0, len(session.history) - (count - session.saved)) :]
-    statements: list[Statement] = [
-        ("REPLACE INTO session VALUES (?, ?)", (session.id, orjson.dumps(state)))
-    ]
-    for number, message in enumerate(new, count - len(new)):
-        values = (session.id, number, message["role"], message["content"])
-        statements.append(("REPLACE INTO message VALUES (?, ?, ?, ?)", values))
-    if count > len(session.history):  # the middle of a long conversation is not kept
-        first_kept = count - len(session.history) + PROMPT_FIRST
-        sql = "DELETE FROM message WHERE session = ? AND number >= ? AND number < ?"
-        statements.append((sql, (session.id, PROMPT_FIRST, first_kept)))
+def session_statements(sessions: Sequence[Session]) -> list[Statement]:
+    """The statements that bring the rows of sessions up to date."""
+    states, messages, trims = [], [], []
+    idle_since = time.time() - time.monotonic()
+    for session in sessions:
+        count, history = session.message_count, session.history
+        state = {
+            "id": session.id,
+            "site": session.site_id,
+            "host": session.host,
+            "pageUrl": session.page_url,
+            "created": session.created_at,
+            "active": idle_since + session.last_active,
+            "count": count,
+            "seq": session.next_seq,
+            "open": session.task is not None,
+            "answered": session.answered,
+        }
+        if session.task is None and session.events:
+            # The event that ended the turn, for a client that missed it in a crash.
+            state["last"] = orjson.Fragment(session.events[-1])
+        states.append(state)
+        new = history[max(0, len(history) - (count - session.saved)) :]
+        for number, message in enumerate(new, count - len(new)):
+            messages.append({"session": session.id, "number": number, **message})
+        if count > len(history):  # the middle of a long conversation is not kept
+            first_kept = count - len(history) + PROMPT_FIRST
+            trims.append((TRIM_MESSAGES, (session.id, PROMPT_FIRST, first_kept)))
+    statements: list[Statement] = [*trims]
+    for sql, rows in ((SAVE_SESSIONS, states), (SAVE_MESSAGES, messages)):
+        if rows:
+            statements.append((sql, (json_text(rows),)))
     return statements
 
 
 def restore_session(
-    store: Store, session_id: str, raw: bytes, messages: list[Json], now: float
+    store: Store, session_id: str, raw: str, messages: list[Json], now: float
 ) -> Session:
     """Build a session from its rows; now is monotonic."""
     state = orjson.loads(raw)
@@ -1340,9 +1358,9 @@ def restore_session(
         first_seq=state["seq"],
         turn_seq=state["seq"],
     )
-    if state["last"] is not None:
+    if state.get("last"):
         session.first_seq = session.turn_seq = state["seq"] - 1
-        session.events = [state["last"].encode()]
+        session.events = [orjson.dumps(state["last"])]
     if state["open"]:
         # How much of the turn was sent when the process died is not known, only its bound.
         session.first_seq = session.turn_seq = state["seq"] + MAX_REPLY_CHARS
@@ -1354,10 +1372,13 @@ def restore_session(
 def load_sessions(hub: Hub, now: float) -> list[Session]:
     """Bring back the sessions that are younger than the idle limit; return those cut off."""
     messages: dict[str, list[Json]] = {}
-    for session_id, role, content in hub.store.read(
-        "SELECT session, role, content FROM message ORDER BY session, number"
+    for session_id, body in hub.store.read(
+        "SELECT session, body FROM message ORDER BY session, number"
     ):
-        messages.setdefault(session_id, []).append({"role": role, "content": content})
+        message = orjson.loads(body)
+        messages.setdefault(session_id, []).append(
+            {"role": message["role"], "content": message["content"]}
+        )
     cut_off = []
     for session_id, raw in hub.store.read("SELECT id, state FROM session"):
         rows = messages.get(session_id, [])
@@ -1477,10 +1498,6 @@ def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json
         if items:
             context[field] = items
     return context
-
-
-def json_text(value: Any) -> str:
-    return orjson.dumps(value).decode()
 
 
 def element_label(element: Json) -> str:
@@ -2823,6 +2840,7 @@ def stop_task(session: Session, text: str, note: str = "") -> None:
 async def answer(hub: Hub, session: Session, task: Task) -> None:
     """One turn. Ends in exactly one event, whatever the model or the network does."""
     try:
+        await session.store.saved()  # the visitor's message comes first
         while True:
             completion, reply = await converse(hub, session, task)
             if completion.cut_short or not reply:
@@ -4072,6 +4090,7 @@ async def serving(config: Config) -> AsyncIterator[tuple[web.Application, str]]:
 
 
 async def run(config: Config) -> None:
+    sys.setswitchinterval(0.001)  # the store's thread shall not wait 5 ms for its turn
     gc.freeze()  # what is loaded now stays; collecting it again and again only costs time
     gc.set_threshold(20_000, 20, 20)
     stop = asyncio.Event()
