@@ -904,8 +904,26 @@ class Socket:
             self.wake()
 
     def wake(self) -> None:
-        if self.pump is None:
+        if self.pump is None and not self._send_at_once():
             self.pump = asyncio.create_task(self._send_pending())
+
+    def _send_at_once(self) -> bool:
+        """Send the newest event without a task if nothing stands before it; most go this way."""
+        session, transport = self.session, self.transport
+        if session is None or transport is None or self.outbox or self.close_code is not None:
+            return False
+        if self.cursor != session.next_seq - 1 or self.cursor >= session.hold:
+            return False
+        frame = session.events[-1]
+        if transport.get_write_buffer_size() or len(frame) > 32768:
+            return False
+        self.cursor += 1
+        # With an empty buffer below its high-water mark aiohttp writes and does not wait.
+        sending = self.ws.send_frame(frame, web.WSMsgType.TEXT)
+        with contextlib.suppress(StopIteration, ConnectionError, RuntimeError):
+            sending.send(None)
+        sending.close()
+        return True
 
     async def _send_pending(self) -> None:
         try:
