@@ -1674,8 +1674,9 @@ class Page:
         """Return the absolute URL of a page of this site; raise Refusal."""
         if not isinstance(value, str) or not 0 < len(value) <= 2000:
             raise Refusal("url must be a string")
-        # Browsers drop tabs and line ends and read a backslash as a slash; we do not guess.
-        if re.search(r"[\x00-\x20\x7f-\x9f\\]", value):
+        # Browsers drop tabs and line ends, read a backslash as a slash and any number of slashes
+        # as two; we do not guess.
+        if re.search(r"[\x00-\x20\x7f-\x9f\\]|^///", value):
             raise Refusal("url has characters that no URL has")
         if re.match(r"[^/?#]*:", value) and not re.match(r"https?://[^/?#]", value, re.I):
             raise Refusal("url must be http(s) or relative")
@@ -1696,7 +1697,8 @@ class Page:
 
     def may_click(self, element: Json) -> None:
         """Raise Refusal for a link that leads away, or anywhere if the owner forbids that."""
-        href = re.sub(r"[\t\r\n]", "", element.get("href", "")).replace("\\", "/").strip()
+        href = re.sub(r"[\x00-\x20]", "", element.get("href", "")).replace("\\", "/")
+        href = re.sub(r"^(https?:)?/{2,}", r"\1//", href, flags=re.I)
         if href and not href.startswith("#"):
             self.allow("navigate")
             url = self._resolve(href)
@@ -2590,12 +2592,19 @@ class ReplyReader:
 # The offline guide: answers and acts without a model, from the page and the site's knowledge.
 # It speaks and acts through the same path as a model, and is checked in the same way.
 
-SYNONYMS = {"cost": "price pricing", "costs": "price pricing", "much": "price pricing cost"}
+SYNONYMS = {
+    **dict.fromkeys(("cost", "costs", "much", "expensive", "cheap"), "price pricing plan"),
+    **dict.fromkeys(("deliver", "delivery", "send"), "ship shipping"),
+    **dict.fromkeys(("refund", "money"), "return returns"),
+    **dict.fromkeys(("located", "location", "find"), "address"),
+}
 GUIDE_PIECE_SECONDS = 0.015  # so that one can see it stream
 WANTS_ACTION = re.compile(
     r"\b(click|press|tap|open|go|take|bring|navigate|visit|choose|send|submit|delete|remove|buy"
-    r"|order|pay|subscribe|unsubscribe|cancel|sign|log|add|fill|type|enter|write|put|select)\b"
+    r"|order|pay|subscribe|unsubscribe|cancel|sign|log|add|fill|type|enter|write|put|select"
+    r"|contact|message|book|reserve)\b"
 )
+QUESTION = re.compile(r"\s*(what|how|when|where|who|why|which|is|are|do|does|did|was|were)\b")
 WANTS_SENT = re.compile(r"\b(send|submit|message|contact|subscribe|sign up|order)\b")
 # What a visitor may give in so many words, and the fields that it is for.
 GIVEN_VALUES = (
@@ -2608,23 +2617,26 @@ TYPED_VALUE = r"\b(?:type|enter|write|put|fill in)\s+[\"“'](.+?)[\"”']\s+(?:
 
 
 def sentences(visible_text: str) -> list[str]:
-    """Split what a page shows into quotable pieces."""
+    """Split what a page shows into pieces that say something; bare headings do not."""
     pieces = re.split(r"(?<=[.!?])\s+|\s*\n\s*", visible_text)
-    return [piece.strip()[:400] for piece in pieces if len(piece.strip()) > 2]
+    return [piece.strip()[:400] for piece in pieces if len(piece.split()) > 3]
 
 
 def matches(question: str, candidate: str) -> int:
     """How many of the question's words (or what they mean) stand in a text."""
-    found = {word[:5] for word in keywords(candidate)}
+    found = {word[:4] for word in keywords(candidate)}
     asked = [[word, *SYNONYMS.get(word, "").split()] for word in keywords(question)]
-    return sum(any(word[:5] in found for word in words) for words in asked)
+    return sum(any(word[:4] in found for word in words) for words in asked)
 
 
 def best_of(question: str, texts: list[str]) -> int | None:
     """Return the index of the text that fits a question best, None if none does."""
-    words = [SYNONYMS.get(word, "") for word in keywords(question)]
     with contextlib.closing(Passages(texts)) as index:
-        return next(iter(index.best(" ".join([question, *words]), 1)), None)
+        return next(iter(index.best(widened(question), 1)), None)
+
+
+def widened(question: str) -> str:
+    return " ".join([question, *(SYNONYMS.get(word, "") for word in keywords(question))])
 
 
 def given_values(wish: str, elements: Sequence[Json]) -> list[tuple[Json, str]]:
@@ -2653,7 +2665,7 @@ def guide(task: Task, context: Json, knowledge: Passages | None) -> Json:
         e for e in context.get("indexedElements", ()) if "id" in e and not e.get("disabled")
     ]
     labels = [element_label(element) for element in elements]
-    wants_action = WANTS_ACTION.search(wish.lower()) is not None
+    wants_action = WANTS_ACTION.search(wish.lower()) and not QUESTION.match(wish.lower())
     if wants_action or task.did:
         clickable = [
             "" if re.search(r"input|textarea|select", str(element.get("type"))) else label
@@ -2681,9 +2693,10 @@ def guide(task: Task, context: Json, knowledge: Passages | None) -> Json:
     page = sentences(context.get("visibleText", ""))
     at = best_of(wish, page)
     quotes = [] if at is None else [page[at]]
-    quotes += [knowledge.texts[i] for i in knowledge.best(wish, 1)] if knowledge else []
+    quotes += [knowledge.texts[i] for i in knowledge.best(widened(wish), 1)] if knowledge else []
     quotes.sort(key=lambda quote: -matches(wish, quote))  # stable: the page first
-    parts = [f"Here is what I found: “{quotes[0].strip()}”"] if quotes else []
+    # A passage stands under its heading; the quote is what follows.
+    parts = [f"Here is what I found: “{quotes[0].rpartition(chr(10))[2]}”"] if quotes else []
     at = best_of(wish, labels)
     if at is not None:
         parts.append(f"On this page you can use “{labels[at]}”; I can click it for you.")
@@ -3388,7 +3401,7 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def root(request: web.Request) -> web.StreamResponse:
-    if "websocket" in request.headers.get("Upgrade", "").lower():
+    if request.method == "GET" and "websocket" in request.headers.get("Upgrade", "").lower():
         return await serve_socket(request)
     demo = HERE / "widget" / "demo.html"
     if request.path != "/" or not request.app[HUB].config.server.demo or not demo.exists():
@@ -4087,6 +4100,8 @@ def make_app(config: Config) -> web.Application:
         resource = cors.add(app.router.add_resource(path))
         for method, handler in handlers.items():
             resource.add_route(method, handler)
+            if method == "GET":  # what uptime checks ask for
+                resource.add_route("HEAD", handler)
     app.cleanup_ctx.extend([persistence, http_client, sweeper, close_knowledge])
     app.on_shutdown.append(drain)
     return app
