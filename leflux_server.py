@@ -1345,7 +1345,7 @@ class StreamParser:
 
     def _framed(self, events: list[bytes], at: int) -> tuple[int, str]:
         """Return how many events from `at` on have the known frame, and their text."""
-        if self._frame is None:
+        if self._frame is None or self.error is not None:
             return 0, ""
         head, tail = self._frame
         start, end = len(head), -len(tail)
