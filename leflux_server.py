@@ -1521,7 +1521,7 @@ class Model:
         body.pop("swapped", None)
         loop = asyncio.get_running_loop()
         last_call = loop.time() + MODEL_CALL_SECONDS
-        armed = loop.time()
+        armed = -math.inf
         async with (
             asyncio.timeout(FIRST_TEXT_SECONDS) as deadline,
             self._http.post(
