@@ -1709,7 +1709,8 @@ class ReplyReader:
             mark = self._INSIDE.search(piece, at)
             end = mark.start() if mark else len(piece)
             into = said if self._streaming else self._key
-            if self._streaming or (self._depth == 1 and not self._in_value):
+            wanted = self._streaming or (self._depth == 1 and not self._in_value)
+            if wanted:
                 into.append(piece[at:end])
             at = end
             if mark is None:
@@ -1723,9 +1724,9 @@ class ReplyReader:
                 self._tail = piece[at:]
                 break
             at = escape.end() if escape else at + 2
-            if self._streaming:
+            if wanted:
                 code, letter = escape.groups() if escape else ("fffd", "")
-                said.append(chr(int(code, 16)) if code else self._ESCAPES.get(letter, letter))
+                into.append(chr(int(code, 16)) if code else self._ESCAPES.get(letter, letter))
         return "".join(said)
 
     def _structure(self, mark: str) -> None:
