@@ -1672,6 +1672,11 @@ class ReplyReader:
         rest = self._whole_characters(rest) + ("\ufffd" if self._half else "")
         return rest, reply
 
+    @property
+    def mid_message(self) -> bool:
+        """Whether the message has begun and not ended."""
+        return self._streaming
+
     def _read(self, piece: str) -> str:
         if self._mode == "plain":
             return piece
@@ -1932,6 +1937,7 @@ async def run_turn(hub: Hub, session: Session, turn: Turn, message: str) -> None
             completion = await hub.model.complete(prompt, on_text)
         if rest := reader.finish()[0]:
             say(session, turn, rest)
+        completion.cut_short |= reader.mid_message
     except ModelError:
         completion = Completion(cut_short=bool(turn.said))
     except Exception:
