@@ -659,6 +659,7 @@ class ApiError(Exception):
         self.status, self.code, self.message, self.details = status, code, message, details
         self.headers: dict[str, str] = {}
         self.top_level: Json = {}  # further fields beside "error", "message" and "details"
+        self.closes = status in (408, 413)  # the rest of the body is not worth waiting for
 
 
 def invalid(field: str, problem: str) -> ApiError:
@@ -1963,8 +1964,8 @@ def error_response(error: ApiError) -> web.Response:
     body = {"error": error.code, "message": error.message, "details": error.details}
     response = json_response({**body, **error.top_level}, error.status)
     response.headers.update(error.headers)
-    if error.status in (408, 413):
-        response.force_close()  # what is left of the body is not worth waiting for
+    if error.closes:
+        response.force_close()
     return response
 
 
@@ -2031,6 +2032,15 @@ def handle_protocol_error(
 RequestHandler.handle_error = handle_protocol_error  # type: ignore[method-assign]
 
 
+def log_handler_exception(self: RequestHandler, *args: Any, **more: Any) -> None:
+    """Log a bug. That the unread rest of a body cannot be decoded is none."""
+    if not isinstance(more.get("exc_info"), web.RequestPayloadError):
+        self.logger.exception(*args, **more)
+
+
+RequestHandler.log_exception = log_handler_exception  # type: ignore[method-assign]
+
+
 def peer_is_trusted(request: web.Request, config: Config) -> bool:
     try:
         return is_trusted(request.remote or "", config.server.trusted_proxies)
@@ -2091,7 +2101,9 @@ async def read_object(request: web.Request, *, empty_ok: bool = False) -> Json:
     except web.HTTPRequestEntityTooLarge:
         raise
     except (web.RequestPayloadError, aiohttp.ClientPayloadError, aiohttp.http.HttpProcessingError):
-        raise invalid("body", "could not be read") from None
+        error = invalid("body", "could not be read")
+        error.closes = True
+        raise error from None
     if empty_ok and not raw:
         return {}
     try:
