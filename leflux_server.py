@@ -801,7 +801,7 @@ class Socket:
     """
 
     __slots__ = (
-        *("close_code", "cursor", "frame_times", "outbox", "progress", "pump", "session"),
+        *("close_code", "cursor", "frame_times", "outbox", "progress", "pump", "sent", "session"),
         *("site_id", "stalled_since", "transport", "ws"),
     )
 
@@ -817,7 +817,8 @@ class Socket:
         self.pump: asyncio.Task[None] | None = None
         self.close_code: int | None = None
         self.frame_times: deque[float] | None = None
-        self.progress = (0, 0)
+        self.sent = 0  # frames that the transport has taken
+        self.progress = (-1, 0)  # frames sent and bytes unsent, as the last sweep saw them
         self.stalled_since = 0.0
 
     def push(self, event: str, data: Json) -> None:
@@ -859,6 +860,7 @@ class Socket:
                 else:
                     break
                 await self.ws.send_frame(frame, web.WSMsgType.TEXT)
+                self.sent += 1
         except (ConnectionError, RuntimeError):
             pass  # the client is gone; the handler's receive() ends by itself
         finally:
@@ -883,8 +885,11 @@ class Socket:
         if transport is None or (transport.is_closing() and not transport.get_write_buffer_size()):
             return
         unsent = transport.get_write_buffer_size()
-        if not unsent or self.progress != (self.cursor, unsent):
-            self.progress, self.stalled_since = (self.cursor, unsent), now
+        sent_before, unsent_before = self.progress
+        self.progress = (self.sent, unsent)
+        # More unsent bytes, from a ping or a pong, are no progress.
+        if not unsent or self.sent != sent_before or unsent < unsent_before:
+            self.stalled_since = now
         elif now - self.stalled_since >= STALL_SECONDS:
             transport.abort()
 
@@ -2403,6 +2408,8 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
         sock.session = None
         if sock.pump is not None and sock.close_code is None:
             sock.pump.cancel()
+        if sock.transport is not None and sock.transport.get_write_buffer_size():
+            sock.transport.abort()  # a client that has stopped reading would hold it for ever
     return ws
 
 
