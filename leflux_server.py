@@ -678,6 +678,7 @@ class ApiError(Exception):
         self.status, self.code, self.message, self.details = status, code, message, details
         self.headers: dict[str, str] = {}
         self.top_level: Json = {}  # further fields beside "error", "message" and "details"
+        self.closes = status in (408, 413)  # the rest of the body is not worth waiting for
 
 
 def invalid(field: str, problem: str) -> ApiError:
@@ -803,6 +804,7 @@ class Session:
     events: list[bytes] = dataclasses.field(default_factory=list)
     first_seq: int = 1
     turn_seq: int = 1  # the first event of the current turn
+    sent_seq: int = 0  # the last event that a socket now gone has got
     task: Task | None = None
     socket: Socket | None = None
     limiter: AsyncLimiter | None = None
@@ -863,7 +865,7 @@ class Socket:
     """
 
     __slots__ = (
-        *("close_code", "cursor", "frame_times", "outbox", "progress", "pump", "session"),
+        *("close_code", "cursor", "frame_times", "outbox", "progress", "pump", "sent", "session"),
         *("site_id", "stalled_since", "transport", "ws"),
     )
 
@@ -879,7 +881,8 @@ class Socket:
         self.pump: asyncio.Task[None] | None = None
         self.close_code: int | None = None
         self.frame_times: deque[float] | None = None
-        self.progress = (0, 0)
+        self.sent = 0  # frames that the transport has taken
+        self.progress = (-1, 0)  # frames sent and bytes unsent, as the last sweep saw them
         self.stalled_since = 0.0
 
     def push(self, event: str, data: Json) -> None:
@@ -896,12 +899,18 @@ class Socket:
 
     def close(self, code: int) -> None:
         """Leave the session and close once the outbox is sent."""
-        if self.session is not None and self.session.socket is self:
-            self.session.socket = None
-        self.session = None
+        self.leave()
         if self.close_code is None:
             self.close_code = code
             self.wake()
+
+    def leave(self) -> None:
+        """Give up the place in the session, unless a newer socket has taken it."""
+        if self.session is not None:
+            self.session.sent_seq = max(self.session.sent_seq, self.cursor - 1)
+            if self.session.socket is self:
+                self.session.socket = None
+        self.session = None
 
     def wake(self) -> None:
         if self.pump is None and not self._send_at_once():
@@ -918,6 +927,7 @@ class Socket:
         if transport.get_write_buffer_size() or len(frame) > 32768:
             return False
         self.cursor += 1
+        self.sent += 1
         # With an empty buffer below its high-water mark aiohttp writes and does not wait.
         sending = self.ws.send_frame(frame, web.WSMsgType.TEXT)
         with contextlib.suppress(StopIteration, ConnectionError, RuntimeError):
@@ -941,6 +951,7 @@ class Socket:
                 else:
                     break
                 await self.ws.send_frame(frame, web.WSMsgType.TEXT)
+                self.sent += 1
         except (ConnectionError, RuntimeError):
             pass  # the client is gone; the handler's receive() ends by itself
         finally:
@@ -965,8 +976,11 @@ class Socket:
         if transport is None or (transport.is_closing() and not transport.get_write_buffer_size()):
             return
         unsent = transport.get_write_buffer_size()
-        if not unsent or self.progress != (self.cursor, unsent):
-            self.progress, self.stalled_since = (self.cursor, unsent), now
+        sent_before, unsent_before = self.progress
+        self.progress = (self.sent, unsent)
+        # More unsent bytes, from a ping or a pong, are no progress.
+        if not unsent or self.sent != sent_before or unsent < unsent_before:
+            self.stalled_since = now
         elif now - self.stalled_since >= STALL_SECONDS:
             transport.abort()
 
@@ -1115,8 +1129,7 @@ def join(sock: Socket, session: Session, last_seq: int | None, now: float) -> No
     older = session.socket
     if older is not None and older is not sock:
         older.fail("session_taken_over", "This chat was opened somewhere else.", 4409)
-    if sock.session is not None and sock.session is not session:
-        sock.session.socket = None
+    sock.leave()
     session.socket, sock.session = sock, session
     after = 0 if last_seq is None else last_seq
     sock.cursor = min(max(after + 1, session.turn_seq), session.next_seq)
@@ -1126,7 +1139,9 @@ def join(sock: Socket, session: Session, last_seq: int | None, now: float) -> No
         "history": session.history,
     }
     sock.push("session_joined", joined)
-    if session.task is not None and session.task.phase in ("acting", "acted"):
+    # A plan that an earlier socket got may have loaded a new page: its first context goes on.
+    delivered = session.sent_seq >= session.next_seq - 1
+    if session.task is not None and session.task.phase in ("acting", "acted") and delivered:
         session.task.resumable = True
         session.task.deadline = now + CONTINUE_SECONDS
 
@@ -1207,6 +1222,7 @@ class Store:
         self._rows: dict[tuple[str, str], Statement] = {}  # all else, the last one of a kind wins
         self._writer: asyncio.Task[None] | None = None
         self._next: asyncio.Future[None] | None = None  # the batch that is still filling
+        self._current: asyncio.Future[None] | None = None  # the one that is being written
         self._failing = False
         self._complained = -math.inf
 
@@ -1237,8 +1253,9 @@ class Store:
 
     async def saved(self) -> None:
         """Return once all that is marked is committed, or at once while the disk fails."""
-        if self.durable and self._next is not None:
-            await asyncio.shield(self._next)
+        batch = self._next or self._current
+        if self.durable and batch is not None:
+            await asyncio.shield(batch)
 
     def _schedule(self) -> None:
         if self._next is None:
@@ -1251,7 +1268,8 @@ class Store:
         loop = asyncio.get_running_loop()
         try:
             while self._next is not None:
-                batch, self._next = self._next, None
+                batch = self._current = self._next
+                self._next = None
                 sessions, self._sessions = self._sessions, {}
                 gone, self._gone = self._gone, set()
                 rows, self._rows = self._rows, {}
@@ -1275,6 +1293,7 @@ class Store:
                         session.saved = count
                 for session, _, seq in points:  # also when it failed: serving goes on from memory
                     session.release(seq)
+                self._current = None
                 batch.set_result(None)
                 if self._failing:  # let go of those who wait for the next batch, and try again
                     if self._next is not None:
@@ -2174,7 +2193,7 @@ class StreamParser:
 
     def _framed(self, events: list[bytes], at: int) -> tuple[int, str]:
         """Return how many events from `at` on have the known frame, and their text."""
-        if self._frame is None:
+        if self._frame is None or self.error is not None:
             return 0, ""
         head, tail = self._frame
         start, end = len(head), -len(tail)
@@ -2351,7 +2370,7 @@ class Model:
         body.pop("swapped", None)
         loop = asyncio.get_running_loop()
         last_call = loop.time() + MODEL_CALL_SECONDS
-        armed = loop.time()
+        armed = -math.inf
         async with (
             asyncio.timeout(FIRST_TEXT_SECONDS) as deadline,
             self._http.post(
@@ -2507,6 +2526,11 @@ class ReplyReader:
         rest = self._whole_characters(rest) + ("\ufffd" if self._half else "")
         return rest, reply
 
+    @property
+    def mid_message(self) -> bool:
+        """Whether the message has begun and not ended."""
+        return self._streaming
+
     def _read(self, piece: str) -> str:
         if self._mode == "plain":
             return piece
@@ -2544,7 +2568,8 @@ class ReplyReader:
             mark = self._INSIDE.search(piece, at)
             end = mark.start() if mark else len(piece)
             into = said if self._streaming else self._key
-            if self._streaming or (self._depth == 1 and not self._in_value):
+            wanted = self._streaming or (self._depth == 1 and not self._in_value)
+            if wanted:
                 into.append(piece[at:end])
             at = end
             if mark is None:
@@ -2558,9 +2583,9 @@ class ReplyReader:
                 self._tail = piece[at:]
                 break
             at = escape.end() if escape else at + 2
-            if self._streaming:
+            if wanted:
                 code, letter = escape.groups() if escape else ("fffd", "")
-                said.append(chr(int(code, 16)) if code else self._ESCAPES.get(letter, letter))
+                into.append(chr(int(code, 16)) if code else self._ESCAPES.get(letter, letter))
         return "".join(said)
 
     def _structure(self, mark: str) -> None:
@@ -2619,7 +2644,8 @@ TYPED_VALUE = r"\b(?:type|enter|write|put|fill in)\s+[\"“'](.+?)[\"”']\s+(?:
 def sentences(visible_text: str) -> list[str]:
     """Split what a page shows into pieces that say something; bare headings do not."""
     pieces = re.split(r"(?<=[.!?])\s+|\s*\n\s*", visible_text)
-    return [piece.strip()[:400] for piece in pieces if len(piece.split()) > 3]
+    pieces = [piece.strip() for piece in pieces]
+    return [p[:400] for p in pieces if len(p.split()) > 3 or p.endswith((".", "!", "?"))]
 
 
 def matches(question: str, candidate: str) -> int:
@@ -2699,7 +2725,8 @@ def guide(task: Task, context: Json, knowledge: Passages | None) -> Json:
     parts = [f"Here is what I found: “{quotes[0].rpartition(chr(10))[2]}”"] if quotes else []
     at = best_of(wish, labels)
     if at is not None:
-        parts.append(f"On this page you can use “{labels[at]}”; I can click it for you.")
+        kind = {"a": "link", "link": "link", "button": "button"}.get(elements[at].get("type"), "")
+        parts.append(f"On this page you can use the {kind} “{labels[at]}”.".replace("  ", " "))
     if not parts:
         names = [label for label in labels if label][:5]
         parts.append("I am the offline guide and answer from what this site says.")
@@ -2811,7 +2838,16 @@ def run_turn(hub: Hub, session: Session, task: Task) -> int:
     task.phase, task.deadline, task.resumable = "running", math.inf, False
     task.stream_id, task.said = f"stream-{number}", []
     task.runner = asyncio.create_task(answer(hub, session, task))
+    task.runner.add_done_callback(lambda _: free_reserved(hub, session, task))
     return number
+
+
+def free_reserved(hub: Hub, session: Session, task: Task) -> None:
+    """Give back what was set aside for a call that was never made."""
+    usage, task.usage = task.usage, None
+    site = hub.sites.get(session.site_id)
+    if usage is not None and site is not None:
+        settle_tokens(hub, site, usage, task.reserved, 0)
 
 
 def first_call_tokens(hub: Hub, site: Site, session: Session, context: Json, message: str) -> int:
@@ -2945,6 +2981,7 @@ async def converse(hub: Hub, session: Session, task: Task) -> tuple[Completion, 
     rest, reply = reader.finish()
     if rest:
         say(session, task, rest)
+    completion.cut_short |= reader.mid_message
     return completion, reply
 
 
@@ -3128,8 +3165,8 @@ def error_response(error: ApiError) -> web.Response:
     body = {"error": error.code, "message": error.message, "details": error.details}
     response = json_response({**body, **error.top_level}, error.status)
     response.headers.update(error.headers)
-    if error.status in (408, 413):
-        response.force_close()  # what is left of the body is not worth waiting for
+    if error.closes:
+        response.force_close()
     return response
 
 
@@ -3196,6 +3233,15 @@ def handle_protocol_error(
 RequestHandler.handle_error = handle_protocol_error  # type: ignore[method-assign]
 
 
+def log_handler_exception(self: RequestHandler, *args: Any, **more: Any) -> None:
+    """Log a bug. That the unread rest of a body cannot be decoded is none."""
+    if not isinstance(more.get("exc_info"), web.RequestPayloadError):
+        self.logger.exception(*args, **more)
+
+
+RequestHandler.log_exception = log_handler_exception  # type: ignore[method-assign]
+
+
 def peer_is_trusted(request: web.Request, config: Config) -> bool:
     try:
         return is_trusted(request.remote or "", config.server.trusted_proxies)
@@ -3256,7 +3302,9 @@ async def read_object(request: web.Request, *, empty_ok: bool = False) -> Json:
     except web.HTTPRequestEntityTooLarge:
         raise
     except (web.RequestPayloadError, aiohttp.ClientPayloadError, aiohttp.http.HttpProcessingError):
-        raise invalid("body", "could not be read") from None
+        error = invalid("body", "could not be read")
+        error.closes = True
+        raise error from None
     if empty_ok and not raw:
         return {}
     try:
@@ -3949,11 +3997,11 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
     finally:
         join_timer.cancel()
         hub.sockets.discard(sock)
-        if sock.session is not None and sock.session.socket is sock:
-            sock.session.socket = None  # unless a newer socket has taken its place
-        sock.session = None
+        sock.leave()
         if sock.pump is not None and sock.close_code is None:
             sock.pump.cancel()
+        if sock.transport is not None and sock.transport.get_write_buffer_size():
+            sock.transport.abort()  # a client that has stopped reading would hold it for ever
     return ws
 
 
@@ -4031,6 +4079,7 @@ async def drain(app: web.Application) -> None:
         await asyncio.wait(running, timeout=hub.config.server.shutdown_seconds)
     for session in hub.sessions.values():
         stop_task(session, INTERRUPTED, CUT_SHORT)
+    await hub.store.saved()
     sockets = list(hub.sockets)
     while any(s.session and s.cursor < s.session.next_seq for s in sockets) and sockets:
         pumps = [s.pump for s in sockets if s.pump]
