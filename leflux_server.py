@@ -18,9 +18,15 @@ REST (JSON in, JSON out; a caller is the site whose allowed_hosts contains its O
     DELETE /api/session/{id}    -> {deleted}
     GET    /api/stats           -> {uptimeSeconds, activeSessions, messagesProcessed, version}
     GET    /health              -> {status, timestamp, llm}
-    *      /api/admin/sites...      owners and admins, see the table at make_app's routes
     GET    /                    the demo page (server.demo), or with an Upgrade the WebSocket
     GET    /ws                  the WebSocket
+
+Admin (Authorization: Bearer <Firebase ID token> of a site's owner or an admin):
+
+    GET    /api/admin/sites                      POST {name, host} makes one
+    GET    /api/admin/sites/{id}                 PATCH merges, DELETE removes
+    PATCH  /api/admin/sites/{id}/config          merges into the siteConfig
+    GET    /api/admin/sites/{id}/sessions        ?limit=; .../sessions/{sid} with its history
 
 Every error is {"error": code, "message": text, "details": {...}}.
 
@@ -2308,10 +2314,11 @@ class Model:
         self._url = config.base_url + "/chat/completions"
         self._model = config.model
         self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+        schema = orjson.Fragment(orjson.dumps(REPLY_SCHEMA))
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self.params: Json = {
-            "response_format": {"type": "json_schema", "json_schema": REPLY_SCHEMA},
+            "response_format": {"type": "json_schema", "json_schema": schema},
             "stream_options": {"include_usage": True},
             "max_tokens": config.max_tokens,
             "temperature": config.temperature,
