@@ -1207,6 +1207,7 @@ class Store:
         self._rows: dict[tuple[str, str], Statement] = {}  # all else, the last one of a kind wins
         self._writer: asyncio.Task[None] | None = None
         self._next: asyncio.Future[None] | None = None  # the batch that is still filling
+        self._current: asyncio.Future[None] | None = None  # the batch that is being written
         self._failing = False
         self._complained = -math.inf
 
@@ -1237,8 +1238,9 @@ class Store:
 
     async def saved(self) -> None:
         """Return once all that is marked is committed, or at once while the disk fails."""
-        if self.durable and self._next is not None:
-            await asyncio.shield(self._next)
+        batch = self._next or self._current
+        if self.durable and batch is not None:
+            await asyncio.shield(batch)
 
     def _schedule(self) -> None:
         if self._next is None:
@@ -1251,7 +1253,8 @@ class Store:
         loop = asyncio.get_running_loop()
         try:
             while self._next is not None:
-                batch, self._next = self._next, None
+                batch = self._current = self._next
+                self._next = None
                 sessions, self._sessions = self._sessions, {}
                 gone, self._gone = self._gone, set()
                 rows, self._rows = self._rows, {}
@@ -1282,7 +1285,7 @@ class Store:
                     self._next = loop.create_future()
                     await asyncio.sleep(1)
         finally:
-            self._writer = None
+            self._writer = self._current = None
 
     def _commit(self, statements: list[Statement], overwrite: bool) -> None:
         """In the writer's thread: one transaction; deleted text is overwritten."""
