@@ -1208,6 +1208,7 @@ class Store:
         self._writer: asyncio.Task[None] | None = None
         self._next: asyncio.Future[None] | None = None  # the batch that is still filling
         self._current: asyncio.Future[None] | None = None  # the batch that is being written
+        self._closing = asyncio.Event()
         self._failing = False
         self._complained = -math.inf
 
@@ -1280,10 +1281,13 @@ class Store:
                     session.release(seq)
                 batch.set_result(None)
                 if self._failing:  # let go of those who wait for the next batch, and try again
+                    if self._closing.is_set():
+                        break
                     if self._next is not None:
                         self._next.set_result(None)
                     self._next = loop.create_future()
-                    await asyncio.sleep(1)
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._closing.wait(), 1)
         finally:
             self._writer = self._current = None
 
@@ -1313,12 +1317,10 @@ class Store:
         return [] if self._db is None else self._db.execute(sql).fetchall()
 
     async def close(self) -> None:
-        """Write what is left, once, and close."""
-        await self.saved()
+        """Write what is left, if need be with one last try, and close."""
+        self._closing.set()
         if self._writer is not None:
-            self._writer.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._writer
+            await self._writer
         self._thread.shutdown()
         if self._db is not None:
             self._db.close()
