@@ -1348,12 +1348,14 @@ def session_statements(sessions: Sequence[Session]) -> list[Statement]:
             # The event that ended the turn, for a client that missed it in a crash.
             state["last"] = orjson.Fragment(session.events[-1])
         states.append(state)
-        new = history[max(0, len(history) - (count - session.saved)) :]
-        for number, message in enumerate(new, count - len(new)):
-            messages.append({"session": session.id, "number": number, **message})
-        if count > len(history):  # the middle of a long conversation is not kept
-            first_kept = count - len(history) + PROMPT_FIRST
-            trims.append((TRIM_MESSAGES, (session.id, PROMPT_FIRST, first_kept)))
+        cut = count - len(history)  # the middle of a long conversation is not kept
+        first = range(session.saved, min(PROMPT_FIRST, count))
+        last = range(max(PROMPT_FIRST, session.saved - cut), len(history))
+        for place in itertools.chain(first, last):
+            number = place if place < PROMPT_FIRST else place + cut
+            messages.append({"session": session.id, "number": number, **history[place]})
+        if cut:
+            trims.append((TRIM_MESSAGES, (session.id, PROMPT_FIRST, PROMPT_FIRST + cut)))
     statements: list[Statement] = [*trims]
     for sql, rows in ((SAVE_SESSIONS, states), (SAVE_MESSAGES, messages)):
         if rows:
