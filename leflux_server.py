@@ -4025,6 +4025,7 @@ async def drain(app: web.Application) -> None:
         await asyncio.wait(running, timeout=hub.config.server.shutdown_seconds)
     for session in hub.sessions.values():
         stop_task(session, INTERRUPTED, CUT_SHORT)
+    await hub.store.saved()  # the ends of turns are sent once they are on disk
     sockets = list(hub.sockets)
     while any(s.session and s.cursor < s.session.next_seq for s in sockets) and sockets:
         pumps = [s.pump for s in sockets if s.pump]
