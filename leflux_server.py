@@ -553,7 +553,9 @@ class Site:
     owners: tuple[str, ...] = key((), list_of(text(320, 1)))
     instructions: str = key("", text(20_000))
     knowledge: tuple[str, ...] = key((), list_of(text(4000, 1)))
-    refusal: str = key("I have answered all I can for today. Please come back tomorrow.", text(500))
+    refusal: str = key(
+        "I have answered all I can for today. Please come back tomorrow.", text(500, 1)
+    )
     restrictions: tuple[str, ...] = key((), list_of(choice("navigate", "type", "submit")))
     config: Json = dataclasses.field(default_factory=dict, metadata={"check": an_object})
 
@@ -1197,8 +1199,9 @@ def open_database(path: Path) -> sqlite3.Connection:
         except BaseException:
             db.close()
             raise
-    except (OSError, sqlite3.Error) as error:
-        raise ConfigError(f"{path} cannot be used as the database: {error}") from None
+    except (OSError, sqlite3.Error, ValueError) as error:
+        problem = str(error).partition("\n")[0]  # a damaged schema may be quoted in it
+        raise ConfigError(f"{path} cannot be used as the database: {problem}") from None
 
 
 def prepare_database(db: sqlite3.Connection) -> sqlite3.Connection:
@@ -1228,7 +1231,8 @@ class Store:
         self._rows: dict[tuple[str, str], Statement] = {}  # all else, the last one of a kind wins
         self._writer: asyncio.Task[None] | None = None
         self._next: asyncio.Future[None] | None = None  # the batch that is still filling
-        self._current: asyncio.Future[None] | None = None  # the one that is being written
+        self._current: asyncio.Future[None] | None = None  # the batch that is being written
+        self._closing = asyncio.Event()
         self._failing = False
         self._complained = -math.inf
 
@@ -1264,6 +1268,8 @@ class Store:
             await asyncio.shield(batch)
 
     def _schedule(self) -> None:
+        if self._db is None:
+            return
         if self._next is None:
             self._next = asyncio.get_running_loop().create_future()
         if self._writer is None:
@@ -1285,7 +1291,9 @@ class Store:
                     ids = (json_text(list(gone)),)
                     statements += [(FORGET_MESSAGES, ids), (FORGET_SESSIONS, ids)]
                 try:
-                    await loop.run_in_executor(self._thread, self._commit, statements, bool(gone))
+                    clean = await loop.run_in_executor(
+                        self._thread, self._commit, statements, bool(gone)
+                    )
                 except sqlite3.Error as error:
                     self._failing = True
                     self._complain(error)
@@ -1295,6 +1303,9 @@ class Store:
                     self._rows = {**rows, **self._rows}
                 else:
                     self._failing = False
+                    if not clean:
+                        self._gone |= gone
+                        loop.call_later(1, self._schedule)
                     for session, count, _ in points:
                         session.saved = count
                 for session, _, seq in points:  # also when it failed: serving goes on from memory
@@ -1302,15 +1313,21 @@ class Store:
                 self._current = None
                 batch.set_result(None)
                 if self._failing:  # let go of those who wait for the next batch, and try again
+                    if self._closing.is_set():
+                        break
                     if self._next is not None:
                         self._next.set_result(None)
                     self._next = loop.create_future()
-                    await asyncio.sleep(1)
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._closing.wait(), 1)
         finally:
-            self._writer = None
+            self._writer = self._current = None
 
-    def _commit(self, statements: list[Statement], overwrite: bool) -> None:
-        """In the writer's thread: one transaction; deleted text is overwritten."""
+    def _commit(self, statements: list[Statement], overwrite: bool) -> bool:
+        """In the writer's thread: one transaction; deleted text is overwritten.
+
+        Returns False if it could not be, because another program is reading the old log.
+        """
         db = cast(sqlite3.Connection, self._db)
         db.execute("BEGIN IMMEDIATE")
         try:
@@ -1321,8 +1338,10 @@ class Store:
             with contextlib.suppress(sqlite3.Error):
                 db.execute("ROLLBACK")
             raise
-        if overwrite:  # the log still has what the tables no longer have
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        if not overwrite:
+            return True
+        # The log still has what the tables no longer have.
+        return bool(db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0)
 
     def _complain(self, error: sqlite3.Error) -> None:
         now = time.monotonic()
@@ -1334,16 +1353,17 @@ class Store:
         """Return the rows of a query; only at the start, before the writer runs."""
         return [] if self._db is None else self._db.execute(sql).fetchall()
 
-    async def close(self) -> None:
-        """Write what is left, once, and close."""
-        await self.saved()
+    async def close(self, *, flush: bool = True) -> None:
+        """Write what is left, if need be with one last try, and close."""
+        self._closing.set()
+        if not flush:
+            self._sessions, self._gone, self._rows = {}, set(), {}
         if self._writer is not None:
-            self._writer.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._writer
+            await self._writer
         self._thread.shutdown()
         if self._db is not None:
             self._db.close()
+            self._db = None
 
 
 def session_statements(sessions: Sequence[Session]) -> list[Statement]:
@@ -1368,12 +1388,14 @@ def session_statements(sessions: Sequence[Session]) -> list[Statement]:
             # The event that ended the turn, for a client that missed it in a crash.
             state["last"] = orjson.Fragment(session.events[-1])
         states.append(state)
-        new = history[max(0, len(history) - (count - session.saved)) :]
-        for number, message in enumerate(new, count - len(new)):
-            messages.append({"session": session.id, "number": number, **message})
-        if count > len(history):  # the middle of a long conversation is not kept
-            first_kept = count - len(history) + PROMPT_FIRST
-            trims.append((TRIM_MESSAGES, (session.id, PROMPT_FIRST, first_kept)))
+        cut = count - len(history)  # the middle of a long conversation is not kept
+        first = range(session.saved, min(PROMPT_FIRST, count))
+        last = range(max(PROMPT_FIRST, session.saved - cut), len(history))
+        for place in itertools.chain(first, last):
+            number = place if place < PROMPT_FIRST else place + cut
+            messages.append({"session": session.id, "number": number, **history[place]})
+        if cut:
+            trims.append((TRIM_MESSAGES, (session.id, PROMPT_FIRST, PROMPT_FIRST + cut)))
     statements: list[Statement] = [*trims]
     for sql, rows in ((SAVE_SESSIONS, states), (SAVE_MESSAGES, messages)):
         if rows:
@@ -1483,6 +1505,13 @@ def settle_tokens(hub: Hub, site: Site, usage: Usage, reserved: int, spent: int)
     usage.reserved -= reserved
     usage.tokens += spent
     note_usage(hub, site.id, usage)
+
+
+def give_back(hub: Hub, site: Site, task: Task) -> None:
+    """Return what a task has set aside and its model was never asked for."""
+    if task.usage is not None:
+        settle_tokens(hub, site, task.usage, task.reserved, 0)
+        task.usage = None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2845,21 +2874,15 @@ def run_turn(hub: Hub, session: Session, task: Task) -> int:
     task.phase, task.deadline, task.resumable = "running", math.inf, False
     task.stream_id, task.said = f"stream-{number}", []
     task.runner = asyncio.create_task(answer(hub, session, task))
-    task.runner.add_done_callback(lambda _: free_reserved(hub, session, task))
+    if task.usage is not None:  # a cancelled task may not even begin
+        site = hub.sites[session.site_id]
+        task.runner.add_done_callback(lambda _: give_back(hub, site, task))
     return number
-
-
-def free_reserved(hub: Hub, session: Session, task: Task) -> None:
-    """Give back what was set aside for a call that was never made."""
-    usage, task.usage = task.usage, None
-    site = hub.sites.get(session.site_id)
-    if usage is not None and site is not None:
-        settle_tokens(hub, site, usage, task.reserved, 0)
 
 
 def first_call_tokens(hub: Hub, site: Site, session: Session, context: Json, message: str) -> int:
     """Estimate, on the safe side, what the first call of a task may cost."""
-    if not hub.config.limits.site_tokens_per_day:
+    if hub.model is None or not hub.config.limits.site_tokens_per_day:
         return 0
     chars = len(SYSTEM_PROMPT) + len(ACTION_HELP) + len(site.instructions) + KNOWLEDGE_CHARS
     chars += len(message) + (len(describe_page(context)) if context else 0)
@@ -2978,11 +3001,14 @@ async def converse(hub: Hub, session: Session, task: Task) -> tuple[Completion, 
         if usage is None:
             reserved = prompt_tokens + hub.config.llm.max_tokens
             usage = admit(hub, site, 0, reserved, time.time())
-        completion = Completion()
+        completion, failed = Completion(), False
         try:
             await hub.model.complete(prompt, on_text, completion)
+        except ModelError:
+            failed = not length
+            raise
         finally:
-            guess = prompt_tokens + length // 4 if length else 0
+            guess = 0 if failed else prompt_tokens + length // 4
             spent = guess if completion.tokens is None else completion.tokens
             settle_tokens(hub, site, usage, reserved, spent)
     rest, reply = reader.finish()
@@ -3594,7 +3620,7 @@ class KeyCache:
             log.warning("the sign-in keys could not be fetched: %s", type(error).__name__)
             self._failed = now
             return
-        max_age = re.search(r"max-age\s*=\s*(\d{1,9})", cache_control)
+        max_age = re.search(r"max-age\s*=\s*(\d{1,9})", cache_control, re.I)
         self.keys = keys
         self._expires = now + (int(max_age[1]) if max_age else 3600)
 
@@ -4031,11 +4057,8 @@ async def http_client(app: web.Application) -> AsyncIterator[None]:
         yield
 
 
-async def persistence(app: web.Application) -> AsyncIterator[None]:
-    """Open the store and bring back what it kept; write the rest at the end."""
-    hub = app[HUB]
-    if hub.config.server.state_dir:
-        hub.store = Store(hub.config.folder / hub.config.server.state_dir / "leflux.db")
+def bring_back(hub: Hub) -> None:
+    """Take from the store what the last process left there."""
     for site_id, base, patch in hub.store.read("SELECT id, base, patch FROM site"):
         hub.site_patches[site_id] = orjson.loads(patch)
         if base is not None:
@@ -4049,6 +4072,23 @@ async def persistence(app: web.Application) -> AsyncIterator[None]:
     for session in load_sessions(hub, time.monotonic()):
         if session.task is not None:
             end_task(session, session.task, RESTARTED)
+
+
+async def persistence(app: web.Application) -> AsyncIterator[None]:
+    """Open the store and bring back what it kept; write the rest at the end."""
+    hub = app[HUB]
+    path = hub.config.folder / hub.config.server.state_dir / "leflux.db"
+    if hub.config.server.state_dir:
+        hub.store = Store(path)
+    try:
+        bring_back(hub)
+    except BaseException as error:
+        await hub.store.close(flush=False)
+        if isinstance(error, (sqlite3.Error, ArithmeticError, LookupError, TypeError, ValueError)):
+            # Its own words would show what is in there.
+            problem = f"it is damaged ({type(error).__name__})"
+            raise ConfigError(f"{path} cannot be used as the database: {problem}") from None
+        raise
     yield
     await hub.store.close()
 
@@ -4086,7 +4126,7 @@ async def drain(app: web.Application) -> None:
         await asyncio.wait(running, timeout=hub.config.server.shutdown_seconds)
     for session in hub.sessions.values():
         stop_task(session, INTERRUPTED, CUT_SHORT)
-    await hub.store.saved()
+    await hub.store.saved()  # the ends of turns are sent once they are on disk
     sockets = list(hub.sockets)
     while any(s.session and s.cursor < s.session.next_seq for s in sockets) and sockets:
         pumps = [s.pump for s in sockets if s.pump]
