@@ -97,6 +97,7 @@ PING_SECONDS = 25
 STALL_SECONDS = 30  # a socket that takes nothing for so long is cut off
 FRAMES_PER_WINDOW, FRAME_WINDOW_SECONDS = 60, 10
 SWEEP_SECONDS = 2
+BATCH_SECONDS = 0.003  # what changes meanwhile is committed together
 FIRST_TEXT_SECONDS = 30
 NEXT_TEXT_SECONDS = 20
 MODEL_CALL_SECONDS = 600  # the longest answer, however steadily it drips
@@ -1280,6 +1281,7 @@ class Store:
         loop = asyncio.get_running_loop()
         try:
             while self._next is not None:
+                await asyncio.sleep(BATCH_SECONDS)
                 batch = self._current = self._next
                 self._next = None
                 sessions, self._sessions = self._sessions, {}
@@ -1499,6 +1501,16 @@ def admit(hub: Hub, site: Site, messages: int, tokens: int, now: float) -> Usage
     usage.reserved += tokens
     note_usage(hub, site.id, usage)
     return usage
+
+
+def call_tokens(hub: Hub, prompt_chars: int) -> int:
+    """What to set aside for a call: its prompt and the longest answer.
+
+    But never more than half of a day, so that a small budget still buys an answer.
+    """
+    tokens = prompt_chars // 4 + hub.config.llm.max_tokens
+    limit = hub.config.limits.site_tokens_per_day
+    return min(tokens, max(1, limit // 2)) if limit else tokens
 
 
 def settle_tokens(hub: Hub, site: Site, usage: Usage, reserved: int, spent: int) -> None:
@@ -2887,7 +2899,7 @@ def first_call_tokens(hub: Hub, site: Site, session: Session, context: Json, mes
     chars = len(SYSTEM_PROMPT) + len(ACTION_HELP) + len(site.instructions) + KNOWLEDGE_CHARS
     chars += len(message) + (len(describe_page(context)) if context else 0)
     chars += sum(len(one["content"]) for one in session.history[-PROMPT_FIRST - PROMPT_LAST :])
-    return chars // 4 + hub.config.llm.max_tokens
+    return call_tokens(hub, chars)
 
 
 def say(session: Session, task: Task, delta: str) -> None:
@@ -2995,11 +3007,11 @@ async def converse(hub: Hub, session: Session, task: Task) -> tuple[Completion, 
         passages = relevant_passages(knowledge, task.wish)
         nonce = secrets.token_hex(8)
         prompt = build_prompt(site, session.history, session.context, passages, nonce, task.note)
-        prompt_tokens = sum(len(message["content"]) for message in prompt) // 4
+        chars = sum(len(message["content"]) for message in prompt)
         usage, reserved = task.usage, task.reserved
         task.usage = None
         if usage is None:
-            reserved = prompt_tokens + hub.config.llm.max_tokens
+            reserved = call_tokens(hub, chars)
             usage = admit(hub, site, 0, reserved, time.time())
         completion, failed = Completion(), False
         try:
@@ -3008,7 +3020,7 @@ async def converse(hub: Hub, session: Session, task: Task) -> tuple[Completion, 
             failed = not length
             raise
         finally:
-            guess = 0 if failed else prompt_tokens + length // 4
+            guess = 0 if failed else (chars + length) // 4
             spent = guess if completion.tokens is None else completion.tokens
             settle_tokens(hub, site, usage, reserved, spent)
     rest, reply = reader.finish()
