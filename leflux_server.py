@@ -1244,6 +1244,8 @@ class Store:
             await asyncio.shield(batch)
 
     def _schedule(self) -> None:
+        if self._db is None:
+            return
         if self._next is None:
             self._next = asyncio.get_running_loop().create_future()
         if self._writer is None:
@@ -1265,7 +1267,8 @@ class Store:
                     ids = (json_text(list(gone)),)
                     statements += [(FORGET_MESSAGES, ids), (FORGET_SESSIONS, ids)]
                 try:
-                    await loop.run_in_executor(self._thread, self._commit, statements, bool(gone))
+                    commit = functools.partial(self._commit, statements, bool(gone))
+                    clean = await loop.run_in_executor(self._thread, commit)
                 except sqlite3.Error as error:
                     self._failing = True
                     self._complain(error)
@@ -1275,6 +1278,9 @@ class Store:
                     self._rows = {**rows, **self._rows}
                 else:
                     self._failing = False
+                    if not clean:
+                        self._gone |= gone
+                        loop.call_later(1, self._schedule)
                     for session, count, _ in points:
                         session.saved = count
                 for session, _, seq in points:  # also when it failed: serving goes on from memory
@@ -1291,8 +1297,11 @@ class Store:
         finally:
             self._writer = self._current = None
 
-    def _commit(self, statements: list[Statement], overwrite: bool) -> None:
-        """In the writer's thread: one transaction; deleted text is overwritten."""
+    def _commit(self, statements: list[Statement], overwrite: bool) -> bool:
+        """In the writer's thread: one transaction; deleted text is overwritten.
+
+        Returns False if it could not be, because another program is reading the old log.
+        """
         db = cast(sqlite3.Connection, self._db)
         db.execute("BEGIN IMMEDIATE")
         try:
@@ -1303,8 +1312,11 @@ class Store:
             with contextlib.suppress(sqlite3.Error):
                 db.execute("ROLLBACK")
             raise
-        if overwrite:  # the log still has what the tables no longer have
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        if not overwrite:
+            return True
+        # The log still has what the tables no longer have.
+        busy: int = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        return not busy
 
     def _complain(self, error: sqlite3.Error) -> None:
         now = time.monotonic()
@@ -1324,6 +1336,7 @@ class Store:
         self._thread.shutdown()
         if self._db is not None:
             self._db.close()
+            self._db = None
 
 
 def session_statements(sessions: Sequence[Session]) -> list[Statement]:
