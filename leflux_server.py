@@ -1176,8 +1176,9 @@ def open_database(path: Path) -> sqlite3.Connection:
         except BaseException:
             db.close()
             raise
-    except (OSError, sqlite3.Error) as error:
-        raise ConfigError(f"{path} cannot be used as the database: {error}") from None
+    except (OSError, sqlite3.Error, ValueError) as error:
+        problem = str(error).partition("\n")[0]  # a damaged schema may be quoted in it
+        raise ConfigError(f"{path} cannot be used as the database: {problem}") from None
 
 
 def prepare_database(db: sqlite3.Connection) -> sqlite3.Connection:
@@ -1328,9 +1329,11 @@ class Store:
         """Return the rows of a query; only at the start, before the writer runs."""
         return [] if self._db is None else self._db.execute(sql).fetchall()
 
-    async def close(self) -> None:
+    async def close(self, *, flush: bool = True) -> None:
         """Write what is left, if need be with one last try, and close."""
         self._closing.set()
+        if not flush:
+            self._sessions, self._gone, self._rows = {}, set(), {}
         if self._writer is not None:
             await self._writer
         self._thread.shutdown()
@@ -3983,11 +3986,8 @@ async def http_client(app: web.Application) -> AsyncIterator[None]:
         yield
 
 
-async def persistence(app: web.Application) -> AsyncIterator[None]:
-    """Open the store and bring back what it kept; write the rest at the end."""
-    hub = app[HUB]
-    if hub.config.server.state_dir:
-        hub.store = Store(hub.config.folder / hub.config.server.state_dir / "leflux.db")
+def bring_back(hub: Hub) -> None:
+    """Take from the store what the last process left there."""
     for site_id, base, patch in hub.store.read("SELECT id, base, patch FROM site"):
         hub.site_patches[site_id] = orjson.loads(patch)
         if base is not None:
@@ -4001,6 +4001,23 @@ async def persistence(app: web.Application) -> AsyncIterator[None]:
     for session in load_sessions(hub, time.monotonic()):
         if session.task is not None:
             end_task(session, session.task, RESTARTED)
+
+
+async def persistence(app: web.Application) -> AsyncIterator[None]:
+    """Open the store and bring back what it kept; write the rest at the end."""
+    hub = app[HUB]
+    path = hub.config.folder / hub.config.server.state_dir / "leflux.db"
+    if hub.config.server.state_dir:
+        hub.store = Store(path)
+    try:
+        bring_back(hub)
+    except BaseException as error:
+        await hub.store.close(flush=False)
+        if isinstance(error, (sqlite3.Error, ArithmeticError, LookupError, TypeError, ValueError)):
+            # Its own words would show what is in there.
+            problem = f"it is damaged ({type(error).__name__})"
+            raise ConfigError(f"{path} cannot be used as the database: {problem}") from None
+        raise
     yield
     await hub.store.close()
 
