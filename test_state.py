@@ -1,0 +1,647 @@
+"""What survives, what may be spent, who may change a site: the contract's sections 5, 7 and 8."""
+# ruff: noqa: F811 (fixtures are imported and then named by the tests that use them)
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import hmac
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import stat
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import aiohttp
+import pytest
+from aiohttp import WSMsgType, web
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.x509.oid import NameOID
+
+import leflux_server as lf
+from base_tests import (
+    ORIGIN,
+    OTHER,
+    PATIENCE_SECONDS,
+    SHOP,
+    TURN_ENDS,
+    Answer,
+    FakeModel,
+    Json,
+    Patch,
+    Program,
+    Serve,
+    Server,
+    Visitor,
+    chunk,
+    cut_wire,
+    deltas,
+    forever,
+    make_config,
+    model,  # noqa: F401
+    program,
+    quiet_log,  # noqa: F401
+    raw_http,
+    read_close,
+    reply,
+    reset,
+    run_program,
+    serve,  # noqa: F401
+    sse,
+    status,
+    until,
+)
+
+# ---------------------------------------------------------------------------------------------
+# Helpers: servers that are started again, a disk that is slow, clocks that go wrong.
+
+
+@contextlib.asynccontextmanager
+async def running(config: lf.Config) -> AsyncIterator[Server]:
+    """A server for the length of a block."""
+    async with lf.serving(config) as (app, url), aiohttp.ClientSession() as http:
+        yield Server(url, http, app[lf.HUB])
+
+
+def on_disk(folder: Path) -> Json:
+    return {"state_dir": str(folder)}
+
+
+def query(folder: Path, sql: str) -> list[tuple[Any, ...]]:
+    """What another program reads from the database."""
+    with contextlib.closing(sqlite3.connect(folder / "leflux.db")) as db:
+        return db.execute(sql).fetchall()
+
+
+def kept_messages(folder: Path, session_id: str) -> list[tuple[str, str]]:
+    rows = query(folder, "SELECT session, body FROM message ORDER BY number")
+    bodies = [json.loads(body) for session, body in rows if session == session_id]
+    return [(body["role"], body["content"]) for body in bodies]
+
+
+def traces(folder: Path, *secrets: str) -> list[str]:
+    """The files of a folder that hold one of these texts."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return [p.name for p in files if any(s.encode() in p.read_bytes() for s in secrets)]
+
+
+def snapshot(folder: Path, copy: Path) -> Path:
+    """What kill -9 would leave of a server that has nothing to write."""
+    copy.mkdir()
+    for path in folder.glob("leflux.db*"):
+        shutil.copy(path, copy)
+    return copy
+
+
+def names(frames: list[Json]) -> list[str]:
+    return [frame["event"] for frame in frames]
+
+
+def errors_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+
+
+def doing(message: str, **action: Any) -> list[bytes]:
+    """A script that answers with a message and an action."""
+    return [sse(chunk(json.dumps({"message": message, "action": action})), "[DONE]")]
+
+
+BUTTONS: list[Json] = [
+    {"id": 1, "type": "button", "text": "Next"},
+    {"id": 2, "type": "button", "text": "Delete account"},
+    {"id": 3, "type": "a", "text": "Prices", "href": "/prices"},
+]
+SHOWN: Json = {"url": f"{ORIGIN}/", "visibleText": "Hi", "indexedElements": BUTTONS}
+CLICK: Json = {"type": "click_element", "elementId": 1}
+
+
+class Disk:
+    """The commits of servers, which a test counts and may hold up."""
+
+    def __init__(self) -> None:
+        self.commits = 0  # begun
+        self.free = threading.Event()
+        self.free.set()
+
+
+@pytest.fixture
+def disk(monkeypatch: Patch) -> Iterator[Disk]:
+    """Counts commits, holds them up while it is not free, and soon gives up on a lock."""
+    slow, commit = Disk(), lf.Store._commit
+
+    def wait_and_commit(store: lf.Store, *arguments: Any) -> Any:
+        slow.commits += 1
+        slow.free.wait(PATIENCE_SECONDS)
+        cast(sqlite3.Connection, store._db).execute("PRAGMA busy_timeout = 20")
+        return commit(store, *arguments)
+
+    monkeypatch.setattr(lf.Store, "_commit", wait_and_commit)
+    yield slow
+    slow.free.set()
+
+
+class Clock:
+    """The time module as the server sees it: a test may move it ahead or stop the calendar."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+        self.stopped_at: float | None = None
+
+    def time(self) -> float:
+        return time.time() + self.ahead if self.stopped_at is None else self.stopped_at
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+@pytest.fixture
+def clock(monkeypatch: Patch) -> Clock:
+    moved = Clock()
+    monkeypatch.setattr(lf, "time", moved)
+    return moved
+
+
+async def written(server: Server) -> None:
+    """Nothing is left to write."""
+    await until(lambda: server.hub.store._writer is None)
+
+
+async def expect_waiting(server: Server, waiting: asyncio.Task[Any]) -> None:
+    """Others are answered meanwhile, and it is not."""
+    for _ in range(5):
+        assert (await server.call("GET", "/health")).status == 200
+    assert not waiting.done()
+
+
+# ---------------------------------------------------------------------------------------------
+# Store: what is on disk, and when
+
+
+async def test_state_is_private(serve: Serve, tmp_path: Path) -> None:
+    """The database and the files beside it are readable for their owner alone, a new folder too."""
+    umask = os.umask(0)
+    try:
+        for folder in (tmp_path / "new", tmp_path / "old"):
+            if folder.name == "old":
+                folder.mkdir()
+                (folder / "leflux.db").touch(0o666)
+            server = await serve(server=on_disk(folder))
+            await (await server.visitor()).ask()
+            modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()}
+            files = ("leflux.db", "leflux.db-wal", "leflux.db-shm")
+            assert modes == dict.fromkeys(files, 0o600)
+        assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
+    finally:
+        os.umask(umask)
+
+
+async def test_database_format(serve: Serve, tmp_path: Path) -> None:
+    """State lives in state_dir/leflux.db, relative to the configuration, in WAL, with a version."""
+    async with running(make_config(None, tmp_path, server={"state_dir": "a/b"})) as server:
+        await (await server.visitor()).ask()
+        folder = tmp_path / "a" / "b"
+        assert query(folder, "PRAGMA journal_mode") == [("wal",)]
+        assert query(folder, "PRAGMA user_version") == [(lf.SCHEMA_VERSION,)]
+        assert lf.SCHEMA_VERSION > 0
+
+
+async def test_sessions_are_kept_from_their_first_message_on(serve: Serve, tmp_path: Path) -> None:
+    """A session that nobody has said anything in is not on disk."""
+    server = await serve(server=on_disk(tmp_path))
+    silent, other = await server.visitor(), await server.visitor()
+    await other.ask()
+    assert query(tmp_path, "SELECT id FROM session") == [(other.id,)]
+    assert not traces(tmp_path, silent.id)
+
+
+async def test_chat_answers_after_its_commit(
+    serve: Serve, model: FakeModel, disk: Disk, tmp_path: Path
+) -> None:
+    """A message is on disk before /api/chat answers, before a retry is answered, and before the
+    model hears of it."""
+    server = await serve(model, server=on_disk(tmp_path))
+    visitor = await server.visitor()
+    await written(server)
+    seen = disk.commits
+    disk.free.clear()
+    first = asyncio.create_task(visitor.post("Hello", clientMessageId="one"))
+    await until(lambda: disk.commits > seen)
+    retry = asyncio.create_task(visitor.post("Hello", clientMessageId="one"))
+    await expect_waiting(server, first)
+    await expect_waiting(server, retry)
+    assert kept_messages(tmp_path, visitor.id) == []
+    assert model.requests == []
+    disk.free.set()
+    done, _ = await asyncio.wait([first, retry], return_when=asyncio.FIRST_COMPLETED)
+    assert kept_messages(tmp_path, visitor.id)[0] == ("user", "Hello")
+    assert (await first).body == (await retry).body
+    assert (await visitor.turn())[-1]["data"]["text"] == "ok"
+
+
+ENDS = [  # the ends of a turn, and what of them the history keeps
+    ("message_done", reply("The reply"), "The reply"),
+    ("message", doing("", type="ask_user", question="The reply"), "The reply"),
+    ("message", doing("The reply", type="abort_workflow", reason="no"), "The reply\n\nno"),
+    ("task_complete", doing("The reply", type="task_complete", summary="It"), "The reply\n\nIt"),
+    ("confirmation_required", doing("The reply", type="click_element", elementId=2), "The reply"),
+    (
+        "ui_block",
+        doing("The reply", type="render_ui_block", block_type="faq_list", data={"items": [{"question": "Q", "answer": "A"}]}),
+        "The reply",
+    ),
+]
+
+
+@pytest.mark.parametrize(("event", "script", "shown"), ENDS)
+async def test_reply_is_on_disk_before_its_end_is_sent(
+    event: str,
+    script: list[bytes],
+    shown: str,
+    serve: Serve,
+    model: FakeModel,
+    disk: Disk,
+    tmp_path: Path,
+) -> None:
+    """The event that ends a turn is sent, also to a newer socket, once its text is on disk."""
+    server = await serve(model, server=on_disk(tmp_path))
+    visitor = await server.visitor()
+    model.scripts.append([model.at_gate, *script])
+    await visitor.chat(pageContext=SHOWN)
+    await until(lambda: model.requests)
+    await written(server)
+    disk.free.clear()
+    model.gate.release()
+    session = server.hub.sessions[visitor.id]
+    await until(lambda: session.task is None or session.task.phase != "running")
+    await visitor.expect_open()
+    await visitor.connect()
+    await visitor.expect_open()
+    assert not {*names(visitor.frames)} & {*TURN_ENDS}
+    assert len(kept_messages(tmp_path, visitor.id)) == 1
+    disk.free.set()
+    assert (await visitor.turn())[-1]["event"] == event
+    kept = kept_messages(tmp_path, visitor.id)
+    assert kept[1][0] == "assistant"
+    assert kept[1][1].startswith(shown)
+    assert kept == await visitor.history()
+
+
+@pytest.mark.parametrize("how", ["delete", "idle"])
+async def test_gone_sessions_leave_no_byte(
+    how: str, serve: Serve, model: FakeModel, tmp_path: Path
+) -> None:
+    """What is deleted or idle is in no file of the state any more, not even overwritten."""
+    server = await serve(model, server=on_disk(tmp_path))
+    leaving, staying = await server.visitor(), await server.visitor()
+    for visitor, mark in ((leaving, "SECRET"), (staying, "STAYING")):
+        for length in (0, 4900):
+            model.scripts.append(reply(f"{mark}-answer" * (1 + length // 10)))
+            await visitor.ask(f"{mark}-question {'x' * length}", clientMessageId=f"{mark}{length}")
+    assert traces(tmp_path, "SECRET-q")
+    assert traces(tmp_path, "SECRET-a")
+    assert traces(tmp_path, leaving.id)
+    if how == "delete":
+        answer = await server.call("DELETE", f"/api/session/{leaving.id}")
+        assert answer.body == {"deleted": True}
+    else:
+        server.age(leaving, 3600)
+        await lf.sweep(server.hub, time.monotonic())
+        await until(lambda: not traces(tmp_path, leaving.id))
+    assert traces(tmp_path, "SECRET", leaving.id) == []
+    assert (await leaving.get()).status == 404
+    assert len(kept_messages(tmp_path, staying.id)) == 4
+
+
+async def test_delete_during_a_turn_leaves_no_byte(
+    serve: Serve, model: FakeModel, disk: Disk, tmp_path: Path
+) -> None:
+    """A session that is deleted while its message is being written is not written after all."""
+    server = await serve(model, server=on_disk(tmp_path))
+    visitor = await server.visitor()
+    await written(server)
+    seen = disk.commits
+    disk.free.clear()
+    post = asyncio.create_task(visitor.post("SECRET"))
+    await until(lambda: disk.commits > seen)
+    path = f"/api/session/{visitor.id}"
+    delete = asyncio.create_task(server.call("DELETE", path))
+    await expect_waiting(server, delete)
+    disk.free.set()
+    assert (await delete).body == {"deleted": True}
+    assert (await post).status in (200, 404)
+    assert traces(tmp_path, "SECRET", visitor.id) == []
+
+
+async def test_deletion_is_finished_when_a_backup_has_ended(
+    serve: Serve, model: FakeModel, tmp_path: Path
+) -> None:
+    """A reader that holds on to the old log delays the overwriting, and no more than that."""
+    server = await serve(model, server=on_disk(tmp_path))
+    visitor = await server.visitor()
+    await visitor.ask("SECRET")
+    reader = sqlite3.connect(tmp_path / "leflux.db", isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM message").fetchall()
+    assert (await server.call("DELETE", f"/api/session/{visitor.id}")).status == 200
+    assert kept_messages(tmp_path, visitor.id) == []
+    reader.close()
+    await until(lambda: not traces(tmp_path, "SECRET", visitor.id))
+
+
+async def test_locked_database(
+    serve: Serve,
+    model: FakeModel,
+    disk: Disk,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """While the database is locked serving goes on, one error a minute is logged, and all is
+    written once it is free."""
+    server = await serve(model, server=on_disk(tmp_path))
+    visitor, leaving = await server.visitor(), await server.visitor()
+    await visitor.ask("Before")
+    await leaving.ask("SECRET")
+    with contextlib.closing(sqlite3.connect(tmp_path / "leflux.db", isolation_level=None)) as lock:
+        lock.execute("BEGIN EXCLUSIVE")
+        assert (await visitor.ask("One"))["data"]["text"] == "ok"
+        assert (await visitor.ask("Two"))["data"]["text"] == "ok"
+        assert (await server.call("DELETE", f"/api/session/{leaving.id}")).status == 200
+        tries = disk.commits
+        await until(lambda: disk.commits > tries + 1)
+        assert len(errors_in(caplog)) == 1
+        server.hub.store._complained -= 60
+        await until(lambda: len(errors_in(caplog)) > 1)
+        assert len(errors_in(caplog)) == 2
+        assert len(kept_messages(tmp_path, visitor.id)) == 2
+        lock.execute("ROLLBACK")
+    await until(lambda: len(kept_messages(tmp_path, visitor.id)) == 6)
+    assert kept_messages(tmp_path, visitor.id) == await visitor.history()
+    await until(lambda: not traces(tmp_path, "SECRET", leaving.id))
+    assert all("\n" not in line for line in errors_in(caplog))
+    caplog.clear()
+    await visitor.ask("After")
+    assert kept_messages(tmp_path, visitor.id) == await visitor.history()
+
+
+async def test_full_disk(
+    serve: Serve, model: FakeModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk that fills up degrades to memory; what is said meanwhile is written later on."""
+    server = await serve(model, server=on_disk(tmp_path))
+    visitor = await server.visitor()
+    await visitor.ask("Before")
+    database = cast(sqlite3.Connection, server.hub.store._db)
+    database.execute("PRAGMA max_page_count = 1")  # that is: as many as there are
+    for number in range(8):
+        assert (await visitor.ask(f"{number} " + "x" * 4000))["data"]["text"] == "ok"
+    assert len(errors_in(caplog)) == 1
+    caplog.clear()
+    database.execute("PRAGMA max_page_count = 1000000")
+    await until(lambda: len(kept_messages(tmp_path, visitor.id)) == 18)
+    assert kept_messages(tmp_path, visitor.id) == await visitor.history()
+
+
+async def test_stop_right_after_the_disk_is_back(
+    model: FakeModel, disk: Disk, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a failing disk kept in memory is flushed at the end, if the disk takes it again."""
+    async with running(make_config(model, server=on_disk(tmp_path))) as server:
+        visitor = await server.visitor()
+        with contextlib.closing(
+            sqlite3.connect(tmp_path / "leflux.db", isolation_level=None)
+        ) as lock:
+            lock.execute("BEGIN EXCLUSIVE")
+            await visitor.ask("Hello")  # that fails; the next try is a second away
+        assert not server.hub.store.durable
+        history = await visitor.history()
+    assert len(errors_in(caplog)) == 1
+    caplog.clear()
+    assert kept_messages(tmp_path, visitor.id) == history
+    assert len(history) == 2
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 600])
+async def test_long_conversations(
+    first: int, serve: Serve, disk: Disk, tmp_path: Path
+) -> None:
+    """However much was said during one slow write: after a restart it is what it was in memory."""
+    folder = tmp_path / "state"
+    server = await serve(server=on_disk(folder))
+    visitor = await server.visitor()
+    session = server.hub.sessions[visitor.id]
+
+    def remember(count: int) -> None:
+        for _ in range(count):
+            session.remember("user", f"message {session.message_count}")
+        session.store.touch(session)
+
+    for number, (before, meanwhile, after) in enumerate([(first, 700, 0), (1, 1, 1), (0, 501, 2)]):
+        await written(server)
+        seen = disk.commits
+        disk.free.clear()
+        remember(before)
+        if before:
+            await until(lambda seen=seen: disk.commits > seen)  # type: ignore[misc]
+        remember(meanwhile)
+        disk.free.set()
+        await written(server)
+        for _ in range(after):
+            remember(1)
+            await written(server)
+        copy = snapshot(folder, tmp_path / str(number))
+        async with running(make_config(server=on_disk(copy))) as restarted:
+            again = restarted.hub.sessions[visitor.id]
+            assert again.history == session.history
+            assert again.message_count == session.message_count
+            assert len(query(copy, "SELECT number FROM message")) == lf.MAX_HISTORY
+
+
+async def test_without_a_state_dir_nothing_is_written(
+    serve: Serve, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """state_dir = "" keeps everything in memory."""
+    monkeypatch.chdir(tmp_path)
+    async with running(make_config(None, tmp_path)) as server:
+        visitor = await server.visitor()
+        await visitor.ask()
+        assert (await server.call("DELETE", f"/api/session/{visitor.id}")).status == 200
+        assert not [t for t in threading.enumerate() if t.name.startswith("leflux-store")]
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_state_directory_of_systemd(tmp_path: Path) -> None:
+    """$STATE_DIRECTORY overrides state_dir; of several the first one counts."""
+    more = '[server]\nstate_dir = "unused"\n'
+    folder = tmp_path / "first"
+    async with program(tmp_path, more, STATE_DIRECTORY=f"{folder}:{tmp_path / 'second'}") as run:
+        await (await run.server.visitor()).ask()
+        assert len(query(folder, "SELECT * FROM session")) == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"config.toml", "first"}
+
+
+# ---------------------------------------------------------------------------------------------
+# Store: what stops the start
+
+
+@pytest.fixture
+async def kept(model: FakeModel, tmp_path: Path) -> Path:
+    """A folder with the state of a server that has ended: long conversations in one file."""
+    folder = tmp_path / "kept"
+    async with running(make_config(model, server=on_disk(folder))) as server:
+        for _ in range(4):
+            visitor = await server.visitor()
+            for number in range(3):
+                await visitor.ask(f"{number} " + "Lorem ipsum " * 300)
+    assert {p.name for p in folder.iterdir()} == {"leflux.db"}
+    return folder
+
+
+def damage(folder: Path, name: str) -> None:
+    path = folder / "leflux.db"
+    size = path.stat().st_size
+    if name == "not a database":
+        path.write_bytes(b"This is no database. " * 1000)
+    elif name == "truncated":
+        os.truncate(path, size // 2)
+    elif name == "pages overwritten":
+        with path.open("r+b") as file:
+            for page in range(4096, size, 8192):
+                file.seek(page)
+                file.write(b"\xff" * 4096)
+    elif name == "a folder":
+        path.unlink()
+        path.mkdir()
+    elif name == "a file in the folder's place":
+        shutil.rmtree(folder)
+        folder.touch()
+    else:
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+            db.execute(name)
+
+
+DAMAGES = (
+    "not a database",
+    "truncated",
+    "pages overwritten",
+    "a folder",
+    "a file in the folder's place",
+    "PRAGMA user_version = 99",
+    "DROP TABLE usage",
+    "ALTER TABLE site RENAME COLUMN patch TO path",
+    "UPDATE session SET state = 'junk'",
+    "UPDATE message SET body = '[]'",
+)
+
+
+async def test_unusable_databases_stop_the_start(kept: Path, tmp_path: Path) -> None:
+    """A damaged, newer or unusable database stops the start with one clear line, and is left
+    alone."""
+    (tmp_path / "c.toml").write_text('[[sites]]\nid = "shop"\nname = "Shop"\n')
+
+    async def start(folder: Path) -> tuple[int, str, str]:
+        config = ("--config", str(tmp_path / "c.toml"))
+        return await run_program(*config, LEFLUX_PORT="0", STATE_DIRECTORY=str(folder))
+
+    folders = []
+    for number, name in enumerate(DAMAGES):
+        folders.append(tmp_path / str(number))
+        shutil.copytree(kept, folders[-1])
+        damage(folders[-1], name)
+    newer = folders[DAMAGES.index("PRAGMA user_version = 99")]
+    untouched = (newer / "leflux.db").read_bytes()
+    for half in (0, 1):  # not all of them at once
+        chosen = range(half, len(folders), 2)
+        results = await asyncio.gather(*(start(folders[n]) for n in chosen))
+        for number, (code, out, err) in zip(chosen, results, strict=True):
+            assert code not in (0, 1), (DAMAGES[number], err)
+            assert out == ""
+            assert err.count("\n") == 1, (DAMAGES[number], err)
+            assert str(folders[number] / "leflux.db") in err
+    assert (newer / "leflux.db").read_bytes() == untouched
+
+
+async def test_locked_database_stops_the_start(kept: Path) -> None:
+    """A database that another program holds locked stops the start with one line."""
+    with contextlib.closing(sqlite3.connect(kept / "leflux.db", isolation_level=None)) as lock:
+        lock.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(lf.ConfigError, match=r"leflux\.db.*locked"):
+            async with running(make_config(server=on_disk(kept))):
+                pass
+    async with running(make_config(server=on_disk(kept))) as server:
+        assert len(server.hub.sessions) == 4
+
+
+@pytest.mark.parametrize("old", [False, True])
+async def test_disk_that_takes_nothing_stops_the_start(
+    old: bool, kept: Path, tmp_path: Path
+) -> None:
+    """Where nothing can be written, the start ends with one line and a code that is not 0."""
+    folder = kept if old else tmp_path / "new"
+    (tmp_path / "c.toml").write_text('[[sites]]\nid = "shop"\nname = "Shop"\n')
+    command = 'ulimit -f 0; exec "$0" "$@"'
+    child = await asyncio.create_subprocess_exec(
+        *("sh", "-c", command, sys.executable, lf.__file__, "--config", str(tmp_path / "c.toml")),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "LEFLUX_PORT": "0", "STATE_DIRECTORY": str(folder)},
+    )
+    out, err = await asyncio.wait_for(child.communicate(), PATIENCE_SECONDS)
+    assert child.returncode not in (0, 1, None)
+    assert out == b""
+    assert err.count(b"\n") == 1, err
+    assert str(folder / "leflux.db").encode() in err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
+async def test_read_only_database_stops_the_start(kept: Path) -> None:
+    """A database that may only be read stops the start with one line."""
+    for path, mode in ((kept / "leflux.db", 0o400), (kept, 0o500)):
+        path.chmod(mode)
+        with pytest.raises(lf.ConfigError, match=r"leflux\.db"):
+            async with running(make_config(server=on_disk(kept))):
+                pass
+        path.chmod(0o700)
+
+
+async def test_damage_anywhere(kept: Path, tmp_path: Path) -> None:
+    """Wherever bytes of the file are wrong: it starts and serves, or stops with one line."""
+    whole = (kept / "leflux.db").read_bytes()
+    dice = random.Random(8)
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    config, started, refused = make_config(server=on_disk(folder)), 0, 0
+    for number in range(60):
+        length = dice.choice([1, 16, 400])
+        # Every other time in the file's header and its schema, where it matters most.
+        place = dice.randrange(4096 if number % 2 else len(whole) - length)
+        piece = dice.choice([bytes(length), b"\xff" * length, dice.randbytes(length)])
+        (folder / "leflux.db").write_bytes(whole[:place] + piece + whole[place + length :])
+        try:
+            async with running(config) as server:
+                started += 1
+                assert (await server.call("GET", "/health")).status == 200
+        except lf.ConfigError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            assert str(folder / "leflux.db") in str(error)
+        for path in folder.iterdir():
+            path.unlink()
+    assert started
+    assert refused
