@@ -645,3 +645,299 @@ async def test_damage_anywhere(kept: Path, tmp_path: Path) -> None:
             path.unlink()
     assert started
     assert refused
+
+
+# ---------------------------------------------------------------------------------------------
+# Restart
+
+SPICY = 'Grüße 👋🏽 \x00 \x7f "q" \\ \u2028 </script> {"a": [null, 1e400]} ' + "\n\t" * 3
+
+
+async def test_session_goes_on_after_a_restart(model: FakeModel, tmp_path: Path) -> None:
+    """A session goes on where it was: same id, history, page and next seq, and what was asked
+    before is answered as before."""
+    config = make_config(model, server=on_disk(tmp_path))
+    async with running(config) as server:
+        visitor = await server.visitor()
+        model.scripts.append(reply(SPICY))
+        await visitor.ask(f"Q {SPICY}")
+        first_id = await visitor.chat("Again", clientMessageId="one")
+        last_seq = (await visitor.turn())[-1]["seq"]
+        before = await visitor.get()
+        created = server.hub.sessions[visitor.id].created_at
+    asked = len(model.requests)
+    async with running(config) as visitor.server:
+        after = await visitor.get()
+        assert after.raw == before.raw
+        assert after.body["history"][1] == {"role": "assistant", "content": SPICY}
+        session = visitor.server.hub.sessions[visitor.id]
+        assert session.created_at == created
+        joined = await visitor.connect(last_seq)
+        assert joined["restored"] is True
+        assert joined["history"] == before.body["history"]
+        assert await visitor.chat("Again", clientMessageId="one") == first_id
+        assert len(model.requests) == asked
+        assert (await visitor.ask("New", clientMessageId="two"))["event"] == "message_done"
+        assert visitor.frames[-2]["seq"] == last_seq + 1
+        assert "Q Grüße" in model.prompt()
+        stats = (await visitor.server.call("GET", "/api/stats")).body
+        assert stats["activeSessions"] == 1
+
+
+async def test_idle_sessions_do_not_come_back(tmp_path: Path) -> None:
+    """After a restart a session older than the idle limit is not found, and off the disk."""
+    config = make_config(server=on_disk(tmp_path))
+    async with running(config) as server:
+        old, young = await server.visitor(), await server.visitor()
+        await old.ask("SECRET")
+        await young.ask("Hello")
+    age = """UPDATE session SET state =
+        json_set(state, '$.active', json_extract(state, '$.active') - ?) WHERE id = ?"""
+    with contextlib.closing(sqlite3.connect(tmp_path / "leflux.db", isolation_level=None)) as db:
+        db.execute(age, (30 * 60, old.id))
+        db.execute(age, (30 * 60 - 60, young.id))
+    async with running(config) as server:
+        old.server = young.server = server
+        assert (await old.get()).error == (404, "session_not_found")
+        assert (await young.get()).status == 200
+        await until(lambda: not traces(tmp_path, "SECRET", old.id))
+        server.age(young, 61)  # the idle time goes on, it does not begin again
+        assert (await young.get()).error == (404, "session_not_found")
+
+
+async def test_sessions_of_sites_that_are_gone(tmp_path: Path) -> None:
+    """Sessions of a site that is no longer configured do not come back."""
+    async with running(make_config(server=on_disk(tmp_path))) as server:
+        visitor = await server.visitor()
+        await visitor.ask("SECRET")
+    async with running(make_config(server=on_disk(tmp_path), sites=[OTHER])) as server:
+        assert server.hub.sessions == {}
+        await until(lambda: not traces(tmp_path, "SECRET", visitor.id))
+
+
+@pytest.mark.parametrize(("event", "script", "shown"), [end for end in ENDS if end[0][0] != "c"])
+async def test_missed_end_of_a_turn(
+    event: str, script: list[bytes], shown: str, model: FakeModel, tmp_path: Path
+) -> None:
+    """A client that missed the last event of a finished turn in a crash gets it with lastSeq, and
+    one that has seen it does not get it again."""
+    server_of = [make_config(model, server=on_disk(tmp_path / n)) for n in ("one", "two")]
+    async with running(server_of[0]) as server:
+        visitor = await server.visitor()
+        model.scripts.append(script)
+        await visitor.chat(pageContext=SHOWN)
+        end = (await visitor.turn())[-1]
+        assert end["event"] == event
+        snapshot(tmp_path / "one", tmp_path / "two")
+    async with running(server_of[1]) as visitor.server:
+        for last_seq in (None, 0, end["seq"] - 1):
+            await visitor.connect(last_seq)
+            assert await visitor.next() == end
+            await visitor.expect_open()
+        await visitor.connect(end["seq"])
+        await visitor.ws.send_str("barrier")
+        assert (await visitor.next())["event"] == "error"
+        await visitor.ask()
+        assert visitor.frames[-2]["seq"] == end["seq"] + 1
+
+
+async def test_kill_cuts_off_turns_and_tasks(tmp_path: Path, model: FakeModel) -> None:
+    """Turns and tasks that kill -9 cuts off, wherever they are, end with a message that says so;
+    its seq is above all that was seen, and the conversation goes on."""
+    more = f'[llm]\nbase_url = "{model.url}"\n[limits]\ninit_per_minute = 100\n'
+    begun = sse(chunk('{"message": "Half'))
+    cut: dict[str, Visitor] = {}
+    async with program(tmp_path, more) as run:
+        for name in ("silent", "streaming", "acting", "acted", "confirming", "going on"):
+            visitor = cut[name] = await run.server.visitor()
+            if name in ("silent", "streaming"):
+                model.scripts.append([begun, forever] if name == "streaming" else [forever])
+            else:
+                element = 2 if name == "confirming" else 1
+                model.scripts.append(doing("Going", type="click_element", elementId=element))
+            await visitor.chat("Do it", pageContext=SHOWN)
+            if name == "silent":
+                continue
+            last = await visitor.next()
+            while last["event"] not in ("action_plan", "confirmation_required"):
+                if name == "streaming":
+                    break
+                last = await visitor.next()
+            if name in ("acted", "going on"):
+                plan = last["data"]["actions"][0]
+                result = {"success": True}
+                await visitor.send("action_complete", actionId=plan["id"], result=result)
+            if name == "going on":
+                model.scripts.append([begun, begun, forever])
+                await visitor.send("continue_task", context=SHOWN)
+                last = await visitor.next()
+            if name != "going on":
+                await visitor.expect_open()
+        run.child.kill()
+        await run.end()
+    for _ in range(2):  # and once more, before anybody has come back
+        async with program(tmp_path, more) as run:
+            assert (await run.server.call("GET", "/health")).status == 200
+            run.child.kill()
+            await run.end()
+    async with program(tmp_path, more) as run:
+        for name, visitor in cut.items():
+            visitor.server = run.server
+            seen = max((frame["seq"] for frame in visitor.frames), default=0)
+            await visitor.connect(seen)
+            end = await visitor.next()
+            assert end["event"] == "message", name
+            assert end["data"] == {"text": lf.RESTARTED}
+            assert seen < end["seq"] < 2**53
+            assert (await visitor.history())[0] == ("user", "Do it")
+            assert (await visitor.history())[-1] == ("assistant", lf.RESTARTED)
+            await visitor.send("continue_task", context=SHOWN)
+            await visitor.send("confirmation_response", confirmed=True)
+            await visitor.expect_open()
+            assert visitor.frames[-2] == end  # the old task is over
+            await visitor.ask("Go on")
+            assert visitor.frames[-2]["seq"] == end["seq"] + 1
+
+
+class Echo(deque[Any]):
+    """The scripts of a model that says what it was asked, in pieces."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def popleft(self) -> Any:
+        async def answer(request: web.Request) -> web.StreamResponse:
+            asked = (await request.json())["messages"][-1]["content"]
+            said = json.dumps({"message": "re: " + asked.split("\n\n")[-1]})
+            response = web.StreamResponse()
+            await response.prepare(request)
+            for start in range(0, len(said), 8):
+                await response.write(sse(chunk(said[start : start + 8])))
+            await response.write(sse("[DONE]"))
+            return response
+
+        return answer
+
+
+@dataclasses.dataclass
+class Talker:
+    """A visitor who talks as fast as possible, and keeps book."""
+
+    name: str
+    visitor: Visitor | None = None
+    tried: int = 0
+    acknowledged: list[str] = dataclasses.field(default_factory=list)
+    heard: list[str] = dataclasses.field(default_factory=list)
+    last_seq: int = 0
+
+    async def talk(self, server: Server) -> None:
+        """Talk until the server dies."""
+        with contextlib.suppress(aiohttp.ClientError, ConnectionError):
+            if self.visitor is None:
+                visitor = await server.visitor(connect=False)
+            else:
+                visitor = self.visitor
+                visitor.server = server
+            path = f"/?sessionId={visitor.id}&lastSeq={self.last_seq}"
+            visitor.ws = await server.socket(path)
+            while True:
+                self.tried += 1
+                text = f"{self.name} says {self.tried}"
+                assert (await visitor.post(text)).status == 200
+                self.visitor = visitor
+                self.acknowledged.append(text)
+                if not await self.hear(visitor.ws, f"re: {text}"):
+                    return
+                self.heard.append(f"re: {text}")
+
+    async def hear(self, ws: aiohttp.ClientWebSocketResponse, expected: str) -> bool:
+        """Hear frames up to a reply; False if the line is cut."""
+        while (message := await ws.receive(PATIENCE_SECONDS)).type is WSMsgType.TEXT:
+            frame = json.loads(message.data)
+            if frame["event"] != "session_joined":
+                assert frame["seq"] > self.last_seq
+                self.last_seq = frame["seq"]
+            if frame["event"] == "message_done" and frame["data"]["text"] == expected:
+                return True
+        return False
+
+    async def check(self, server: Server) -> None:
+        """Nothing that was acknowledged or heard is lost, out of order or there twice."""
+        if self.visitor is None:
+            return
+        self.visitor.server = server
+        history = await self.visitor.history()
+        for role, expected in (("user", self.acknowledged), ("assistant", self.heard)):
+            kept = [text for one, text in history if one == role]
+            assert len(set(kept) - {lf.RESTARTED}) == len([t for t in kept if t != lf.RESTARTED])
+            assert [text for text in kept if text in expected] == expected
+
+
+async def test_kill_under_load(tmp_path: Path, model: FakeModel) -> None:
+    """However often kill -9 strikes while visitors chat: no acknowledged message and no reply
+    whose message_done was seen is lost, and the database is whole."""
+    limits = "init_per_minute = 1000\nchat_per_minute = 100000"
+    more = f'[llm]\nbase_url = "{model.url}"\n[limits]\n{limits}\n'
+    model.scripts = Echo()
+    dice, kills = random.Random(4), 8
+    talkers = [Talker(f"talker {number}") for number in range(6)]
+    for kill in range(kills):
+        async with program(tmp_path, more) as run:
+            for talker in talkers:
+                await talker.check(run.server)
+            talks = [asyncio.create_task(talker.talk(run.server)) for talker in talkers]
+            enough = sum(len(t.acknowledged) for t in talkers) + dice.randrange(10, 120)
+            await until(
+                lambda enough=enough, talks=talks: (  # type: ignore[misc]
+                    sum(len(t.acknowledged) for t in talkers) >= enough
+                    or any(talk.done() for talk in talks)
+                )
+            )
+            run.child.kill()
+            await run.end()
+            await asyncio.gather(*talks)
+        copy = snapshot(tmp_path, tmp_path / f"killed-{kill}")
+        assert query(copy, "PRAGMA integrity_check") == [("ok",)]
+        assert query(copy, "PRAGMA foreign_key_check") == []
+    async with program(tmp_path, more) as run:
+        for talker in talkers:
+            await talker.check(run.server)
+            assert talker.acknowledged
+            assert talker.heard
+        run.child.send_signal(signal.SIGTERM)
+        code, log = await run.end()
+    assert code == 0
+    assert " ERROR " not in log
+
+
+async def test_shutdown_flushes_everything(tmp_path: Path, model: FakeModel) -> None:
+    """SIGTERM: the end of every turn is heard and on disk, the cut-off ones too, exit code 0."""
+    settings = "[server]\nshutdown_seconds = 0.2\n[limits]\nsite_tokens_per_day = 1000000\n"
+    more = f'[llm]\nbase_url = "{model.url}"\n{settings}'
+    async with program(tmp_path, more) as run:
+        done, streaming, confirming = [await run.server.visitor() for _ in range(3)]
+        model.scripts.append(doing("Shall I?", type="click_element", elementId=2))
+        await confirming.ask("Delete it", pageContext=SHOWN)
+        model.scripts.append([sse(chunk("Half")), forever])
+        await streaming.chat("Long")
+        await streaming.next()
+        await done.chat("Short")
+        run.child.send_signal(signal.SIGTERM)
+        ends = [(await visitor.turn())[-1] for visitor in (done, streaming, confirming)]
+        for visitor in (done, streaming, confirming):
+            assert (await read_close(visitor.ws))[1] == 1001
+        assert (await run.end())[0] == 0
+    assert not list(tmp_path.glob("*-wal"))
+    assert kept_messages(tmp_path, done.id) == [("user", "Short"), ("assistant", "ok")]
+    assert kept_messages(tmp_path, streaming.id) == [
+        ("user", "Long"),
+        ("assistant", f"Half{lf.CUT_SHORT}"),
+    ]
+    assert kept_messages(tmp_path, confirming.id)[-1] == ("assistant", lf.INTERRUPTED)
+    assert [end["event"] for end in ends] == ["message_done", "message_done", "message"]
+    async with program(tmp_path, more) as run:
+        for visitor, end in zip((done, streaming, confirming), ends, strict=True):
+            visitor.server = run.server
+            await visitor.connect(end["seq"] - 1)
+            assert await visitor.next() == end
+            assert await visitor.history() == kept_messages(tmp_path, visitor.id)
