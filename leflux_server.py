@@ -1483,6 +1483,13 @@ def settle_tokens(hub: Hub, site: Site, usage: Usage, reserved: int, spent: int)
     note_usage(hub, site.id, usage)
 
 
+def give_back(hub: Hub, site: Site, task: Task) -> None:
+    """Return what a task has set aside and its model was never asked for."""
+    if task.usage is not None:
+        settle_tokens(hub, site, task.usage, task.reserved, 0)
+        task.usage = None
+
+
 # ---------------------------------------------------------------------------------------------
 # Page context: what the visitor's page shows, cut to its limits, of known types only.
 
@@ -2821,12 +2828,15 @@ def run_turn(hub: Hub, session: Session, task: Task) -> int:
     task.phase, task.deadline, task.resumable = "running", math.inf, False
     task.stream_id, task.said = f"stream-{number}", []
     task.runner = asyncio.create_task(answer(hub, session, task))
+    if task.usage is not None:  # a cancelled task may not even begin
+        site = hub.sites[session.site_id]
+        task.runner.add_done_callback(lambda _: give_back(hub, site, task))
     return number
 
 
 def first_call_tokens(hub: Hub, site: Site, session: Session, context: Json, message: str) -> int:
     """Estimate, on the safe side, what the first call of a task may cost."""
-    if not hub.config.limits.site_tokens_per_day:
+    if hub.model is None or not hub.config.limits.site_tokens_per_day:
         return 0
     chars = len(SYSTEM_PROMPT) + len(ACTION_HELP) + len(site.instructions) + KNOWLEDGE_CHARS
     chars += len(message) + (len(describe_page(context)) if context else 0)
