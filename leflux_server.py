@@ -2955,11 +2955,14 @@ async def converse(hub: Hub, session: Session, task: Task) -> tuple[Completion, 
         if usage is None:
             reserved = prompt_tokens + hub.config.llm.max_tokens
             usage = admit(hub, site, 0, reserved, time.time())
-        completion = Completion()
+        completion, failed = Completion(), False
         try:
             await hub.model.complete(prompt, on_text, completion)
+        except ModelError:
+            failed = not length
+            raise
         finally:
-            guess = prompt_tokens + length // 4 if length else 0
+            guess = 0 if failed else prompt_tokens + length // 4
             spent = guess if completion.tokens is None else completion.tokens
             settle_tokens(hub, site, usage, reserved, spent)
     rest, reply = reader.finish()
