@@ -547,7 +547,9 @@ class Site:
     owners: tuple[str, ...] = key((), list_of(text(320, 1)))
     instructions: str = key("", text(20_000))
     knowledge: tuple[str, ...] = key((), list_of(text(4000, 1)))
-    refusal: str = key("I have answered all I can for today. Please come back tomorrow.", text(500))
+    refusal: str = key(
+        "I have answered all I can for today. Please come back tomorrow.", text(500, 1)
+    )
     restrictions: tuple[str, ...] = key((), list_of(choice("navigate", "type", "submit")))
     config: Json = dataclasses.field(default_factory=dict, metadata={"check": an_object})
 
