@@ -941,3 +941,338 @@ async def test_shutdown_flushes_everything(tmp_path: Path, model: FakeModel) -> 
             await visitor.connect(end["seq"] - 1)
             assert await visitor.next() == end
             assert await visitor.history() == kept_messages(tmp_path, visitor.id)
+
+
+# ---------------------------------------------------------------------------------------------
+# Budgets
+
+REFUSAL = "Enough for today, see you tomorrow."
+FRUGAL: Json = {**SHOP, "refusal": REFUSAL}
+BUDGET_SPENT = (429, "budget_exceeded")
+NOON = datetime(2026, 2, 28, 12, tzinfo=UTC).timestamp()
+
+
+def frugal_hub(**limits: int) -> tuple[lf.Hub, lf.Site]:
+    """A hub with a model that is never asked, and its site."""
+    config = make_config(limits=limits, sites=[FRUGAL, OTHER])
+    hub = lf.Hub(config=config, knowledge={}, started=0, store=lf.Store(None))
+    hub.model = cast(Any, object())
+    return hub, config.sites[0]
+
+
+def used_tokens(server: Server, site_id: str = "shop") -> tuple[int, int]:
+    """The tokens a site has spent, and those set aside."""
+    usage = lf.usage_today(server.hub, site_id, lf.time.time())
+    return usage.tokens, usage.reserved
+
+
+def using(tokens: int, text: str = "ok") -> list[bytes]:
+    """A script that reports its usage."""
+    usage = {"prompt_tokens": tokens - 1, "completion_tokens": 1, "total_tokens": tokens}
+    end = {"choices": [], "usage": usage}
+    return [sse(chunk(json.dumps({"message": text})), end, "[DONE]")]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same_day"),
+    [
+        ("2026-02-28T00:00:00+00:00", "2026-02-28T23:59:59.999+00:00", True),
+        ("2026-02-28T23:59:59.999+00:00", "2026-03-01T00:00:00+00:00", False),
+        ("2026-02-28T23:00:00-05:00", "2026-03-01T10:00:00+00:00", True),
+        ("2026-02-28T10:00:00+00:00", "2026-03-28T10:00:00+00:00", False),
+    ],
+)
+def test_budgets_are_for_a_utc_day(first: str, second: str, same_day: bool) -> None:
+    """Messages and tokens are counted in UTC days; a new day begins with nothing used."""
+    hub, site = frugal_hub(site_messages_per_day=2, site_tokens_per_day=100)
+    now, later = (datetime.fromisoformat(day).timestamp() for day in (first, second))
+    lf.settle_tokens(hub, site, lf.admit(hub, site, 2, 100, now), 100, 90)
+    usage = lf.usage_today(hub, site.id, later)
+    assert (usage.messages, usage.tokens) == ((2, 90) if same_day else (0, 0))
+    if same_day:
+        with pytest.raises(lf.ApiError):
+            lf.admit(hub, site, 1, 1, later)
+    else:
+        lf.admit(hub, site, 2, 100, later)
+
+
+@pytest.mark.parametrize(
+    ("limits", "used", "wanted", "fits"),
+    [  # limits, used and wanted: (messages, tokens)
+        ((0, 0), (10**9, 10**9), (1, 10**9), True),
+        ((3, 0), (2, 10**9), (1, 10**9), True),
+        ((3, 0), (3, 0), (1, 0), False),
+        ((3, 0), (3, 0), (0, 10), True),  # the next call for a message that is counted
+        ((0, 100), (10**9, 60), (1, 40), True),
+        ((0, 100), (0, 60), (1, 41), False),
+        ((0, 100), (0, 160), (0, 1), False),
+        ((3, 100), (2, 60), (1, 41), False),
+        ((3, 100), (3, 10), (1, 10), False),
+    ],
+)
+def test_budget_that_is_left(
+    limits: tuple[int, int], used: tuple[int, int], wanted: tuple[int, int], fits: bool
+) -> None:
+    """What fits into both budgets is admitted, 0 is no limit; what is refused counts as nothing."""
+    hub, site = frugal_hub(site_messages_per_day=limits[0], site_tokens_per_day=limits[1])
+    usage = lf.usage_today(hub, site.id, NOON)
+    usage.messages, usage.tokens = used
+    if fits:
+        assert lf.admit(hub, site, *wanted, NOON) is usage
+        assert (usage.messages, usage.reserved) == (used[0] + wanted[0], wanted[1])
+        assert lf.admit(hub, hub.config.sites[1], *wanted, NOON) is not usage
+    else:
+        with pytest.raises(lf.ApiError) as caught:
+            lf.admit(hub, site, *wanted, NOON)
+        assert (caught.value.status, caught.value.code) == BUDGET_SPENT
+        assert caught.value.message == REFUSAL
+        assert (usage.messages, usage.tokens, usage.reserved) == (*used, 0)
+
+
+def test_call_over_midnight() -> None:
+    """A call that ends on the next day is charged to the day on which it began."""
+    hub, site = frugal_hub(site_tokens_per_day=100)
+    usage = lf.admit(hub, site, 1, 100, NOON)
+    tomorrow = lf.admit(hub, site, 1, 100, NOON + 86400)
+    lf.settle_tokens(hub, site, usage, 100, 70)
+    assert (usage.tokens, usage.reserved) == (70, 0)
+    assert (tomorrow.tokens, tomorrow.reserved) == (0, 100)
+
+
+async def test_messages_per_day(serve: Serve, model: FakeModel, clock: Clock) -> None:
+    """After site_messages_per_day: 429 budget_exceeded with the site's refusal, until the next UTC
+    day; for this site alone, and the refused message leaves no trace."""
+    clock.stopped_at = NOON
+    limits = {"site_messages_per_day": 2}
+    server = await serve(model, limits=limits, sites=[FRUGAL, OTHER])
+    visitor, second = await server.visitor(), await server.visitor()
+    await visitor.ask("One", clientMessageId="one")
+    await second.ask("Two")
+    answer = await visitor.post("Three", clientMessageId="three")
+    assert answer.error == BUDGET_SPENT
+    assert answer.body["message"] == REFUSAL
+    assert (await second.post("Four")).error == BUDGET_SPENT
+    assert await visitor.history() == [("user", "One"), ("assistant", "ok")]
+    assert len(model.requests) == 2
+    assert (await visitor.post("One", clientMessageId="one")).status == 200  # it is counted already
+    await (await server.visitor("https://other.example")).ask()
+    clock.stopped_at = NOON + 12 * 3600 - 1
+    assert (await visitor.post("Five")).error == BUDGET_SPENT
+    clock.stopped_at += 1
+    assert (await visitor.ask("Three", clientMessageId="three"))["data"]["text"] == "ok"
+
+
+async def test_refused_requests_cost_nothing(serve: Serve, model: FakeModel) -> None:
+    """Only a message that is taken counts: none that is invalid, too fast or from a stranger."""
+    limits = {"site_messages_per_day": 2, "chat_per_minute": 1}
+    server = await serve(model, limits=limits)
+    visitor = await server.visitor()
+    assert (await visitor.post("")).status == 400
+    assert (await visitor.post("x", pageContext=5)).status == 400
+    visitor.origin = "https://other.example"
+    assert (await visitor.post()).status == 404
+    visitor.origin = ORIGIN
+    await visitor.ask()
+    assert (await visitor.post()).error == (429, "rate_limit_exceeded")
+    assert lf.usage_today(server.hub, "shop", time.time()).messages == 1
+
+
+@pytest.mark.parametrize("limit", [0, 1_000_000])
+async def test_tokens_are_settled_with_reported_usage(
+    limit: int, serve: Serve, model: FakeModel
+) -> None:
+    """Tokens are set aside before a call, if there is a limit, and settled with its usage after."""
+    server = await serve(model, limits={"site_tokens_per_day": limit})
+    visitor = await server.visitor()
+    model.scripts.append([model.at_gate, *using(123)])
+    await visitor.chat("Hello " * 100)
+    await until(lambda: model.requests)
+    spent, reserved = used_tokens(server)
+    assert spent == 0
+    if limit:
+        prompt = sum(len(m["content"]) for m in model.requests[0]["messages"])
+        assert reserved >= prompt // 4 + model.requests[0]["max_tokens"]
+    model.gate.release()
+    await visitor.turn()
+    assert used_tokens(server) == (123, 0)
+    model.scripts.append(using(1000))
+    await visitor.ask()
+    assert used_tokens(server) == (1123, 0)
+
+
+async def test_tokens_are_estimated_where_none_are_reported(
+    serve: Serve, model: FakeModel
+) -> None:
+    """Without usage 4 characters count as a token, of what was asked and what was said."""
+    server = await serve(model)
+    visitor = await server.visitor()
+    expected = 0
+    for script in (reply("x" * 4000), [sse(chunk("x" * 400)), cut_wire]):
+        model.scripts.append(script)
+        await visitor.ask("y" * 4000)
+        expected += sum(len(m["content"]) for m in model.requests[-1]["messages"]) // 4
+    expected += 4400 // 4
+    spent, reserved = used_tokens(server)
+    assert expected <= spent <= expected + 20  # and the JSON around the text
+    assert reserved == 0
+
+
+async def test_calls_that_fail_cost_nothing(serve: Serve, model: FakeModel) -> None:
+    """A call that a provider has refused is settled with nothing."""
+    server = await serve(model, limits={"site_tokens_per_day": 10_000})
+    visitor = await server.visitor()
+    model.scripts.append(status(401, {"error": {"message": "no"}}))
+    model.scripts.extend([reset] * 3)
+    for _ in range(2):
+        assert (await visitor.ask())["data"]["isError"] is True
+    assert used_tokens(server) == (0, 0)
+
+
+@pytest.mark.parametrize("said", ["", "x" * 400])
+async def test_call_that_is_stopped(said: str, serve: Serve, model: FakeModel) -> None:
+    """A call that is stopped halfway pays for its prompt and what was said, and holds nothing."""
+    server = await serve(model, limits={"site_tokens_per_day": 100_000})
+    visitor = await server.visitor()
+    model.scripts.append([sse(chunk(said)), forever])
+    await visitor.chat()
+    await until(lambda: model.requests)
+    if said:
+        await visitor.next()
+    await visitor.send("stop")
+    await visitor.turn()
+    await until(lambda: not used_tokens(server)[1])
+    prompt = sum(len(m["content"]) for m in model.requests[0]["messages"]) // 4
+    assert used_tokens(server) == (prompt + len(said) // 4, 0)
+
+
+@pytest.mark.parametrize("how", ["message", "delete", "stop"])
+async def test_call_that_never_began(
+    how: str, serve: Serve, model: FakeModel, disk: Disk, tmp_path: Path
+) -> None:
+    """What was set aside for a call that is cancelled before it begins is given back."""
+    server = await serve(model, server=on_disk(tmp_path), limits={"site_tokens_per_day": 100_000})
+    visitor = await server.visitor()
+    await written(server)
+    seen = disk.commits
+    disk.free.clear()
+    posts = [asyncio.create_task(visitor.post("One"))]
+    await until(lambda: disk.commits > seen)
+    assert used_tokens(server)[1] > 0
+    if how == "message":
+        posts.append(asyncio.create_task(visitor.post("Two")))
+        await until(lambda: server.hub.messages_processed == 2)
+    elif how == "delete":
+        path = f"/api/session/{visitor.id}"
+        posts.append(asyncio.create_task(server.call("DELETE", path)))
+        await until(lambda: not server.hub.sessions)
+    else:
+        await visitor.send("stop")
+        await until(lambda: server.hub.sessions[visitor.id].task is None)
+    model.scripts.append(using(77))
+    disk.free.set()
+    await asyncio.gather(*posts)
+    if how == "message":
+        while (await visitor.turn())[-1]["data"]["text"] != "ok":
+            pass
+    assert used_tokens(server) == (77 if how == "message" else 0, 0)
+    assert len(model.requests) == (how == "message")
+
+
+@pytest.mark.parametrize("limits", [{"site_messages_per_day": 7}, {"site_tokens_per_day": 20_000}])
+async def test_parallel_requests_stay_within_the_budget(
+    limits: Json, serve: Serve, model: FakeModel
+) -> None:
+    """However many requests come at once: no more is admitted than the budget holds."""
+    server = await serve(model, limits={**limits, "init_per_minute": 1000})
+    visitors = [await server.visitor(connect=False) for _ in range(40)]
+    model.scripts.extend([[model.at_gate, *using(1500)]] * 40)
+    answers = await asyncio.gather(*(visitor.post() for visitor in visitors))
+    taken = [answer for answer in answers if answer.status == 200]
+    assert all(a.status == 200 or a.error == BUDGET_SPENT for a in answers)
+    if "site_messages_per_day" in limits:
+        assert len(taken) == 7
+    else:
+        assert 1 <= len(taken) < 20_000 / 1024
+        assert sum(used_tokens(server)) <= 20_000
+    for _ in visitors:
+        model.gate.release()
+    await until(lambda: not any(s.task for s in server.hub.sessions.values()))
+    assert used_tokens(server) == (1500 * len(taken), 0)
+    assert len(model.requests) == len(taken)
+
+
+async def test_budget_runs_out_in_the_middle_of_a_task(serve: Serve, model: FakeModel) -> None:
+    """A task whose next call does not fit the budget any more ends with the refusal."""
+    server = await serve(model, limits={"site_tokens_per_day": 20_000}, sites=[FRUGAL])
+    visitor = await server.visitor()
+    script = doing("Going", **CLICK)
+    usage = {"choices": [], "usage": {"total_tokens": 19_500}}
+    model.scripts.append([script[0].replace(b"data: [DONE]", sse(usage).strip())])
+    await visitor.chat(pageContext=SHOWN)
+    while (frame := await visitor.next())["event"] != "action_plan":
+        pass
+    plan = frame["data"]["actions"][0]
+    await visitor.send("action_complete", actionId=plan["id"], result={"success": True})
+    await visitor.send("continue_task", context=SHOWN)
+    end = (await visitor.turn())[-1]
+    assert (end["event"], end["data"]) == ("message", {"text": REFUSAL})
+    assert len(model.requests) == 1
+    assert (await visitor.history())[-1] == ("assistant", REFUSAL)
+    assert used_tokens(server) == (19_500, 0)
+    assert (await visitor.post()).error == BUDGET_SPENT
+    assert server.hub.sessions[visitor.id].task is None
+
+
+async def test_offline_guide_costs_no_tokens(serve: Serve) -> None:
+    """The offline guide answers whatever the token budget; its messages count."""
+    limits = {"site_tokens_per_day": 1, "site_messages_per_day": 2}
+    server = await serve(limits=limits)
+    visitor = await server.visitor()
+    for _ in range(2):
+        assert (await visitor.ask())["event"] == "message_done"
+    assert (await visitor.post()).error == BUDGET_SPENT
+    assert used_tokens(server) == (0, 0)
+
+
+async def test_usage_is_kept_across_restarts(
+    model: FakeModel, clock: Clock, tmp_path: Path
+) -> None:
+    """Usage is kept across restarts; a crash counts what was set aside as spent."""
+    clock.stopped_at = NOON
+    limits = {"site_messages_per_day": 3, "site_tokens_per_day": 50_000}
+    config = make_config(model, server=on_disk(tmp_path / "state"), limits=limits)
+    async with running(config) as server:
+        visitor = await server.visitor()
+        model.scripts.append(using(5000))
+        await visitor.ask()
+    async with running(config) as server:
+        assert used_tokens(server) == (5000, 0)
+        visitor = await server.visitor()
+        model.scripts.append([model.at_gate, *using(1)])
+        await visitor.chat()
+        await until(lambda: model.requests[1:])
+        await written(server)
+        reserved = used_tokens(server)[1]
+        crashed = snapshot(tmp_path / "state", tmp_path / "crashed")
+        model.gate.release()
+        await visitor.turn()
+    copy = make_config(model, server=on_disk(crashed), limits=limits)
+    for config_now, spent in ((config, 5001), (copy, 5000 + reserved)):
+        async with running(config_now) as server:
+            assert used_tokens(server) == (spent, 0)
+            visitor = await server.visitor()
+            await visitor.ask()
+            assert (await visitor.post()).error == BUDGET_SPENT
+    clock.stopped_at += 86400
+    async with running(config) as server:
+        await written(server)
+        assert query(tmp_path / "state", "SELECT * FROM usage") == []
+        await (await server.visitor()).ask()
+        assert lf.usage_today(server.hub, "shop", clock.time()).messages == 1
+
+
+@pytest.mark.parametrize("refusal", ["", 5, "x" * 501])
+def test_refusal_must_say_something(refusal: Any) -> None:
+    """A refusal is shown to visitors, so it is not empty."""
+    with pytest.raises(lf.ConfigError, match="refusal"):
+        make_config(sites=[{**SHOP, "refusal": refusal}])
