@@ -3564,7 +3564,7 @@ class KeyCache:
             log.warning("the sign-in keys could not be fetched: %s", type(error).__name__)
             self._failed = now
             return
-        max_age = re.search(r"max-age\s*=\s*(\d{1,9})", cache_control)
+        max_age = re.search(r"max-age\s*=\s*(\d{1,9})", cache_control, re.I)
         self.keys = keys
         self._expires = now + (int(max_age[1]) if max_age else 3600)
 
