@@ -1276,3 +1276,714 @@ def test_refusal_must_say_something(refusal: Any) -> None:
     """A refusal is shown to visitors, so it is not empty."""
     with pytest.raises(lf.ConfigError, match="refusal"):
         make_config(sites=[{**SHOP, "refusal": refusal}])
+
+
+# ---------------------------------------------------------------------------------------------
+# Tokens
+
+PROJECT = "leflux-test"
+ISSUER = f"https://securetoken.google.com/{PROJECT}"
+NOW = int(time.time())
+MISSING = object()
+CLAIMS: Json = {
+    "aud": PROJECT,
+    "iss": ISSUER,
+    "sub": "olga",
+    "user_id": "olga",
+    "exp": NOW + 3600,
+    "iat": NOW - 60,
+    "auth_time": NOW - 600,
+    "firebase": {"sign_in_provider": "google.com"},
+}
+HEADER: Json = {"alg": "RS256", "kid": "key-1", "typ": "JWT"}
+
+
+@functools.cache
+def private_key(number: int) -> rsa.RSAPrivateKey:
+    return rsa.generate_private_key(public_exponent=65537, key_size=2048)
+
+
+@functools.cache
+def certificate(number: int) -> str:
+    """A self-signed X.509 certificate as Google publishes them; number 0 is not RSA."""
+    key = private_key(number) if number else ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "securetoken.test")])
+    today = datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(today - timedelta(1)).not_valid_after(today + timedelta(1))
+    signed = builder.sign(key, hashes.SHA256())
+    return signed.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def public_keys() -> dict[str, rsa.RSAPublicKey]:
+    return {f"key-{number}": private_key(number).public_key() for number in (1, 2)}
+
+
+def base64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def sign_rsa(signed: bytes, number: int = 1, digest: hashes.HashAlgorithm | None = None) -> bytes:
+    return private_key(number).sign(signed, padding.PKCS1v15(), digest or hashes.SHA256())
+
+
+def sign_pss(signed: bytes) -> bytes:
+    digest = hashes.SHA256()
+    return private_key(1).sign(signed, padding.PSS(padding.MGF1(digest), 32), digest)
+
+
+def sign_hmac(signed: bytes) -> bytes:
+    return hmac.digest(certificate(1).encode(), signed, hashlib.sha256)
+
+
+def sign_not(_: bytes) -> bytes:
+    return b""
+
+
+Signer = Callable[[bytes], bytes]
+
+
+def join_token(header: bytes, payload: bytes, sign: Signer = sign_rsa) -> str:
+    signed = f"{base64url(header)}.{base64url(payload)}"
+    return f"{signed}.{base64url(sign(signed.encode()))}"
+
+
+def changed(original: Json, changes: Mapping[str, Any]) -> bytes:
+    fields = {**original, **changes}
+    return json.dumps({k: v for k, v in fields.items() if v is not MISSING}).encode()
+
+
+def make_token(
+    claims: Mapping[str, Any] | None = None,
+    header: Mapping[str, Any] | None = None,
+    sign: Signer = sign_rsa,
+) -> str:
+    """A Firebase ID token with changed claims and header fields, rightly signed all the same."""
+    return join_token(changed(HEADER, header or {}), changed(CLAIMS, claims or {}), sign)
+
+
+GOOD_CLAIMS: list[Json] = [
+    {},
+    {"sub": "x"},
+    {"sub": "ü" * 128},
+    {"exp": NOW + 1},
+    {"exp": NOW},
+    {"exp": NOW - 9},  # 10 s leeway
+    {"iat": NOW, "auth_time": NOW},
+    {"iat": NOW + 10, "auth_time": NOW + 10},
+    {"auth_time": NOW - 10**8},
+    {"email": "a@b.example", "email_verified": True},
+    {"email": 5, "email_verified": True},
+    {"nbf": "later", "admin": True},
+]
+EXPIRED_CLAIMS: list[Json] = [{"exp": NOW - 10}, {"exp": NOW - 3600}, {"exp": 0}, {"exp": -(10**40)}]
+BAD_CLAIMS: list[Json] = [
+    *({"aud": aud} for aud in ([PROJECT], [PROJECT, "other"], "other", "", None, MISSING, 5, True)),
+    *({"aud": aud} for aud in ({PROJECT: 1}, PROJECT.upper(), f"{PROJECT} ", f"{PROJECT},other")),
+    *({"iss": iss} for iss in ("https://securetoken.google.com/other", f"{ISSUER}/", "", None)),
+    *({"iss": iss} for iss in (MISSING, [ISSUER], ISSUER.replace("https", "http"), PROJECT)),
+    {"iss": f"https://session.firebase.google.com/{PROJECT}"},  # a session cookie
+    {"iss": "https://accounts.google.com"},  # a Google ID token
+    {  # a custom token, as a server makes it for its own users
+        "iss": "firebase-adminsdk@leflux-test.iam.gserviceaccount.com",
+        "sub": "firebase-adminsdk@leflux-test.iam.gserviceaccount.com",
+        "aud": "https://identitytoolkit.googleapis.com/google.identity.identitytoolkit.v1"
+        ".IdentityToolkit",
+        "uid": "olga",
+        "auth_time": MISSING,
+    },
+    *({"sub": sub} for sub in ("", "x" * 129, MISSING, None, 5, True, ["olga"], {"olga": 1})),
+    *(
+        {name: moment}
+        for name in ("exp", "iat", "auth_time")
+        for moment in (MISSING, None, float(NOW), NOW + 0.5, str(NOW + 60), True, [NOW], {})
+    ),
+    *({name: v} for name in ("exp", "iat", "auth_time") for v in (float("nan"), float("inf"))),
+    *({name: v} for name in ("iat", "auth_time") for v in (NOW + 11, NOW + 3600, 10**40)),
+    {"exp": NOW - 10, "aud": "other"},  # not even that it has expired is told
+    {"exp": NOW - 10, "iat": "x"},
+]
+OWN_KEY = {"kty": "RSA", "alg": "RS256", "use": "sig", "n": "AQAB", "e": "AQAB"}
+BAD_HEADERS: list[tuple[Json, Signer]] = [
+    *(({"alg": alg}, sign) for alg in ("none", "None", "nOnE", "") for sign in (sign_not, sign_rsa)),
+    ({"alg": "HS256"}, sign_hmac),
+    ({"alg": "RS512"}, functools.partial(sign_rsa, digest=hashes.SHA512())),
+    ({"alg": "RS384"}, functools.partial(sign_rsa, digest=hashes.SHA384())),
+    ({"alg": "PS256"}, sign_pss),
+    *(({"alg": alg}, sign_rsa) for alg in ("rs256", "ES256", MISSING, None, 5, ["RS256"])),
+    *(({"kid": kid}, sign_rsa) for kid in ("key-9", "", "KEY-1", MISSING, None, 1, ["key-1"], {})),
+    *(({"crit": crit}, sign_rsa) for crit in (["exp"], [], None, ["b64"], "exp")),
+    *(({"jku": url}, sign_rsa) for url in ("https://evil.example/keys", None)),
+    *(({"x5u": url}, sign_rsa) for url in ("https://evil.example/cert", "")),
+    ({"x5c": [certificate(1)]}, sign_rsa),
+    ({"jwk": OWN_KEY}, sign_rsa),
+    ({"jwk": OWN_KEY}, functools.partial(sign_rsa, number=2)),
+    ({"b64": False}, sign_not),
+    ({}, functools.partial(sign_rsa, number=2)),
+    ({"kid": "key-2"}, sign_rsa),
+    ({}, sign_not),
+    ({}, lambda signed: sign_rsa(signed)[:-1]),
+    ({}, lambda signed: sign_rsa(signed) + b"\0"),
+    ({}, lambda signed: bytes(256)),
+    ({}, lambda signed: sign_rsa(signed + b" ")),
+]
+
+
+def junk_tokens() -> list[str]:
+    """Texts that are no token at all."""
+    token = make_token()
+    header, payload, signature = token.split(".")
+    good, claims = changed(HEADER, {}), changed(CLAIMS, {})
+    deep = b'{"sub":' * 500 + b"1" + b"}" * 500
+    return [
+        *("", " ", "a", ".", "..", "...", "a.b", "a.b.c", "null", "e30.e30.e30", "=.=.=", "\x7f"),
+        *("é.é.é", "\ud83d\ude00", "\u0130", "A" * 8192, "." * 8192, f"{token}." * 8, token * 2),
+        *(token[: len(token) * part // 9] for part in range(1, 9)),
+        *(token[:-1], f"{token}=", f"{token} ", f" {token}", f"{token}.", f"Bearer {token}"),
+        *(f"{header}.{payload}", f"{header}.{payload}.", f".{payload}.{signature}", token[::-1]),
+        *(f"{header}..{signature}", f"{header}.{payload}.{signature[::-1]}"),
+        f"{header}.{base64url(changed(CLAIMS, {'sub': 'root'}))}.{signature}",
+        *(join_token(junk, claims) for junk in (b"", b"[]", b"5", b"null", b'"RS256"', b"\xff", deep)),
+        *(join_token(good, junk) for junk in (b"", b"[]", b"5", b"null", b"{", b"\xff\xfe", deep)),
+        join_token(good, claims.replace(str(NOW + 3600).encode(), b"9" * 5000)),
+        join_token(good.replace(b'"key-1"', b"9" * 5000), claims),
+    ]
+
+
+def verdict(token: str, now: float = NOW) -> str:
+    """What verify_token says: the uid, or why not."""
+    try:
+        return lf.verify_token(token, public_keys(), PROJECT, now).uid
+    except lf.TokenError as problem:
+        return f"no: {problem}"
+
+
+@pytest.mark.parametrize("claims", GOOD_CLAIMS)
+def test_good_tokens(claims: Json) -> None:
+    """A token of this project that Google has signed says who is calling."""
+    assert verdict(make_token(claims)) == claims.get("sub", "olga")
+    assert verdict(make_token(claims, {"kid": "key-2"}, functools.partial(sign_rsa, number=2)))
+
+
+@pytest.mark.parametrize("claims", BAD_CLAIMS, ids=str)
+def test_bad_claims(claims: Json) -> None:
+    """A token that is rightly signed is refused for any claim that is missing or not as it must
+    be."""
+    assert verdict(make_token(claims)) == "no: invalid"
+
+
+@pytest.mark.parametrize("claims", EXPIRED_CLAIMS)
+def test_expired_tokens(claims: Json) -> None:
+    """A token whose time is over, leeway included, has expired."""
+    assert verdict(make_token(claims)) == "no: expired"
+
+
+@pytest.mark.parametrize(("header", "sign"), BAD_HEADERS)
+def test_bad_headers_and_signatures(header: Json, sign: Signer) -> None:
+    """Only RS256 by a key that Google publishes counts, and nothing that the token brings along.
+    Without it not even "expired" is told."""
+    assert verdict(make_token({}, header, sign)) == "no: invalid"
+    assert verdict(make_token({"exp": 0}, header, sign)) == "no: invalid"
+
+
+@pytest.mark.parametrize("number", range(len(junk_tokens())))
+def test_junk_tokens(number: int) -> None:
+    """What is no token is refused like any other."""
+    assert verdict(junk_tokens()[number]) == "no: invalid"
+
+
+def test_token_in_time() -> None:
+    """A token holds from 10 s before it was issued to 10 s after it has expired."""
+    token = make_token()
+    issued, expires = CLAIMS["iat"], CLAIMS["exp"]
+    for now, expected in (
+        (issued - 10.1, "no: invalid"),
+        (issued - 10, "olga"),
+        (expires + 9.9, "olga"),
+        (expires + 10, "no: expired"),
+    ):
+        assert verdict(token, now) == expected
+
+
+@pytest.mark.parametrize(
+    ("claims", "email"),
+    [
+        ({"email": "Olga@Example.COM", "email_verified": True}, "olga@example.com"),
+        *(
+            ({"email": "olga@example.com", "email_verified": verified}, "")
+            for verified in (False, MISSING, None, 1, "true", [True])
+        ),
+        *(({"email": email, "email_verified": True}, "") for email in (MISSING, None, 5, "", [])),
+    ],
+)
+def test_email_of_a_token(claims: Json, email: str) -> None:
+    """An e-mail address counts only when email_verified is true, and without case."""
+    caller = lf.verify_token(make_token(claims), public_keys(), PROJECT, NOW)
+    assert caller == lf.Caller("olga", email)
+    assert caller.is_one_of(["olga"])
+    assert not caller.is_one_of(["OLGA", "", "x"])
+    assert caller.is_one_of(["OLGA@example.com"]) == bool(email)
+
+
+# ---------------------------------------------------------------------------------------------
+# Tokens: the keys
+
+
+class KeyServer:
+    """Publishes certificates as Google does."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.certificates: Any = {"key-1": certificate(1)}
+        self.cache_control = "public, max-age=3600, must-revalidate, no-transform"
+        self.fetches = 0
+        self.instead: Callable[[web.Request], Awaitable[web.StreamResponse]] | None = None
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        self.fetches += 1
+        if self.instead is not None:
+            return await self.instead(request)
+        headers = {"Cache-Control": self.cache_control} if self.cache_control else {}
+        return web.json_response(self.certificates, headers=headers)
+
+
+@pytest.fixture
+async def key_server() -> AsyncIterator[KeyServer]:
+    published = KeyServer()
+    app = web.Application()
+    app.router.add_get("/keys", published.answer)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    published.url = f"http://127.0.0.1:{runner.addresses[0][1]}/keys"
+    yield published
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def cache(key_server: KeyServer) -> AsyncIterator[lf.KeyCache]:
+    async with aiohttp.ClientSession() as http:
+        yield lf.KeyCache(http, key_server.url)
+
+
+UNAVAILABLE = (503, "auth_keys_unavailable")
+
+
+async def keys_in(cache: lf.KeyCache, key_id: str = "key-1") -> set[str]:
+    """The ids of the keys that the cache offers; none if it is unavailable."""
+    try:
+        return set(await cache.keys_for(key_id))
+    except lf.ApiError as error:
+        assert (error.status, error.code) == UNAVAILABLE
+        return set()
+
+
+@pytest.mark.parametrize(
+    ("cache_control", "seconds"),
+    [
+        ("public, max-age=3600, must-revalidate, no-transform", 3600),
+        ("max-age=60", 60),
+        ("Max-Age=90, public", 90),
+        ("s-maxage=5, max-age=70", 70),
+    ],
+)
+async def test_keys_are_cached_for_max_age(
+    cache_control: str, seconds: int, cache: lf.KeyCache, key_server: KeyServer, clock: Clock
+) -> None:
+    """Keys are fetched when they are first needed, and again when max-age is over."""
+    key_server.cache_control = cache_control
+    assert key_server.fetches == 0
+    for ahead, fetches in ((0, 1), (seconds - 10, 1), (seconds, 2), (2 * seconds - 10, 2)):
+        clock.ahead = ahead
+        for _ in range(3):
+            assert await keys_in(cache) == {"key-1"}
+        assert key_server.fetches == fetches, ahead
+
+
+async def test_rotated_keys_are_picked_up_at_once(
+    cache: lf.KeyCache, key_server: KeyServer
+) -> None:
+    """A token with a key that is newer than the cache is checked with it, at once."""
+    assert await keys_in(cache) == {"key-1"}
+    key_server.certificates = {"key-1": certificate(1), "key-2": certificate(2)}
+    assert await keys_in(cache) == {"key-1"}
+    assert await keys_in(cache, "key-2") == {"key-1", "key-2"}
+    key_server.certificates = {"key-2": certificate(2)}
+    assert await keys_in(cache, "key-1") == {"key-1", "key-2"}
+    assert key_server.fetches == 2
+
+
+async def test_unknown_keys_are_looked_for_once_a_minute(
+    cache: lf.KeyCache, key_server: KeyServer, clock: Clock
+) -> None:
+    """However many tokens name unknown keys: the keys are refetched at most once a minute."""
+    await keys_in(cache)
+    for ahead, fetches in ((0, 2), (50, 2), (60, 3), (110, 3), (121, 4)):
+        clock.ahead = ahead
+        await asyncio.gather(*(keys_in(cache, f"unknown-{n}") for n in range(20)))
+        assert key_server.fetches == fetches, ahead
+    key_server.instead = cast(Any, status(500, {}))
+    for ahead, fetches in ((182, 5), (230, 5), (243, 6)):
+        clock.ahead = ahead
+        await asyncio.gather(*(keys_in(cache, f"unknown-{n}") for n in range(20)))
+        assert await keys_in(cache) == {"key-1"}
+        assert key_server.fetches == fetches, ahead
+
+
+async def test_old_keys_serve_through_an_outage(
+    cache: lf.KeyCache, key_server: KeyServer, clock: Clock
+) -> None:
+    """When a refetch fails the old keys serve on, until an hour after they have expired."""
+    assert await keys_in(cache) == {"key-1"}
+    key_server.instead = cast(Any, status(500, {}))
+    for ahead, there in ((3600, True), (3610, True), (7190, True), (7200, False), (9000, False)):
+        clock.ahead, fetches = ahead, key_server.fetches
+        for _ in range(5):
+            assert bool(await keys_in(cache)) is there
+        assert key_server.fetches == fetches + 1  # it is asked again, but not by every caller
+    key_server.instead = None
+    clock.ahead = 9010
+    assert await keys_in(cache) == {"key-1"}
+
+
+@pytest.mark.parametrize(
+    "published",
+    [
+        {},
+        [],
+        None,
+        {"key-1": "junk"},
+        {"key-1": 5},
+        {"key-1": ""},
+        {"key-1": certificate(0)},
+        {"key-1": certificate(1).replace("M", "N")},
+        {"error": {"code": 500}},
+        status(500, {"key-1": certificate(1)}),
+        status(404, {"key-1": certificate(1)}),
+        reset,
+    ],
+)
+async def test_no_keys_at_all(
+    published: Any, cache: lf.KeyCache, key_server: KeyServer, clock: Clock
+) -> None:
+    """Without any key: 503 auth_keys_unavailable, and it is well as soon as there are keys."""
+    if callable(published):
+        key_server.instead = published
+    good, key_server.certificates = key_server.certificates, published
+    for _ in range(3):
+        assert await keys_in(cache) == set()
+    assert key_server.fetches == (2 if published is reset else 1)  # a GET is tried again
+    key_server.certificates, key_server.instead = good, None
+    clock.ahead = 10
+    assert await keys_in(cache) == {"key-1"}
+
+
+# ---------------------------------------------------------------------------------------------
+# Admin: who may
+
+MANAGED: Json = {
+    **SHOP,
+    "owners": ["olga", "Owner@Example.com"],
+    "instructions": "Be kind.",
+    "refusal": REFUSAL,
+    "config": {"greeting": "Welcome!", "launcher": {"shape": "pill", "size": "lg"}},
+}
+FOREIGN: Json = {**OTHER, "owners": ["otto"]}
+MANAGED_CONFIG: Json = {
+    "layout": "floating",
+    "primaryColor": "#a855f7",
+    "greeting": "Welcome!",
+    "position": "bottom-right",
+    "launcher": {"hidden": False, "shape": "pill", "size": "lg", "icon": "chat", "glow": True},
+    "nudge": {"enabled": False},
+    "quickChips": [],
+}
+MANAGED_SITE: Json = {
+    "id": "shop",
+    "name": "Acme Shop",
+    "allowedHosts": ["acme.com", "localhost"],
+    "owners": ["olga", "Owner@Example.com"],
+    "instructions": "Be kind.",
+    "refusal": REFUSAL,
+    "restrictions": [],
+    "config": MANAGED_CONFIG,
+    "usage": {"messagesToday": 0, "tokensToday": 0},
+}
+PEOPLE: dict[str, Json] = {
+    "owner": {"sub": "olga"},
+    "owner by mail": {"sub": "o1", "email": "OWNER@example.COM", "email_verified": True},
+    "other owner": {"sub": "otto"},
+    "admin": {"sub": "root"},
+    "admin by mail": {"sub": "r1", "email": "boss@EXAMPLE.com", "email_verified": True},
+    "stranger": {"sub": "eve"},
+    "unverified owner": {"sub": "e1", "email": "owner@example.com", "email_verified": False},
+    "unverified admin": {"sub": "e2", "email": "boss@example.com"},
+    "half verified admin": {"sub": "e3", "email": "boss@example.com", "email_verified": "true"},
+    "look-alike": {"sub": "OLGA", "email": "owner@example.com.evil.example", "email_verified": True},
+    "nameless": {"sub": "e4", "email": "", "email_verified": True},
+}
+STRANGERS = [name for name in PEOPLE if "owner" not in name.split() and "admin" not in name.split()]
+STRANGERS += ["other owner", "unverified owner", "unverified admin", "half verified admin"]
+
+
+@functools.cache
+def bearer(who: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {make_token(PEOPLE[who])}"}
+
+
+def office(key_server: KeyServer | None, **tables: Any) -> Json:
+    """The tables of a server with an admin API; without a key server it has none."""
+    firebase: Json = {"admins": ["root", "Boss@Example.com"]}
+    if key_server is not None:
+        firebase |= {"project_id": PROJECT, "keys_url": key_server.url}
+    return {"sites": [MANAGED, FOREIGN], "firebase": firebase, **tables}
+
+
+async def manage(
+    server: Server, method: str, path: str = "", body: Any = None, who: str = "owner"
+) -> Answer:
+    """A request to /api/admin/sites<path>."""
+    path = f"/api/admin/sites{path}"
+    return await server.call(method, path, body, origin=None, headers=bearer(who))
+
+
+async def details(server: Server, site_id: str = "shop") -> Json:
+    answer = await manage(server, "GET", f"/{site_id}", who="admin")
+    assert answer.status == 200, answer.raw
+    return cast(Json, answer.body)
+
+
+ADMIN_ROWS: list[tuple[str, str, Any]] = [
+    ("GET", "", None),
+    ("POST", "", {"name": "New", "host": "new.example"}),
+    ("GET", "/shop", None),
+    ("PATCH", "/shop", {"name": "New"}),
+    ("PATCH", "/shop/config", {"greeting": "New"}),
+    ("DELETE", "/shop", None),
+    ("GET", "/shop/sessions", None),
+    ("GET", "/shop/sessions/x", None),
+]
+
+
+async def test_no_project_no_admin(serve: Serve) -> None:
+    """Without a project_id the admin API answers 503 admin_disabled, whoever asks."""
+    server = await serve(**office(None))
+    for method, path, body in ADMIN_ROWS:
+        for headers in (bearer("admin"), {}):
+            answer = await server.call(method, f"/api/admin/sites{path}", body, headers=headers)
+            assert answer.error == (503, "admin_disabled")
+
+
+async def test_no_keys_no_admin(serve: Serve, key_server: KeyServer, clock: Clock) -> None:
+    """Without keys the admin API answers 503 auth_keys_unavailable, but 401 to what is no token."""
+    key_server.instead = cast(Any, status(500, {}))
+    server = await serve(**office(key_server))
+    for method, path, body in ADMIN_ROWS:
+        assert (await manage(server, method, path, body)).error == UNAVAILABLE
+        answer = await server.call(method, f"/api/admin/sites{path}", body)
+        assert answer.error == (401, "unauthorized")
+    key_server.instead = None
+    clock.ahead = 10
+    assert (await manage(server, "GET")).status == 200
+
+
+async def test_one_fetch_for_many_first_requests(serve: Serve, key_server: KeyServer) -> None:
+    """A hundred first requests at once fetch the keys once."""
+    gate = asyncio.Event()
+
+    async def slow(_: web.Request) -> web.StreamResponse:
+        await gate.wait()
+        return web.json_response(key_server.certificates)
+
+    key_server.instead = slow
+    server = await serve(**office(key_server))
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+        crowd = Server(server.url, http)
+        people = [*PEOPLE, *PEOPLE] * 5
+        calls = [asyncio.create_task(manage(crowd, "GET", who=who)) for who in people]
+        await until(lambda: key_server.fetches)
+        await expect_waiting(crowd, calls[0])
+        gate.set()
+        answers = await asyncio.gather(*calls)
+    assert len(answers) >= 100
+    assert {answer.status for answer in answers} == {200}
+    assert key_server.fetches == 1
+
+
+def expect_unauthorized(answer: Answer, text: str = "The sign-in token is invalid.") -> None:
+    assert answer.error == (401, "unauthorized"), answer.raw
+    assert answer.headers["WWW-Authenticate"] == 'Bearer error="invalid_token"'
+    assert answer.body["message"] == text
+    assert answer.body["details"] == {}
+
+
+async def test_bad_tokens_over_http(serve: Serve, key_server: KeyServer, clock: Clock) -> None:
+    """Whatever is wrong with a token: 401 unauthorized, and no hint beyond expired or invalid."""
+    clock.stopped_at = NOW
+    server = await serve(**office(key_server))
+    tokens = [make_token(claims) for claims in BAD_CLAIMS]
+    key_server.certificates = {"key-1": certificate(1), "key-2": certificate(2)}
+    tokens += [make_token({}, header, sign) for header, sign in BAD_HEADERS]
+    assert len(tokens) > 100
+    for token in tokens:
+        headers = {"Authorization": f"Bearer {token}"}
+        answer = await server.call("GET", "/api/admin/sites", headers=headers)
+        expect_unauthorized(answer)
+    for claims in EXPIRED_CLAIMS:
+        headers = {"Authorization": f"Bearer {make_token(claims)}"}
+        answer = await server.call("GET", "/api/admin/sites", headers=headers)
+        expect_unauthorized(answer, "The sign-in token is expired.")
+    assert key_server.fetches <= 2
+    assert (await manage(server, "GET")).status == 200
+
+
+async def test_junk_over_http(serve: Serve, key_server: KeyServer) -> None:
+    """Junk in the place of a token, 8 KB and any bytes included, is 401 and never 500."""
+    server = await serve(**office(key_server))
+    token = make_token().encode()
+    # HTTP itself refuses a control character, and takes spaces off the end.
+    junk = [one for one in junk_tokens() if one not in ("\x7f", f"{make_token()} ")]
+    lines = [b"Bearer " + one.encode("utf-8", "surrogatepass") for one in junk]
+    lines += [b"Bearer " + one for one in (b"\xff.\x80.\xe9", b"\xc3\x28" * 9, token + b"\xff")]
+    lines += [b"Bearer " + b"\xff" * 8192, b"", b"Bearer", b"Bearer\t" + token, token]
+    lines += [b"Basic " + token, b"Token " + token, b"Bearer: " + token, b"Bearer=" + token]
+    lines += [b"Bearer " + token + b"," + token, b"Bearer " + token + b", Bearer " + token]
+    heads = [b"Authorization: " + line + b"\r\n" for line in lines]
+    good = b"Authorization: Bearer " + token + b"\r\n"
+    heads += [b"", good + good, good + b"authorization: Bearer x\r\n", good + heads[-1]]
+    for head in heads:
+        request = b"GET /api/admin/sites HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%b\r\n" % head
+        code, answer, body = await raw_http(server.url, request)
+        assert (code, body["error"]) == (401, "unauthorized"), head[:80]
+        assert 'WWW-Authenticate: Bearer error="invalid_token"' in answer
+        assert body["message"] == "The sign-in token is invalid."
+
+
+async def test_scheme_in_any_case(serve: Serve, key_server: KeyServer) -> None:
+    """The name of the scheme is not case-sensitive (RFC 9110, 11.1)."""
+    server = await serve(**office(key_server))
+    for scheme in ("Bearer", "bearer", "BEARER"):
+        headers = {"Authorization": f"{scheme} {make_token()}"}
+        assert (await server.call("GET", "/api/admin/sites", headers=headers)).status == 200
+
+
+async def test_tokens_are_not_logged(
+    serve: Serve, key_server: KeyServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither tokens nor who sent them are in the log."""
+    server = await serve(**office(key_server))
+    for who in ("owner by mail", "unverified owner"):
+        await manage(server, "GET", "/shop", who=who)
+    for token in (make_token({"exp": 0}), make_token({}, {"kid": "unknown"}), "junk.junk.junk"):
+        await server.call("GET", "/api/admin/sites", headers={"Authorization": f"Bearer {token}"})
+    logged = " ".join(record.getMessage() for record in caplog.records)
+    assert "eyJ" not in logged
+    assert "junk" not in logged
+    assert "xample" not in logged
+
+
+@pytest.mark.parametrize("who", STRANGERS)
+async def test_strangers(who: str, serve: Serve, key_server: KeyServer) -> None:
+    """Who is neither this site's owner nor an admin gets 403 forbidden, and cannot tell a site of
+    others from none at all."""
+    server = await serve(**office(key_server))
+    visitor = await server.visitor()
+    own = [{"id": "other", "name": "Other", "allowedHosts": ["other.example"]}]
+    expected = {"sites": own if who == "other owner" else []}
+    assert (await manage(server, "GET", who=who)).body == expected
+    new = {"name": "New", "host": "new.example"}
+    assert (await manage(server, "POST", "", new, who)).error == (403, "forbidden")
+    assert (await manage(server, "POST", "", {}, who)).error == (403, "forbidden")
+    before = await details(server)
+    for method, path, body in [*ADMIN_ROWS[2:], ("PATCH", "/shop", {"name": 5})]:
+        answers = [
+            await manage(server, method, path.replace("shop", name).replace("x", visitor.id), body, who)
+            for name in ("shop", "none", "a%20b", "SHOP")
+        ]
+        for answer in answers:
+            assert answer.error == (403, "forbidden")
+            assert answer.raw == answers[0].raw
+            without_date = [{**a.headers, "Date": ""} for a in (answer, answers[0])]
+            assert without_date[0] == without_date[1]
+    assert await details(server) == before
+
+
+@pytest.mark.parametrize("who", ["owner", "owner by mail", "admin", "admin by mail"])
+async def test_owners_and_admins(who: str, serve: Serve, key_server: KeyServer) -> None:
+    """Owners see and change their own sites, admins all of them and what does not exist."""
+    server = await serve(**office(key_server))
+    shop = {"id": "shop", "name": "Acme Shop", "allowedHosts": ["acme.com", "localhost"]}
+    other = {"id": "other", "name": "Other", "allowedHosts": ["other.example"]}
+    is_admin = who.startswith("admin")
+    listed = await manage(server, "GET", who=who)
+    assert listed.body == {"sites": [shop, other] if is_admin else [shop]}
+    assert (await manage(server, "GET", "/shop", who=who)).body == MANAGED_SITE
+    assert (await manage(server, "GET", "/other", who=who)).status == (200 if is_admin else 403)
+    answer = await manage(server, "GET", "/none", who=who)
+    assert answer.error == ((404, "not_found") if is_admin else (403, "forbidden"))
+    answer = await manage(server, "PATCH", "/shop", {"instructions": who}, who)
+    assert answer.body == {**MANAGED_SITE, "instructions": who}
+    new = {"name": "New", "host": "new.example"}
+    assert (await manage(server, "POST", "", new, who)).status == (201 if is_admin else 403)
+
+
+async def test_owners_are_named_by_admins(serve: Serve, key_server: KeyServer) -> None:
+    """Only admins may change owners; whoever is taken off the list is out at once."""
+    server = await serve(**office(key_server))
+    for body in ({"owners": ["olga", "eve"]}, {"owners": None}, {"name": "X", "owners": []}):
+        answer = await manage(server, "PATCH", "/shop", body)
+        assert answer.error == (403, "forbidden")
+    assert await details(server) == MANAGED_SITE
+    change = {"owners": ["eve", "New@Example.com"]}
+    answer = await manage(server, "PATCH", "/shop", change, "admin")
+    assert answer.body["owners"] == ["eve", "New@Example.com"]
+    assert (await manage(server, "GET", "/shop", who="stranger")).status == 200
+    assert (await manage(server, "GET", "/shop")).error == (403, "forbidden")
+    assert (await manage(server, "GET")).body == {"sites": []}
+    answer = await manage(server, "PATCH", "/shop", {"owners": None}, "admin")
+    assert answer.body == MANAGED_SITE
+    assert (await manage(server, "GET", "/shop")).status == 200
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ADMIN_ROWS)
+async def test_admin_preflight(
+    method: str, path: str, body: Any, serve: Serve, key_server: KeyServer
+) -> None:
+    """A browser may call the admin API from anywhere: its preflight needs no token and allows
+    Authorization; the answers, 401 too, can be read."""
+    server = await serve(**office(key_server))
+    path = f"/api/admin/sites{path}"
+    dashboard = "https://dashboard.example"
+    headers = {
+        "Access-Control-Request-Method": method,
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    answer = await server.call("OPTIONS", path, origin=dashboard, headers=headers)
+    assert answer.status == 200
+    assert answer.headers["Access-Control-Allow-Origin"] in ("*", dashboard)
+    assert method in answer.headers["Access-Control-Allow-Methods"]
+    allowed = answer.headers["Access-Control-Allow-Headers"].lower()
+    assert "authorization" in allowed
+    assert "content-type" in allowed
+    for more in (bearer("admin"), {}):
+        answer = await server.call(method, path, body, origin=dashboard, headers=more)
+        assert answer.headers["Access-Control-Allow-Origin"] in ("*", dashboard)
+        assert (answer.status == 401) == (more == {})
+
+
+async def test_admin_methods(serve: Serve, key_server: KeyServer) -> None:
+    """Other methods and paths are refused in the one shape of all errors."""
+    server = await serve(**office(key_server))
+    for method, path, error in (
+        ("PUT", "/shop", (405, "method_not_allowed")),
+        ("DELETE", "", (405, "method_not_allowed")),
+        ("POST", "/shop/config", (405, "method_not_allowed")),
+        ("GET", "/shop/nothing", (404, "not_found")),
+    ):
+        assert (await manage(server, method, path)).error == error
+    for body in (b"[]", b"5", b"{", b"", b'{"name": NaN}'):
+        for method, path in (("POST", ""), ("PATCH", "/shop"), ("PATCH", "/shop/config")):
+            answer = await server.call(
+                method, f"/api/admin/sites{path}", data=body, headers=bearer("admin")
+            )
+            assert answer.error == (400, "invalid_message")
