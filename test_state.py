@@ -46,13 +46,12 @@ from base_tests import (
     FakeModel,
     Json,
     Patch,
-    Program,
+    Script,
     Serve,
     Server,
     Visitor,
     chunk,
     cut_wire,
-    deltas,
     forever,
     make_config,
     model,  # noqa: F401
@@ -108,6 +107,10 @@ def snapshot(folder: Path, copy: Path) -> Path:
     for path in folder.glob("leflux.db*"):
         shutil.copy(path, copy)
     return copy
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 def names(frames: list[Json]) -> list[str]:
@@ -249,7 +252,7 @@ async def test_chat_answers_after_its_commit(
     assert kept_messages(tmp_path, visitor.id) == []
     assert model.requests == []
     disk.free.set()
-    done, _ = await asyncio.wait([first, retry], return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait([first, retry], return_when=asyncio.FIRST_COMPLETED)
     assert kept_messages(tmp_path, visitor.id)[0] == ("user", "Hello")
     assert (await first).body == (await retry).body
     assert (await visitor.turn())[-1]["data"]["text"] == "ok"
@@ -263,7 +266,12 @@ ENDS = [  # the ends of a turn, and what of them the history keeps
     ("confirmation_required", doing("The reply", type="click_element", elementId=2), "The reply"),
     (
         "ui_block",
-        doing("The reply", type="render_ui_block", block_type="faq_list", data={"items": [{"question": "Q", "answer": "A"}]}),
+        doing(
+            "The reply",
+            type="render_ui_block",
+            block_type="faq_list",
+            data={"items": [{"question": "Q", "answer": "A"}]},
+        ),
         "The reply",
     ),
 ]
@@ -438,9 +446,7 @@ async def test_stop_right_after_the_disk_is_back(
 
 
 @pytest.mark.parametrize("first", [1, 2, 3, 600])
-async def test_long_conversations(
-    first: int, serve: Serve, disk: Disk, tmp_path: Path
-) -> None:
+async def test_long_conversations(first: int, serve: Serve, disk: Disk, tmp_path: Path) -> None:
     """However much was said during one slow write: after a restart it is what it was in memory."""
     folder = tmp_path / "state"
     server = await serve(server=on_disk(folder))
@@ -483,7 +489,7 @@ async def test_without_a_state_dir_nothing_is_written(
         await visitor.ask()
         assert (await server.call("DELETE", f"/api/session/{visitor.id}")).status == 200
         assert not [t for t in threading.enumerate() if t.name.startswith("leflux-store")]
-    assert list(tmp_path.iterdir()) == []
+    assert files_in(tmp_path) == set()
 
 
 async def test_state_directory_of_systemd(tmp_path: Path) -> None:
@@ -493,7 +499,7 @@ async def test_state_directory_of_systemd(tmp_path: Path) -> None:
     async with program(tmp_path, more, STATE_DIRECTORY=f"{folder}:{tmp_path / 'second'}") as run:
         await (await run.server.visitor()).ask()
         assert len(query(folder, "SELECT * FROM session")) == 1
-    assert {p.name for p in tmp_path.iterdir()} == {"config.toml", "first"}
+    assert files_in(tmp_path) == {"config.toml", "first"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -509,7 +515,7 @@ async def kept(model: FakeModel, tmp_path: Path) -> Path:
             visitor = await server.visitor()
             for number in range(3):
                 await visitor.ask(f"{number} " + "Lorem ipsum " * 300)
-    assert {p.name for p in folder.iterdir()} == {"leflux.db"}
+    assert files_in(folder) == {"leflux.db"}
     return folder
 
 
@@ -626,7 +632,8 @@ async def test_damage_anywhere(kept: Path, tmp_path: Path) -> None:
     dice = random.Random(8)
     folder = tmp_path / "damaged"
     folder.mkdir()
-    config, started, refused = make_config(server=on_disk(folder)), 0, 0
+    config, started = make_config(server=on_disk(folder)), 0
+    refused: list[str] = []
     for number in range(60):
         length = dice.choice([1, 16, 400])
         # Every other time in the file's header and its schema, where it matters most.
@@ -638,13 +645,12 @@ async def test_damage_anywhere(kept: Path, tmp_path: Path) -> None:
                 started += 1
                 assert (await server.call("GET", "/health")).status == 200
         except lf.ConfigError as error:
-            refused += 1
-            assert "\n" not in str(error)
-            assert str(folder / "leflux.db") in str(error)
+            refused.append(str(error))
         for path in folder.iterdir():
             path.unlink()
     assert started
     assert refused
+    assert not [line for line in refused if "\n" in line or str(folder / "leflux.db") not in line]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -927,7 +933,7 @@ async def test_shutdown_flushes_everything(tmp_path: Path, model: FakeModel) -> 
         for visitor in (done, streaming, confirming):
             assert (await read_close(visitor.ws))[1] == 1001
         assert (await run.end())[0] == 0
-    assert not list(tmp_path.glob("*-wal"))
+    assert files_in(tmp_path) == {"config.toml", "leflux.db"}
     assert kept_messages(tmp_path, done.id) == [("user", "Short"), ("assistant", "ok")]
     assert kept_messages(tmp_path, streaming.id) == [
         ("user", "Long"),
@@ -962,7 +968,8 @@ def frugal_hub(**limits: int) -> tuple[lf.Hub, lf.Site]:
 
 def used_tokens(server: Server, site_id: str = "shop") -> tuple[int, int]:
     """The tokens a site has spent, and those set aside."""
-    usage = lf.usage_today(server.hub, site_id, lf.time.time())
+    now = cast(Any, lf).time.time()  # as the server sees it
+    usage = lf.usage_today(server.hub, site_id, now)
     return usage.tokens, usage.reserved
 
 
@@ -1100,14 +1107,13 @@ async def test_tokens_are_settled_with_reported_usage(
     assert used_tokens(server) == (1123, 0)
 
 
-async def test_tokens_are_estimated_where_none_are_reported(
-    serve: Serve, model: FakeModel
-) -> None:
+async def test_tokens_are_estimated_where_none_are_reported(serve: Serve, model: FakeModel) -> None:
     """Without usage 4 characters count as a token, of what was asked and what was said."""
     server = await serve(model)
     visitor = await server.visitor()
     expected = 0
-    for script in (reply("x" * 4000), [sse(chunk("x" * 400)), cut_wire]):
+    scripts: list[Script] = [reply("x" * 4000), [sse(chunk("x" * 400)), cut_wire]]
+    for script in scripts:
         model.scripts.append(script)
         await visitor.ask("y" * 4000)
         expected += sum(len(m["content"]) for m in model.requests[-1]["messages"]) // 4
@@ -1122,7 +1128,7 @@ async def test_calls_that_fail_cost_nothing(serve: Serve, model: FakeModel) -> N
     server = await serve(model, limits={"site_tokens_per_day": 10_000})
     visitor = await server.visitor()
     model.scripts.append(status(401, {"error": {"message": "no"}}))
-    model.scripts.extend([reset] * 3)
+    model.scripts.extend([status(500, {}, Retry_After="0")] * 3)
     for _ in range(2):
         assert (await visitor.ask())["data"]["isError"] is True
     assert used_tokens(server) == (0, 0)
@@ -1376,7 +1382,12 @@ GOOD_CLAIMS: list[Json] = [
     {"email": 5, "email_verified": True},
     {"nbf": "later", "admin": True},
 ]
-EXPIRED_CLAIMS: list[Json] = [{"exp": NOW - 10}, {"exp": NOW - 3600}, {"exp": 0}, {"exp": -(10**40)}]
+EXPIRED_CLAIMS: list[Json] = [
+    {"exp": NOW - 10},
+    {"exp": NOW - 3600},
+    {"exp": 0},
+    {"exp": -(10**40)},
+]
 BAD_CLAIMS: list[Json] = [
     *({"aud": aud} for aud in ([PROJECT], [PROJECT, "other"], "other", "", None, MISSING, 5, True)),
     *({"aud": aud} for aud in ({PROJECT: 1}, PROJECT.upper(), f"{PROJECT} ", f"{PROJECT},other")),
@@ -1405,7 +1416,11 @@ BAD_CLAIMS: list[Json] = [
 ]
 OWN_KEY = {"kty": "RSA", "alg": "RS256", "use": "sig", "n": "AQAB", "e": "AQAB"}
 BAD_HEADERS: list[tuple[Json, Signer]] = [
-    *(({"alg": alg}, sign) for alg in ("none", "None", "nOnE", "") for sign in (sign_not, sign_rsa)),
+    *(
+        ({"alg": alg}, sign)
+        for alg in ("none", "None", "nOnE", "")
+        for sign in (sign_not, sign_rsa)
+    ),
     ({"alg": "HS256"}, sign_hmac),
     ({"alg": "RS512"}, functools.partial(sign_rsa, digest=hashes.SHA512())),
     ({"alg": "RS384"}, functools.partial(sign_rsa, digest=hashes.SHA384())),
@@ -1443,7 +1458,10 @@ def junk_tokens() -> list[str]:
         *(f"{header}.{payload}", f"{header}.{payload}.", f".{payload}.{signature}", token[::-1]),
         *(f"{header}..{signature}", f"{header}.{payload}.{signature[::-1]}"),
         f"{header}.{base64url(changed(CLAIMS, {'sub': 'root'}))}.{signature}",
-        *(join_token(junk, claims) for junk in (b"", b"[]", b"5", b"null", b'"RS256"', b"\xff", deep)),
+        *(
+            join_token(junk, claims)
+            for junk in (b"", b"[]", b"5", b"null", b'"RS256"', b"\xff", deep)
+        ),
         *(join_token(good, junk) for junk in (b"", b"[]", b"5", b"null", b"{", b"\xff\xfe", deep)),
         join_token(good, claims.replace(str(NOW + 3600).encode(), b"9" * 5000)),
         join_token(good.replace(b'"key-1"', b"9" * 5000), claims),
@@ -1574,8 +1592,7 @@ async def keys_in(cache: lf.KeyCache, key_id: str = "key-1") -> set[str]:
     try:
         return set(await cache.keys_for(key_id))
     except lf.ApiError as error:
-        assert (error.status, error.code) == UNAVAILABLE
-        return set()
+        return set() if (error.status, error.code) == UNAVAILABLE else {error.code}
 
 
 @pytest.mark.parametrize(
@@ -1719,7 +1736,11 @@ PEOPLE: dict[str, Json] = {
     "unverified owner": {"sub": "e1", "email": "owner@example.com", "email_verified": False},
     "unverified admin": {"sub": "e2", "email": "boss@example.com"},
     "half verified admin": {"sub": "e3", "email": "boss@example.com", "email_verified": "true"},
-    "look-alike": {"sub": "OLGA", "email": "owner@example.com.evil.example", "email_verified": True},
+    "look-alike": {
+        "sub": "OLGA",
+        "email": "owner@example.com.evil.example",
+        "email_verified": True,
+    },
     "nameless": {"sub": "e4", "email": "", "email_verified": True},
 }
 STRANGERS = [name for name in PEOPLE if "owner" not in name.split() and "admin" not in name.split()]
@@ -1897,7 +1918,9 @@ async def test_strangers(who: str, serve: Serve, key_server: KeyServer) -> None:
     before = await details(server)
     for method, path, body in [*ADMIN_ROWS[2:], ("PATCH", "/shop", {"name": 5})]:
         answers = [
-            await manage(server, method, path.replace("shop", name).replace("x", visitor.id), body, who)
+            await manage(
+                server, method, path.replace("shop", name).replace("x", visitor.id), body, who
+            )
             for name in ("shop", "none", "a%20b", "SHOP")
         ]
         for answer in answers:
@@ -1987,3 +2010,557 @@ async def test_admin_methods(serve: Serve, key_server: KeyServer) -> None:
                 method, f"/api/admin/sites{path}", data=body, headers=bearer("admin")
             )
             assert answer.error == (400, "invalid_message")
+
+
+# ---------------------------------------------------------------------------------------------
+# Admin: changes
+
+
+@pytest.mark.parametrize(
+    ("target", "patch", "result"),
+    [  # RFC 7396, appendix A
+        ({"a": "b"}, {"a": "c"}, {"a": "c"}),
+        ({"a": "b"}, {"b": "c"}, {"a": "b", "b": "c"}),
+        ({"a": "b"}, {"a": None}, {}),
+        ({"a": "b", "b": "c"}, {"a": None}, {"b": "c"}),
+        ({"a": ["b"]}, {"a": "c"}, {"a": "c"}),
+        ({"a": "c"}, {"a": ["b"]}, {"a": ["b"]}),
+        ({"a": {"b": "c"}}, {"a": {"b": "d", "c": None}}, {"a": {"b": "d"}}),
+        ({"a": [{"b": "c"}]}, {"a": [1]}, {"a": [1]}),
+        (["a", "b"], ["c", "d"], ["c", "d"]),
+        ({"a": "b"}, ["c"], ["c"]),
+        ({"a": "foo"}, None, None),
+        ({"a": "foo"}, "bar", "bar"),
+        ({"e": None}, {"a": 1}, {"e": None, "a": 1}),
+        ([1, 2], {"a": "b", "c": None}, {"a": "b"}),
+        ({}, {"a": {"bb": {"ccc": None}}}, {"a": {"bb": {}}}),
+    ],
+)
+def test_merge_patch(target: Any, patch: Any, result: Any) -> None:
+    """Merge patches are those of RFC 7396, and change nothing in place."""
+    before = json.dumps([target, patch])
+    assert lf.merge_patch(target, patch) == result
+    assert json.dumps([target, patch]) == before
+
+
+CHANGES: list[tuple[str, Json, Json]] = [  # below /shop, the patch, what is different then
+    ("", {}, {}),
+    ("", {"name": "New"}, {"name": "New"}),
+    ("", {"name": "x" * 80, "instructions": ""}, {"name": "x" * 80, "instructions": ""}),
+    ("", {"instructions": "Be short."}, {"instructions": "Be short."}),
+    ("", {"refusal": "No."}, {"refusal": "No."}),
+    ("", {"restrictions": ["submit", "type"]}, {"restrictions": ["submit", "type"]}),
+    (
+        "",
+        {"allowedHosts": ["New.Example.", "[2001:DB8::0:1]:80", "bücher.example"]},
+        {"allowedHosts": ["new.example", "[2001:db8::1]:80", "xn--bcher-kva.example"]},
+    ),
+    ("", {"allowedHosts": []}, {"allowedHosts": []}),
+    ("", {"name": None, "instructions": None, "allowedHosts": None}, {}),
+    ("/config", {}, {}),
+    ("/config", {"greeting": "New"}, {"config": {**MANAGED_CONFIG, "greeting": "New"}}),
+    (
+        "/config",
+        {"greeting": ""},
+        {"config": {**MANAGED_CONFIG, "greeting": "Hi! How can I help?"}},
+    ),
+    (
+        "/config",
+        {"launcher": {"size": "sm", "offsetX": 12.5}, "quickChips": [{"text": "Hi"}]},
+        {
+            "config": {
+                **MANAGED_CONFIG,
+                "launcher": {**MANAGED_CONFIG["launcher"], "size": "sm", "offsetX": 12.5},
+                "quickChips": [{"text": "Hi"}],
+            }
+        },
+    ),
+    ("/config", {"launcher": {}, "nudge": None, "greeting": None}, {}),
+]
+
+
+@pytest.mark.parametrize(("path", "patch", "different"), CHANGES)
+async def test_patch(
+    path: str, patch: Json, different: Json, serve: Serve, key_server: KeyServer
+) -> None:
+    """A merge patch changes what it names and nothing else; the answer is the whole site."""
+    server = await serve(**office(key_server))
+    answer = await manage(server, "PATCH", f"/shop{path}", patch)
+    assert answer.status == 200, answer.raw
+    assert answer.body == {**MANAGED_SITE, **different}
+    assert (await manage(server, "GET", "/shop")).body == answer.body
+    assert (await details(server, "other"))["config"]["greeting"] == "Hi! How can I help?"
+    everything = dict.fromkeys(patch)
+    answer = await manage(server, "PATCH", f"/shop{path}", everything)
+    assert answer.body == MANAGED_SITE
+
+
+async def test_null_takes_back_to_the_file(serve: Serve, key_server: KeyServer) -> None:
+    """Patches add up; null takes a field back to the file's value, deep in the config too."""
+    server = await serve(**office(key_server))
+    for patch, launcher in (
+        ({"launcher": {"shape": "circle", "size": "sm"}}, ("circle", "sm", True)),
+        ({"launcher": {"glow": False}}, ("circle", "sm", False)),
+        ({"launcher": {"shape": None}}, ("pill", "sm", False)),
+        ({"launcher": {"size": "md", "glow": None}}, ("pill", "md", True)),
+        ({"launcher": None}, ("pill", "lg", True)),
+        ({"launcher": {"size": "sm"}, "greeting": "New"}, ("pill", "sm", True)),
+        ({"launcher": {"size": None, "shape": None, "icon": None}}, ("pill", "lg", True)),
+    ):
+        answer = await manage(server, "PATCH", "/shop/config", patch)
+        assert answer.status == 200, answer.raw
+        found = answer.body["config"]["launcher"]
+        assert (found["shape"], found["size"], found["glow"]) == launcher, patch
+    assert answer.body["config"] == {**MANAGED_CONFIG, "greeting": "New"}
+    await manage(server, "PATCH", "/shop", {"name": "New", "refusal": "New"})
+    answer = await manage(server, "PATCH", "/shop", {"name": None, "restrictions": None})
+    assert (answer.body["name"], answer.body["refusal"]) == ("Acme Shop", "New")
+
+
+BAD_CHANGES: list[tuple[str, Json, set[str]]] = [  # the patch, the fields that are wrong in it
+    ("", {"name": ""}, {"name"}),
+    ("", {"name": 5, "instructions": "good"}, {"name"}),
+    ("", {"name": "x" * 81, "instructions": 5, "refusal": "good"}, {"name", "instructions"}),
+    ("", {"refusal": ""}, {"refusal"}),
+    ("", {"refusal": "x" * 501}, {"refusal"}),
+    ("", {"restrictions": ["fly"]}, {"restrictions"}),
+    ("", {"restrictions": "type"}, {"restrictions"}),
+    ("", {"owners": "olga"}, {"owners"}),
+    ("", {"owners": [""]}, {"owners"}),
+    ("", {"nonsense": 1}, {"nonsense"}),
+    ("", {"nonsense": None}, {"nonsense"}),
+    ("", {"id": "other"}, {"id"}),
+    ("", {"knowledge": ["/etc/passwd"]}, {"knowledge"}),
+    ("", {"config": {"greeting": "x"}}, {"config"}),
+    ("", {"allowed_hosts": ["x.example"]}, {"allowed_hosts"}),
+    ("", {"usage": {"messagesToday": 0}}, {"usage"}),
+    *(
+        ("", {"allowedHosts": ["good.example", host]}, {"allowedHosts"})
+        for host in ("com", "co.uk", "github.io", "*.acme.com", "https://x.example", "x.example/a")
+    ),
+    *(
+        ("", {"allowedHosts": hosts}, {"allowedHosts"})
+        for hosts in ([""], [5], "x.example", [None], ["x.example:0"], ["user@x.example"], 5)
+    ),
+    ("/config", {"greeting": 5}, {"greeting"}),
+    ("/config", {"greeting": "x" * 241, "layout": "floating"}, {"greeting"}),
+    ("/config", {"layout": "round", "primaryColor": "url(x)"}, {"layout", "primaryColor"}),
+    ("/config", {"launcher": {"size": "xl", "glow": 1}}, {"launcher.size", "launcher.glow"}),
+    ("/config", {"launcher": {"nonsense": 1}}, {"launcher.nonsense"}),
+    ("/config", {"launcher": "pill"}, {"launcher"}),
+    ("/config", {"logoUrl": "javascript:alert(1)"}, {"logoUrl"}),
+    ("/config", {"typography": {"bodyFont": "x;}"}}, {"typography.bodyFont"}),
+    ("/config", {"quickChips": [{"text": "x" * 31}]}, {"quickChips"}),
+    ("/config", {"quickChips": [{"text": "x"}] * 6}, {"quickChips"}),
+    ("/config", {"quickChips": [None]}, {"quickChips"}),
+    ("/config", {"nonsense": None}, {"nonsense"}),
+    ("/config", {"name": "New"}, {"name"}),
+]
+
+
+@pytest.mark.parametrize(("path", "patch", "wrong"), BAD_CHANGES)
+async def test_bad_patch(
+    path: str, patch: Json, wrong: set[str], serve: Serve, key_server: KeyServer, tmp_path: Path
+) -> None:
+    """A patch is validated whole: any bad field is 400 invalid_config with what is wrong with each
+    of them, and nothing is saved."""
+    server = await serve(**office(key_server, server=on_disk(tmp_path)))
+    answer = await manage(server, "PATCH", f"/shop{path}", patch, "admin")
+    assert answer.error == (400, "invalid_config")
+    errors = answer.body["details"]["errors"]
+    assert errors.keys() == wrong
+    assert all(isinstance(text, str) and text for text in errors.values())
+    assert await details(server) == MANAGED_SITE
+    assert query(tmp_path, "SELECT * FROM site") == []
+
+
+async def test_changes_hold_at_once(serve: Serve, model: FakeModel, key_server: KeyServer) -> None:
+    """Changes hold at once, for running sessions too: the widget's config, what the model is told,
+    and what it may do."""
+    server = await serve(model, **office(key_server))
+    visitor = await server.visitor()
+    navigate = doing("", type="navigate", url="/prices")
+    model.scripts.append(navigate)
+    await visitor.chat(pageContext=SHOWN)
+    assert (await visitor.next())["event"] == "action_plan"
+    assert "Be kind." in model.prompt()
+    change = {"instructions": "Be terse.", "name": "Renamed", "restrictions": ["navigate"]}
+    assert (await manage(server, "PATCH", "/shop", change)).status == 200
+    await manage(server, "PATCH", "/shop/config", {"greeting": "New"})
+    assert (await visitor.get()).body["siteConfig"]["greeting"] == "New"
+    assert (await server.init()).body["siteConfig"]["greeting"] == "New"
+    model.scripts.extend([navigate] * 3)
+    assert (await visitor.ask())["data"]["text"] == lf.NOT_POSSIBLE
+    assert "Be terse." in model.prompt()
+    assert "Renamed" in model.prompt()
+    assert "Be kind." not in model.prompt()
+    await manage(server, "PATCH", "/shop", {"restrictions": None})
+    model.scripts.append(navigate)
+    await visitor.chat()
+    assert (await visitor.next())["event"] == "action_plan"
+
+
+async def test_refusal_and_counts_hold_at_once(
+    serve: Serve, model: FakeModel, key_server: KeyServer
+) -> None:
+    """Owners see what is used, and visitors the refusal that the owner has just written."""
+    server = await serve(model, **office(key_server, limits={"site_messages_per_day": 2}))
+    visitor = await server.visitor()
+    for number in range(2):
+        model.scripts.append(using(100 + number))
+        await visitor.ask()
+    answer = await manage(server, "GET", "/shop")
+    assert answer.body["usage"] == {"messagesToday": 2, "tokensToday": 201}
+    assert (await details(server, "other"))["usage"] == {"messagesToday": 0, "tokensToday": 0}
+    assert (await visitor.post()).body["message"] == REFUSAL
+    await manage(server, "PATCH", "/shop", {"refusal": "Come back later."})
+    assert (await visitor.post()).body["message"] == "Come back later."
+    assert (await visitor.post()).error == BUDGET_SPENT
+
+
+async def test_allowed_hosts_hold_at_once(serve: Serve, key_server: KeyServer) -> None:
+    """An origin is accepted, or no longer accepted, as soon as allowedHosts says so."""
+    server = await serve(**office(key_server))
+    visitor = await server.visitor()
+    new = "https://new.example"
+    assert (await server.init(origin=new)).error == (403, "host_not_registered")
+    hosts = ["new.example", "acme.com:8443"]
+    assert (await manage(server, "PATCH", "/shop", {"allowedHosts": hosts})).status == 200
+    assert (await server.init(origin=new)).status == 200
+    assert (await server.init(origin=f"{ORIGIN}:8443")).status == 200
+    assert (await server.init()).error == (403, "host_not_registered")
+    assert (await visitor.get()).error == (403, "host_not_registered")
+    assert (await visitor.post()).error == (403, "host_not_registered")
+    with pytest.raises(aiohttp.WSServerHandshakeError):
+        await server.socket(f"/?sessionId={visitor.id}")
+    visitor.origin = new  # the session is still its site's
+    assert (await visitor.get()).status == 200
+    await manage(server, "PATCH", "/shop", {"allowedHosts": None})
+    assert (await server.init()).status == 200
+    assert (await server.init(origin=new)).error == (403, "host_not_registered")
+
+
+async def test_hosts_of_others(serve: Serve, key_server: KeyServer) -> None:
+    """A host that another site has is refused with 409 host_taken, until it is free."""
+    server = await serve(**office(key_server))
+    taken = (409, "host_taken")
+    for hosts in (["other.example"], ["x.example", "OTHER.example."]):
+        answer = await manage(server, "PATCH", "/shop", {"allowedHosts": hosts, "name": "New"})
+        assert answer.error == taken
+    for host in ("other.example", "www.acme.com", "acme.com", "localhost"):
+        answer = await manage(server, "POST", "", {"name": "New", "host": host}, "admin")
+        assert answer.error == taken
+    assert await details(server) == MANAGED_SITE
+    assert (await server.init(origin="https://x.example")).status == 403
+    moved = {"allowedHosts": ["acme.com"]}
+    assert (await manage(server, "PATCH", "/shop", moved)).status == 200
+    answer = await manage(server, "PATCH", "/other", {"allowedHosts": ["localhost"]}, "other owner")
+    assert answer.status == 200
+    # Back to the file's value is no way around it.
+    assert (await manage(server, "PATCH", "/shop", {"allowedHosts": None})).error == taken
+    assert (await manage(server, "PATCH", "/shop", {"name": "New"})).status == 200
+    subdomain = {"allowedHosts": ["acme.com", "shop.other.example"]}
+    assert (await manage(server, "PATCH", "/shop", subdomain)).status == 200
+
+
+async def test_changes_are_kept(key_server: KeyServer, tmp_path: Path) -> None:
+    """Changes are on disk when they are answered, and hold after a restart, kill -9 or not."""
+    config = make_config(**office(key_server, server=on_disk(tmp_path / "one")))
+    changes: Json = {"name": "New", "owners": ["eve"], "allowedHosts": ["new.example"]}
+    async with running(config) as server:
+        await manage(server, "PATCH", "/shop", changes, "admin")
+        await manage(server, "PATCH", "/shop/config", {"launcher": {"size": "sm"}}, "admin")
+        snapshot(tmp_path / "one", tmp_path / "two")
+        await manage(server, "PATCH", "/shop", {"name": None}, "admin")
+        snapshot(tmp_path / "one", tmp_path / "three")
+    for folder, name in (("one", "Acme Shop"), ("two", "New"), ("three", "Acme Shop")):
+        config = make_config(**office(key_server, server=on_disk(tmp_path / folder)))
+        async with running(config) as server:
+            launcher = {**MANAGED_CONFIG["launcher"], "size": "sm"}
+            new_config = {**MANAGED_CONFIG, "launcher": launcher}
+            expected = {**MANAGED_SITE, **changes, "name": name, "config": new_config}
+            assert await details(server) == expected
+            assert (await server.init(origin="https://new.example")).status == 200
+            assert (await server.init()).status == 403
+            assert (await manage(server, "GET", "/shop", who="stranger")).status == 200
+
+
+async def test_edits_of_the_file(key_server: KeyServer, tmp_path: Path) -> None:
+    """An edit of config.toml reaches every field that no patch covers, and only those."""
+    tables = office(key_server, server=on_disk(tmp_path))
+    async with running(make_config(**tables)) as server:
+        await manage(server, "PATCH", "/shop", {"instructions": "Patched"})
+        patch = {"greeting": "Patched", "launcher": {"size": "sm"}}
+        await manage(server, "PATCH", "/shop/config", patch)
+    edited = {
+        **MANAGED,
+        "name": "Edited",
+        "instructions": "Edited",
+        "allowed_hosts": ["edited.example"],
+        "config": {
+            "greeting": "Edited",
+            "primaryColor": "red",
+            "launcher": {"shape": "squircle", "size": "md"},
+        },
+    }
+    tables["sites"] = [edited, FOREIGN]
+    async with running(make_config(**tables)) as server:
+        site = await details(server)
+        assert (site["name"], site["instructions"]) == ("Edited", "Patched")
+        assert site["allowedHosts"] == ["edited.example"]
+        assert (site["config"]["greeting"], site["config"]["primaryColor"]) == ("Patched", "red")
+        launcher = site["config"]["launcher"]
+        assert (launcher["shape"], launcher["size"]) == ("squircle", "sm")
+        answer = await manage(server, "PATCH", "/shop/config", {"greeting": None, "launcher": None})
+        assert answer.body["config"]["greeting"] == "Edited"
+        assert answer.body["config"]["launcher"]["size"] == "md"
+    tables["sites"] = [FOREIGN]  # a site that is taken out of the file is gone
+    async with running(make_config(**tables)) as server:
+        answer = await manage(server, "GET", "/shop", who="admin")
+        assert answer.error == (404, "not_found")
+
+
+# ---------------------------------------------------------------------------------------------
+# Admin: sites made through the API
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed_hosts"),
+    [
+        ("new.example", ["new.example", "www.new.example"]),
+        ("www.new.example", ["www.new.example", "new.example"]),
+        ("WWW.New.Example.", ["www.new.example", "new.example"]),
+        ("shop.new.co.uk", ["shop.new.co.uk", "www.shop.new.co.uk"]),
+        ("new.example:8443", ["new.example:8443", "www.new.example:8443"]),
+        ("bücher.example", ["xn--bcher-kva.example", "www.xn--bcher-kva.example"]),
+        ("10.0.0.1", ["10.0.0.1"]),
+        ("[2001:DB8::1]:80", ["[2001:db8::1]:80"]),
+        ("me.github.io", ["me.github.io", "www.me.github.io"]),
+    ],
+)
+async def test_made_sites_get_both_forms(
+    host: str, allowed_hosts: list[str], serve: Serve, key_server: KeyServer
+) -> None:
+    """A site made for acme.com or www.acme.com gets both forms, and serves at once."""
+    server = await serve(**office(key_server))
+    answer = await manage(server, "POST", "", {"name": "New", "host": host}, "admin")
+    assert answer.status == 201
+    site_id = answer.body["id"]
+    assert sorted(answer.body.pop("allowedHosts")) == sorted(allowed_hosts)
+    assert answer.body == {
+        "id": site_id,
+        "name": "New",
+        "owners": [],
+        "instructions": "",
+        "refusal": lf.Site().refusal,
+        "restrictions": [],
+        "config": lf.SITE_CONFIG_DEFAULTS,
+        "usage": {"messagesToday": 0, "tokensToday": 0},
+    }
+    for entry in allowed_hosts:
+        assert (await server.init(origin=f"https://{entry}")).status == 200
+    listed = (await manage(server, "GET", who="admin")).body["sites"]
+    assert [site["id"] for site in listed] == ["shop", "other", site_id]
+
+
+@pytest.mark.parametrize(
+    ("body", "wrong"),
+    [
+        ({}, {"name", "host"}),
+        ({"name": "New"}, {"host"}),
+        ({"host": "new.example"}, {"name"}),
+        ({"name": "", "host": "new.example"}, {"name"}),
+        ({"name": "x" * 81, "host": 5}, {"name", "host"}),
+        ({"name": None, "host": None}, {"name", "host"}),
+        ({"name": "New", "host": "new.example", "id": "x"}, {"id"}),
+        ({"name": "New", "host": "new.example", "owners": []}, {"owners"}),
+        *(
+            ({"name": "New", "host": host}, {"host"})
+            for host in (
+                "com",
+                "co.uk",
+                "www.co.uk",
+                "www.github.io",
+                "https://x.example",
+                "",
+                "a b",
+            )
+        ),
+        *(
+            ({"name": "New", "host": host}, {"host"})
+            for host in (
+                "*.x.example",
+                "x.example/a",
+                "\uff58.example",
+                "1.2.3",
+                "x..example",
+                ["x.example"],
+            )
+        ),
+    ],
+)
+async def test_sites_that_cannot_be_made(
+    body: Json, wrong: set[str], serve: Serve, key_server: KeyServer
+) -> None:
+    """A site without a name, or for a host that is none or shared by many, is not made."""
+    server = await serve(**office(key_server))
+    answer = await manage(server, "POST", "", body, "admin")
+    assert answer.error == (400, "invalid_config")
+    assert answer.body["details"]["errors"].keys() == wrong
+    assert len(server.hub.sites) == 2
+
+
+async def test_made_sites_are_kept_and_changed(key_server: KeyServer, tmp_path: Path) -> None:
+    """A made site is changed like any other, has an id of its own, and survives a restart."""
+    config = make_config(**office(key_server, server=on_disk(tmp_path)))
+    async with running(config) as server:
+        ids = set()
+        for host in ("new.example", "new-example.com", "new.example:81"):
+            answer = await manage(server, "POST", "", {"name": "New", "host": host}, "admin")
+            assert answer.status == 201, answer.raw
+            ids.add(answer.body["id"])
+        assert len(ids | {"shop", "other"}) == 5
+        site_id = next(
+            s.id for s in server.hub.sites.values() if ("new.example", None) in s.allowed_hosts
+        )
+        change = {"owners": ["eve"], "name": "Eve's"}
+        assert (await manage(server, "PATCH", f"/{site_id}", change, "admin")).status == 200
+        path = f"/{site_id}/config"
+        answer = await manage(server, "PATCH", path, {"layout": "side-panel"}, "stranger")
+        before = answer.body
+        assert (before["name"], before["config"]["layout"]) == ("Eve's", "side-panel")
+        visitor = await server.visitor("https://www.new.example")
+        await visitor.ask()
+    async with running(config) as visitor.server:
+        assert {*visitor.server.hub.sites} == {"shop", "other", *ids}
+        assert (await visitor.get()).body["messageCount"] == 2
+        after = (await manage(visitor.server, "GET", f"/{site_id}", who="stranger")).body
+        usage = {"messagesToday": 1, "tokensToday": 0}
+        assert after == {**before, "usage": usage}
+        null = {"name": None, "owners": None}
+        answer = await manage(visitor.server, "PATCH", f"/{site_id}", null, "admin")
+        assert (answer.body["name"], answer.body["owners"]) == ("New", [])
+
+
+async def test_deleted_sites(key_server: KeyServer, model: FakeModel, tmp_path: Path) -> None:
+    """DELETE removes a made site, its sessions and its changes, at once and for good."""
+    config = make_config(model, **office(key_server, server=on_disk(tmp_path)))
+    new = {"name": "New", "host": "new.example"}
+    async with running(config) as server:
+        site_id = (await manage(server, "POST", "", new, "admin")).body["id"]
+        change = {"owners": ["olga"], "instructions": "Changed"}
+        await manage(server, "PATCH", f"/{site_id}", change, "admin")
+        await manage(server, "PATCH", f"/{site_id}/config", {"greeting": "Changed"})
+        visitor, staying = await server.visitor("https://new.example"), await server.visitor()
+        await visitor.ask("SECRET")
+        await staying.ask("STAYING")
+        model.scripts.append([sse(chunk("SECRET")), forever])
+        await visitor.chat("SECRET again")
+        await visitor.next()
+        closing = asyncio.create_task(read_close(visitor.ws))
+        answer = await manage(server, "DELETE", f"/{site_id}")
+        assert (answer.status, answer.body) == (200, {"deleted": True})
+        assert traces(tmp_path, "SECRET", visitor.id) == []
+        assert await closing == (["session_not_found"], 4404)
+        await until(lambda: model.hung_up)
+        assert (await visitor.get()).error == (403, "host_not_registered")
+        assert (await manage(server, "GET", f"/{site_id}", who="admin")).status == 404
+        assert (await manage(server, "GET", f"/{site_id}")).error == (403, "forbidden")
+        assert query(tmp_path, "SELECT id FROM site") == []
+        assert [*server.hub.sessions] == [staying.id]
+    async with running(config) as server:
+        assert {*server.hub.sites} == {"shop", "other"}
+        answer = await manage(server, "POST", "", new, "admin")
+        assert (answer.body["id"], answer.body["instructions"]) == (site_id, "")
+        assert answer.body["config"] == lf.SITE_CONFIG_DEFAULTS
+        visitor.server = server
+        assert (await visitor.get()).error == (404, "session_not_found")
+
+
+async def test_sites_of_the_file_are_not_deleted(serve: Serve, key_server: KeyServer) -> None:
+    """DELETE of a site that config.toml defines is 409, and changes nothing."""
+    server = await serve(**office(key_server))
+    visitor = await server.visitor()
+    await manage(server, "PATCH", "/shop", {"name": "New"})
+    for who in ("owner", "admin"):
+        assert (await manage(server, "DELETE", "/shop", who=who)).status == 409
+    assert await details(server) == {**MANAGED_SITE, "name": "New"}
+    assert (await visitor.get()).status == 200
+
+
+# ---------------------------------------------------------------------------------------------
+# Admin: sessions
+
+
+async def test_sessions_of_a_site(
+    serve: Serve, model: FakeModel, key_server: KeyServer, clock: Clock
+) -> None:
+    """Owners see the live sessions of their site, newest first."""
+    server = await serve(model, **office(key_server))
+    origin = clock.stopped_at = float(NOW)
+    visitors = []
+    for number in range(4):
+        clock.stopped_at = origin + number
+        body = {"pageUrl": f"{ORIGIN}/{number}"}
+        answer = await server.call("POST", "/api/session/init", body)
+        visitors.append(Visitor(server, answer.body["sessionId"]))
+    foreign = await server.visitor("https://other.example")
+    await visitors[1].connect()
+    await visitors[1].ask()
+    server.age(visitors[0], 3600)
+    server.age(visitors[2], 60)
+    listed = (await manage(server, "GET", "/shop/sessions")).body
+    assert listed.keys() == {"sessions"}
+    ids = [session["sessionId"] for session in listed["sessions"]]
+    assert ids == [visitor.id for visitor in visitors[:0:-1]]
+    for session, number in zip(listed["sessions"], (3, 2, 1), strict=True):
+        created = datetime.fromtimestamp(origin + number, UTC)
+        assert datetime.fromisoformat(session.pop("createdAt")) == created
+        active = datetime.fromisoformat(session.pop("lastActivity")).timestamp()
+        assert abs(active - (origin + 3 - 60 * (number == 2))) < PATIENCE_SECONDS
+        count = 2 if number == 1 else 0
+        expected = {"messageCount": count, "pageUrl": f"{ORIGIN}/{number}"}
+        assert session == {"sessionId": visitors[number].id, **expected}
+    listed = (await manage(server, "GET", "/other/sessions", who="other owner")).body
+    assert [session["sessionId"] for session in listed["sessions"]] == [foreign.id]
+
+
+async def test_limit_of_the_list(serve: Serve, key_server: KeyServer) -> None:
+    """?limit= says how many sessions are listed, at most 200."""
+    server = await serve(**office(key_server, limits={"init_per_minute": 10_000}))
+    ids = [(await server.init()).body["sessionId"] for _ in range(210)]
+    for query_string, count in (("?limit=1", 1), ("?limit=200", 200), ("?limit=17", 17)):
+        answer = await manage(server, "GET", f"/shop/sessions{query_string}")
+        found = [session["sessionId"] for session in answer.body["sessions"]]
+        assert found == ids[: -count - 1 : -1]
+    assert 1 <= len((await manage(server, "GET", "/shop/sessions")).body["sessions"]) <= 200
+    for limit in ("0", "201", "-1", "x", "1.5", "", "9" * 30, "%D9%A1"):
+        answer = await manage(server, "GET", f"/shop/sessions?limit={limit}")
+        assert answer.error == (400, "invalid_message")
+
+
+async def test_session_of_a_site(serve: Serve, model: FakeModel, key_server: KeyServer) -> None:
+    """Owners read a session's history; one of another site does not exist for them."""
+    server = await serve(model, **office(key_server))
+    visitor, foreign = await server.visitor(), await server.visitor("https://other.example")
+    model.scripts.append(reply("The reply"))
+    await visitor.ask("The question")
+    before = server.hub.sessions[visitor.id].last_active
+    answer = await manage(server, "GET", f"/shop/sessions/{visitor.id}")
+    listed = (await manage(server, "GET", "/shop/sessions")).body["sessions"][0]
+    assert answer.body.keys() == {*listed, "history"}
+    assert {**answer.body, "lastActivity": ""} == {
+        **listed,
+        "lastActivity": "",
+        "history": [
+            {"role": "user", "content": "The question"},
+            {"role": "assistant", "content": "The reply"},
+        ],
+    }
+    assert server.hub.sessions[visitor.id].last_active == before  # a look is no activity
+    for session_id in (foreign.id, "none", f"{visitor.id}0"):
+        answer = await manage(server, "GET", f"/shop/sessions/{session_id}")
+        assert answer.error == (404, "session_not_found")
+    server.age(visitor, 3600)
+    answer = await manage(server, "GET", f"/shop/sessions/{visitor.id}")
+    assert answer.error == (404, "session_not_found")
