@@ -4219,7 +4219,13 @@ def make_app(config: Config) -> web.Application:
 async def serving(config: Config) -> AsyncIterator[tuple[web.Application, str]]:
     """Serve until the block ends, then drain; yields the app and its URL."""
     app = make_app(config)
-    runner = web.AppRunner(app, access_log=None, keepalive_timeout=75, shutdown_timeout=2)
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        keepalive_timeout=75,
+        shutdown_timeout=2,
+        max_field_size=16384,  # of a header: what is no sign-in token is told so, 8 KB of it too
+    )
     try:
         await runner.setup()
         await web.TCPSite(runner, config.server.host, config.server.port, backlog=1024).start()
