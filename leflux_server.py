@@ -50,6 +50,7 @@ import codecs
 import contextlib
 import dataclasses
 import email.utils
+import fcntl
 import functools
 import gc
 import ipaddress
@@ -103,12 +104,14 @@ NEXT_TEXT_SECONDS = 20
 MODEL_CALL_SECONDS = 600  # the longest answer, however steadily it drips
 MODEL_RETRIES = 2
 MAX_REPLY_CHARS = 200_000
+MAX_TOKENS = 10**9  # that one call can have cost, whatever a provider reports
 MAX_SSE_LINE_BYTES = 8 * 1024 * 1024
 MAX_FRAMES = 20  # a stream whose events differ more often is read line by line
 MAX_HISTORY = 500  # messages kept in a session: the first 2 and the last ones
+MAX_HISTORY_CHARS = 1_000_000
 PROMPT_FIRST, PROMPT_LAST = 2, 50  # messages of the conversation that the model sees
 KNOWLEDGE_CHARS = 2500  # of passages in one prompt
-MAX_LIMITERS = 100_000
+MAX_LIMITERS = 20_000
 MAX_REFUSALS = 2  # times in a row that the model is told why its action may not run
 ACTION_SECONDS = 120  # for the client to carry out a plan, beside the plan's own waits
 CONTINUE_SECONDS = 30  # for the fresh page after a result, or after a reload
@@ -318,7 +321,7 @@ def allowed_host(value: Any) -> tuple[str, int | None]:
 def parse_origin(origin: str) -> tuple[str, int] | None:
     """Return (host, port) of an exact http(s)://host[:port], else None (RFC 6454)."""
     scheme, separator, authority = origin.partition("://")
-    if not separator or scheme.lower() not in ("http", "https"):
+    if len(origin) > 300 or not separator or scheme.lower() not in ("http", "https"):
         return None
     try:
         host, port = split_authority(authority)
@@ -486,8 +489,10 @@ def bare_url(value: Any) -> str:
 
 def endpoint(value: Any) -> str:
     """An absolute http(s) URL, without trailing slash."""
-    what = "an http(s) URL"
-    return cast(str, text(2000, 1, r"https?://[^/\s]\S*", what)(value)).rstrip("/")
+    value = text(2000, 1, r"https?://[^/\s]\S*", "an http(s) URL")(value)
+    if parse_origin("/".join(value.split("/")[:3])) is None:
+        raise ValueError("must be an http(s) URL")
+    return cast(str, value).rstrip("/")
 
 
 LOCAL_NETWORKS = (ipaddress.ip_network("127.0.0.1"), ipaddress.ip_network("::1"))
@@ -670,7 +675,7 @@ def load_config(path: Path, environ: Mapping[str, str]) -> Config:
         table = tomllib.loads(read_file(path, str(path)))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
     return parse_config(table, environ, path.resolve().parent)
 
@@ -777,9 +782,9 @@ class Task:
     said: list[str] = dataclasses.field(default_factory=list)  # deltas of this turn
     note: str = ""  # on the last action, for the model
     plan: Json = dataclasses.field(default_factory=dict)  # the last one
-    looks: list[Json] = dataclasses.field(default_factory=list)  # its elements, when asked about
+    looks: list[str] = dataclasses.field(default_factory=list)  # its elements, when asked about
     failure: str = ""  # what the client reported on it
-    page_before: Json = dataclasses.field(default_factory=dict)
+    page_before: tuple[str, int] = ("", 0)  # its URL, and a hash of all that it showed
     plans: int = 0
     refusals: int = 0  # since the last plan
     clicks: Counter[tuple[int, str]] = dataclasses.field(default_factory=Counter)
@@ -808,6 +813,7 @@ class Session:
     last_active: float  # monotonic seconds
     store: Store
     history: list[Json] = dataclasses.field(default_factory=list)
+    history_chars: int = 0
     message_count: int = 0
     context: Json = dataclasses.field(default_factory=dict)
     events: list[bytes] = dataclasses.field(default_factory=list)
@@ -819,7 +825,7 @@ class Session:
     limiter: AsyncLimiter | None = None
     answered: dict[str, str] = dataclasses.field(default_factory=dict)  # clientMessageId: messageId
     saved: int = 0  # how many of its messages are on disk
-    hold: float = math.inf  # the first event that waits for its turn to be on disk
+    held: list[int] = dataclasses.field(default_factory=list)  # events that wait for the disk
     gone: bool = False
 
     @property
@@ -835,16 +841,21 @@ class Session:
     def emit_durably(self, event: str, data: Json) -> None:
         """Append the event that ends a turn; the socket gets it once the turn is on disk."""
         if self.store.durable:
-            self.hold = min(self.hold, self.next_seq)
+            self.held.append(self.next_seq)
         self.emit(event, data)
         self.store.touch(self)
 
     def release(self, seq: float) -> None:
         """All events before seq are on disk."""
-        if self.hold < seq:
-            self.hold = math.inf
+        if self.held and self.held[0] < seq:
+            self.held = [number for number in self.held if number >= seq]
             if self.socket is not None:
                 self.socket.wake()
+
+    @property
+    def sendable_seq(self) -> int:
+        """The first event that a socket may not send yet."""
+        return self.held[0] if self.held else self.next_seq
 
     def begin_turn(self) -> None:
         """Forget the last turn's events, but not those that the socket has still to send."""
@@ -858,8 +869,11 @@ class Session:
         """Append a message to the history, as the visitor saw it."""
         self.message_count += 1
         self.history.append({"role": role, "content": content})
-        if len(self.history) > MAX_HISTORY:
-            del self.history[PROMPT_FIRST]
+        self.history_chars += len(content)
+        while len(self.history) > MAX_HISTORY or (
+            self.history_chars > MAX_HISTORY_CHARS and len(self.history) > 2 * PROMPT_FIRST
+        ):
+            self.history_chars -= len(self.history.pop(PROMPT_FIRST)["content"])
 
 
 def encode_event(event: str, data: Json, seq: int) -> bytes:
@@ -874,7 +888,17 @@ class Socket:
     """
 
     __slots__ = (
-        *("close_code", "cursor", "frame_times", "outbox", "progress", "pump", "sent", "session"),
+        *(
+            "close_code",
+            "cursor",
+            "frame_times",
+            "joined",
+            "outbox",
+            "progress",
+            "pump",
+            "sent",
+            "session",
+        ),
         *("site_id", "stalled_since", "transport", "ws"),
     )
 
@@ -886,6 +910,7 @@ class Socket:
         self.site_id = site_id
         self.session: Session | None = None
         self.cursor = 1  # the next event to send
+        self.joined: bytes | None = None  # a session_joined to send; only the last one counts
         self.outbox: list[bytes] = []
         self.pump: asyncio.Task[None] | None = None
         self.close_code: int | None = None
@@ -928,9 +953,11 @@ class Socket:
     def _send_at_once(self) -> bool:
         """Send the newest event without a task if nothing stands before it; most go this way."""
         session, transport = self.session, self.transport
-        if session is None or transport is None or self.outbox or self.close_code is not None:
+        if session is None or transport is None or self.close_code is not None:
             return False
-        if self.cursor != session.next_seq - 1 or self.cursor >= session.hold:
+        if self.outbox or self.joined is not None:
+            return False
+        if self.cursor != session.next_seq - 1 or session.held:
             return False
         frame = session.events[-1]
         if transport.get_write_buffer_size() or len(frame) > 32768:
@@ -947,11 +974,11 @@ class Socket:
     async def _send_pending(self) -> None:
         try:
             while True:
-                if self.outbox:
+                if self.joined is not None:
+                    frame, self.joined = self.joined, None
+                elif self.outbox:
                     frame = self.outbox.pop(0)
-                elif self.session is not None and self.cursor < min(
-                    self.session.next_seq, self.session.hold
-                ):
+                elif self.session is not None and self.cursor < self.session.sendable_seq:
                     frame = self.session.events[self.cursor - self.session.first_seq]
                     self.cursor += 1
                 elif self.close_code is not None:
@@ -1138,6 +1165,8 @@ def join(sock: Socket, session: Session, last_seq: int | None, now: float) -> No
     older = session.socket
     if older is not None and older is not sock:
         older.fail("session_taken_over", "This chat was opened somewhere else.", 4409)
+        if older.transport is not None and older.transport.get_write_buffer_size():
+            older.transport.abort()  # it does not read; many of its kind would add up
     sock.leave()
     session.socket, sock.session = sock, session
     after = 0 if last_seq is None else last_seq
@@ -1147,7 +1176,8 @@ def join(sock: Socket, session: Session, last_seq: int | None, now: float) -> No
         "restored": session.message_count > 0,
         "history": session.history,
     }
-    sock.push("session_joined", joined)
+    sock.joined = encode_event("session_joined", joined, sock.cursor - 1)
+    sock.wake()
     # A plan that an earlier socket got may have loaded a new page: its first context goes on.
     delivered = session.sent_seq >= session.next_seq - 1
     if session.task is not None and session.task.phase in ("acting", "acted") and delivered:
@@ -1188,10 +1218,24 @@ FORGET_SESSIONS = "DELETE FROM session WHERE id IN (SELECT value FROM json_each(
 Statement = tuple[str, tuple[Any, ...]]
 
 
+def lock_folder(path: Path) -> int:
+    """Take the lock beside a database, or raise ConfigError; the process's end frees it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(path.with_suffix(".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be used as the database: {error}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise ConfigError(f"{path} is in use by another leflux") from None
+    return lock
+
+
 def open_database(path: Path) -> sqlite3.Connection:
     """Open or create the database, mode 0600; raise ConfigError with one line if that fails."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite gives its -wal this mode
         path.chmod(0o600)
         db = sqlite3.connect(path, timeout=1, isolation_level=None, check_same_thread=False)
@@ -1225,7 +1269,13 @@ class Store:
     """The writer behind the memory; without a path it does nothing and costs nothing."""
 
     def __init__(self, path: Path | None) -> None:
-        self._db = None if path is None else open_database(path)
+        # A second server on the same database would take the first one's turns for cut off.
+        self._lock = None if path is None else lock_folder(path)
+        try:
+            self._db = None if path is None else open_database(path)
+        except ConfigError:
+            os.close(cast(int, self._lock))
+            raise
         self._thread = ThreadPoolExecutor(1, "leflux-store")  # starts with its first batch
         self._sessions: dict[str, Session] = {}  # with changes to write
         self._gone: set[str] = set()  # sessions to delete
@@ -1288,15 +1338,16 @@ class Store:
                 gone, self._gone = self._gone, set()
                 rows, self._rows = self._rows, {}
                 points = [(s, s.message_count, s.next_seq) for s in sessions.values()]
-                statements = [*rows.values(), *session_statements(list(sessions.values()))]
-                if gone:
-                    ids = (json_text(list(gone)),)
-                    statements += [(FORGET_MESSAGES, ids), (FORGET_SESSIONS, ids)]
                 try:
+                    statements = [*rows.values(), *session_statements(list(sessions.values()))]
+                    if gone:
+                        ids = (json_text(list(gone)),)
+                        statements += [(FORGET_MESSAGES, ids), (FORGET_SESSIONS, ids)]
                     clean = await loop.run_in_executor(
                         self._thread, self._commit, statements, bool(gone)
                     )
-                except sqlite3.Error as error:
+                except Exception as error:
+                    # Most of all sqlite3.Error; but nothing may leave its waiters behind.
                     self._failing = True
                     self._complain(error)
                     self._sessions = {**sessions, **self._sessions}
@@ -1345,7 +1396,7 @@ class Store:
         # The log still has what the tables no longer have.
         return bool(db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0)
 
-    def _complain(self, error: sqlite3.Error) -> None:
+    def _complain(self, error: Exception) -> None:
         now = time.monotonic()
         if now - self._complained >= 60:
             self._complained = now
@@ -1366,6 +1417,7 @@ class Store:
         if self._db is not None:
             self._db.close()
             self._db = None
+            os.close(cast(int, self._lock))
 
 
 def session_statements(sessions: Sequence[Session]) -> list[Statement]:
@@ -1416,9 +1468,10 @@ def restore_session(
         host=state["host"],
         page_url=state["pageUrl"],
         created_at=state["created"],
-        last_active=now - (time.time() - state["active"]),
+        last_active=now - max(0, time.time() - state["active"]),  # clocks are set back, too
         store=store,
         history=messages,
+        history_chars=sum(len(message["content"]) for message in messages),
         message_count=state["count"],
         saved=state["count"],
         answered=state["answered"],
@@ -1555,7 +1608,7 @@ def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json
         "title": take(raw, "title", _LINE, "", path)[:MAX_FIELD_CHARS],
         "visibleText": take(raw, "visibleText", _LINE, "", path)[: limits.visible_text_chars],
     }
-    any_list = list_of(lambda item: item, 10_000)
+    any_list = list_of(lambda item: item, MAX_BODY_BYTES)
     elements = take(raw, "indexedElements", any_list, (), path)[: limits.indexed_elements]
     context["indexedElements"] = []
     where = path + "indexedElements"
@@ -1781,29 +1834,32 @@ class Page:
 def element_words(element: Json, *fields: str) -> str:
     """What an element is called in its markup and on the page, as plain lower-case words."""
     values = [str(element[field]) for field in fields if element.get(field)]
-    plain = unicodedata.normalize("NFKC", " ".join(values))
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", plain)
-    return re.sub(r"[\s_.\-/]+", " ", words).lower()
+    plain = unicodedata.normalize("NFKC", " | ".join(values))
+    plain = "".join(c for c in plain if unicodedata.category(c) != "Cf")  # unseen, such as U+00AD
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", plain)
+    words = re.sub(r"(?<=[a-zA-Z])(?=[0-9])", " ", words)
+    return re.sub(r"[\s_.\-/\[\]:]+", " ", words).lower()
 
 
 _NAMES = ("text", "ariaLabel", "label", "placeholder", "name")
 SENSITIVE = re.compile(
     r"""
-    \bpass\s?(word|wd|code|phrase|wort)|\bpwd\b|\bpsw\b|kennwort|contraseñ|mot\sde\spasse|\bsenha\b
-    |wachtwoord|\b(current|new)\spassword\b
-    |\bone\stime\b|\botp\b|\btotp\b|\b[2m]fa\b|two\sfactor|\bpin\b|(verification|security|sms|auth\w*)\scode
-    |\bcc\s(number|csc|exp|name|type|given|family|additional)|credit\s?card|debit\s?card|card\s?(number|no\b|num|holder|code)
-    |\b(cvv|cvc|csc|cvn)2?\b|expir(y|ation)|\bcc\s?(num|no\b|exp)|karten\s?nummer|kreditkarte|tarjeta
-    |\biban\b|\bbic\b|\bswift\b|rout(ing|e)\snumber|sort\scode|\bbank|account\s?(number|no\b|num)|\bkonto
-    |\bssn\b|social\s?security|national\s?(id|insurance)|passport|\btax\s?(id|number|payer)|\btin\b
-    |(identity|id)\s?(card|number|no\b)|personalausweis|\bdni\b|\bnino\b|\bcpf\b|aadhaar|driver\w*\slicen[cs]e
+    \bpass\s?(word|wd|code|phrase|wort)|\b(pass|pwd?|psw)\b|kennwort|contraseñ|mot\sde\spasse
+    |\bsenha\b|wachtwoord|\bone\s?time|\bt?otp\b|\b(2|m|t)\s?fa\b|two\sfactor|\bpin\b|digit\scode
+    |(verification|security|sms|auth\w*|tfa)\scode|digo\sde\s(seguridad|verif)|code\sde\ss[eé]curit
+    |\bcc\b|(credit|debit)\s?card|\bcard\s?(number|no\b|num|holder|code)|\|\scard(\s\||$)|^card$
+    |\b(cvv|cvc|csc|cvn)\b|expir(y|ation)|\bmm\s?yy|karten\s?nummer|kreditkarte|tarjeta|ro\sde\scarte
+    |\biban\b|\bbic\b|\bswift\b|rout(ing|e)\snumber|sort\scode|\bbank|account\s?(number|no\b|num)
+    |\bkonto|\bssn\b|social\s?security|national\s?(id|insurance)|passport|\btax\s?(id|number|payer)
+    |\btin\b|\b(identity|id)\s?(card|number|no\b)|personalausweis|\bdni\b|\bnino\b|\bcpf\b|aadhaar
+    |driver\w*\slicen[cs]e
     """,
     re.X,
 )
 # Clicks that cannot be taken back, in the languages whose sites we have met.
 IRREVERSIBLE = re.compile(
     r"""
-    \b(delete|remove|buy|pay|purchase|order|send|transfer|unsubscribe)\b|\bcancel\s+\w
+    \b(deletes?|removes?|buy|pay|purchase|order|send|transfer|unsubscribe|check\s?out)\b|\bcancel\s+\w
     |\b(löschen|entfernen|kaufen|bezahlen|bestellen|absenden|senden|überweisen|kündigen)\b
     |\b(supprimer|acheter|payer|commander|envoyer|résilier)\b
     |\b(eliminar|borrar|comprar|pagar|enviar|transferir)\b
@@ -1871,7 +1927,10 @@ def check_step(raw: Any, page: Page) -> Json:
         if kind in ("type", "select"):
             if not isinstance(raw.get("inputData"), str):
                 raise Refusal("inputData must be a string")
-            step["inputData"] = raw["inputData"][:MAX_TYPED_CHARS]
+            typed = raw["inputData"][:MAX_TYPED_CHARS]
+            if "area" not in str(element.get("type")):  # a line end could submit the form
+                typed = " ".join(typed.splitlines())
+            step["inputData"] = typed
     elif kind == "navigate":
         page.allow("navigate")
         step["url"] = page.url(raw.get("url"))
@@ -1964,7 +2023,7 @@ def clean_block(value: Any, page: Page, depth: int = 1, name: str = "") -> Any:
     if depth > MAX_BLOCK_DEPTH:
         raise Refusal("data is nested too deeply")
     if isinstance(value, str):
-        is_link = re.search(r"url|href|link|src|image", name, re.I)
+        is_link = re.search(r"(url|href|src|^link|^image)$", name, re.I)
         return page.url(value) if value and is_link else value[:280]
     if isinstance(value, list):
         return [clean_block(item, page, depth + 1, name) for item in value[:MAX_BLOCK_ITEMS]]
@@ -2151,7 +2210,8 @@ def content_text(content: Any) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        return "".join(content_text(part.get("text")) for part in content if isinstance(part, dict))
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "".join(text for text in texts if isinstance(text, str))
     return ""
 
 
@@ -2165,12 +2225,12 @@ def read_event(event: Any, completion: Completion) -> str:
         if "error" in event or event.get("object") == "error":
             raise_stream_error(event)
         if event.get("usage"):
-            completion.tokens = max(0, int(event["usage"]["total_tokens"]))
+            completion.tokens = min(max(0, int(event["usage"]["total_tokens"])), MAX_TOKENS)
         choice = event["choices"][0]
         if choice.get("finish_reason") == "length":
             completion.cut_short = True
         content = (choice.get("delta") or choice["message"])["content"]
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError):
         return ""
     return content if type(content) is str else content_text(content)
 
@@ -2296,7 +2356,9 @@ class StreamParser:
                     self._partial = b""
                     yield value
                     return
-        self._partial = (self._partial + b"\n" + payload)[-MAX_SSE_LINE_BYTES:]
+        whole = (self._partial + b"\n" + payload).lstrip()
+        # Half an object may go on in the next line, but not for ever.
+        self._partial = whole if whole[:1] == b"{" and len(whole) < 65536 else b""
 
 
 def without_parameter(params: Json, complaint: str) -> Json | None:
@@ -2562,7 +2624,9 @@ class ReplyReader:
             with contextlib.suppress(ValueError, RecursionError):
                 decoder = json.JSONDecoder(strict=False)  # line ends in strings are forgiven
                 reply = decoder.raw_decode(raw[raw.index("{") :])[0]
-                if re.search(r"\\u[dD][89a-fA-F]", raw):  # a lone surrogate cannot be sent on
+                if re.search(
+                    r"\\u[dD][89a-fA-F]|[\ud800-\udfff]", raw
+                ):  # a lone surrogate cannot be sent on
                     plain = json.dumps(reply, ensure_ascii=False)
                     reply = json.loads(
                         plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -2575,22 +2639,26 @@ class ReplyReader:
         return rest, reply
 
     @property
-    def mid_message(self) -> bool:
-        """Whether the message has begun and not ended."""
-        return self._streaming
+    def unfinished(self) -> bool:
+        """Whether the object has begun and not ended."""
+        return self._mode == "json" and self._depth > 0
 
     def _read(self, piece: str) -> str:
         if self._mode == "plain":
             return piece
-        self._raw.append(piece)
+        if self._mode == "start" and not self._raw:
+            piece = piece.lstrip()
+        if piece:
+            self._raw.append(piece)
         if self._mode == "json":
             return self._scan(piece)
-        held = "".join(self._raw).lstrip()
+        held = "".join(self._raw)
         body = held
         if held.startswith("```"):
             body = held[cast(re.Match[str], self._FENCE.match(held)).end() :]
         opening = re.match(r"\{\s*(.?)", body, re.S)
-        if not body or held in ("`", "``") or (opening and not opening[1]):
+        undecided = not body or held in ("`", "``") or (opening and not opening[1])
+        if undecided and len(held) < 1000:
             return ""  # it could still become either
         if opening and opening[1] in '"}':
             self._mode = "json"
@@ -2681,10 +2749,10 @@ QUESTION = re.compile(r"\s*(what|how|when|where|who|why|which|is|are|do|does|did
 WANTS_SENT = re.compile(r"\b(send|submit|message|contact|subscribe|sign up|order)\b")
 # What a visitor may give in so many words, and the fields that it is for.
 GIVEN_VALUES = (
-    (r"([\w.+-]+@[\w-]+\.[\w.-]*\w)", r"mail"),
+    (r"(?<![\w.+-])([\w.+-]{1,64}@[\w-]{1,64}\.[\w.-]{0,190}\w)", r"mail"),
     (r"\b(?i:my name is|i am|i'm|name:)\s+([A-Z][\w'-]*(?:\s[A-Z][\w'-]*)?)", r"\bname\b"),
     (r"(\+?\d[\d ()/-]{6,}\d)", r"phone|\btel"),
-    (r"\b(?i:message:|saying|says?|that)\s+(.+?)(?:,\s*(?i:my name|i am|i'm)\b.*)?$", r"message"),
+    (r"\b(?i:message:|saying|says?|that)\s+(.+)", r"message"),
 )
 TYPED_VALUE = r"\b(?:type|enter|write|put|fill in)\s+[\"“'](.+?)[\"”']\s+(?:in|into|as|for)\s+(.+)"
 
@@ -2727,7 +2795,8 @@ def given_values(wish: str, elements: Sequence[Json]) -> list[tuple[Json, str]]:
         for at, field in enumerate(fields):
             words = element_words(field, "type", "inputType", *_NAMES)
             if value and at not in found and re.search(field_pattern, words):
-                found[at] = (field, value[1].strip())
+                said = re.split(r",\s*(?:my name|i am|i'm)\b", value[1], maxsplit=1, flags=re.I)
+                found[at] = (field, said[0].strip())
                 break
     return [found[at] for at in sorted(found)]
 
@@ -2740,7 +2809,7 @@ def guide(task: Task, context: Json, knowledge: Passages | None) -> Json:
     ]
     labels = [element_label(element) for element in elements]
     wants_action = WANTS_ACTION.search(wish.lower()) and not QUESTION.match(wish.lower())
-    if wants_action or task.did:
+    if (wants_action or task.did) and not task.note.startswith("refused"):
         clickable = [
             "" if re.search(r"input|textarea|select", str(element.get("type"))) else label
             for element, label in zip(elements, labels, strict=True)
@@ -3026,7 +3095,7 @@ async def converse(hub: Hub, session: Session, task: Task) -> tuple[Completion, 
     rest, reply = reader.finish()
     if rest:
         say(session, task, rest)
-    completion.cut_short |= reader.mid_message
+    completion.cut_short |= reader.unfinished
     return completion, reply
 
 
@@ -3034,20 +3103,19 @@ def perform(hub: Hub, session: Session, task: Task, action: Json, page: Page) ->
     """Turn a clean action into the event that ends the turn."""
     said = "".join(task.said)
     kind = action["type"]
-    if kind in PLAN_TYPES:
-        risky = irreversible_elements(action, page)
-        if risky:
+    if kind in (*PLAN_TYPES, "confirmation_required"):
+        plan = action if kind in PLAN_TYPES else action["plan"]
+        if risky := irreversible_elements(plan, page):
+            # In our words: the model's could make it look harmless.
             names = ", ".join(f"“{element_label(element)[:60]}”" for element in risky)
-            labels = {"confirm_label": element_label(risky[0])[:60] or "Yes", "cancel_label": "No"}
-            ask_first(session, task, action, page, {"message": f"Shall I click {names}?", **labels})
+            label = element_label(risky[0])[:60] or "Yes"
+            ask_first(session, task, plan, page, f"Shall I click {names}?", label, "No")
+        elif plan is action:
+            offer_plan(hub, session, task, plan)
         else:
-            offer_plan(hub, session, task, action)
-        return
-    if kind == "confirmation_required":
-        plan = action["plan"]
-        labels = {name: action[name] for name in ("confirm_label", "cancel_label")}
-        message = action["message"] or said or f"Shall I do this: {plan['description']}?"
-        ask_first(session, task, plan, page, {"message": message, **labels})
+            question = action["message"] or said or f"Shall I do this: {plan['description']}?"
+            labels = action["confirm_label"], action["cancel_label"]
+            ask_first(session, task, plan, page, question, *labels)
         return
     if kind == "none" and not said.strip():
         end_task(session, task, NO_ANSWER, isError=True)
@@ -3074,16 +3142,21 @@ def perform(hub: Hub, session: Session, task: Task, action: Json, page: Page) ->
         )
 
 
-def ask_first(session: Session, task: Task, plan: Json, page: Page, question: Json) -> None:
+def ask_first(
+    session: Session, task: Task, plan: Json, page: Page, question: str, yes: str, no: str
+) -> None:
     """Keep a plan until the visitor agrees, together with what its elements were called."""
     task.phase, task.plan = "confirming", plan
     task.looks = looks(plan, page)
-    end_turn(session, task, "confirmation_required", question, question["message"])
+    data = {"message": question, "confirm_label": yes, "cancel_label": no}
+    end_turn(session, task, "confirmation_required", data, question)
 
 
-def looks(plan: Json, page: Page) -> list[Json]:
-    """The elements of a plan as they are on the page."""
-    return [page.element(step["elementId"]) for step in steps_of(plan) if "elementId" in step]
+def looks(plan: Json, page: Page) -> list[str]:
+    """What the elements of a plan are called, to know them again."""
+    steps = [step for step in steps_of(plan) if "elementId" in step]
+    fields = ("type", "inputType", "href", *_NAMES)
+    return [element_words(page.element(step["elementId"]), *fields) for step in steps]
 
 
 def offer_plan(hub: Hub, session: Session, task: Task, plan: Json) -> None:
@@ -3115,7 +3188,7 @@ def offer_plan(hub: Hub, session: Session, task: Task, plan: Json) -> None:
     task.urls += urls or [""]
     task.scrolls += only_scrolls
     task.did += [step["action"] for step in steps]
-    task.page_before = session.context
+    task.page_before = fingerprint(session.context)
     task.plan = {"id": f"action-{hub.next_id()}", **plan}
     task.phase = "acting"
     waits = sum(step.get("waitDuration", 0) for step in steps) / 1000
@@ -3130,13 +3203,19 @@ def offer_plan(hub: Hub, session: Session, task: Task, plan: Json) -> None:
     end_turn(session, task, "action_plan", data)
 
 
+def fingerprint(context: Json) -> tuple[str, int]:
+    """The URL of a page, and what tells whether its elements and text are the same."""
+    shown = [context.get(part) for part in ("indexedElements", "visibleText")]
+    return context.get("url", ""), hash(orjson.dumps(shown))
+
+
 def note_result(task: Task, action_id: str | None, result: Json, now: float) -> None:
     """Take the client's report on the action it was given; one on any other changes nothing."""
     if task.phase != "acting" or action_id not in (None, task.plan["id"]):
         return
-    failed = [r for r in result.get("results", ()) if isinstance(r, dict) and not r.get("success")]
+    failed = [one for one in result["results"] if not one.get("success")]
     error = (failed[0] if failed else result).get("error") or "no reason given"
-    step = f" at step {result['completedSteps'] + 1}" if result.get("completedSteps") else ""
+    step = f" at step {result['completedSteps'] + 1}" if result["completedSteps"] else ""
     task.failure = "" if result["success"] else f"failed{step}: {str(error)[:300]}"
     task.phase, task.deadline = "acted", now + CONTINUE_SECONDS
 
@@ -3146,15 +3225,11 @@ def go_on(hub: Hub, session: Session) -> None:
     task = session.task
     if task is None or task.phase not in ("acting", "acted") or hub.draining:
         return
-    before, after = task.page_before, session.context
-    same_url = before.get("url") == after.get("url")
-    same = same_url and all(
-        before.get(part) == after.get(part) for part in ("indexedElements", "visibleText")
-    )
-    task.unchanged = task.unchanged + 1 if same else 0
-    effect = f"URL {before.get('url', '')} → {after.get('url', '')}"
-    if same_url:
-        effect = f"URL unchanged at {after.get('url', '')}" + (": no effect" if same else "")
+    before, after = task.page_before, fingerprint(session.context)
+    task.unchanged = task.unchanged + 1 if before == after else 0
+    effect = f"URL {before[0]} → {after[0]}"
+    if before[0] == after[0]:
+        effect = f"URL unchanged at {after[0]}" + (": no effect" if before == after else "")
     report = task.failure or ("done" if task.phase == "acted" else "the page was loaded anew")
     task.note = f"{task.plan['description']}: {report}. {effect}"
     run_turn(hub, session, task)
@@ -3266,8 +3341,8 @@ def handle_protocol_error(
     message: str | None = None,
 ) -> web.StreamResponse:
     """Answer what aiohttp could not parse as HTTP, in our shape and without its traceback."""
-    if request.writer.output_size > 0:
-        raise ConnectionError("the response has begun")
+    if request.writer.output_size > 0 or isinstance(exc, ConnectionError):
+        raise ConnectionError("there is nobody to answer")
     response = error_response(standard_error(400)) if status < 500 else bug_response("a response")
     response.headers.update({"X-Content-Type-Options": "nosniff", "Server": ""})
     response.force_close()
@@ -3413,7 +3488,7 @@ async def chat(request: web.Request) -> web.Response:
     session = find_session(hub, session_id, site.id, time.monotonic())
     limits = hub.config.limits
     message = take(body, "message", lambda v: text(limits.message_chars, 1)(stripped(v)))
-    client_id = take(body, "clientMessageId", text(64, 1), None)
+    client_id = take(body, "clientMessageId", text(64), None) or None
     name = "context" if body.get("pageContext") is None else "pageContext"
     raw_context = body.get(name)
     context = clean_context(raw_context, limits, name) if raw_context is not None else None
@@ -3686,13 +3761,16 @@ def rebuild_sites(hub: Hub) -> None:
     """Put the patches over config.toml again: what the server goes by from now on."""
     sites: dict[str, Site] = {}
     index: dict[tuple[str, int | None], Site] = {}
-    bases = {site["id"]: site for site in hub.config.raw_sites} | hub.made_sites
-    for site_id, base in bases.items():
-        try:
-            site = parse_table(Site, overlay(base, hub.site_patches.get(site_id, {})), site_id)
-        except ConfigError as error:  # the rules have changed since it was saved
-            log.error("a saved change of a site is left out: %s", error)
-            site = parse_table(Site, base, site_id)
+    file_sites = {site["id"]: site for site in hub.config.raw_sites}
+    for site_id, base in (file_sites | {**hub.made_sites, **file_sites}).items():
+        for table in (overlay(base, hub.site_patches.get(site_id, {})), base):
+            try:
+                site = parse_table(Site, table, site_id)
+                break
+            except ConfigError as error:  # the rules have changed since it was saved
+                log.error("a saved change of a site is left out: %s", error)
+        else:
+            continue
         sites[site_id] = site
         for entry in site.allowed_hosts:
             if index.setdefault(entry, site) is not site:
@@ -3705,23 +3783,28 @@ def invalid_config(errors: dict[str, str]) -> ApiError:
     return ApiError(400, "invalid_config", message, errors=errors)
 
 
-async def managed_site(request: web.Request) -> tuple[Hub, Caller, Site]:
-    """Return the site of the path for its owner or an admin; raise forbidden for all others.
+def is_admin(hub: Hub, caller: Caller) -> bool:
+    return caller.is_one_of(hub.config.firebase.admins)
+
+
+def owned_site(hub: Hub, caller: Caller, site_id: str) -> Site:
+    """Return a site for its owner or an admin; raise forbidden for all others.
 
     A stranger cannot tell a site that is not his from one that does not exist.
     """
-    hub = request.app[HUB]
-    caller = await authenticate(request)
-    site = hub.sites.get(request.match_info["site_id"])
+    site = hub.sites.get(site_id)
     if not (site and caller.is_one_of(site.owners)) and not is_admin(hub, caller):
         raise standard_error(403)
     if site is None:
         raise standard_error(404)
-    return hub, caller, site
+    return site
 
 
-def is_admin(hub: Hub, caller: Caller) -> bool:
-    return caller.is_one_of(hub.config.firebase.admins)
+async def managed_site(request: web.Request) -> tuple[Hub, Caller, Site]:
+    """Return the site of the path and who manages it."""
+    hub = request.app[HUB]
+    caller = await authenticate(request)
+    return hub, caller, owned_site(hub, caller, request.match_info["site_id"])
 
 
 def written_hosts(site: Site) -> list[str]:
@@ -3756,7 +3839,7 @@ async def save_site(hub: Hub, site_id: str, patch: Json, base: Json | None) -> N
     await hub.store.saved()
 
 
-async def change_site(hub: Hub, site: Site, change: Json) -> web.Response:
+async def change_site(hub: Hub, caller: Caller, site: Site, change: Json) -> web.Response:
     """Apply a merge patch in config.toml's names if the site as a whole is then valid."""
     base = hub.made_sites.get(site.id)
     patch = merge_patch(hub.site_patches.get(site.id, {}), change)
@@ -3765,17 +3848,30 @@ async def change_site(hub: Hub, site: Site, change: Json) -> web.Response:
         new = parse_table(Site, overlay(file, patch), "site")
     except ConfigError as error:
         raise invalid_config({"": str(error)}) from None
-    refuse_taken_hosts(hub, new.allowed_hosts, site.id)
+    added = [entry for entry in new.allowed_hosts if entry not in site.allowed_hosts]
+    refuse_taken_hosts(hub, added, site.id, admin=is_admin(hub, caller))
     await save_site(hub, site.id, patch, base)
     return json_response(site_details(hub, hub.sites[site.id]))
 
 
-def refuse_taken_hosts(hub: Hub, hosts: Sequence[tuple[str, int | None]], site_id: str) -> None:
-    for entry in hosts:
-        owner = hub.site_index.get(entry)
-        if owner is not None and owner.id != site_id:
-            message = f"The host {entry[0]} belongs to another site."
-            raise ApiError(409, "host_taken", message, host=entry[0])
+def refuse_taken_hosts(
+    hub: Hub, hosts: Sequence[tuple[str, int | None]], site_id: str, *, admin: bool
+) -> None:
+    """Raise host_taken for a host of another site, on any port that is its too.
+
+    To give a part of a site's domain to another one is for admins alone.
+    """
+    for host, port in hosts:
+        theirs = [
+            site
+            for (name, other_port), site in hub.site_index.items()
+            if name == host and (None in (port, other_port) or port == other_port)
+        ]
+        if not admin and (above := find_site(hub.site_index, host, port or 0)):
+            theirs.append(above)
+        if any(site.id != site_id for site in theirs):
+            message = f"The host {host} belongs to another site."
+            raise ApiError(409, "host_taken", message, host=host)
 
 
 async def list_sites(request: web.Request) -> web.Response:
@@ -3800,7 +3896,7 @@ async def create_site(request: web.Request) -> web.Response:
     host, port = clean["host"]
     twin = host.removeprefix("www.") if host.startswith("www.") else f"www.{host}"
     hosts = [host] if is_ip(host) or host == "localhost" else [host, twin]
-    refuse_taken_hosts(hub, [(one, port) for one in hosts], "")
+    refuse_taken_hosts(hub, [(one, port) for one in hosts], "", admin=True)
     slug = re.sub(r"[^a-z0-9]+", "-", host.removeprefix("www.")).strip("-")[:50]
     site_id = next(
         one
@@ -3825,6 +3921,7 @@ async def get_site(request: web.Request) -> web.Response:
 async def patch_site(request: web.Request) -> web.Response:
     hub, caller, site = await managed_site(request)
     body = await read_object(request)
+    site = owned_site(hub, caller, site.id)  # still, after the time that the body took
     if "owners" in body and not is_admin(hub, caller):
         raise standard_error(403)
     checks = {field.name: field.metadata["check"] for field in dataclasses.fields(Site)}
@@ -3833,17 +3930,18 @@ async def patch_site(request: web.Request) -> web.Response:
     check_table(body, rules, "", errors, null_ok=True)
     if errors:
         raise invalid_config(errors)
-    return await change_site(hub, site, {ADMIN_FIELDS[name]: body[name] for name in body})
+    return await change_site(hub, caller, site, {ADMIN_FIELDS[name]: body[name] for name in body})
 
 
 async def patch_site_config(request: web.Request) -> web.Response:
-    hub, _, site = await managed_site(request)
+    hub, caller, site = await managed_site(request)
     body = await read_object(request)
+    site = owned_site(hub, caller, site.id)
     errors: dict[str, str] = {}
     check_table(body, SITE_CONFIG_RULES, "", errors, null_ok=True)
     if errors:
         raise invalid_config(errors)
-    return await change_site(hub, site, {"config": body})
+    return await change_site(hub, caller, site, {"config": body})
 
 
 async def delete_site(request: web.Request) -> web.Response:
@@ -3922,24 +4020,31 @@ def on_continue_task(hub: Hub, session: Session, data: Json) -> None:
         go_on(hub, session)
 
 
-def on_action_complete(hub: Hub, session: Session, data: Json) -> None:
-    action_id = take(data, "actionId", text(100, 1))
-    result = take(data, "result", an_object)
-    take(result, "success", flag, path="result.")
-    take(result, "elementId", whole(0, 2**53), None, "result.")
-    for name in ("description", "error", "url", "text"):
-        take(result, name, _LINE, None, "result.")
+def on_result(hub: Hub, session: Session, data: Json) -> None:
+    """Both action_complete and sequence_complete: what became of the plan that is out."""
+    action_id = take(data, "actionId", text(100, 1), None)
+    raw = take(data, "result", an_object)
+    result = {
+        "success": take(raw, "success", flag, path="result."),
+        "results": take(raw, "results", list_of(an_object), (), "result."),
+        "completedSteps": take(raw, "completedSteps", whole(0, 1000), 0, "result."),
+        "error": take(raw, "error", _LINE, "", "result."),
+    }
+    take(raw, "elementId", whole(0, 2**53), None, "result.")
+    take(raw, "totalSteps", whole(0, 1000), None, "result.")
+    for name in ("description", "url", "text"):
+        take(raw, name, _LINE, None, "result.")
     accept_result(session, action_id, result)
+
+
+def on_action_complete(hub: Hub, session: Session, data: Json) -> None:
+    take(data, "actionId", text(100, 1))
+    on_result(hub, session, data)
 
 
 def on_sequence_complete(hub: Hub, session: Session, data: Json) -> None:
-    action_id = take(data, "actionId", text(100, 1), None)
-    result = take(data, "result", an_object)
-    take(result, "success", flag, path="result.")
-    take(result, "results", list_of(an_object), path="result.")
-    for name in ("completedSteps", "totalSteps"):
-        take(result, name, whole(0, 1000), None, "result.")
-    accept_result(session, action_id, result)
+    take(take(data, "result", an_object), "results", list_of(an_object), path="result.")
+    on_result(hub, session, data)
 
 
 def accept_result(session: Session, action_id: str | None, result: Json) -> None:
@@ -4036,6 +4141,8 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
                         sock.fail(error.code, error.message, 4404)
                     else:
                         sock.fail("invalid_event", error.message)
+    except ConnectionError:
+        pass  # the client is gone in the middle of a frame
     except Exception:
         log.exception("a socket failed")
         await ws.close(code=1011)
@@ -4140,14 +4247,11 @@ async def drain(app: web.Application) -> None:
         stop_task(session, INTERRUPTED, CUT_SHORT)
     await hub.store.saved()  # the ends of turns are sent once they are on disk
     sockets = list(hub.sockets)
-    while any(s.session and s.cursor < s.session.next_seq for s in sockets) and sockets:
-        pumps = [s.pump for s in sockets if s.pump]
-        if not pumps or not (await asyncio.wait(pumps, timeout=2))[0]:
-            break
-    for sock in sockets:
-        sock.close(1001)
+    for sock in sockets:  # staying in their sessions they send these first, and then close
+        sock.close_code = sock.close_code or 1001
+        sock.wake()
     if pumps := [sock.pump for sock in sockets if sock.pump is not None]:
-        await asyncio.wait(pumps, timeout=2)
+        await asyncio.wait(pumps, timeout=4)
     for sock in sockets:
         if sock.transport is not None:
             sock.transport.close() if sock.pump is None else sock.transport.abort()
@@ -4268,12 +4372,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.basicConfig(
             level=config.server.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
         )
+        # These quote what clients send, a session id perhaps.
+        logging.getLogger("aiohttp.websocket").setLevel(logging.ERROR)
         asyncio.run(run(config))
     except ConfigError as error:
-        print(f"leflux: {error}", file=sys.stderr)
+        print("leflux:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"leflux: cannot start: {error.strerror or error}", file=sys.stderr)
+    except (OSError, UnicodeError) as error:  # the address: taken, not ours, no host name
+        reason = getattr(error, "strerror", None) or error
+        print(f"leflux: cannot listen on {config.server.host}: {reason}", file=sys.stderr)
         return 1
     return 0
 
