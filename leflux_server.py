@@ -1219,10 +1219,10 @@ Statement = tuple[str, tuple[Any, ...]]
 
 
 def lock_folder(path: Path) -> int:
-    """Take the lock beside a database, or raise ConfigError; the process's end frees it."""
+    """Make and lock the folder of a database, or raise ConfigError; the process's end frees it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = os.open(path.with_suffix(".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        lock = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be used as the database: {error}") from None
     try:
@@ -2803,7 +2803,7 @@ def given_values(wish: str, elements: Sequence[Json]) -> list[tuple[Json, str]]:
 
 def guide(task: Task, context: Json, knowledge: Passages | None) -> Json:
     """Return the reply object of the offline guide. Deterministic, no network."""
-    wish = task.wish
+    wish = task.wish[:1000].replace("\u2019", "'")
     elements = [
         e for e in context.get("indexedElements", ()) if "id" in e and not e.get("disabled")
     ]
@@ -3857,19 +3857,16 @@ async def change_site(hub: Hub, caller: Caller, site: Site, change: Json) -> web
 def refuse_taken_hosts(
     hub: Hub, hosts: Sequence[tuple[str, int | None]], site_id: str, *, admin: bool
 ) -> None:
-    """Raise host_taken for a host of another site, on any port that is its too.
+    """Raise host_taken for a host of another site.
 
-    To give a part of a site's domain to another one is for admins alone.
+    Owners may not take a port or a subdomain of another site's host either; admins may.
     """
     for host, port in hosts:
-        theirs = [
-            site
-            for (name, other_port), site in hub.site_index.items()
-            if name == host and (None in (port, other_port) or port == other_port)
-        ]
-        if not admin and (above := find_site(hub.site_index, host, port or 0)):
-            theirs.append(above)
-        if any(site.id != site_id for site in theirs):
+        theirs = [hub.site_index.get((host, port))]
+        if not admin:
+            theirs.append(find_site(hub.site_index, host, port or 0))
+            theirs += [site for (name, _), site in hub.site_index.items() if name == host]
+        if any(site is not None and site.id != site_id for site in theirs):
             message = f"The host {host} belongs to another site."
             raise ApiError(409, "host_taken", message, host=host)
 
