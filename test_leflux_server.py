@@ -411,8 +411,8 @@ def quiet_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 # Hosts and origins
 
 ENTRIES = {
-    "acme": ["acme.com"],
-    "b": ["b.acme.com", "SHOP.acme.com.:3000"],
+    "acme": ["acme.com", "both.example"],
+    "b": ["b.acme.com", "both.example:3000", "SHOP.acme.com.:3000"],
     "ports": ["port.example:3000", "tls.example:443", "plain.example:80"],
     "local": ["localhost", "127.0.0.1", "[::1]", "[2001:DB8:0::5]:8000", "10.0.0.1"],
     "idn": ["bücher.example", "xn--mnchen-3ya.de"],
@@ -464,6 +464,8 @@ def site_of(method: str, headers: Sequence[tuple[str, str]], scheme: str = "http
         ("http://shop.acme.com:3001", "acme"),
         ("http://a.port.example:3000", "ports"),
         ("http://a.port.example:3001", None),
+        ("http://both.example:3000", "b"),
+        ("http://both.example:3001", "acme"),
         ("http://foo.localhost", None),
         ("https://evilacme.com", None),
         ("https://acme.com.evil.example", None),
@@ -1398,6 +1400,27 @@ async def test_refused_parameter_of_concurrent_calls(serve: Serve, model: FakeMo
     assert model.requests[-1]["response_format"] == {"type": "json_object"}
 
 
+async def test_refused_parameter_that_is_old_news(serve: Serve, model: FakeModel) -> None:
+    """A late refusal does not bring back what was dropped meanwhile."""
+    server = await serve(model)
+    late, quick = await server.visitor(), await server.visitor()
+    refuse = complaint("json_schema is not supported")
+
+    async def refuse_late(request: web.Request) -> web.StreamResponse:
+        await model.gate.acquire()
+        return await cast(Any, refuse)(request)  # type: ignore[no-any-return]
+
+    model.scripts.append(refuse_late)
+    await late.chat()
+    await until(lambda: model.requests)
+    model.scripts.extend([refuse, complaint("stream_options is not supported")])
+    expect_end(await quick.ask(), "ok")
+    model.gate.release()
+    expect_end((await late.turn())[-1], "ok")
+    assert "stream_options" not in model.requests[-1]
+    assert model.requests[-1]["response_format"] == {"type": "json_object"}
+
+
 BUSY = status(429, {"error": {"message": "SECRET"}}, Retry_After="0")
 BROKEN = [status(code, {"error": {"message": "SECRET"}}, Retry_After="0") for code in (500, 503)]
 
@@ -1527,6 +1550,7 @@ async def test_many_visitors_at_once(serve: Serve, model: FakeModel) -> None:
         await visitor.chat()
     for visitor in visitors:
         assert (await visitor.next())["data"]["delta"] == "Half"
+    for _ in visitors:
         model.gate.release()
     for visitor in visitors:
         assert (await visitor.turn())[-1]["data"]["text"] == "Half done"
@@ -2182,6 +2206,17 @@ async def test_bodies(
         assert (await visitor.post()).status == 200  # and the server serves on
 
 
+async def test_charset_that_takes_for_ever(serve: Serve) -> None:
+    """A body cannot ask for a decoder that takes quadratic time."""
+    server = await serve()
+    headers = {"Content-Type": "application/json; charset=punycode"}
+    started = time.monotonic()
+    body = b"-" + b"9" * 200_000
+    answer = await server.call("POST", "/api/session/init", data=body, headers=headers)
+    assert answer.error == (400, "invalid_message")
+    assert time.monotonic() - started < 1
+
+
 @pytest.mark.parametrize(
     ("path", "origin", "error"),
     [
@@ -2319,6 +2354,7 @@ async def test_garbage_origin(serve: Serve) -> None:
         for method, path in (("POST", "/api/session/init"), ("GET", "/health"), ("OPTIONS", "/x")):
             request = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n".encode()
             request += b"Access-Control-Request-Method: POST\r\n"
+            request += b"Access-Control-Request-Headers: x-" + garbage + b"\r\n"
             request += b"Origin: " + garbage + b"\r\n\r\n"
             code, _, body = await raw_http(server.url, request)
             if path == "/health":
@@ -3138,10 +3174,21 @@ async def deaf_client(server: Server, visitor: Visitor) -> socket.socket:
     return client
 
 
-@pytest.mark.parametrize(("stall_seconds", "ping_seconds"), [(0.5, 60), (60, 0.5), (0.5, 0.4)])
+async def chatter(client: socket.socket) -> None:
+    """Send pings, whose answers nobody reads."""
+    while True:
+        await asyncio.get_running_loop().sock_sendall(client, b"\x89\x84" + bytes(4) + b"ping")
+        await asyncio.sleep(0.03)
+
+
+@pytest.mark.parametrize(
+    ("stall_seconds", "ping_seconds", "talks"),
+    [(0.5, 60, False), (60, 0.5, False), (0.5, 0.4, False), (0.5, 60, True)],
+)
 async def test_client_that_stops_reading(
     stall_seconds: float,
     ping_seconds: float,
+    talks: bool,
     serve: Serve,
     model: FakeModel,
     monkeypatch: Patch,
@@ -3157,6 +3204,7 @@ async def test_client_that_stops_reading(
     await until(lambda: server.hub.sockets)
     (sock,) = server.hub.sockets
     monkeypatch.setattr(lf, "PING_SECONDS", 25)
+    talking = asyncio.create_task(chatter(client) if talks else asyncio.sleep(0))
     other = await server.visitor()
     model.scripts.append([sse(chunk("x" * 1_000_000))] * 12)
     await visitor.chat()
@@ -3165,6 +3213,8 @@ async def test_client_that_stops_reading(
     await until(lambda: sock not in server.hub.sockets)
     await until(lambda: sock.transport and not sock.transport.get_write_buffer_size())
     assert server.hub.sessions[visitor.id].socket is None
+    talking.cancel()
+    await asyncio.gather(talking, return_exceptions=True)
     client.close()
     await visitor.connect()
     frames = await visitor.turn()
