@@ -3406,6 +3406,93 @@ async def test_log_keeps_secrets(tmp_path: Path, model: FakeModel) -> None:
     assert "HTTP 401" in written
 
 
+@pytest.mark.parametrize("total", [2**64 - 1, 10**400, float("inf"), -5, "many", None])
+async def test_absurd_usage_harms_nobody(
+    total: Any, serve: Serve, model: FakeModel, tmp_path: Path
+) -> None:
+    """Whatever number a provider reports, turns end, chats are answered and kept."""
+    server = await serve(model, server={"state_dir": str(tmp_path)})
+    visitor = await server.visitor()
+    for _ in range(2):
+        model.scripts.append([sse(chunk("Hi"), {"usage": {"total_tokens": total}}, "[DONE]")])
+        assert (await visitor.ask())["data"]["text"] == "Hi"
+    assert len(await visitor.history()) == 4
+
+
+async def test_deep_content_is_passed_over(serve: Serve, model: FakeModel) -> None:
+    """A list of parts has one level; what is deeper is not text."""
+    deep: Any = "x"
+    for _ in range(200):
+        deep = [{"text": deep}]
+    model.scripts.append([sse(chunk(deep), chunk([{"text": "Hi"}]), "[DONE]")])
+    visitor = await (await serve(model)).visitor()
+    assert (await visitor.ask())["data"]["text"] == "Hi"
+
+
+def test_hostile_wishes_cost_the_guide_no_time() -> None:
+    """No message of 5,000 characters keeps the offline guide busy."""
+    fields = [
+        {"id": n, "type": "input", "label": label}
+        for n, label in enumerate(("Name", "E-mail", "Phone", "Message"))
+    ]
+    context = lf.clean_context({"indexedElements": fields}, lf.LimitsConfig())
+    started = time.monotonic()
+    for wish in ("click that ,i'm " * 300 + "\nx", "send " + "a" * 5000, 'type "' * 900):
+        lf.guide(lf.Task(wish), context, None)
+    assert time.monotonic() - started < 0.5
+
+
+async def test_joining_again_and_again_costs_one_answer(serve: Serve) -> None:
+    """However often a client joins, no more than the last session_joined waits for it."""
+    server = await serve()
+    visitor = await server.visitor()
+    sock = next(iter(server.hub.sockets))
+    session = server.hub.sessions[visitor.id]
+    for _ in range(1000):
+        lf.join(sock, session, None, 0)
+    assert sock.outbox == []
+    assert sock.joined is not None
+    assert (await visitor.next())["event"] == "session_joined"
+    await visitor.expect_open()
+
+
+def test_a_long_history_is_bounded_in_characters() -> None:
+    """The first messages and the last ones stay."""
+    session = lf.Session("1", "shop", "acme.com", "", 0, 0, lf.Store(None))
+    for number in range(200):
+        session.remember("user", f"{number:03}" + "x" * 20_000)
+    assert sum(len(one["content"]) for one in session.history) <= lf.MAX_HISTORY_CHARS
+    numbers = [one["content"][:3] for one in session.history]
+    assert numbers[:2] == ["000", "001"]
+    assert numbers[-1] == "199"
+    assert session.message_count == 200
+
+
+async def test_a_client_that_leaves_in_mid_body_is_no_error(serve: Serve) -> None:
+    """Nothing is logged (see quiet_log) and the server goes on."""
+    server = await serve()
+    host, _, port = server.url.removeprefix("http://").rpartition(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST /api/chat HTTP/1.1\r\nHost: x\r\nOrigin: {ORIGIN}\r\nContent-Length: 99\r\n\r\n{{"
+    writer.write(head.encode())
+    await writer.drain()
+    await asyncio.sleep(0.05)
+    writer.transport.abort()
+    await asyncio.sleep(0.05)
+    assert (await server.init()).status == 200
+
+
+async def test_one_server_a_state_dir(tmp_path: Path) -> None:
+    """A second server on the same folder does not start, and changes nothing there."""
+    config = make_config(server={"state_dir": str(tmp_path)})
+    async with lf.serving(config):
+        with pytest.raises(lf.ConfigError, match="in use by another leflux"):
+            async with lf.serving(config):
+                pass
+    async with lf.serving(config):
+        pass
+
+
 # ---------------------------------------------------------------------------------------------
 # Actions: what may run
 
@@ -4510,6 +4597,117 @@ async def test_an_idle_session_takes_its_task_along(
     await until(lambda: page.visitor.id not in page.visitor.server.hub.sessions)
 
 
+@pytest.mark.parametrize(
+    "element",
+    [
+        *(
+            {"name": name}
+            for name in ("CVVCode", "OTPInput", "SSNField", "otp1", "user_pass", "pw")
+        ),
+        *({"label": text} for text in ("Pass\u00adword", "Card", "MM / YY", "6-digit code")),
+        {"name": "onetimecode"},
+        {"label": "N\u00famero de tarjeta"},
+    ],
+)
+def test_secrets_are_known_in_disguise(element: Json) -> None:
+    """Camel case, digits and characters that nobody sees do not hide a field for secrets."""
+    assert lf.is_sensitive(element)
+
+
+@pytest.mark.parametrize(
+    ("element", "risky"),
+    [
+        ({"text": "De\u200blete"}, True),
+        ({"name": "DELETEAccount"}, True),
+        ({"text": "Deletes all"}, True),
+        ({"text": "Cancel", "ariaLabel": "Cancel", "name": "cancel"}, False),
+    ],
+)
+def test_irreversible_clicks_are_known_in_disguise(element: Json, risky: bool) -> None:
+    """Each name is read by itself, without what nobody sees."""
+    assert lf.is_irreversible(element, {}) is risky
+
+
+def test_a_line_end_submits_nothing() -> None:
+    """Typed into a single-line field it becomes a space; a text area keeps it."""
+    for kind, typed in (("input", "a b"), ("textarea", "a\nb")):
+        raw, page = typing({"type": kind}, "a\nb")
+        assert lf.check_action(raw, page)["actions"][0]["inputData"] == typed
+
+
+async def test_the_model_cannot_make_a_risky_click_look_harmless(
+    serve: Serve, model: FakeModel
+) -> None:
+    """For what cannot be undone the server asks in its own words."""
+    action = {
+        "type": "confirmation_required",
+        "message": "Shall I show you the prices?",
+        "confirm_label": "Show",
+        "cancel_label": "No",
+        "pending_action": click(8),
+    }
+    model.scripts += [act("", action)]
+    page = await open_page(serve, model)
+    asked = await page.ask()
+    assert asked["data"]["confirm_label"] == "Delete my account"
+    assert "prices" not in asked["data"]["message"]
+
+
+async def test_a_scroll_does_not_void_a_confirmation(serve: Serve, model: FakeModel) -> None:
+    """An element is the same while it is called the same."""
+    model.scripts += [act("", click(8))]
+    page = await open_page(serve, model)
+    await page.ask()
+    moved = {**SHOP_ELEMENTS[7], "inViewport": False}
+    await page.visitor.send("update_context", context=at("/shop/", moved))
+    assert (await page.answer(True))["event"] == "action_plan"
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        {"success": False, "results": 5},
+        {"success": False, "results": [], "completedSteps": "x"},
+        {"success": False, "results": [5]},
+    ],
+)
+async def test_a_report_of_wrong_types_harms_nothing(
+    serve: Serve, model: FakeModel, result: Json
+) -> None:
+    """It is an invalid event, whichever of the two events it comes in."""
+    model.scripts += [act("", click(2)), act("Fine.")]
+    page = await open_page(serve, model)
+    plan = await page.ask()
+    for event in ("action_complete", "sequence_complete"):
+        await page.visitor.send(event, actionId=plan["data"]["actions"][0]["id"], result=result)
+        assert (await page.visitor.next())["data"]["code"] == "invalid_event"
+    assert (await page.done(plan))["data"]["text"] == "Fine."
+
+
+async def test_an_emoji_in_two_pieces_in_an_action(serve: Serve, model: FakeModel) -> None:
+    """Halves of a character that meet in an action are one, and lone ones do no harm."""
+    raw = json.dumps({"message": "", "action": click(2, description="\U0001f44b \ud83d")})
+    model.scripts += [[sse(chunk(raw), "[DONE]")]]
+    page = await open_page(serve, model)
+    action = (await page.ask())["data"]["actions"][0]
+    assert action["description"] == "\U0001f44b \ufffd"
+
+
+async def test_a_plan_that_nobody_has_seen_is_not_resumed(serve: Serve, model: FakeModel) -> None:
+    """The first socket of a session carries the plan out; its context does not skip it."""
+    model.scripts += [act("", click(2)), act("Fine.")]
+    server = await serve(model)
+    page = OpenPage(await server.visitor(connect=False))
+    await page.visitor.chat("Please", pageContext=PAGE_CONTEXT)
+    await until(lambda: (server.hub.sessions[page.visitor.id].task or lf.Task("")).plan)
+    await page.visitor.connect()
+    plan = await page.turn()
+    await page.visitor.send("update_context", context=PAGE_CONTEXT)
+    await page.visitor.expect_open()
+    assert len(model.requests) == 1
+    assert (await page.done(plan))["data"]["text"] == "Fine."
+
+
 # ---------------------------------------------------------------------------------------------
 # Helpers: servers that are started again, a disk that is slow, clocks that go wrong.
 
@@ -5098,7 +5296,7 @@ async def test_damage_anywhere(kept: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------
 # Restart
 
-SPICY = 'Grüße 👋🏽 \x00 \x7f "q" \\ \u2028 </script> {"a": [null, 1e400]} ' + "\n\t" * 3
+STRANGE_TEXT = 'Grüße 👋🏽 \x00 \x7f "q" \\ \u2028 </script> {"a": [null, 1e400]} ' + "\n\t" * 3
 
 
 async def test_session_goes_on_after_a_restart(model: FakeModel, tmp_path: Path) -> None:
@@ -5107,8 +5305,8 @@ async def test_session_goes_on_after_a_restart(model: FakeModel, tmp_path: Path)
     config = make_config(model, server=on_disk(tmp_path))
     async with running(config) as server:
         visitor = await server.visitor()
-        model.scripts.append(reply(SPICY))
-        await visitor.ask(f"Q {SPICY}")
+        model.scripts.append(reply(STRANGE_TEXT))
+        await visitor.ask(f"Q {STRANGE_TEXT}")
         first_id = await visitor.chat("Again", clientMessageId="one")
         last_seq = (await visitor.turn())[-1]["seq"]
         before = await visitor.get()
@@ -5117,7 +5315,7 @@ async def test_session_goes_on_after_a_restart(model: FakeModel, tmp_path: Path)
     async with running(config) as visitor.server:
         after = await visitor.get()
         assert after.raw == before.raw
-        assert after.body["history"][1] == {"role": "assistant", "content": SPICY}
+        assert after.body["history"][1] == {"role": "assistant", "content": STRANGE_TEXT}
         session = visitor.server.hub.sessions[visitor.id]
         assert session.created_at == created
         joined = await visitor.connect(last_seq)
@@ -7007,3 +7205,19 @@ async def test_session_of_a_site(serve: Serve, model: FakeModel, key_server: Key
     server.age(visitor, 3600)
     answer = await manage(server, "GET", f"/shop/sessions/{visitor.id}")
     assert answer.error == (404, "session_not_found")
+
+
+async def test_owners_cannot_take_part_of_anothers_host(
+    serve: Serve, key_server: KeyServer
+) -> None:
+    """Not by a port and not by a subdomain; that is for admins to give."""
+    server = await serve(**office(key_server))
+    theirs = next(s for s in server.hub.sites.values() if s.id != "shop").allowed_hosts[0][0]
+    mine = [h for h, _ in server.hub.sites["shop"].allowed_hosts]
+    for host in (theirs, f"{theirs}:443", f"deep.{theirs}"):
+        change = {"allowedHosts": [*mine, host]}
+        answer = await manage(server, "PATCH", "/shop", change, "owner")
+        assert answer.error == (409, "host_taken"), answer.raw
+    caller = lf.find_site(server.hub.site_index, theirs, 443)
+    assert caller is not None
+    assert caller.id != "shop"
