@@ -98,7 +98,7 @@ PING_SECONDS = 25
 STALL_SECONDS = 30  # a socket that takes nothing for so long is cut off
 FRAMES_PER_WINDOW, FRAME_WINDOW_SECONDS = 60, 10
 SWEEP_SECONDS = 2
-BATCH_SECONDS = 0.003  # what changes meanwhile is committed together
+BATCH_SECONDS = 0.004  # what changes meanwhile is committed together
 FIRST_TEXT_SECONDS = 30
 NEXT_TEXT_SECONDS = 20
 MODEL_CALL_SECONDS = 600  # the longest answer, however steadily it drips
@@ -1592,13 +1592,29 @@ ELEMENT_FIELDS: dict[str, type[Any]] = {
 }
 KIND_NAMES = {int: "a whole number", str: "a string", bool: "true or false", list: "a list"}
 MAX_FIELD_CHARS = 300
+MAX_REMEMBERED_BYTES = 32 * 1024
+
+
+NAMED = frozenset(("id", "type", "text"))  # these need no name in a line
+
+
+def describe_page(context: Json) -> str:
+    """Write a page context as lines for the model."""
+    lines = [f"URL: {context['url']}", f"Title: {context['title']}", "Elements:"]
+    for element in context["indexedElements"]:
+        get = element.get
+        rest = [f" {field}={value!r}" for field, value in element.items() if field not in NAMED]
+        lines.append(f"[{get('id', '?')}] {get('type', '')} {get('text', '')!r}{''.join(rest)}")
+    for field in ("forms", "previouslyFilledFields"):
+        lines += [f"{field}: {item}" for item in context.get(field, ())]
+    return "\n".join([*lines, "Visible text:", context["visibleText"]])
 
 
 def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json:
     """Return a page context of known fields within their limits; raise invalid_message.
 
     {url, title, visibleText: strings; indexedElements: [{id, type, text, ...}]; forms,
-    previouslyFilledFields: lists}. Too much is cut silently, a wrong type is an error.
+    previouslyFilledFields: lists}, and `described`, how the model sees it. Too much is cut silently, a wrong type is an error.
     """
     if not isinstance(raw, dict):
         raise invalid(name, "must be an object")
@@ -1618,22 +1634,23 @@ def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json
         clean: Json = {}
         for field, value in element.items():
             kind = ELEMENT_FIELDS.get(field)
-            if kind is None or value is None:
-                continue
             if type(value) is not kind:
-                raise invalid(f"{where}[{index}].{field}", f"must be {KIND_NAMES[kind]}")
-            if kind is str and len(value) > MAX_FIELD_CHARS:
-                value = value[:MAX_FIELD_CHARS]
+                if kind is not None and value is not None:
+                    raise invalid(f"{where}[{index}].{field}", f"must be {KIND_NAMES[kind]}")
+            elif kind is str:
+                clean[field] = value[:MAX_FIELD_CHARS]
             elif kind is list:
                 labels = [o.get("text", o.get("value")) if type(o) is dict else o for o in value]
-                value = [label[:100] for label in labels[:30] if type(label) is str]
-            clean[field] = value
+                clean[field] = [label[:100] for label in labels[:30] if type(label) is str]
+            else:
+                clean[field] = value
         context["indexedElements"].append(clean)
     for field in ("forms", "previouslyFilledFields"):
         # These are only ever shown to the model, so their inside is free.
         items = [json_text(item)[:1000] for item in take(raw, field, any_list, (), path)[:20]]
         if items:
             context[field] = items
+    context["described"] = describe_page(context)
     return context
 
 
@@ -1645,19 +1662,20 @@ def element_label(element: Json) -> str:
     return ""
 
 
-def describe_page(context: Json) -> str:
-    """Write a page context as lines for the model."""
-    lines = [f"URL: {context['url']}", f"Title: {context['title']}", "Elements:"]
-    for element in context["indexedElements"]:
-        line = f"[{element.get('id', '?')}] {element.get('type', 'element')}"
-        line += f" {element.get('text', '')!r}"
-        for field, value in element.items():
-            if field not in ("id", "type", "text"):
-                line += f" {field}={value!r}"
-        lines.append(line)
-    for field in ("forms", "previouslyFilledFields"):
-        lines += [f"{field}: {item}" for item in context.get(field, ())]
-    return "\n".join([*lines, "Visible text:", context["visibleText"]])
+def page_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json:
+    """clean_context with a memory: visitors of a page send the same picture of it over and over.
+
+    What it returns is shared and must not be changed.
+    """
+    encoded = orjson.dumps(raw)
+    if len(encoded) > MAX_REMEMBERED_BYTES:
+        return clean_context(raw, limits, name)
+    return remembered_context(encoded, limits, name)
+
+
+@functools.lru_cache(128)
+def remembered_context(encoded: bytes, limits: LimitsConfig, name: str) -> Json:
+    return clean_context(orjson.loads(encoded), limits, name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2918,7 +2936,7 @@ def build_prompt(
         system += "\nKnowledge:\n" + "\n\n".join(passages)
     if len(history) > PROMPT_FIRST + PROMPT_LAST:
         history = [*history[:PROMPT_FIRST], *history[-PROMPT_LAST:]]
-    page = f"{describe_page(context)}\n" if context else ""
+    page = f"{context['described']}\n" if context else ""
     page += f"Your last action: {note}\n" if note else ""
     messages: list[Json] = [{"role": "system", "content": system}]
     tail = [{"role": "user", "content": GO_ON}] if note else []
@@ -2966,7 +2984,7 @@ def first_call_tokens(hub: Hub, site: Site, session: Session, context: Json, mes
     if hub.model is None or not hub.config.limits.site_tokens_per_day:
         return 0
     chars = len(SYSTEM_PROMPT) + len(ACTION_HELP) + len(site.instructions) + KNOWLEDGE_CHARS
-    chars += len(message) + (len(describe_page(context)) if context else 0)
+    chars += len(message) + len(context.get("described", ""))
     chars += sum(len(one["content"]) for one in session.history[-PROMPT_FIRST - PROMPT_LAST :])
     return call_tokens(hub, chars)
 
@@ -3415,7 +3433,8 @@ CHARSETS = frozenset({"utf-8", "ascii", "iso8859-1", "cp1252", "utf-16", "utf-16
 async def read_object(request: web.Request, *, empty_ok: bool = False) -> Json:
     """Return the body, one JSON object whatever its Content-Type says."""
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        # Most bodies are here with their head.
+        async with asyncio.timeout(None if request.content.is_eof() else BODY_SECONDS):
             raw = await request.read()
     except TimeoutError:
         raise standard_error(408) from None
@@ -3491,7 +3510,7 @@ async def chat(request: web.Request) -> web.Response:
     client_id = take(body, "clientMessageId", text(64), None) or None
     name = "context" if body.get("pageContext") is None else "pageContext"
     raw_context = body.get(name)
-    context = clean_context(raw_context, limits, name) if raw_context is not None else None
+    context = page_context(raw_context, limits, name) if raw_context is not None else None
     if client_id is None or client_id not in session.answered:
         if session.limiter is None:
             session.limiter = new_limiter(limits.chat_per_minute)
@@ -4002,7 +4021,7 @@ async def get_site_session(request: web.Request) -> web.Response:
 
 
 def accept_context(hub: Hub, session: Session, data: Json) -> None:
-    session.context = clean_context(data.get("context"), hub.config.limits)
+    session.context = page_context(data.get("context"), hub.config.limits)
 
 
 def on_update_context(hub: Hub, session: Session, data: Json) -> None:
