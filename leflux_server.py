@@ -1614,7 +1614,8 @@ def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json
     """Return a page context of known fields within their limits; raise invalid_message.
 
     {url, title, visibleText: strings; indexedElements: [{id, type, text, ...}]; forms,
-    previouslyFilledFields: lists}, and `described`, how the model sees it. Too much is cut silently, a wrong type is an error.
+    previouslyFilledFields: lists}, and `described`, how the model sees it all. Too much is cut
+    silently, a wrong type is an error.
     """
     if not isinstance(raw, dict):
         raise invalid(name, "must be an object")
@@ -2322,11 +2323,11 @@ class StreamParser:
             return 0, ""
         head, tail = self._frame
         start, end = len(head), -len(tail)
-        framed = itertools.takewhile(
-            lambda event: event.startswith(head) and event.endswith(tail),
-            itertools.islice(events, at, None),
-        )
-        strings = [event[start:end] for event in framed]
+        strings = []
+        for event in itertools.islice(events, at, None):
+            if not event.startswith(head) or not event.endswith(tail):
+                break
+            strings.append(event[start:end])
         with contextlib.suppress(orjson.JSONDecodeError, TypeError):
             texts = orjson.loads(b"[%b]" % b",".join(strings))
             if len(texts) == len(strings):
