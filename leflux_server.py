@@ -103,6 +103,7 @@ FIRST_TEXT_SECONDS = 30
 NEXT_TEXT_SECONDS = 20
 MODEL_CALL_SECONDS = 600  # the longest answer, however steadily it drips
 MODEL_RETRIES = 2
+READ_OUT_SECONDS = 0.2  # for the end of a response after its [DONE]
 MAX_REPLY_CHARS = 200_000
 MAX_TOKENS = 10**9  # that one call can have cost, whatever a provider reports
 MAX_SSE_LINE_BYTES = 8 * 1024 * 1024
@@ -2527,7 +2528,12 @@ class Model:
                 if parser.error is not None:
                     raise parser.error
                 if not data:
-                    break
+                    return True
+            # Reading out what ends the response lets the next call have its connection.
+            with contextlib.suppress(TimeoutError, aiohttp.ClientError):
+                async with asyncio.timeout(READ_OUT_SECONDS):
+                    while await response.content.readany():
+                        pass
         return True
 
     def _refused(self, response: aiohttp.ClientResponse, params: Json, raw: bytes) -> bool:

@@ -3419,6 +3419,21 @@ async def test_absurd_usage_harms_nobody(
     assert len(await visitor.history()) == 4
 
 
+async def test_a_connection_to_the_model_serves_many_turns(serve: Serve, model: FakeModel) -> None:
+    """A whole stream gives its connection back, also if its end comes a little after [DONE]."""
+    peers = set()
+
+    async def note_peer(request: web.Request) -> None:
+        peers.add(request.transport and request.transport.get_extra_info("peername"))
+        await asyncio.sleep(0.02)
+
+    visitor = await (await serve(model)).visitor()
+    for _ in range(3):
+        model.scripts.append([*reply("Hi"), note_peer])
+        assert (await visitor.ask())["data"]["text"] == "Hi"
+    assert len(peers) == 1
+
+
 async def test_deep_content_is_passed_over(serve: Serve, model: FakeModel) -> None:
     """A list of parts has one level; what is deeper is not text."""
     deep: Any = "x"
