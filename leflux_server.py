@@ -37,9 +37,10 @@ WebSocket (text frames {"event": name, "data": {...}}; the server's carry "seq" 
     <- session_joined, message_chunk, message_done, message, action_plan, ui_block,
        confirmation_required, task_complete, error
 
-The file reads downwards: config, errors, the state of a running server, origins, limits,
-sessions and their event log, knowledge, the model and what it says, the turn, and last the
-handlers that speak HTTP and WebSocket.
+The file reads downwards: checks and config, errors, the state of a running server, origins,
+limits, sessions and their event log, the store and budgets, the page and the site's knowledge,
+actions, the model and what it says, the offline guide, the turn, and last the handlers: REST,
+admin, WebSocket, and the lifecycle.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ READ_OUT_SECONDS = 0.2  # for the end of a response after its [DONE]
 MAX_REPLY_CHARS = 200_000
 MAX_TOKENS = 10**9  # that one call can have cost, whatever a provider reports
 MAX_SSE_LINE_BYTES = 8 * 1024 * 1024
+BURST_BYTES = 2048  # many deltas at once, in one read
 MAX_FRAMES = 20  # a stream whose events differ more often is read line by line
 MAX_HISTORY = 500  # messages kept in a session: the first 2 and the last ones
 MAX_HISTORY_CHARS = 1_000_000
@@ -2519,6 +2521,10 @@ class Model:
             parser = StreamParser(completion)
             while not parser.done:
                 data = await response.content.readany()
+                if len(data) > BURST_BYTES:  # more is on its way: read it together with this
+                    await asyncio.sleep(0)
+                    if response.content.exception() is None:
+                        data += response.content.read_nowait()
                 if said := parser.feed(data) if data else parser.finish():
                     hear(said)
                     if (now := loop.time()) - armed > 0.5:
