@@ -3093,11 +3093,12 @@ async def converse(hub: Hub, session: Session, task: Task) -> tuple[Completion, 
 
     def on_text(raw: str) -> None:
         nonlocal length
+        fits = raw[: MAX_REPLY_CHARS - length]
         length += len(raw)
+        if delta := reader.feed(fits):
+            say(session, task, delta)
         if length > MAX_REPLY_CHARS:
             raise ModelError("the reply is too long")
-        if delta := reader.feed(raw):
-            say(session, task, delta)
 
     site = hub.sites[session.site_id]
     knowledge = hub.knowledge.get(site.id)
