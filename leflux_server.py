@@ -443,13 +443,16 @@ def without_empty(value: Json) -> Json:
     return {k: v for k, v in clean.items() if v not in (None, "", {}, [], ())}
 
 
-def overlay(base: Json, patch: Json) -> Json:
-    """Return base with patch over it, objects merged, all else replaced."""
-    merged = dict(base)
+def merge_patch(target: Any, patch: Any) -> Any:
+    """RFC 7396: null removes, objects merge, all else replaces."""
+    if not isinstance(patch, dict):
+        return patch
+    merged = dict(target) if isinstance(target, dict) else {}
     for name, value in patch.items():
-        below = merged.get(name)
-        both = isinstance(value, dict) and isinstance(below, dict)
-        merged[name] = overlay(cast(Json, below), value) if both else value
+        if value is None:
+            merged.pop(name, None)
+        else:
+            merged[name] = merge_patch(merged.get(name), value)
     return merged
 
 
@@ -465,7 +468,7 @@ def key(default: Any, check: Check) -> Any:
     return dataclasses.field(default=default, metadata={"check": check})
 
 
-def host_port(value: Any) -> str:
+def listen_host(value: Any) -> str:
     return cast(str, text(255, 1, r"[^\s/@]+", "a host name or an address")(value))
 
 
@@ -503,7 +506,7 @@ LOCAL_NETWORKS = (ipaddress.ip_network("127.0.0.1"), ipaddress.ip_network("::1")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServerConfig:
-    host: str = key("127.0.0.1", host_port)
+    host: str = key("127.0.0.1", listen_host)
     port: int = key(3002, whole(0, 65535))
     public_url: str = key("", bare_url)
     cors_origins: tuple[str, ...] = key(("*",), list_of(cors_origin))
@@ -566,7 +569,7 @@ class Site:
         "I have answered all I can for today. Please come back tomorrow.", text(500, 1)
     )
     restrictions: tuple[str, ...] = key((), list_of(choice("navigate", "type", "submit")))
-    config: Json = dataclasses.field(default_factory=dict, metadata={"check": an_object})
+    config: Json = dataclasses.field(default_factory=dict, metadata={"check": SITE_CONFIG_RULES})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -580,26 +583,24 @@ class Config:
     folder: Path = HERE  # knowledge files and state_dir are relative to it
     api_key: str = dataclasses.field(default="", repr=False)
 
-    DEFAULT_BASE_URL: ClassVar[str] = "https://openrouter.ai/api/v1"
-
     @property
     def offline(self) -> bool:
         """Without a key, and with the default base_url, the offline guide answers."""
-        return not self.api_key and self.llm.base_url == self.DEFAULT_BASE_URL
+        return not self.api_key and self.llm.base_url == LlmConfig().base_url
 
 
 def parse_table(cls: type[T], table: Any, path: str) -> T:
     """Build one of the dataclasses above from its TOML table; raise ConfigError."""
     fields = dataclasses.fields(cast(Any, cls))
     rules = {field.name: field.metadata["check"] for field in fields}
-    if cls is Site:
-        rules["config"] = SITE_CONFIG_RULES
     errors: dict[str, str] = {}
     values = check_table(table, rules, path, errors)
     for where, problem in errors.items():
         raise ConfigError(f"{where} {problem}")
     if cls is Site:
-        values["config"] = overlay(SITE_CONFIG_DEFAULTS, without_empty(values.get("config", {})))
+        values["config"] = merge_patch(
+            SITE_CONFIG_DEFAULTS, without_empty(values.get("config", {}))
+        )
     return cls(**values)
 
 
@@ -791,7 +792,9 @@ class Task:
     plans: int = 0
     refusals: int = 0  # since the last plan
     clicks: Counter[tuple[int, str]] = dataclasses.field(default_factory=Counter)
-    urls: list[str] = dataclasses.field(default_factory=list)  # of each plan's first navigate
+    urls: list[str] = dataclasses.field(
+        default_factory=list
+    )  # that plans navigated to, "" for a plan without
     did: list[str] = dataclasses.field(default_factory=list)  # the kinds of all steps so far
     scrolls: int = 0
     unchanged: int = 0  # plans in a row that left the page as it was
@@ -890,19 +893,9 @@ class Socket:
     something to send. Frames outside the log (`session_joined`, `error`) wait in the outbox.
     """
 
-    __slots__ = (
-        *(
-            "close_code",
-            "cursor",
-            "frame_times",
-            "joined",
-            "outbox",
-            "progress",
-            "pump",
-            "sent",
-            "session",
-        ),
-        *("site_id", "stalled_since", "transport", "ws"),
+    __slots__ = tuple(
+        "ws transport site_id session cursor joined outbox pump close_code frame_times sent"
+        " progress stalled_since".split()
     )
 
     def __init__(
@@ -1426,7 +1419,7 @@ class Store:
 def session_statements(sessions: Sequence[Session]) -> list[Statement]:
     """The statements that bring the rows of sessions up to date."""
     states, messages, trims = [], [], []
-    idle_since = time.time() - time.monotonic()
+    unix_of_monotonic = time.time() - time.monotonic()
     for session in sessions:
         count, history = session.message_count, session.history
         state = {
@@ -1435,7 +1428,7 @@ def session_statements(sessions: Sequence[Session]) -> list[Statement]:
             "host": session.host,
             "pageUrl": session.page_url,
             "created": session.created_at,
-            "active": idle_since + session.last_active,
+            "active": unix_of_monotonic + session.last_active,
             "count": count,
             "seq": session.next_seq,
             "open": session.task is not None,
@@ -1770,13 +1763,15 @@ def load_knowledge(config: Config) -> dict[str, Passages]:
 
 def relevant_passages(passages: Passages | None, question: str) -> list[str]:
     """Return the best passages for a question, about 2,500 characters in all."""
+    if passages is None:
+        return []
     chosen: list[str] = []
     room = KNOWLEDGE_CHARS
-    for index in passages.best(question) if passages else ():
-        room -= len(passages.texts[index]) if passages else 0
+    for index in passages.best(question):
+        room -= len(passages.texts[index])
         if room < 0:
             break
-        chosen.append(passages.texts[index] if passages else "")
+        chosen.append(passages.texts[index])
     return chosen
 
 
@@ -1967,16 +1962,15 @@ def check_step(raw: Any, page: Page) -> Json:
     return step
 
 
-def check_click(raw: Json, page: Page) -> Json:
-    step = check_step({**raw, "action": "click"}, page)
+def check_single(plan_type: str, kind: str, raw: Json, page: Page) -> Json:
+    """Return a clean plan of one step."""
+    step = check_step({**raw, "action": kind}, page)
     del step["action"]
-    return {"type": "click_element", **step}
+    return {"type": plan_type, **step}
 
 
-def check_navigate(raw: Json, page: Page) -> Json:
-    step = check_step({**raw, "action": "navigate"}, page)
-    del step["action"]
-    return {"type": "navigate", **step}
+check_click = functools.partial(check_single, "click_element", "click")
+check_navigate = functools.partial(check_single, "navigate", "navigate")
 
 
 def check_sequence(raw: Json, page: Page) -> Json:
@@ -2884,13 +2878,12 @@ def guide(task: Task, context: Json, knowledge: Passages | None) -> Json:
     return {"message": " ".join(parts), "action": None}
 
 
-async def speak(reply: Json, on_text: Callable[[str], None]) -> Completion:
+async def speak(reply: Json, on_text: Callable[[str], None]) -> None:
     """Say a reply as a model would: JSON, a few characters at a time."""
     raw = json_text(reply)
     for start in range(0, len(raw), 24):
         on_text(raw[start : start + 24])
         await asyncio.sleep(GUIDE_PIECE_SECONDS)
-    return Completion(tokens=0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3102,8 +3095,9 @@ async def converse(hub: Hub, session: Session, task: Task) -> tuple[Completion, 
 
     site = hub.sites[session.site_id]
     knowledge = hub.knowledge.get(site.id)
+    completion = Completion()
     if hub.model is None:
-        completion = await speak(guide(task, session.context, knowledge), on_text)
+        await speak(guide(task, session.context, knowledge), on_text)
     else:
         passages = relevant_passages(knowledge, task.wish)
         nonce = secrets.token_hex(8)
@@ -3114,7 +3108,7 @@ async def converse(hub: Hub, session: Session, task: Task) -> tuple[Completion, 
         if usage is None:
             reserved = call_tokens(hub, chars)
             usage = admit(hub, site, 0, reserved, time.time())
-        completion, failed = Completion(), False
+        failed = False
         try:
             await hub.model.complete(prompt, on_text, completion)
         except ModelError:
@@ -3777,26 +3771,13 @@ ADMIN_FIELDS = {
 }
 
 
-def merge_patch(target: Any, patch: Any) -> Any:
-    """RFC 7396: null removes, objects merge, all else replaces."""
-    if not isinstance(patch, dict):
-        return patch
-    merged = dict(target) if isinstance(target, dict) else {}
-    for name, value in patch.items():
-        if value is None:
-            merged.pop(name, None)
-        else:
-            merged[name] = merge_patch(merged.get(name), value)
-    return merged
-
-
 def rebuild_sites(hub: Hub) -> None:
     """Put the patches over config.toml again: what the server goes by from now on."""
     sites: dict[str, Site] = {}
     index: dict[tuple[str, int | None], Site] = {}
     file_sites = {site["id"]: site for site in hub.config.raw_sites}
-    for site_id, base in (file_sites | {**hub.made_sites, **file_sites}).items():
-        for table in (overlay(base, hub.site_patches.get(site_id, {})), base):
+    for site_id, base in {**file_sites, **hub.made_sites, **file_sites}.items():
+        for table in (merge_patch(base, hub.site_patches.get(site_id, {})), base):
             try:
                 site = parse_table(Site, table, site_id)
                 break
@@ -3878,7 +3859,7 @@ async def change_site(hub: Hub, caller: Caller, site: Site, change: Json) -> web
     patch = merge_patch(hub.site_patches.get(site.id, {}), change)
     file = base or next(raw for raw in hub.config.raw_sites if raw["id"] == site.id)
     try:
-        new = parse_table(Site, overlay(file, patch), "site")
+        new = parse_table(Site, merge_patch(file, patch), "site")
     except ConfigError as error:
         raise invalid_config({"": str(error)}) from None
     added = [entry for entry in new.allowed_hosts if entry not in site.allowed_hosts]
@@ -4064,7 +4045,10 @@ def on_result(hub: Hub, session: Session, data: Json) -> None:
     take(raw, "totalSteps", whole(0, 1000), None, "result.")
     for name in ("description", "url", "text"):
         take(raw, name, _LINE, None, "result.")
-    accept_result(session, action_id, result)
+    session.last_active = time.monotonic()
+    session.store.touch(session)
+    if session.task is not None:
+        note_result(session.task, action_id, result, session.last_active)
 
 
 def on_action_complete(hub: Hub, session: Session, data: Json) -> None:
@@ -4075,13 +4059,6 @@ def on_action_complete(hub: Hub, session: Session, data: Json) -> None:
 def on_sequence_complete(hub: Hub, session: Session, data: Json) -> None:
     take(take(data, "result", an_object), "results", list_of(an_object), path="result.")
     on_result(hub, session, data)
-
-
-def accept_result(session: Session, action_id: str | None, result: Json) -> None:
-    session.last_active = time.monotonic()
-    session.store.touch(session)
-    if session.task is not None:
-        note_result(session.task, action_id, result, session.last_active)
 
 
 def on_confirmation_response(hub: Hub, session: Session, data: Json) -> None:
