@@ -830,6 +830,7 @@ class Session:
     socket: Socket | None = None
     limiter: AsyncLimiter | None = None
     answered: dict[str, str] = dataclasses.field(default_factory=dict)  # clientMessageId: messageId
+    row: int = 0  # its number in the database, once it has one
     saved: int = 0  # how many of its messages are on disk
     held: list[int] = dataclasses.field(default_factory=list)  # events that wait for the disk
     gone: bool = False
@@ -1186,22 +1187,28 @@ def join(sock: Socket, session: Session, last_seq: int | None, now: float) -> No
 # changes are marked, and one writer commits all that is marked in a batch, off the loop. An event
 # that ends a turn is held back from the socket until its batch is committed.
 
-SCHEMA_VERSION = 1
+# Sessions have small numbers, and messages come one after the other, whosesoever they are: so the
+# rows of a batch lie side by side, and it changes few pages. Version 1 kept them by their UUIDs.
+SCHEMA_VERSION = 2
 SCHEMA = """
-    CREATE TABLE session (id TEXT PRIMARY KEY, state TEXT NOT NULL) WITHOUT ROWID;
+    DROP TABLE IF EXISTS session;
+    DROP TABLE IF EXISTS message;
+    CREATE TABLE session (row INTEGER PRIMARY KEY, state TEXT NOT NULL);
     CREATE TABLE message (
-        session TEXT, number INTEGER, body TEXT NOT NULL, PRIMARY KEY (session, number)
-    ) WITHOUT ROWID;
-    CREATE TABLE usage (
+        session INTEGER, number INTEGER, body TEXT NOT NULL, UNIQUE (session, number)
+    );
+    CREATE TABLE IF NOT EXISTS usage (
         site TEXT, day TEXT, messages INTEGER NOT NULL, tokens INTEGER NOT NULL,
         PRIMARY KEY (site, day)
     ) WITHOUT ROWID;
-    CREATE TABLE site (id TEXT PRIMARY KEY, base BLOB, patch BLOB NOT NULL) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS site (
+        id TEXT PRIMARY KEY, base BLOB, patch BLOB NOT NULL
+    ) WITHOUT ROWID;
 """
 # Whole batches in one statement each: between two statements the writer's thread would have to
 # wait for the busy loop to let go of the interpreter.
 SAVE_SESSIONS = """
-    REPLACE INTO session SELECT json_extract(value, '$.id'), value FROM json_each(?)
+    REPLACE INTO session SELECT json_extract(value, '$.row'), value FROM json_each(?)
 """
 SAVE_MESSAGES = """
     REPLACE INTO message
@@ -1210,7 +1217,7 @@ SAVE_MESSAGES = """
 """
 TRIM_MESSAGES = "DELETE FROM message WHERE session = ? AND number >= ? AND number < ?"
 FORGET_MESSAGES = "DELETE FROM message WHERE session IN (SELECT value FROM json_each(?))"
-FORGET_SESSIONS = "DELETE FROM session WHERE id IN (SELECT value FROM json_each(?))"
+FORGET_SESSIONS = "DELETE FROM session WHERE row IN (SELECT value FROM json_each(?))"
 Statement = tuple[str, tuple[Any, ...]]
 
 
@@ -1253,7 +1260,7 @@ def prepare_database(db: sqlite3.Connection) -> sqlite3.Connection:
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > SCHEMA_VERSION:
         raise sqlite3.DatabaseError("a newer leflux wrote it")
-    if version == 0:
+    if version < SCHEMA_VERSION:
         db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
     db.execute("BEGIN IMMEDIATE")  # fails now, not later, where nothing can be written
     db.execute("UPDATE session SET state = state WHERE 0")
@@ -1272,9 +1279,11 @@ class Store:
         except ConfigError:
             os.close(cast(int, self._lock))
             raise
+        last_row = self.read("SELECT max(row) FROM session") or [(None,)]
+        self._new_row = itertools.count((last_row[0][0] or 0) + 1)
         self._thread = ThreadPoolExecutor(1, "leflux-store")  # starts with its first batch
-        self._sessions: dict[str, Session] = {}  # with changes to write
-        self._gone: set[str] = set()  # sessions to delete
+        self._sessions: dict[int, Session] = {}  # with changes to write, by row
+        self._gone: set[int] = set()  # rows of sessions to delete
         self._rows: dict[tuple[str, str], Statement] = {}  # all else, the last one of a kind wins
         self._writer: asyncio.Task[None] | None = None
         self._next: asyncio.Future[None] | None = None  # the batch that is still filling
@@ -1291,15 +1300,16 @@ class Store:
     def touch(self, session: Session) -> None:
         """Mark a session as changed; it is kept from its first message on."""
         if self._db is not None and session.message_count and not session.gone:
-            self._sessions[session.id] = session
+            session.row = session.row or next(self._new_row)
+            self._sessions[session.row] = session
             self._schedule()
 
     def forget(self, session: Session) -> None:
         """Mark a session for deletion."""
         session.gone = True
-        if self._db is not None and session.message_count:
-            self._sessions.pop(session.id, None)
-            self._gone.add(session.id)
+        if self._db is not None and session.row:
+            self._sessions.pop(session.row, None)
+            self._gone.add(session.row)
             self._schedule()
 
     def put(self, kind: str, name: str, sql: str, *values: Any) -> None:
@@ -1337,8 +1347,8 @@ class Store:
                 try:
                     statements = [*rows.values(), *session_statements(list(sessions.values()))]
                     if gone:
-                        ids = (json_text(list(gone)),)
-                        statements += [(FORGET_MESSAGES, ids), (FORGET_SESSIONS, ids)]
+                        gone_rows = (json_text(list(gone)),)
+                        statements += [(FORGET_MESSAGES, gone_rows), (FORGET_SESSIONS, gone_rows)]
                     clean = await loop.run_in_executor(
                         self._thread, self._commit, statements, bool(gone)
                     )
@@ -1423,6 +1433,7 @@ def session_statements(sessions: Sequence[Session]) -> list[Statement]:
     for session in sessions:
         count, history = session.message_count, session.history
         state = {
+            "row": session.row,
             "id": session.id,
             "site": session.site_id,
             "host": session.host,
@@ -1443,9 +1454,9 @@ def session_statements(sessions: Sequence[Session]) -> list[Statement]:
         last = range(max(PROMPT_FIRST, session.saved - cut), len(history))
         for place in itertools.chain(first, last):
             number = place if place < PROMPT_FIRST else place + cut
-            messages.append({"session": session.id, "number": number, **history[place]})
+            messages.append({"session": session.row, "number": number, **history[place]})
         if cut:
-            trims.append((TRIM_MESSAGES, (session.id, PROMPT_FIRST, PROMPT_FIRST + cut)))
+            trims.append((TRIM_MESSAGES, (session.row, PROMPT_FIRST, PROMPT_FIRST + cut)))
     statements: list[Statement] = [*trims]
     for sql, rows in ((SAVE_SESSIONS, states), (SAVE_MESSAGES, messages)):
         if rows:
@@ -1453,13 +1464,12 @@ def session_statements(sessions: Sequence[Session]) -> list[Statement]:
     return statements
 
 
-def restore_session(
-    store: Store, session_id: str, raw: str, messages: list[Json], now: float
-) -> Session:
+def restore_session(store: Store, raw: str, messages: list[Json], now: float) -> Session:
     """Build a session from its rows; now is monotonic."""
     state = orjson.loads(raw)
     session = Session(
-        id=session_id,
+        id=state["id"],
+        row=state["row"],
         site_id=state["site"],
         host=state["host"],
         page_url=state["pageUrl"],
@@ -1487,22 +1497,19 @@ def restore_session(
 
 def load_sessions(hub: Hub, now: float) -> list[Session]:
     """Bring back the sessions that are younger than the idle limit; return those cut off."""
-    messages: dict[str, list[Json]] = {}
-    for session_id, body in hub.store.read(
-        "SELECT session, body FROM message ORDER BY session, number"
-    ):
+    messages: dict[int, list[Json]] = {}
+    for row, body in hub.store.read("SELECT session, body FROM message ORDER BY session, number"):
         message = orjson.loads(body)
-        messages.setdefault(session_id, []).append(
+        messages.setdefault(row, []).append(
             {"role": message["role"], "content": message["content"]}
         )
     cut_off = []
-    for session_id, raw in hub.store.read("SELECT id, state FROM session"):
-        rows = messages.get(session_id, [])
-        session = restore_session(hub.store, session_id, raw, rows, now)
+    for row, raw in hub.store.read("SELECT row, state FROM session"):
+        session = restore_session(hub.store, raw, messages.get(row, []), now)
         if is_idle(hub, session, now) or session.site_id not in hub.sites:
             hub.store.forget(session)
             continue
-        hub.sessions[session_id] = session
+        hub.sessions[session.id] = session
         if session.task is not None:
             cut_off.append(session)
     return cut_off

@@ -4745,7 +4745,10 @@ def query(folder: Path, sql: str) -> list[tuple[Any, ...]]:
 
 
 def kept_messages(folder: Path, session_id: str) -> list[tuple[str, str]]:
-    rows = query(folder, "SELECT session, body FROM message ORDER BY number")
+    rows = query(
+        folder,
+        "SELECT json_extract(state, '$.id'), body FROM message JOIN session ON row = session ORDER BY number",
+    )
     bodies = [json.loads(body) for session, body in rows if session == session_id]
     return [(body["role"], body["content"]) for body in bodies]
 
@@ -4885,7 +4888,7 @@ async def test_sessions_are_kept_from_their_first_message_on(serve: Serve, tmp_p
     server = await serve(server=on_disk(tmp_path))
     silent, other = await server.visitor(), await server.visitor()
     await other.ask()
-    assert query(tmp_path, "SELECT id FROM session") == [(other.id,)]
+    assert query(tmp_path, "SELECT json_extract(state, '$.id') FROM session") == [(other.id,)]
     assert not traces(tmp_path, silent.id)
 
 
