@@ -4747,7 +4747,8 @@ def query(folder: Path, sql: str) -> list[tuple[Any, ...]]:
 def kept_messages(folder: Path, session_id: str) -> list[tuple[str, str]]:
     rows = query(
         folder,
-        "SELECT json_extract(state, '$.id'), body FROM message JOIN session ON row = session ORDER BY number",
+        "SELECT json_extract(state, '$.id'), body FROM message JOIN session ON row = session"
+        " ORDER BY number",
     )
     bodies = [json.loads(body) for session, body in rows if session == session_id]
     return [(body["role"], body["content"]) for body in bodies]
