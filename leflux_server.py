@@ -18,7 +18,8 @@ REST (JSON in, JSON out; a caller is the site whose allowed_hosts contains its O
     DELETE /api/session/{id}    -> {deleted}
     GET    /api/stats           -> {uptimeSeconds, activeSessions, messagesProcessed, version}
     GET    /health              -> {status, timestamp, llm}
-    GET    /                    the demo page (server.demo), or with an Upgrade the WebSocket
+    GET    /embed.js            the widget: <script src="https://.../embed.js" async></script>
+    GET    /                    the demo (server.demo), or with an Upgrade the WebSocket
     GET    /ws                  the WebSocket
 
 Admin (Authorization: Bearer <Firebase ID token> of a site's owner or an admin):
@@ -54,6 +55,7 @@ import email.utils
 import fcntl
 import functools
 import gc
+import hashlib
 import ipaddress
 import itertools
 import json
@@ -2779,6 +2781,11 @@ WANTS_ACTION = re.compile(
 )
 QUESTION = re.compile(r"\s*(what|how|when|where|who|why|which|is|are|do|does|did|was|were)\b")
 WANTS_SENT = re.compile(r"\b(send|submit|message|contact|subscribe|sign up|order)\b")
+WANTS_TO_WRITE = re.compile(r"\b(message|write to)\b|\bsend (them|you|us)\b")
+WHERE_TO_WRITE = "contact message write touch support kontakt"  # on the link that leads there
+NEVER_MIND = re.compile(r"\W*(no|stop|cancel|never ?mind|nothing|forget it)\b\W*(thank.{0,6})?$")
+ASKING = "What shall I put into “{}”?"
+ASKED = re.compile(r"What shall I put into “([^”]+)”\?$")
 # What a visitor may give in so many words, and the fields that it is for.
 GIVEN_VALUES = (
     (r"(?<![\w.+-])([\w.+-]{1,64}@[\w-]{1,64}\.[\w.-]{0,190}\w)", r"mail"),
@@ -2790,9 +2797,13 @@ TYPED_VALUE = r"\b(?:type|enter|write|put|fill in)\s+[\"“'](.+?)[\"”']\s+(?:
 
 
 def sentences(visible_text: str) -> list[str]:
-    """Split what a page shows into pieces that say something; bare headings do not."""
-    pieces = re.split(r"(?<=[.!?])\s+|\s*\n\s*", visible_text)
-    pieces = [piece.strip() for piece in pieces]
+    """Split what a page shows into pieces that say something; bare headings do not.
+
+    Nor do lines in quotation marks: that is what others say, or what one may say.
+    """
+    lines = [line.strip() for line in visible_text.splitlines()]
+    lines = [line for line in lines if not line.startswith(("“", "„", "«", '"'))]
+    pieces = [piece for line in lines for piece in re.split(r"(?<=[.!?])\s+", line)]
     return [p[:400] for p in pieces if len(p.split()) > 3 or p.endswith((".", "!", "?"))]
 
 
@@ -2813,58 +2824,134 @@ def widened(question: str) -> str:
     return " ".join([question, *(SYNONYMS.get(word, "") for word in keywords(question))])
 
 
-def given_values(wish: str, elements: Sequence[Json]) -> list[tuple[Json, str]]:
-    """Return the fields of a page that a wish gives values for."""
-    fields = [e for e in elements if re.search(r"input|text|mail|tel|area", str(e.get("type")))]
-    fields = [e for e in fields if not is_sensitive(e) and not is_submit(e)]
-    found: dict[int, tuple[Json, str]] = {}
+def is_field(element: Json) -> bool:
+    """Whether an element is one to write into."""
+    kind = f"{element.get('type')} {element.get('inputType')}"
+    if re.search(r"submit|button|checkbox|radio|reset|image", kind):
+        return False
+    return re.search(r"input|text|mail|tel|area|search|url|password|number|date", kind) is not None
+
+
+def given_values(
+    wish: str, answers: Mapping[str, str], fields: Sequence[Json]
+) -> list[tuple[Json, str]]:
+    """Return the fields of a page that a wish, or an answer to a question, gives values for."""
+    labels = [element_label(field) for field in fields]
+    found = {labels.index(label): value for label, value in answers.items()}
     if typed := re.search(TYPED_VALUE, wish):
         at = best_of(typed[2], [element_words(field, *_NAMES) for field in fields])
         if at is not None:
-            found[at] = (fields[at], typed[1])
+            found.setdefault(at, typed[1])
     for value_pattern, field_pattern in GIVEN_VALUES:
         value = re.search(value_pattern, wish)
         for at, field in enumerate(fields):
             words = element_words(field, "type", "inputType", *_NAMES)
             if value and at not in found and re.search(field_pattern, words):
                 said = re.split(r",\s*(?:my name|i am|i'm)\b", value[1], maxsplit=1, flags=re.I)
-                found[at] = (field, said[0].strip())
+                found[at] = said[0].strip()
                 break
-    return [found[at] for at in sorted(found)]
+    return [(fields[at], found[at]) for at in sorted(found)]
 
 
-def guide(task: Task, context: Json, knowledge: Passages | None) -> Json:
-    """Return the reply object of the offline guide. Deterministic, no network."""
-    wish = task.wish[:1000].replace("\u2019", "'")
-    elements = [
-        e for e in context.get("indexedElements", ()) if "id" in e and not e.get("disabled")
-    ]
-    labels = [element_label(element) for element in elements]
-    wants_action = WANTS_ACTION.search(wish.lower()) and not QUESTION.match(wish.lower())
-    if (wants_action or task.did) and not task.note.startswith("refused"):
-        clickable = [
-            "" if re.search(r"input|textarea|select", str(element.get("type"))) else label
-            for element, label in zip(elements, labels, strict=True)
-        ]
-        values = given_values(wish, elements) if "type" not in task.did else []
-        at = None
-        if values:
-            steps = [
-                {"action": "type", "elementId": field["id"], "inputData": value}
-                for field, value in values
-            ]
-            action: Json = {"type": "execute_generic_sequence", "steps": steps}
-            return {"message": "I fill in what you told me.", "action": action}
-        if task.did[-1:] == ["type"] and WANTS_SENT.search(wish.lower()):
-            at = next((i for i, element in enumerate(elements) if is_submit(element)), None)
-        elif not task.did:
-            at = best_of(wish, clickable)
+def plain_wish(message: str) -> str:
+    return message[:1000].replace("\u2019", "'")
+
+
+def wish_and_answers(
+    task: Task, history: Sequence[Json], fields: Sequence[Json]
+) -> tuple[str, dict[str, str]]:
+    """Return what the visitor wants, and his answers to what was asked about these fields.
+
+    The last message answers a question if the message before it is one; the wish is then further
+    up. So nothing needs to be kept but the conversation.
+    """
+    labels = [element_label(field) for field in fields]
+    answers: dict[str, str] = {}
+    for at in range(len(history) - 1, -1, -1):
+        if history[at]["role"] != "user":
+            continue
+        said = history[at]["content"]
+        asked = ASKED.search(history[at - 1]["content"]) if at else None
+        if asked is None or asked[1] not in labels:
+            return plain_wish(said if answers else task.wish), answers
+        answers.setdefault(asked[1], said)
+    return plain_wish(task.wish), {}
+
+
+def click_on(element: Json) -> Json:
+    action = {"type": "click_element", "elementId": element["id"]}
+    return {"message": f"I click “{element_label(element)}” for you.", "action": action}
+
+
+def send_form(
+    fields: Sequence[Json], filled: Sequence[Json], elements: Sequence[Json]
+) -> Json | None:
+    """Ask for what a form still needs, or else click its button; None if it has no such button."""
+    parents = [field.get("parent") for field in filled]
+    buttons = [e for e in elements if is_submit(e) and not is_field(e)]
+    buttons.sort(key=lambda button: button.get("parent") not in parents)
+    if not buttons:
+        return None
+    parents.append(buttons[0].get("parent"))  # what is elsewhere belongs to another form
+    for field in fields:
+        is_empty = not field.get("value") and field not in filled
+        if field.get("required") and is_empty and field.get("parent") in parents:
+            action = {
+                "type": "ask_user",
+                "question": ASKING.format(element_label(field)),
+                "field_name": field.get("name"),
+                "field_type": field.get("inputType") or field.get("type"),
+            }
+            return {"message": "", "action": action}
+    return click_on(buttons[0]) if filled else None
+
+
+def next_step(
+    task: Task,
+    wish: str,
+    answers: Mapping[str, str],
+    context: Json,
+    elements: Sequence[Json],
+    fields: Sequence[Json],
+) -> Json | None:
+    """Return the reply that brings a wish one step further; None if the page has none."""
+    if task.failure:
+        reason = "That did not work on this page. Please try it yourself."
+        return {"message": "", "action": {"type": "abort_workflow", "reason": reason}}
+    values = given_values(wish, answers, fields)
+    wants_to_write = WANTS_TO_WRITE.search(wish.lower())
+    can_write = any("area" in str(field.get("type")) for field in fields)
+    if wants_to_write and not can_write and not task.did:
+        links = [e for e in elements if re.match(r"(?!mailto:|tel:).", e.get("href", ""))]
+        at = best_of(WHERE_TO_WRITE, [element_label(link) for link in links])
         if at is not None:
-            action = {"type": "click_element", "elementId": elements[at]["id"]}
-            return {"message": f"I click “{labels[at]}” for you.", "action": action}
-        if task.did:
-            message = "Done. This is what you asked for, as far as I can see."
-            return {"message": message, "action": {"type": "task_complete", "summary": message}}
+            return click_on(links[at])
+    if values and "type" not in task.did:
+        steps = [
+            {"action": "type", "elementId": field["id"], "inputData": value}
+            for field, value in values
+        ]
+        action: Json = {"type": "execute_generic_sequence", "steps": steps}
+        return {"message": "I fill in what you told me.", "action": action}
+    has_typed = task.did[-1:] == ["type"] and WANTS_SENT.search(wish.lower())
+    is_new_page = not task.did or task.page_before[0] != context.get("url")
+    if has_typed or (wants_to_write and can_write and is_new_page):
+        reply = send_form(fields, [field for field, _ in values], elements)
+        if reply is not None:
+            return reply
+    if not task.did:
+        names = [element_label(e) if not is_field(e) else "" for e in elements]
+        at = best_of(wish, names)
+        return None if at is None else click_on(elements[at])
+    message = "Done. This is what you asked for, as far as I can see."
+    if has_typed:
+        message = "I have filled it in, but I see no button that sends it. Please have a look."
+    return {"message": message, "action": {"type": "task_complete", "summary": message}}
+
+
+def quote(wish: str, context: Json, elements: Sequence[Json], knowledge: Passages | None) -> Json:
+    """Return the reply that says what the page and the site's texts have on a question."""
+    labels = [element_label(element) for element in elements]
     page = sentences(context.get("visibleText", ""))
     at = best_of(wish, page)
     quotes = [] if at is None else [page[at]]
@@ -2874,7 +2961,8 @@ def guide(task: Task, context: Json, knowledge: Passages | None) -> Json:
     parts = [f"Here is what I found: “{quotes[0].rpartition(chr(10))[2]}”"] if quotes else []
     at = best_of(wish, labels)
     if at is not None:
-        kind = {"a": "link", "link": "link", "button": "button"}.get(elements[at].get("type"), "")
+        kinds = {"a": "link", "link": "link", "button": "button"}
+        kind = kinds.get(str(elements[at].get("type")), "")
         parts.append(f"On this page you can use the {kind} “{labels[at]}”.".replace("  ", " "))
     if not parts:
         names = [label for label in labels if label][:5]
@@ -2883,6 +2971,28 @@ def guide(task: Task, context: Json, knowledge: Passages | None) -> Json:
             parts.append("On this page you can use: " + ", ".join(names) + ".")
         parts.append("Ask me with other words, or about something on this page.")
     return {"message": " ".join(parts), "action": None}
+
+
+def guide(
+    task: Task, context: Json, knowledge: Passages | None, history: Sequence[Json] = ()
+) -> Json:
+    """Return the reply object of the offline guide. Deterministic, no network.
+
+    The history ends with the visitor's message, or with what was said in the task since.
+    """
+    elements = [
+        e for e in context.get("indexedElements", ()) if "id" in e and not e.get("disabled")
+    ]
+    fields = [e for e in elements if is_field(e) and not is_sensitive(e)]
+    wish, answers = wish_and_answers(task, history, fields)
+    if answers and NEVER_MIND.match(task.wish.lower()):
+        return {"message": "All right, then not.", "action": None}
+    is_order = WANTS_ACTION.search(wish.lower()) and not QUESTION.match(wish.lower())
+    if (is_order or task.did) and not task.note.startswith("refused"):
+        reply = next_step(task, wish, answers, context, elements, fields)
+        if reply is not None:
+            return reply
+    return quote(wish, context, elements, knowledge)
 
 
 async def speak(reply: Json, on_text: Callable[[str], None]) -> None:
@@ -3104,7 +3214,7 @@ async def converse(hub: Hub, session: Session, task: Task) -> tuple[Completion, 
     knowledge = hub.knowledge.get(site.id)
     completion = Completion()
     if hub.model is None:
-        await speak(guide(task, session.context, knowledge), on_text)
+        await speak(guide(task, session.context, knowledge, session.history), on_text)
     else:
         passages = relevant_passages(knowledge, task.wish)
         nonce = secrets.token_hex(8)
@@ -3602,13 +3712,65 @@ async def health(request: web.Request) -> web.Response:
     )
 
 
+@functools.lru_cache(32)
+def content_of(path: Path, changed_ns: int) -> tuple[bytes, str]:
+    """Return what is in a file, and a hash of it; changed_ns makes it read again when it must."""
+    content = path.read_bytes()
+    return content, hashlib.sha256(content).hexdigest()[:32]
+
+
+def send_file(request: web.Request, name: str, headers: Mapping[str, str]) -> web.Response:
+    """Answer with a file beside this script, or 304 if the browser has it (RFC 9110, 13.1.2)."""
+    path = HERE / name
+    try:
+        content, digest = content_of(path, path.stat().st_mtime_ns)
+    except OSError:
+        raise standard_error(404) from None
+    headers = {"Cache-Control": "no-cache", "ETag": f'"{digest}"', **headers}
+    if any(tag.value in (digest, "*") for tag in request.if_none_match or ()):
+        return web.Response(status=304, headers=headers)
+    kind = CONTENT_TYPES[path.suffix]
+    return web.Response(body=content, headers=headers, content_type=kind, charset="utf-8")
+
+
+# Any page may load the widget; which of them may chat is decided when it asks for a session.
+EMBED_HEADERS = {"Access-Control-Allow-Origin": "*", "Cross-Origin-Resource-Policy": "cross-origin"}
+CONTENT_TYPES = {
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".md": "text/plain",
+}
+DEMO = {
+    "/": "widget/demo/index.html",
+    "/prices": "widget/demo/prices.html",
+    "/contact": "widget/demo/contact.html",
+    "/shop.css": "widget/demo/shop.css",
+    "/shop.js": "widget/demo/shop.js",
+    "/README.md": "README.md",
+}
+
+
+async def embed(request: web.Request) -> web.Response:
+    return send_file(request, "widget/embed.js", EMBED_HEADERS)
+
+
+async def demo(request: web.Request) -> web.Response:
+    # Not in every browser does 'self' cover the WebSocket.
+    socket_url = websocket_url(request, request.app[HUB].config)
+    policy = (
+        f"default-src 'self'; connect-src 'self' {socket_url}; img-src 'self' data:;"
+        " object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'"
+    )
+    return send_file(request, DEMO[request.path], {"Content-Security-Policy": policy})
+
+
 async def root(request: web.Request) -> web.StreamResponse:
     if request.method == "GET" and "websocket" in request.headers.get("Upgrade", "").lower():
         return await serve_socket(request)
-    demo = HERE / "widget" / "demo.html"
-    if request.path != "/" or not request.app[HUB].config.server.demo or not demo.exists():
+    if request.path != "/" or not request.app[HUB].config.server.demo:
         raise standard_error(404)
-    return web.FileResponse(demo, headers={"Cache-Control": "no-cache"})
+    return await demo(request)
 
 
 async def no_such_route(request: web.Request) -> NoReturn:
@@ -4318,12 +4480,16 @@ def make_app(config: Config) -> web.Application:
         "/api/admin/sites/{site_id}/config": {"PATCH": patch_site_config},
         "/api/admin/sites/{site_id}/sessions": {"GET": list_site_sessions},
         "/api/admin/sites/{site_id}/sessions/{session_id}": {"GET": get_site_session},
+        "/embed.js": {"GET": embed},
+        **({path: {"GET": demo} for path in DEMO} if config.server.demo else {}),
         "/": {"GET": root},
         "/ws": {"GET": root},
         "/{path:.*}": {"*": no_such_route},  # aiohttp-cors sees nothing that has no route
     }
     for path, handlers in routes.items():
-        resource = cors.add(app.router.add_resource(path))
+        resource = app.router.add_resource(path)
+        if path != "/embed.js":  # which sets its own
+            cors.add(resource)
         for method, handler in handlers.items():
             resource.add_route(method, handler)
             if method == "GET":  # what uptime checks ask for

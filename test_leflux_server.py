@@ -18,6 +18,7 @@ import functools
 import gzip
 import hashlib
 import hmac
+import html.parser
 import itertools
 import json
 import logging
@@ -32,6 +33,7 @@ import stat
 import sys
 import threading
 import time
+import tomllib
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -41,6 +43,7 @@ from typing import Any, cast
 
 import aiohttp
 import pytest
+import yarl
 from aiohttp import WSMsgType, web
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -1787,6 +1790,16 @@ def test_guide_offers_nothing_disabled() -> None:
     assert lf.guide(lf.Task("delete my account"), context, None)["action"] is None
 
 
+def test_the_guide_quotes_statements() -> None:
+    """A line in quotation marks is what somebody says, not what the site does."""
+    shown = '“Pro costs nothing!”\n"Pro: cheap, cheap, cheap."\nThe Pro plan costs 20 euros.'
+    context = lf.clean_context({"visibleText": shown}, lf.LimitsConfig())
+    said = lf.guide(lf.Task("what does Pro cost?"), context, None)["message"]
+    assert "20 euros" in said
+    assert "nothing" not in said
+    assert "cheap" not in said
+
+
 @pytest.mark.parametrize(
     "context",
     [
@@ -2095,15 +2108,63 @@ async def test_stats_and_health(serve: Serve, model: FakeModel) -> None:
     assert health.body == {"status": "ok", "llm": "remote"}
 
 
-async def test_demo_page(serve: Serve) -> None:
-    """The demo page is at /, unless it is turned off."""
-    page = await (await serve()).call("GET", "/", origin=None)
-    assert page.status == 200
-    assert page.headers["Content-Type"].startswith("text/html")
-    assert b"<" in page.raw
-    server = await serve(server={"demo": False})
-    assert (await server.call("GET", "/", origin=None)).error == (404, "not_found")
-    assert (await server.visitor()).ws  # which does not concern upgrades
+@pytest.mark.parametrize("demo", [True, False])
+async def test_the_widget_is_for_every_page(serve: Serve, demo: bool) -> None:
+    """/embed.js may be loaded from anywhere, with and without Origin, demo or not."""
+    server = await serve(server={"demo": demo, "cors_origins": ["https://acme.com"]})
+    for origin in (None, ORIGIN, "https://stranger.example", "null"):
+        answer = await server.call("GET", "/embed.js", origin=origin)
+        assert answer.status == 200
+        assert answer.raw == (lf.HERE / "widget" / "embed.js").read_bytes()
+        assert answer.headers["Content-Type"] == "text/javascript; charset=utf-8"
+        assert answer.headers.getall("Access-Control-Allow-Origin") == ["*"]  # type: ignore[attr-defined]
+        assert answer.headers["Cross-Origin-Resource-Policy"] == "cross-origin"
+        assert answer.headers["Cache-Control"] == "no-cache"
+    head = await server.call("HEAD", "/embed.js", origin=None)
+    assert (head.status, head.raw) == (200, b"")
+    assert head.headers["Content-Length"] == str(len(answer.raw))
+    assert head.headers["ETag"] == answer.headers["ETag"]
+    assert (await server.call("POST", "/embed.js")).error == (405, "method_not_allowed")
+
+
+@pytest.mark.parametrize("path", ["/embed.js", "/", "/shop.css"])
+async def test_a_file_that_the_browser_has_is_not_sent_again(serve: Serve, path: str) -> None:
+    """A strong ETag; If-None-Match is a list, may be weak, or * (RFC 9110, 13.1.2)."""
+    server = await serve()
+
+    async def ask(if_none_match: str, method: str = "GET") -> Answer:
+        return await server.call(method, path, headers={"If-None-Match": if_none_match})
+
+    tag = (await server.call("GET", path)).headers["ETag"]
+    assert re.fullmatch(r'"[0-9a-f]{32}"', tag)
+    for known in (tag, f"W/{tag}", f'"x", {tag}', f'W/"y",{tag} , "z"', "*"):
+        for method in ("GET", "HEAD"):
+            answer = await ask(known, method)
+            assert (answer.status, answer.raw, answer.headers["ETag"]) == (304, b"", tag)
+            assert answer.headers["Cache-Control"] == "no-cache"
+            assert answer.headers.get("Access-Control-Allow-Origin")
+    for unknown in ('"x"', tag.strip('"'), tag.upper().replace("A", "B"), "", ",", '"', "x" * 4000):
+        answer = await ask(unknown)
+        assert (answer.status, answer.headers["ETag"]) == (200, tag)
+
+
+async def test_a_file_that_changes_is_sent_anew(
+    serve: Serve, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """Its ETag changes too; while there is no such file, it is not found."""
+    monkeypatch.setattr(lf, "HERE", tmp_path)
+    server = await serve()
+    for path in ("/embed.js", "/"):
+        assert (await server.call("GET", path)).error == (404, "not_found")
+    (tmp_path / "widget").mkdir()
+    file = tmp_path / "widget" / "embed.js"
+    file.write_text("one")
+    first = await server.call("GET", "/embed.js")
+    file.write_text("two")
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))  # a coarse clock shall not matter
+    known = {"If-None-Match": first.headers["ETag"]}
+    second = await server.call("GET", "/embed.js", headers=known)
+    assert (first.raw, second.status, second.raw) == (b"one", 200, b"two")
 
 
 @pytest.mark.parametrize(
@@ -4721,6 +4782,382 @@ async def test_a_plan_that_nobody_has_seen_is_not_resumed(serve: Serve, model: F
     await page.visitor.expect_open()
     assert len(model.requests) == 1
     assert (await page.done(plan))["data"]["text"] == "Fine."
+
+
+# ---------------------------------------------------------------------------------------------
+# The demo: its pages, and the visits that they suggest, with the offline guide
+
+DEMO_HOST = "http://localhost:3002"
+
+
+class PageReader(html.parser.HTMLParser):
+    """Reads a page of the demo as the widget does."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []  # all of them, for the tests
+        self.texts: dict[
+            str, str
+        ] = {}  # of elements with an id, and of labels by what they are for
+        self.elements: list[Json] = []
+        self.lines = [""]
+        self._open: list[tuple[str, str]] = []  # tags and the keys of their texts
+        self._section = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        get = dict(attrs).get
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("a", "q", "em", "strong"):
+            self.lines.append("")
+        if tag in ("section", "nav"):
+            self._section = str(get("aria-label") or f"#{get('aria-labelledby')}")
+        key = str(get("for") or get("id") or f"{tag}-{len(self.tags)}")
+        kinds = {"a": "link", "button": "button", "textarea": "textarea"}
+        if kind := kinds.get(tag) or (tag == "input" and (get("type") or "text")):
+            element: Json = {"id": len(self.elements) + 1, "type": kind, "text": key}
+            element |= {name: get(name) for name in ("name", "placeholder") if get(name)}
+            element |= {"required": True} if "required" in dict(attrs) else {}
+            element |= {"href": DEMO_HOST + str(get("href"))} if tag == "a" else {}
+            self.elements.append({**element, "parent": self._section})
+        if tag not in ("input", "link", "meta"):
+            self._open.append((tag, key))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop()[0] == tag  # well-formed
+
+    def handle_data(self, data: str) -> None:
+        words = " ".join(data.split())
+        if not words or not self._open:
+            return
+        self.lines[-1] = f"{self.lines[-1]} {words}".strip()
+        for _, key in self._open:
+            self.texts[key] = f"{self.texts.get(key, '')} {words}".strip()
+
+    def context(self, path: str, values: Mapping[str, str], more: str) -> Json:
+        for element in self.elements:
+            element["text"] = self.texts[element["text"]]
+            element["parent"] = self.texts.get(element["parent"][1:], element["parent"])
+            element["value"] = values.get(element.get("name", ""), "")
+        title, *shown = [line for line in self.lines if line]
+        return {
+            "url": DEMO_HOST + path,
+            "title": title,
+            "visibleText": "\n".join([*shown, more]),
+            "indexedElements": self.elements,
+        }
+
+
+class DemoVisit(OpenPage):
+    """A visitor of the demo, whose pages do what the real ones do."""
+
+    def __init__(self, visitor: Visitor, path: str = "/") -> None:
+        self.path, self.values, self.shown = path, dict[str, str](), ""
+        self.steps: list[str] = []  # what the agent did
+        super().__init__(visitor, self.scan())
+
+    def scan(self) -> Json:
+        page = (lf.HERE / lf.DEMO[self.path]).read_text()
+        context = PageReader(page).context(self.path, self.values, self.shown)
+        if "deleted" in self.shown:
+            elements = context["indexedElements"]
+            elements[:] = [e for e in elements if e["text"] != "Delete my account"]
+        return context
+
+    def carry_out(self, step: Json) -> None:
+        elements = self.context["indexedElements"]
+        element = next(e for e in elements if e["id"] == step["elementId"])
+        self.steps.append(f"{step['action']} {element['text']} {step.get('inputData', '')}".strip())
+        if step["action"] == "type":
+            assert element["type"] in ("text", "email", "textarea")
+            self.values[element["name"]] = step["inputData"]
+        elif element["type"] == "link":
+            self.path, self.values, self.shown = element["href"].removeprefix(DEMO_HOST), {}, ""
+        elif element["text"] == "Send message":
+            assert len(self.values) == 3  # else the browser points at what is missing
+            self.values, self.shown = {}, "Thank you! (This is a demo: nothing was sent.)"
+        else:
+            chosen = element["text"].startswith("Choose")
+            self.shown = "A good choice." if chosen else "Your account is deleted."
+
+    async def go_on(self, event: Json) -> Json:
+        """Carry out plans until something else happens."""
+        while event["event"] == "action_plan":
+            action = event["data"]["actions"][0]
+            path = self.path
+            for step in action.get("actions", [{**action, "action": "click"}]):
+                self.carry_out(step)
+            if self.path != path:  # the page is gone, and with it its socket
+                self.context = self.scan()
+                await self.visitor.ws.close()
+                await self.visitor.connect(self.visitor.frames[-1]["seq"])
+                await self.visitor.send("continue_task", context=self.context)
+                event = await self.turn()
+            else:
+                event = await self.done(event, self.scan())
+        return event
+
+    async def wish(self, message: str) -> Json:
+        return await self.go_on(await self.ask(message))
+
+    async def agree(self) -> Json:
+        return await self.go_on(await self.answer(True))
+
+
+VisitDemo = Callable[..., Awaitable[DemoVisit]]
+
+
+@pytest.fixture
+def visit_demo(serve: Serve, monkeypatch: Patch) -> VisitDemo:
+    """Visit a page of the site that config.toml comes with."""
+    monkeypatch.setattr(lf, "GUIDE_PIECE_SECONDS", 0)
+    sites = tomllib.loads((lf.HERE / "config.toml").read_text())["sites"]
+
+    async def visit(path: str = "/") -> DemoVisit:
+        server = await serve(sites=sites)
+        return DemoVisit(await server.visitor(DEMO_HOST), path)
+
+    return visit
+
+
+DEMO_PAGES = [path for path, name in lf.DEMO.items() if name.endswith(".html")]
+on_every_page = pytest.mark.parametrize("path", DEMO_PAGES)
+
+
+@on_every_page
+async def test_a_page_of_the_demo(serve: Serve, path: str) -> None:
+    """It has the one line of the widget, and nothing that a strict policy would block."""
+    server = await serve()
+    answer = await server.call("GET", path, origin=None)
+    assert answer.status == 200
+    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    page = answer.raw.decode()
+    assert '\n<script src="/embed.js" async></script>\n' in page
+    reader = PageReader(page)
+    tags = [tag for tag, _ in reader.tags]
+    assert tags.count("main") == tags.count("h1") == 1
+    assert tags.count("script") == 2
+    for tag, attributes in reader.tags:
+        assert tag != "style"
+        assert not [name for name in attributes if name == "style" or name.startswith("on")]
+        for name in ("href", "src"):
+            link = attributes.get(name) or "data:"
+            if not link.startswith("data:"):
+                assert (await server.call("GET", link, origin=None)).status == 200
+    labels = {attributes["for"] for tag, attributes in reader.tags if tag == "label"}
+    assert labels == {a["id"] for tag, a in reader.tags if tag in ("input", "textarea")}
+
+
+async def test_the_policy_of_the_demo(serve: Serve) -> None:
+    """Scripts, styles and connections of this server alone; its WebSocket is named."""
+    server = await serve()
+    policy = (await server.call("GET", "/contact")).headers["Content-Security-Policy"]
+    rules = dict(rule.split(None, 1) for rule in policy.split("; "))
+    assert rules["default-src"] == "'self'"
+    assert rules["connect-src"] == f"'self' {server.url.replace('http', 'ws')}"
+    assert not rules.keys() & {"script-src", "style-src"}  # the default holds
+    assert rules["object-src"] == rules["base-uri"] == "'none'"
+    server = await serve(server={"public_url": "https://chat.example.com"})
+    policy = (await server.call("GET", "/")).headers["Content-Security-Policy"]
+    assert "connect-src 'self' wss://chat.example.com;" in policy
+    for host in ("a b;", "x; script-src *", "a,b"):  # a Host that is none adds nothing
+        answer = await (await serve()).call("GET", "/", headers={"Host": host})
+        assert "script-src" not in answer.headers["Content-Security-Policy"]
+
+
+async def test_a_server_without_the_demo(serve: Serve) -> None:
+    """Turned off, none of its paths is known; upgrades are not concerned."""
+    server = await serve(server={"demo": False})
+    for path in lf.DEMO:
+        assert (await server.call("GET", path, origin=None)).error == (404, "not_found")
+    assert (await server.visitor()).ws
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/index.html", "/prices/", "/prices.html", "/contact/x", "/SHOP.CSS", "/config.toml"),
+        *("/widget/demo/index.html", "/widget/embed.js", "/embed.js/", "/leflux_server.py"),
+        *("/%2e%2e/config.toml", "/prices/..%2f..%2fconfig.toml", "//README.md", "/shop.css%00"),
+    ],
+)
+async def test_no_other_file_is_served(serve: Serve, path: str) -> None:
+    """What is served is a short list of names."""
+    server = await serve()
+    url = yarl.URL(server.url + path, encoded=True)
+    async with server.http.get(url) as response:
+        assert response.status == 404
+
+
+@on_every_page
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("what does Pro cost?", "€18"),
+        ("what does the pro plan cost", "€18"),
+        ("how much is Team?", "€79"),
+        ("when are you open?", "Monday to Friday from 8:00"),
+        ("How long does shipping take?", "2 to 3 working days"),
+        ("how can I contact you?", "hello@fernweh.example"),
+    ],
+)
+async def test_questions_on_the_demo(
+    visit_demo: VisitDemo, path: str, question: str, expected: str
+) -> None:
+    """The guide quotes the passage that answers, on whichever page it is asked."""
+    visit = await visit_demo(path)
+    answer = await visit.wish(question)
+    assert answer["event"] == "message_done"
+    assert expected in answer["data"]["text"].split("On this page")[0]
+    assert not visit.steps
+
+
+@on_every_page
+@pytest.mark.parametrize(
+    ("wish", "label", "target"),
+    [
+        ("take me to contact", "Contact", "/contact"),
+        ("Take me to contact", "Contact", "/contact"),
+        ("open contact", "Contact", "/contact"),
+        ("please take me to the contact form", "Contact", "/contact"),
+        ("go to the prices page", "Prices", "/prices"),
+        ("show me the prices, take me there", "Prices", "/prices"),
+    ],
+)
+async def test_ways_through_the_demo(
+    visit_demo: VisitDemo, path: str, wish: str, label: str, target: str
+) -> None:
+    """One click on the link that was named, and the task is complete."""
+    visit = await visit_demo(path)
+    assert (await visit.wish(wish))["event"] == "task_complete"
+    assert (visit.steps, visit.path) == ([f"click {label}"], target)
+
+
+@on_every_page
+async def test_a_message_from_the_demo(visit_demo: VisitDemo, path: str) -> None:
+    """The form is found and filled in; what is missing is asked for; sending needs a yes."""
+    visit = await visit_demo(path)
+    question = await visit.wish("send a message, I'm Ada, ada@example.com")
+    assert question["event"] == "message"
+    assert question["data"] == {
+        "text": "What shall I put into “Message”?",
+        "isQuestion": True,
+        "field": {"name": "message", "type": "textarea"},
+    }
+    assert visit.path == "/contact"
+    filled = ["type Name Ada", "type E-mail ada@example.com"]
+    assert visit.steps == (["click Contact"] if path != "/contact" else []) + filled
+    visit.steps.clear()
+    visit.context = visit.scan()
+    asked = await visit.wish("When do you roast? I'd love to see it.")
+    assert visit.steps == [*filled, "type Message When do you roast? I'd love to see it."]
+    assert asked["event"] == "confirmation_required"
+    assert "Send message" in asked["data"]["message"]
+    assert (await visit.agree())["event"] == "task_complete"
+    assert visit.steps[3:] == ["click Send message"]
+    assert visit.shown.startswith("Thank you!")
+
+
+@on_every_page
+@pytest.mark.parametrize(
+    "wish",
+    [
+        "Send a message that I love your coffee, my name is Ada, ada@example.com",
+        "send them a message, I\u2019m Ada, ada@example.com, message: I love your coffee",
+    ],
+)
+async def test_a_whole_message_from_the_demo(visit_demo: VisitDemo, path: str, wish: str) -> None:
+    """All that it takes is in the wish."""
+    visit = await visit_demo(path)
+    assert (await visit.wish(wish))["event"] == "confirmation_required"
+    assert visit.values == {
+        "name": "Ada",
+        "email": "ada@example.com",
+        "message": "I love your coffee",
+    }
+    assert (await visit.agree())["event"] == "task_complete"
+    assert visit.shown.startswith("Thank you!")
+
+
+async def test_a_message_of_which_nothing_is_known(visit_demo: VisitDemo) -> None:
+    """Each thing that is required is asked for, one after the other."""
+    visit = await visit_demo()
+    asked = await visit.wish("I want to send a message")
+    for label, answer in (("Name", "Grace"), ("E-mail", "grace@example.com"), ("Message", "Hi")):
+        assert label in asked["data"]["text"]
+        assert asked["data"]["isQuestion"]
+        asked = await visit.wish(answer)
+    assert asked["event"] == "confirmation_required"
+    assert visit.values == {"name": "Grace", "email": "grace@example.com", "message": "Hi"}
+    assert (await visit.answer(False))["data"]["text"] == lf.NOT_CONFIRMED
+    # It is over: the next words are a wish of their own.
+    assert "€79" in (await visit.wish("how much is Team?"))["data"]["text"]
+
+
+async def test_a_question_of_the_guide_may_be_left_alone(visit_demo: VisitDemo) -> None:
+    """The visitor says no, or goes to another page and asks something else."""
+    visit = await visit_demo("/contact")
+    for wish in ("never mind", "No, thanks!"):
+        await visit.wish("send a message, I'm Ada, ada@example.com")
+        visit.context = visit.scan()
+        assert (await visit.wish(wish))["data"]["text"] == "All right, then not."
+    await visit.wish("send a message, I'm Ada, ada@example.com")
+    visit.path, visit.steps = "/prices", []
+    visit.context = visit.scan()
+    assert "€79" in (await visit.wish("how much is Team?"))["data"]["text"]
+    assert not visit.steps
+
+
+@on_every_page
+async def test_an_account_of_the_demo_is_deleted(visit_demo: VisitDemo, path: str) -> None:
+    """The visitor is asked first; a no leaves it alone."""
+    visit = await visit_demo(path)
+    for confirmed in (False, True):
+        asked = await visit.wish("delete my account")
+        assert asked["event"] == "confirmation_required"
+        assert asked["data"]["confirm_label"] == "Delete my account"
+        assert not visit.steps
+        end = await visit.go_on(await visit.answer(confirmed))
+    assert end["event"] == "task_complete"
+    assert visit.steps == ["click Delete my account"]
+    assert visit.shown == "Your account is deleted."
+
+
+async def test_the_guide_says_when_an_action_failed(visit_demo: VisitDemo) -> None:
+    """It does not claim to have done what the page did not do."""
+    visit = await visit_demo()
+    plan = await visit.ask("take me to contact")
+    end = await visit.done(plan, success=False, error="the element is gone")
+    assert end["event"] == "message"
+    assert "did not work" in end["data"]["text"]
+
+
+async def test_a_form_beside_another_one(serve: Serve) -> None:
+    """What a newsletter further down requires is not asked for, nor is its button clicked."""
+    form = [
+        {"id": 1, "type": "email", "text": "E-mail", "required": True, "parent": "Newsletter"},
+        {"id": 2, "type": "button", "text": "Send me news", "parent": "Newsletter"},
+        {"id": 3, "type": "text", "text": "Your name", "required": True, "parent": "Write to us"},
+        {"id": 4, "type": "textarea", "text": "Your message", "parent": "Write to us"},
+        {"id": 5, "type": "button", "text": "Send", "parent": "Write to us"},
+    ]
+    page = await open_page(serve, None)
+    page.context = at("/contact", *form)
+    plan = await page.ask("send a message that all is well, my name is Ada")
+    typed = [(s["elementId"], s["inputData"]) for s in plan["data"]["actions"][0]["actions"]]
+    assert typed == [(3, "Ada"), (4, "all is well")]
+    asked = await page.done(plan)
+    assert asked["event"] == "confirmation_required"
+    assert asked["data"]["confirm_label"] == "Send"
+
+
+async def test_a_form_without_a_button(serve: Serve) -> None:
+    """The guide does not claim to have sent what it could not send."""
+    page = await open_page(serve, None)
+    page.context = at("/contact", {"id": 1, "type": "textarea", "text": "Message"})
+    end = await page.done(await page.ask("send a message: message: hello"))
+    assert end["event"] == "task_complete"
+    assert "no button" in end["data"]["message"]
 
 
 # ---------------------------------------------------------------------------------------------
