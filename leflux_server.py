@@ -2785,7 +2785,7 @@ WANTS_TO_WRITE = re.compile(r"\b(message|write to)\b|\bsend (them|you|us)\b")
 WHERE_TO_WRITE = "contact message write touch support kontakt"  # on the link that leads there
 NEVER_MIND = re.compile(r"\W*(no|stop|cancel|never ?mind|nothing|forget it)\b\W*(thank.{0,6})?$")
 ASKING = "What shall I put into “{}”?"
-ASKED = re.compile(r"What shall I put into “([^”]+)”\?$")
+ASKED = re.compile(r"What shall I put into “([^”]{1,300})”\?$")
 # What a visitor may give in so many words, and the fields that it is for.
 GIVEN_VALUES = (
     (r"(?<![\w.+-])([\w.+-]{1,64}@[\w-]{1,64}\.[\w.-]{0,190}\w)", r"mail"),
@@ -2799,10 +2799,10 @@ TYPED_VALUE = r"\b(?:type|enter|write|put|fill in)\s+[\"“'](.+?)[\"”']\s+(?:
 def sentences(visible_text: str) -> list[str]:
     """Split what a page shows into pieces that say something; bare headings do not.
 
-    Nor do lines in quotation marks: that is what others say, or what one may say.
+    Nor do lines in quotation marks, which others say, and lines that announce the next one.
     """
     lines = [line.strip() for line in visible_text.splitlines()]
-    lines = [line for line in lines if not line.startswith(("“", "„", "«", '"'))]
+    lines = [line for line in lines if not re.match(r"[“„«\"]|.*:$", line)]
     pieces = [piece for line in lines for piece in re.split(r"(?<=[.!?])\s+", line)]
     return [p[:400] for p in pieces if len(p.split()) > 3 or p.endswith((".", "!", "?"))]
 
@@ -2933,7 +2933,8 @@ def next_step(
         ]
         action: Json = {"type": "execute_generic_sequence", "steps": steps}
         return {"message": "I fill in what you told me.", "action": action}
-    has_typed = task.did[-1:] == ["type"] and WANTS_SENT.search(wish.lower())
+    wants_sent = wants_to_write or WANTS_SENT.search(wish.lower())
+    has_typed = task.did[-1:] == ["type"] and wants_sent
     is_new_page = not task.did or task.page_before[0] != context.get("url")
     if has_typed or (wants_to_write and can_write and is_new_page):
         reply = send_form(fields, [field for field, _ in values], elements)
@@ -2951,7 +2952,8 @@ def next_step(
 
 def quote(wish: str, context: Json, elements: Sequence[Json], knowledge: Passages | None) -> Json:
     """Return the reply that says what the page and the site's texts have on a question."""
-    labels = [element_label(element) for element in elements]
+    here = context.get("url")  # a link to where the visitor is leads nowhere
+    labels = ["" if e.get("href") == here else element_label(e) for e in elements]
     page = sentences(context.get("visibleText", ""))
     at = best_of(wish, page)
     quotes = [] if at is None else [page[at]]

@@ -1791,8 +1791,9 @@ def test_guide_offers_nothing_disabled() -> None:
 
 
 def test_the_guide_quotes_statements() -> None:
-    """A line in quotation marks is what somebody says, not what the site does."""
-    shown = '“Pro costs nothing!”\n"Pro: cheap, cheap, cheap."\nThe Pro plan costs 20 euros.'
+    """Not what somebody says, nor what announces the next line."""
+    shown = '“Pro costs nothing!”\n"Pro: cheap, cheap, cheap."\nThe cheap Pro costs these:\n'
+    shown += "The Pro plan costs 20 euros."
     context = lf.clean_context({"visibleText": shown}, lf.LimitsConfig())
     said = lf.guide(lf.Task("what does Pro cost?"), context, None)["message"]
     assert "20 euros" in said
@@ -5077,6 +5078,14 @@ async def test_a_whole_message_from_the_demo(visit_demo: VisitDemo, path: str, w
     }
     assert (await visit.agree())["event"] == "task_complete"
     assert visit.shown.startswith("Thank you!")
+
+
+async def test_a_message_without_a_name(visit_demo: VisitDemo) -> None:
+    """What the wish holds is filled in first."""
+    visit = await visit_demo("/prices")
+    asked = await visit.wish("write to us that I am happy")
+    assert visit.steps == ["click Contact", "type Message I am happy"]
+    assert asked["data"]["text"] == "What shall I put into “Name”?"
 
 
 async def test_a_message_of_which_nothing_is_known(visit_demo: VisitDemo) -> None:
