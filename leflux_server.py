@@ -2539,6 +2539,8 @@ class Model:
                 if not data:
                     return True
             # Reading out what ends the response lets the next call have its connection.
+            if response.content.is_eof():
+                return True
             with contextlib.suppress(TimeoutError, aiohttp.ClientError):
                 async with asyncio.timeout(READ_OUT_SECONDS):
                     while await response.content.readany():
