@@ -5803,7 +5803,8 @@ async def test_idle_sessions_do_not_come_back(tmp_path: Path) -> None:
         await old.ask("SECRET")
         await young.ask("Hello")
     age = """UPDATE session SET state =
-        json_set(state, '$.active', json_extract(state, '$.active') - ?) WHERE id = ?"""
+        json_set(state, '$.active', json_extract(state, '$.active') - ?)
+        WHERE json_extract(state, '$.id') = ?"""
     with contextlib.closing(sqlite3.connect(tmp_path / "leflux.db", isolation_level=None)) as db:
         db.execute(age, (30 * 60, old.id))
         db.execute(age, (30 * 60 - 60, young.id))
