@@ -4589,6 +4589,8 @@ def failure_words(error: BaseException) -> str:
         return "the connection is refused, nothing listens there. Start it, or correct the port"
     if isinstance(cause, TimeoutError):
         return "it does not answer in time. Is it up, and is no firewall in between?"
+    if isinstance(cause, OSError) and cause.errno:
+        return f"it failed: {os.strerror(cause.errno)}"
     return f"it failed ({type(cause).__name__})"
 
 

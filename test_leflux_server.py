@@ -14,6 +14,7 @@ import base64
 import contextlib
 import copy
 import dataclasses
+import errno
 import functools
 import gzip
 import hashlib
@@ -382,6 +383,14 @@ async def raw_http(url: str, request: bytes) -> tuple[int, str, Any]:
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
     return int(head.split()[1]), head, json.loads(body) if body.startswith(b"{") else None
+
+
+def needs(program: str) -> str:
+    """The path of a program. Without it the test is skipped; a CI machine must have it."""
+    path = shutil.which(program, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin")
+    if path is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{program} is not installed")
+    return path
 
 
 Serve = Callable[..., Awaitable[Server]]
@@ -8053,6 +8062,22 @@ async def test_doctor_says_why_it_cannot_connect(
                 assert words in findings.lines[what], findings
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENETUNREACH, "SECRET"), "it failed: Network is unreachable"),
+        (ConnectionResetError(errno.ECONNRESET, "SECRET"), "it failed: Connection reset by peer"),
+        (aiohttp.ServerDisconnectedError("SECRET"), "it failed (ServerDisconnectedError)"),
+        (aiohttp.ServerTimeoutError("SECRET"), "it does not answer in time"),
+        (KeyError("SECRET"), "it failed (KeyError)"),
+    ],
+)
+def test_doctor_words_other_failures(error: Exception, words: str) -> None:
+    """What else can go wrong has a name, too, and nothing of its own text is shown."""
+    assert lf.failure_words(error).startswith(words)
+    assert "SECRET" not in lf.failure_words(error)
+
+
 async def test_doctor_reads_the_keys(key_server: KeyServer, doctor: Doctor) -> None:
     """Google's keys must arrive and be keys; that nobody may use them is a hint."""
 
@@ -8270,3 +8295,69 @@ async def test_health_tells_callers_their_own_address(serve: Serve) -> None:
     headers = {"X-Forwarded-For": "2001:db8:1:2:3::4"}
     asked = await server.call("GET", "/health?client=1", headers=headers)
     assert asked.body["client"] == "2001:db8:1:2::"
+
+
+# ---------------------------------------------------------------------------------------------
+# docs/api.md
+
+
+def shape(value: Any) -> Any:
+    """The keys and types of a value; of a list those of its first item."""
+    if isinstance(value, dict):
+        return {name: shape(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [shape(item) for item in value[:1]]
+    return type(value).__name__
+
+
+async def test_examples_of_the_api(tmp_path: Path, key_server: KeyServer) -> None:
+    """Each command of docs/api.md runs as it stands and prints what stands below it."""
+    needs("curl")
+    document = (lf.HERE / "docs" / "api.md").read_text()
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", document, re.M | re.S)
+    commands, documented = ["set -e"], []
+    for (kind, body), (next_kind, printed) in itertools.pairwise(blocks):
+        if kind in ("sh", "python"):
+            command = body if kind == "sh" else f"'{sys.executable}' - <<'END'\n{body}END\n"
+            commands.append(f"{command}\nprintf '\\0'")
+            assert next_kind in ("json", "jsonl"), body
+            lines = printed.splitlines() if next_kind == "jsonl" else [printed]
+            documented.append([json.loads(line) for line in lines])
+    firebase = f'[firebase]\nproject_id = "{PROJECT}"\nkeys_url = "{key_server.url}"\n'
+    more = (lf.HERE / "config.toml").read_text()
+    more = more.replace("[firebase]", firebase + 'admins = ["olga"]')
+    more = more.replace("widget/demo", f"{lf.HERE}/widget/demo")
+    async with program(tmp_path, more) as running:
+        address = running.server.url.replace("127.0.0.1", "localhost").removeprefix("http://")
+        child = await asyncio.create_subprocess_exec(
+            *("bash", "-c", "\n".join(commands).replace("localhost:3002", address)),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={**os.environ, "TOKEN": make_token()},
+        )
+        out, err = await asyncio.wait_for(child.communicate(), PATIENCE_SECONDS)
+    assert (child.returncode, err) == (0, b"")
+    outputs = out.decode().split("\0")[:-1]
+    assert len(documented) > 12
+    for output, expected in zip(outputs, documented, strict=True):
+        found = [json.loads(line) for line in output.strip().splitlines()]
+        if "error" in expected[0]:
+            assert found == expected
+        for one, other in zip(found, expected, strict=True):
+            assert shape(one) == shape(other), one
+            assert one.get("event") == other.get("event")
+
+
+async def test_page_of_the_api_is_understood() -> None:
+    """Every field of the page in docs/api.md is one that the server takes."""
+    document = (lf.HERE / "docs" / "api.md").read_text()
+    page = next(
+        json.loads(block)
+        for block in re.findall(r"^```json\n(.*?)^```$", document, re.M | re.S)
+        if '"indexedElements": [\n' in block
+    )
+    clean = lf.clean_context(page, lf.LimitsConfig())
+    assert clean["indexedElements"] == page["indexedElements"]
+    assert clean.keys() == {*page, "described"}
+    table = document.partition("An element has")[2].partition("Other fields")[0]
+    assert set(re.findall(r"`(\w+)`", table)) >= lf.ELEMENT_FIELDS.keys()
