@@ -7711,6 +7711,7 @@ class Proxy:
     target: str
     forwarded_for: str = "set"  # "append", "pass" what came, or "none"
     sends: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    adds: Mapping[str, str] = dataclasses.field(default_factory=dict)  # to responses
     drops: Sequence[str] = ()  # request headers
     upgrades: bool = True
     answers: Mapping[str, tuple[int, Mapping[str, str]]] = dataclasses.field(default_factory=dict)
@@ -7741,6 +7742,7 @@ class Proxy:
             ) as response:
                 copied = CIMultiDict(response.headers)
                 copied.popall("Content-Length", None)
+                copied.extend(self.adds)
                 raw = await response.read()
                 return web.Response(status=response.status, headers=copied, body=raw)
 
@@ -8167,6 +8169,10 @@ ELSEWHERE: Json = {"": (301, {"Location": "https://www.example.com/health"})}
         ({"answers": {"POST": (405, {})}}, {"site shop": "HTTP 405, and not from leflux"}),
         ({"answers": {"DELETE": (405, {})}}, {"site shop": "Let the proxy pass DELETE on"}),
         ({"drops": ["origin"]}, {"site shop": "the Origin header does not arrive"}),
+        (
+            {"adds": {"Access-Control-Allow-Origin": "*"}},
+            {"site shop": "CORS headers come twice"},
+        ),
         ({"upgrades": False}, {"site shop": "is not upgraded (200). Let the proxy speak HTTP/1.1"}),
         ({"answers": {"GET /": (504, {})}}, {"url": "the proxy answers 504"}),
         (
