@@ -4838,6 +4838,13 @@ def address_words(own: str, seen: str, forgeable: bool, proxies: Networks) -> st
     return f"the server sees {seen}; that should be this machine as the internet knows it"
 
 
+async def check_widget(http: aiohttp.ClientSession, url: str) -> str:
+    answer = await fetch(http, "GET", f"{url}/embed.js")
+    if answer.status != 200 or "javascript" not in answer.headers.get("Content-Type", ""):
+        raise Trouble(answer_words(answer))
+    return "embed.js is served"
+
+
 async def check_site(http: aiohttp.ClientSession, url: str, config: Config, site: Site) -> str:
     """Open a chat and its socket as a page of the site would; the chat is deleted again."""
     host, port = site.allowed_hosts[0]
@@ -4960,6 +4967,7 @@ async def look_at_server(
         yield await look("certificate", check_certificate(url))
     yield await look("model in use", check_model_in_use(http, url, config))
     yield await look("address", check_address(http, url, config))
+    yield await look("widget", check_widget(http, url))
     for site in [site for site in config.sites if site.allowed_hosts][:DOCTOR_SITES]:
         yield await look(f"site {site.id}", check_site(http, url, config, site))
 

@@ -7854,7 +7854,7 @@ async def test_doctor_finds_all_well(
     assert "SECRET" not in out
     findings = read_findings(code, out)
     assert findings.code == 0, out
-    assert [words.split()[0] for words in findings.lines.values()] == ["ok"] * 8
+    assert [words.split()[0] for words in findings.lines.values()] == ["ok"] * 9
     host = model.url.split("/")[2]
     expected = {
         "config": "1 site(s)",
@@ -7864,6 +7864,7 @@ async def test_doctor_finds_all_well(
         url: "leflux answers",
         "model in use": "the server's is remote",
         "address": "the server sees 127.0.0.1, this machine",
+        "widget": "embed.js is served",
         "site shop": f"https://acme.com can chat, over ws{url.removeprefix('http')}",
     }
     assert list(findings.lines) == list(expected)
@@ -7976,7 +7977,7 @@ async def test_doctor_finds_state_of_another_user(kept: Path, doctor: Doctor) ->
 # The doctor: the model and the keys
 
 
-async def html(_: web.Request) -> web.Response:
+async def web_page(_: web.Request) -> web.Response:
     return web.Response(text="<html>SECRET data: hello</html>", content_type="text/html")
 
 
@@ -8003,7 +8004,7 @@ async def html(_: web.Request) -> web.Response:
         (status(503, {}, Retry_After="0"), "", "the provider has a problem (503)"),
         ([sse({"error": {"code": 402, "message": "SECRET"}})], "", "the account is out of credit"),
         ([sse({"error": {"code": "x"}})], "", "the provider has a problem (in its stream)"),
-        (html, "", "no chat completion, perhaps a web page"),
+        (web_page, "", "no chat completion, perhaps a web page"),
         ([sse("[DONE]")], "", "no chat completion"),
         ([sse(chunk("Hm", finish_reason="length"), "[DONE]")], "", "its answer breaks off"),
         ([sse(chunk("", finish_reason="length"), "[DONE]")], "", "its answer breaks off"),
@@ -8049,7 +8050,7 @@ async def test_doctor_says_why_it_cannot_connect(
     """Connection refused, unknown names, TLS that is none or has a bad certificate."""
     monkeypatch.setattr(lf, "MODEL_RETRIES", 0)
     plain = model.url.removeprefix("http://").removesuffix("/v1")
-    async with listening(html, tls_for(tmp_path, "localhost", days=90)) as strange:
+    async with listening(web_page, tls_for(tmp_path, "localhost", days=90)) as strange:
         for url, words in (
             (f"http://127.0.0.1:{free_port()}", "the connection is refused"),
             ("http://no-such-host.invalid", "DNS does not know its name"),
@@ -8090,7 +8091,7 @@ async def test_doctor_reads_the_keys(key_server: KeyServer, doctor: Doctor) -> N
     assert (await sign_in()).startswith("hint works, but nobody may use it")
     key_server.certificates = {"key": "SECRET"}
     assert "what it answers is not Google's certificates" in await sign_in()
-    key_server.instead = html
+    key_server.instead = web_page
     assert "what it answers is not Google's certificates" in await sign_in()
     key_server.instead = cast(Any, status(404))
     assert (await sign_in()).endswith("it answers 404. Is firebase.keys_url right?")
@@ -8167,6 +8168,8 @@ ELSEWHERE: Json = {"": (301, {"Location": "https://www.example.com/health"})}
         ({"answers": {"": (404, {})}}, {"url": "HTTP 404, and not from leflux"}),
         ({"answers": {"": (200, {})}}, {"url": "HTTP 200, and not from leflux"}),
         ({"answers": {"POST": (405, {})}}, {"site shop": "HTTP 405, and not from leflux"}),
+        ({"answers": {"GET /embed.js": (404, {})}}, {"widget": "HTTP 404, and not from leflux"}),
+        ({"answers": {"GET /embed.js": (200, {})}}, {"widget": "HTTP 200, and not from leflux"}),
         ({"answers": {"DELETE": (405, {})}}, {"site shop": "Let the proxy pass DELETE on"}),
         ({"drops": ["origin"]}, {"site shop": "the Origin header does not arrive"}),
         (
