@@ -4,10 +4,11 @@
 A script on the page opens a chat. What the visitor writes and what the page shows reach this
 server; it asks a language model and streams the answer back over a WebSocket.
 
-    python leflux_server.py [--config FILE] [--check]
+    python leflux_server.py [--config FILE] [--check | --doctor [URL]]
 
 Without an API key the built-in offline guide answers, so that everything can be tried at once.
 Settings are in config.toml beside this file; the model's key is in $LEFLUX_LLM_API_KEY.
+--check reads them and exits; --doctor looks at a whole deployment and says what is wrong with it.
 
 REST (JSON in, JSON out; a caller is the site whose allowed_hosts contains its Origin):
 
@@ -17,7 +18,8 @@ REST (JSON in, JSON out; a caller is the site whose allowed_hosts contains its O
     GET    /api/session/{id}    -> {sessionId, exists, host, messageCount, siteConfig, history}
     DELETE /api/session/{id}    -> {deleted}
     GET    /api/stats           -> {uptimeSeconds, activeSessions, messagesProcessed, version}
-    GET    /health              -> {status, timestamp, llm}
+    GET    /health              -> {status, timestamp, llm}; with ?client also {client}: the
+                                caller's own address, as the limits count it
     GET    /embed.js            the widget: <script src="https://.../embed.js" async></script>
     GET    /                    the demo (server.demo), or with an Upgrade the WebSocket
     GET    /ws                  the WebSocket
@@ -40,8 +42,8 @@ WebSocket (text frames {"event": name, "data": {...}}; the server's carry "seq" 
 
 The file reads downwards: checks and config, errors, the state of a running server, origins,
 limits, sessions and their event log, the store and budgets, the page and the site's knowledge,
-actions, the model and what it says, the offline guide, the turn, and last the handlers: REST,
-admin, WebSocket, and the lifecycle.
+actions, the model and what it says, the offline guide, the turn, then the handlers: REST, admin,
+WebSocket, and last the lifecycle and the doctor.
 """
 
 from __future__ import annotations
@@ -64,10 +66,13 @@ import math
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import sys
+import tempfile
 import time
 import tomllib
 import unicodedata
@@ -2481,6 +2486,7 @@ class Model:
                     error, TimeoutError
                 )
                 failure = ModelError(type(error).__name__, retry=retry)
+                failure.__cause__ = error
             except ModelError as error:
                 failure = error
             failures += 1
@@ -3590,6 +3596,13 @@ async def read_object(request: web.Request, *, empty_ok: bool = False) -> Json:
 SESSION_ID = text(64, 1)
 
 
+def client_of(request: web.Request) -> str:
+    """What identifies the client of a request for its limits."""
+    forwarded_for = request.headers.getall("X-Forwarded-For", [])
+    proxies = request.app[HUB].config.server.trusted_proxies
+    return client_key(request.remote or "", forwarded_for, proxies)
+
+
 async def init_session(request: web.Request) -> web.Response:
     hub = request.app[HUB]
     site, host = caller_site(request)
@@ -3597,9 +3610,7 @@ async def init_session(request: web.Request) -> web.Response:
     body = await read_object(request, empty_ok=True)
     take(body, "siteHost", text(2000), "")  # checked, but no evidence of anything
     page_url = take(body, "pageUrl", text(20_000), "")[:2000]
-    forwarded_for = request.headers.getall("X-Forwarded-For", [])
-    proxies = hub.config.server.trusted_proxies
-    client = client_key(request.remote or "", forwarded_for, proxies)
+    client = client_of(request)
     limiter = hub.init_limiters.get(client)
     if limiter is None:
         if len(hub.init_limiters) >= MAX_LIMITERS:
@@ -3707,13 +3718,14 @@ async def stats(request: web.Request) -> web.Response:
 
 
 async def health(request: web.Request) -> web.Response:
-    return json_response(
-        {
-            "status": "ok",
-            "timestamp": datetime.now(UTC).isoformat(),
-            "llm": "offline" if request.app[HUB].model is None else "remote",
-        }
-    )
+    body = {
+        "status": "ok",
+        "timestamp": datetime.now(UTC).isoformat(),
+        "llm": "offline" if request.app[HUB].model is None else "remote",
+    }
+    if "client" in request.query:  # tells callers nothing but how their own request arrived
+        body["client"] = client_of(request)
+    return json_response(body)
 
 
 @functools.lru_cache(32)
@@ -3869,6 +3881,7 @@ class KeyCache:
         self._http, self._url = http, url
         self._lock = asyncio.Lock()  # one fetch at a time
         self.keys: PublicKeys = {}
+        self.failure: Exception | None = None  # of the last fetch
         self._expires = self._failed = self._forced = -math.inf
 
     async def keys_for(self, key_id: str) -> PublicKeys:
@@ -3905,7 +3918,7 @@ class KeyCache:
                 raise ValueError("no keys in the response")
         except (aiohttp.ClientError, OSError, ValueError, AttributeError) as error:
             log.warning("the sign-in keys could not be fetched: %s", type(error).__name__)
-            self._failed = now
+            self._failed, self.failure = now, error
             return
         max_age = re.search(r"max-age\s*=\s*(\d{1,9})", cache_control, re.I)
         self.keys = keys
@@ -4341,14 +4354,18 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
 # Lifecycle: what runs beside the handlers, and how it all ends.
 
 
-async def http_client(app: web.Application) -> AsyncIterator[None]:
-    """The one ClientSession of the app, and the model on it."""
-    hub = app[HUB]
-    async with aiohttp.ClientSession(
+def new_client() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
         cookie_jar=aiohttp.DummyCookieJar(),
-    ) as http:
+    )
+
+
+async def http_client(app: web.Application) -> AsyncIterator[None]:
+    """The one ClientSession of the app, and the model on it."""
+    hub = app[HUB]
+    async with new_client() as http:
         if not hub.config.offline:
             hub.model = Model(http, hub.config.llm, hub.config.api_key)
         if hub.config.firebase.project_id:
@@ -4540,19 +4557,452 @@ async def run(config: Config) -> None:
         log.info("stopping")
 
 
+# ---------------------------------------------------------------------------------------------
+# The doctor: looks at a deployment and says in plain words what is wrong and how to mend it.
+#
+# A check returns what is well, or raises Trouble (it does not work) or Hint (it works, but look).
+# None leaves anything behind, and none repeats a key, a session id or what a provider wrote.
+
+DOCTOR_SECONDS = 10  # for one request to the server
+DOCTOR_SITES = 5  # that a chat is opened for: init_per_minute counts them
+CERTIFICATE_DAYS = 14  # certbot renews 30 days before the end
+FORGED_ADDRESS = "203.0.113.77"  # nobody's (RFC 5737)
+
+
+class Trouble(Exception):
+    """What is wrong, and how to mend it."""
+
+
+class Hint(Trouble):
+    """What its owner may want to know; nothing is broken."""
+
+
+def failure_words(error: BaseException) -> str:
+    """Say why a connection failed."""
+    cause = getattr(error, "os_error", error)
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        reason = cause.verify_message.rstrip(".")
+        return f"its TLS certificate is not valid: {reason}. Renew it, or use the name it is for"
+    if isinstance(cause, ssl.SSLError):
+        return "it does not speak TLS. Is it http instead of https, or another port?"
+    if isinstance(cause, socket.gaierror):
+        return "DNS does not know its name. Is it spelled right, and does it have a record?"
+    if isinstance(cause, ConnectionRefusedError):
+        return "the connection is refused, nothing listens there. Start it, or correct the port"
+    if isinstance(cause, TimeoutError):
+        return "it does not answer in time. Is it up, and is no firewall in between?"
+    if isinstance(cause, OSError) and cause.errno:
+        return f"it failed: {os.strerror(cause.errno)}"
+    return f"it failed ({type(cause).__name__})"
+
+
+async def check_settings(config: Config) -> str:
+    if not config.sites:
+        raise Hint("there are no [[sites]]: only those made through the admin API can chat")
+    for site in config.sites:
+        if not site.allowed_hosts:
+            raise Hint(f"site {site.id} has no allowed_hosts: nobody can chat there")
+    return f"{len(config.sites)} site(s)"
+
+
+async def check_state(config: Config) -> str:
+    if not config.server.state_dir:
+        raise Hint('server.state_dir is "": chats and changes are lost when the server stops')
+    folder = config.folder / config.server.state_dir
+    try:
+        if words := usable_folder(folder):
+            return words
+        return await try_copy(folder, config)
+    except OSError as error:
+        problem = f"{error.filename}: {error.strerror}"
+        raise Trouble(f"{problem}. Run the doctor as the server's user, or as root") from None
+
+
+def usable_folder(folder: Path) -> str:
+    """Return what there is to say of a state folder that cannot be tried, else ""."""
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+        raise Trouble(
+            f"{place} belongs to user {place.stat().st_uid} and is no folder that this user can"
+            " write to. Run the doctor as the server's user; if it is that one, chown it"
+        )
+    if place != folder:
+        return f"{folder} does not exist yet, the first start makes it"
+    try:
+        os.close(lock_folder(folder / "leflux.db"))
+    except ConfigError:
+        return f"{folder} is in use by a running server"
+    for path in (folder / "leflux.db", folder / "leflux.db-wal"):
+        foreign = path.exists() and path.stat().st_uid != folder.stat().st_uid
+        if foreign or (path.exists() and not os.access(path, os.R_OK | os.W_OK)):
+            raise Trouble(
+                f"{path} belongs to another user or is read-only. Mend it with"
+                f" chown --reference={folder} {path} && chmod 600 {path}"
+            )
+    return ""
+
+
+async def try_copy(folder: Path, config: Config) -> str:
+    """Do with a copy of the database what the next start will do, so that nothing changes."""
+    with tempfile.TemporaryDirectory(prefix="leflux-") as copy:
+        for name in ("leflux.db", "leflux.db-wal"):
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, Path(copy, name))
+        server = dataclasses.replace(config.server, state_dir=copy)
+        hub = Hub(dataclasses.replace(config, server=server), {}, 0, Store(None))
+        app = web.Application()
+        app[HUB] = hub
+        try:
+            async with contextlib.asynccontextmanager(persistence)(app):
+                return f"{folder} can be written and holds {len(hub.sessions)} chat(s)"
+        except ConfigError as error:
+            problem = str(error).replace(copy, str(folder))
+            raise Trouble(f"{problem}. Put a backup in its place, or move it away") from None
+
+
+async def check_model(http: aiohttp.ClientSession, config: Config) -> str:
+    """Ask for one word, in the way the server asks."""
+    llm = config.llm
+    if config.offline:
+        return f"the offline guide answers, as ${llm.api_key_env} holds no key"
+    where = f"{llm.model} at {urllib.parse.urlsplit(llm.base_url).netloc}"
+    question = {"role": "user", "content": 'Answer with this JSON: {"message": "ok"}'}
+    pieces: list[str] = []
+    completion = Completion()
+    started = time.monotonic()
+    try:
+        await Model(http, llm, config.api_key).complete([question], pieces.append, completion)
+    except ModelError as error:
+        cause = error.__cause__
+        words = failure_words(cause) if cause else refusal_words(str(error), config)
+        raise Trouble(f"{where}: {words}") from None
+    if completion.cut_short:
+        raise Trouble(f"{where}: its answer breaks off. Is llm.max_tokens too low for it?")
+    if not "".join(pieces).strip():
+        raise Trouble(
+            f"{where}: what it answers is no chat completion, perhaps a web page. llm.base_url"
+            " must be what stands before /chat/completions, and often ends in /v1"
+        )
+    return f"{where} answered in {time.monotonic() - started:.1f} s"
+
+
+def refusal_words(problem: str, config: Config) -> str:
+    """Say what the text of a ModelError means."""
+    variable = f"${config.llm.api_key_env}"
+    found = re.search(r"(?:HTTP |\()([3-5][0-9][0-9])\b", problem)
+    status = int(found[1]) if found else 0
+    if status == 402 or "insufficient_quota" in problem:
+        return "the account is out of credit. Add some at the provider, or lower llm.max_tokens"
+    if status in (401, 403) and not config.api_key:
+        return f"it wants a key ({status}), and none is set. Put it into {variable}"
+    if status in (401, 403):
+        return f"the key is refused ({status}). Put one into {variable} that may use this model"
+    if 300 <= status < 429:
+        return (
+            f"it does not take the request ({status}). Either llm.model is not known there, or"
+            " llm.base_url is not what stands before /chat/completions; it often ends in /v1"
+        )
+    if status == 429:
+        return "too many requests for this key (429). Wait, or raise the limit at the provider"
+    return f"the provider has a problem ({status or 'in its stream'}). Try again later"
+
+
+async def check_sign_in(http: aiohttp.ClientSession, config: Config) -> str:
+    if not config.firebase.project_id:
+        return "off, and so is the admin API (firebase.project_id is empty)"
+    cache = KeyCache(http, config.firebase.keys_url)
+    try:
+        await cache.keys_for("")
+    except ApiError:
+        words = "what it answers is not Google's certificates. Is firebase.keys_url right?"
+        if isinstance(cache.failure, aiohttp.ClientResponseError):
+            words = f"it answers {cache.failure.status}. Is firebase.keys_url right?"
+        elif isinstance(cache.failure, aiohttp.ClientError | OSError):
+            words = failure_words(cache.failure)
+        host = urllib.parse.urlsplit(config.firebase.keys_url).netloc
+        raise Trouble(f"the sign-in keys at {host}: {words}") from None
+    if not config.firebase.admins and not any(site.owners for site in config.sites):
+        raise Hint("works, but nobody may use it: firebase.admins and all owners are empty")
+    return f"on, with {len(cache.keys)} key(s) of {config.firebase.keys_url.split('/')[2]}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fetched:
+    status: int
+    headers: Any  # a multidict
+    body: Json  # {} if it is no JSON object
+
+
+async def fetch(http: aiohttp.ClientSession, method: str, url: str, **headers: str) -> Fetched:
+    async with http.request(
+        method,
+        url,
+        headers={name.replace("_", "-"): value for name, value in headers.items()},
+        timeout=aiohttp.ClientTimeout(total=DOCTOR_SECONDS),
+        allow_redirects=False,
+    ) as response:
+        raw = await read_some(response.content)
+        return Fetched(response.status, response.headers, parse_object(raw))
+
+
+def answer_words(answer: Fetched, origin: str = "") -> str:
+    """Say what an answer means that is not the one hoped for."""
+    status, code = answer.status, answer.body.get("error")
+    if code == "host_not_registered" and not answer.body.get("host"):
+        return "the Origin header does not arrive. Let the proxy pass it on"
+    if code == "host_not_registered":
+        return (
+            f"the server does not know {origin} (403 host_not_registered). Put its host into"
+            " allowed_hosts of the site, and restart the server"
+        )
+    if code == "rate_limit_exceeded":
+        return "too many new chats from this address (429). Wait a minute and ask again"
+    if isinstance(code, str):
+        return f"the server answers {status} {code[:40]}. Its log may say why"
+    if status in (502, 503, 504):
+        return (
+            f"the proxy answers {status}, as no leflux runs behind it. Start that (systemctl status"
+            " leflux), or correct the port that the proxy passes requests to"
+        )
+    if 300 <= status < 400:
+        there = "/".join(answer.headers.get("Location", "").split("/")[:3])
+        return f"it redirects ({status}). Ask about {there[:100]} instead"
+    return f"HTTP {status}, and not from leflux. Let the proxy pass all paths on to it"
+
+
+async def check_health(http: aiohttp.ClientSession, url: str) -> str:
+    answer = await fetch(http, "GET", f"{url}/health")
+    if answer.status != 200 or answer.body.get("status") != "ok":
+        raise Trouble(answer_words(answer))
+    return "leflux answers"
+
+
+async def check_model_in_use(http: aiohttp.ClientSession, url: str, config: Config) -> str:
+    theirs = (await fetch(http, "GET", f"{url}/health")).body.get("llm")
+    ours = "offline" if config.offline else "remote"
+    if theirs != ours:
+        raise Trouble(
+            f"the server's is {theirs}, but {ours} by what the doctor was given. Restart the server"
+            " after a change, and give the doctor the same file and key"
+        )
+    return f"the server's is {theirs}, as the settings say"
+
+
+async def check_certificate(url: str) -> str:
+    writer = await connect(url, ssl=True)
+    ends = ssl.cert_time_to_seconds(writer.get_extra_info("peercert")["notAfter"])
+    days = int((ends - time.time()) / 86400)
+    if days < CERTIFICATE_DAYS:
+        raise Trouble(f"it ends in {days} day(s). Renew it, and see why that did not happen")
+    return f"valid for {days} more days"
+
+
+async def connect(url: str, **options: Any) -> asyncio.StreamWriter:
+    """Return a connection that is closing; what it knows of itself stays."""
+    host, port = cast(tuple[str, int], parse_origin(url))
+    async with asyncio.timeout(DOCTOR_SECONDS):
+        _, writer = await asyncio.open_connection(host.strip("[]"), port, **options)
+    writer.close()
+    return writer
+
+
+async def check_address(http: aiohttp.ClientSession, url: str, config: Config) -> str:
+    own = (await connect(url)).get_extra_info("sockname")[0]
+    honest = await fetch(http, "GET", f"{url}/health?client")
+    forged = await fetch(http, "GET", f"{url}/health?client", X_Forwarded_For=FORGED_ADDRESS)
+    seen, believed = (answer.body.get("client") for answer in (honest, forged))
+    if not isinstance(seen, str):
+        raise Trouble(f"the server does not say whom it sees: {answer_words(honest)}")
+    return address_words(own, seen, believed == FORGED_ADDRESS, config.server.trusted_proxies)
+
+
+def address_words(own: str, seen: str, forgeable: bool, proxies: Networks) -> str:
+    """Judge whom the server takes us for, and whether a forged X-Forwarded-For is believed."""
+    own_key = client_key(own, (), ())
+    mend = (
+        "Let the proxy set X-Forwarded-For to $remote_addr, and put the proxy's address alone into"
+        " server.trusted_proxies"
+    )
+    if is_trusted(own, proxies) and (forgeable or seen != own_key):
+        raise Hint(
+            f"this machine ({own}) is one of server.trusted_proxies, so what strangers can forge"
+            " does not show from here. Run the doctor on another one"
+        )
+    if forgeable:
+        raise Trouble(f"a forged X-Forwarded-For is believed, so no limit holds. {mend}")
+    if seen == own_key:
+        return f"the server sees {seen}, this machine"
+    if not seen or is_trusted(seen, proxies) or not parse_ip(seen).is_global:
+        raise Trouble(
+            f"the server sees {seen or 'none'} instead of {own}: the proxy's, so all visitors"
+            f" share one limit. {mend}"
+        )
+    return f"the server sees {seen}; that should be this machine as the internet knows it"
+
+
+async def check_widget(http: aiohttp.ClientSession, url: str) -> str:
+    answer = await fetch(http, "GET", f"{url}/embed.js")
+    if answer.status != 200 or "javascript" not in answer.headers.get("Content-Type", ""):
+        raise Trouble(answer_words(answer))
+    return "embed.js is served"
+
+
+async def check_site(http: aiohttp.ClientSession, url: str, config: Config, site: Site) -> str:
+    """Open a chat and its socket as a page of the site would; the chat is deleted again."""
+    host, port = site.allowed_hosts[0]
+    origin = f"{'http' if host == 'localhost' else 'https'}://{host}" + (f":{port}" if port else "")
+    answer = await fetch(http, "POST", f"{url}/api/session/init", Origin=origin)
+    session_id, ws_url = answer.body.get("sessionId"), answer.body.get("wsUrl")
+    if answer.status != 200 or not isinstance(session_id, str) or not isinstance(ws_url, str):
+        raise Trouble(answer_words(answer, origin))
+    deleted = None
+    try:
+        check_cors(answer, origin)
+        check_socket_url(ws_url, url, config)
+        await check_socket(http, ws_url, session_id, origin)
+    finally:
+        with contextlib.suppress(aiohttp.ClientError, OSError):
+            path = f"{url}/api/session/{session_id}"
+            deleted = await fetch(http, "DELETE", path, Origin=origin)
+    if deleted is None or deleted.status != 200:
+        raise Trouble("the chat could not be deleted again. Let the proxy pass DELETE on")
+    return f"{origin} can chat, over {ws_url}"
+
+
+def check_cors(answer: Fetched, origin: str) -> None:
+    """Raise Trouble if a browser would keep an answer from the page."""
+    allowed = answer.headers.getall("Access-Control-Allow-Origin", [])
+    if len(allowed) > 1:
+        raise Trouble("CORS headers come twice, which no browser takes. Let the proxy add none")
+    if allowed not in (["*"], [origin]):
+        raise Trouble(f"browsers keep the answers from {origin}. Add it to server.cors_origins")
+
+
+def check_socket_url(ws_url: str, url: str, config: Config) -> None:
+    """Raise Trouble if pages are told to open their socket where a browser cannot."""
+    mend = "Let the proxy send {}, or set server.public_url and restart the server"
+    if url.startswith("https:") and ws_url.startswith("ws:"):
+        raise Trouble(
+            f"pages are told {ws_url[:100]}, which browsers refuse from https. "
+            + mend.format("X-Forwarded-Proto")
+        )
+    if parse_origin(ws_url.replace("ws", "http", 1)) != parse_origin(
+        config.server.public_url or url
+    ):
+        raise Trouble(
+            f"pages are told {ws_url[:100]}, which is another address. "
+            + mend.format("Host and X-Forwarded-Host")
+        )
+
+
+async def check_socket(
+    http: aiohttp.ClientSession, ws_url: str, session_id: str, origin: str
+) -> None:
+    """Raise Trouble if a socket cannot join the session."""
+    try:
+        async with (
+            asyncio.timeout(DOCTOR_SECONDS),
+            http.ws_connect(ws_url, headers={"Origin": origin}) as ws,
+        ):
+            # By frame, as a query would be in the proxy's log.
+            await ws.send_json({"event": "join_session", "data": {"sessionId": session_id}})
+            joined = parse_object((await ws.receive_str()).encode())
+    except aiohttp.WSServerHandshakeError as error:
+        words = answer_words(Fetched(error.status, error.headers, {}), origin)
+        if error.status in (200, 400, 404, 426):
+            words = (
+                f"it is not upgraded ({error.status}). Let the proxy speak HTTP/1.1 and pass the"
+                " headers Upgrade and Connection on at / (see leflux.nginx.conf)"
+            )
+        raise Trouble(f"the WebSocket at {ws_url}: {words}") from None
+    except (aiohttp.ClientError, OSError) as error:
+        raise Trouble(f"the WebSocket at {ws_url}: {failure_words(error)}") from None
+    except TypeError:
+        raise Trouble(f"the WebSocket at {ws_url} closes at once. Its log may say why") from None
+    if joined.get("event") != "session_joined":
+        raise Trouble(
+            f"the WebSocket at {ws_url} does not know the chat. If several servers stand behind the"
+            " proxy, each site must stay on one of them (see leflux.nginx.conf)"
+        )
+
+
+async def look(what: str, check: Awaitable[str]) -> bool:
+    """Print what a check found, in one line; return whether it is well."""
+    mark = "ok"
+    try:
+        words = await check
+    except Trouble as trouble:
+        mark, words = "hint" if isinstance(trouble, Hint) else "FAIL", str(trouble)
+    except Exception as error:
+        mark, words = "FAIL", failure_words(error)
+    words = "".join(c if c.isprintable() else "?" for c in words)
+    print(f"{mark:4}  {what}: {words}", flush=True)
+    return mark != "FAIL"
+
+
+async def run_doctor(config: Config, url: str) -> int:
+    """Make all checks, those of a URL too if there is one; return the exit code."""
+    async with new_client() as http:
+        well = [
+            await look("config", check_settings(config)),
+            await look("state", check_state(config)),
+            await look("model", check_model(http, config)),
+            await look("sign-in", check_sign_in(http, config)),
+        ]
+        if url:
+            well += [good async for good in look_at_server(http, url, config)]
+        else:
+            public = config.server.public_url or "https://chat.example.com"
+            print(f"hint  proxy: not checked. Add the URL that visitors use: --doctor {public}")
+    return 0 if all(well) else 1
+
+
+async def look_at_server(
+    http: aiohttp.ClientSession, url: str, config: Config
+) -> AsyncIterator[bool]:
+    """Make the checks of a URL; yield for each whether it is well."""
+    healthy = await look(url, check_health(http, url))
+    yield healthy
+    if not healthy:
+        return  # the others would only say the same
+    if url.startswith("https:"):
+        yield await look("certificate", check_certificate(url))
+    yield await look("model in use", check_model_in_use(http, url, config))
+    yield await look("address", check_address(http, url, config))
+    yield await look("widget", check_widget(http, url))
+    for site in [site for site in config.sites if site.allowed_hosts][:DOCTOR_SITES]:
+        yield await look(f"site {site.id}", check_site(http, url, config, site))
+
+
+def doctor_url(value: str) -> str:
+    try:
+        return bare_url(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="An AI agent for your website.")
     default = os.environ.get("LEFLUX_CONFIG") or HERE / "config.toml"
     parser.add_argument("--config", type=Path, default=default, metavar="FILE")
-    parser.add_argument("--check", action="store_true", help="check the configuration and exit")
+    todo = parser.add_mutually_exclusive_group()
+    todo.add_argument("--check", action="store_true", help="check the configuration and exit")
+    doctors_help = "check a deployment, with URL as its visitors reach it, and exit"
+    todo.add_argument(
+        "--doctor", nargs="?", const="", type=doctor_url, metavar="URL", help=doctors_help
+    )
     options = parser.parse_args(arguments)
     try:
         config = load_config(Path(options.config), os.environ)
-        if options.check:
+        if options.check or options.doctor is not None:
             for passages in load_knowledge(config).values():
                 passages.close()
+        if options.check:
             print(f"{options.config} is fine: {len(config.sites)} site(s)")
             return 0
+        if options.doctor is not None:
+            logging.disable()  # what it finds, the doctor says itself
+            return asyncio.run(run_doctor(config, options.doctor))
         logging.basicConfig(
             level=config.server.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
         )
