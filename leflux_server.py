@@ -1615,7 +1615,7 @@ def describe_page(context: Json) -> str:
         get = element.get
         rest = [f" {field}={value!r}" for field, value in element.items() if field not in NAMED]
         lines.append(f"[{get('id', '?')}] {get('type', '')} {get('text', '')!r}{''.join(rest)}")
-    for field in ("forms", "previouslyFilledFields"):
+    for field in ("forms", "previouslyFilledFields", "visitorData"):
         lines += [f"{field}: {item}" for item in context.get(field, ())]
     return "\n".join([*lines, "Visible text:", context["visibleText"]])
 
@@ -1624,8 +1624,8 @@ def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json
     """Return a page context of known fields within their limits; raise invalid_message.
 
     {url, title, visibleText: strings; indexedElements: [{id, type, text, ...}]; forms,
-    previouslyFilledFields: lists}, and `described`, how the model sees it all. Too much is cut
-    silently, a wrong type is an error.
+    previouslyFilledFields: lists; visitorData: an object}, and `described`, how the model sees it
+    all. Too much is cut silently, a wrong type is an error.
     """
     if not isinstance(raw, dict):
         raise invalid(name, "must be an object")
@@ -1661,6 +1661,8 @@ def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json
         items = [json_text(item)[:1000] for item in take(raw, field, any_list, (), path)[:20]]
         if items:
             context[field] = items
+    if known := take(raw, "visitorData", an_object, {}, path):  # by the page's author
+        context["visitorData"] = [json_text(known)[:1000]]
     context["described"] = describe_page(context)
     return context
 
@@ -3171,12 +3173,15 @@ async def answer(hub: Hub, session: Session, task: Task) -> None:
     try:
         await session.store.saved()  # the visitor's message comes first
         while True:
+            seen = session.context
             completion, reply = await converse(hub, session, task)
             if completion.cut_short or not reply:
                 break
             try:
                 page = page_of(hub, session)
-                perform(hub, session, task, check_action(reply.get("action"), page), page)
+                action = check_action(reply.get("action"), page)
+                check_unchanged(action, page, seen)
+                perform(hub, session, task, action, page)
                 return
             except Refusal as refusal:
                 task.refusals += 1
@@ -3199,6 +3204,18 @@ async def answer(hub: Hub, session: Session, task: Task) -> None:
         settle_task(session, CUT_SHORT if completion.cut_short else "")
     else:
         end_task(session, task, NO_ANSWER, isError=True)
+
+
+def check_unchanged(action: Json, page: Page, seen: Json) -> None:
+    """Raise Refusal if a plan's elements are not those that the model has seen under their ids."""
+    plan = action.get("plan", action)
+    before = dataclasses.replace(page, context=seen)
+    if (
+        plan["type"] in PLANS
+        and page.context is not seen
+        and looks(plan, page) != looks(plan, before)
+    ):
+        raise Refusal("the page has changed meanwhile")
 
 
 def page_of(hub: Hub, session: Session) -> Page:

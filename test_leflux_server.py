@@ -4283,6 +4283,46 @@ async def test_a_confirmed_action_is_checked_against_the_page_of_that_moment(
     assert (await page.answer(True))["data"] == {"text": lf.PAGE_CHANGED}
 
 
+@pytest.mark.parametrize("same", [True, False])
+async def test_a_number_that_means_another_element_by_now(
+    serve: Serve, model: FakeModel, same: bool
+) -> None:
+    """A plan made for a page that changed while the model spoke must mean the same elements."""
+    first, other = {"id": 1, "type": "button", "text": "Prices"}, {"id": 1, "text": "Log out"}
+    slow = sse(chunk(json.dumps({"message": "I open it.", "action": click(1)})), "[DONE]")
+    model.scripts += [[model.at_gate, slow], act("I look again.")]
+    page = await open_page(serve, model)
+    page.context = at("/", first)
+    await page.visitor.chat(pageContext=page.context)
+    await until(lambda: model.requests)
+    now = at("/", first if same else other, text="More text")
+    await page.visitor.send("update_context", context=now)
+    session = page.visitor.server.hub.sessions[page.visitor.id]
+    await until(lambda: session.context["visibleText"])
+    model.gate.release()
+    end = await page.turn()
+    assert end["event"] == ("action_plan" if same else "message_done")
+    if not same:
+        note = model.requests[1]["messages"][-1]["content"]
+        assert "the page has changed meanwhile" in note
+        assert "Log out" in note
+
+
+async def test_what_the_page_knows_of_its_visitor(serve: Serve, model: FakeModel) -> None:
+    """visitorData, an object of the page's author, reaches the model as part of the page."""
+    page = await open_page(serve, model)
+    page.context = {**at("/"), "visitorData": {"plan": "Pro", "long": "x" * 5000}}
+    await page.ask()
+    (system, user) = model.requests[0]["messages"]
+    assert '{"plan":"Pro"' in user["content"]
+    assert "x" * 900 in user["content"]
+    assert "x" * 1000 not in user["content"]
+    assert "Pro" not in system["content"]
+    answer = await page.visitor.post(pageContext={"visitorData": "Pro"})
+    assert answer.error == (400, "invalid_message")
+    assert answer.body["details"]["field"] == "pageContext.visitorData"
+
+
 @pytest.mark.parametrize("ended_by", ["message", "stop", "other socket"])
 async def test_a_pending_confirmation_is_gone_with_its_task(
     serve: Serve, model: FakeModel, ended_by: str
@@ -5825,6 +5865,32 @@ async def test_idle_sessions_do_not_come_back(tmp_path: Path) -> None:
         await until(lambda: not traces(tmp_path, "SECRET", old.id))
         server.age(young, 61)  # the idle time goes on, it does not begin again
         assert (await young.get()).error == (404, "session_not_found")
+
+
+async def test_database_of_version_1(tmp_path: Path) -> None:
+    """What an older leflux has kept of sites and usage stays; its chats do not."""
+    with contextlib.closing(sqlite3.connect(tmp_path / "leflux.db", isolation_level=None)) as db:
+        db.executescript(
+            """
+            CREATE TABLE session (id TEXT PRIMARY KEY, state TEXT NOT NULL) WITHOUT ROWID;
+            CREATE TABLE message (
+                session TEXT, number INTEGER, body TEXT NOT NULL, PRIMARY KEY (session, number)
+            ) WITHOUT ROWID;
+            CREATE TABLE usage (
+                site TEXT, day TEXT, messages INTEGER NOT NULL, tokens INTEGER NOT NULL,
+                PRIMARY KEY (site, day)
+            ) WITHOUT ROWID;
+            CREATE TABLE site (id TEXT PRIMARY KEY, base BLOB, patch BLOB NOT NULL) WITHOUT ROWID;
+            INSERT INTO session VALUES ('old', '{}');
+            INSERT INTO usage VALUES ('shop', '2999-01-01', 5, 70);
+            PRAGMA user_version = 1;
+            """
+        )
+    async with running(make_config(server=on_disk(tmp_path))) as server:
+        visitor = await server.visitor()
+        await visitor.ask("Hello")
+        assert len(kept_messages(tmp_path, visitor.id)) == 2
+        assert ("shop", "2999-01-01", 5, 70) in query(tmp_path, "SELECT * FROM usage")
 
 
 async def test_sessions_of_sites_that_are_gone(tmp_path: Path) -> None:
