@@ -2867,13 +2867,19 @@ def plain_wish(message: str) -> str:
     return message[:1000].replace("\u2019", "'")
 
 
+def names_one(message: str, labels: Sequence[str]) -> bool:
+    """Whether a message orders what one of the labels says, word by word."""
+    words = len(keywords(message)) if WANTS_ACTION.search(message.lower()) else 0
+    return words > 0 and any(matches(message, label) == words for label in labels)
+
+
 def wish_and_answers(
-    task: Task, history: Sequence[Json], fields: Sequence[Json]
+    task: Task, history: Sequence[Json], fields: Sequence[Json], buttons: Sequence[str]
 ) -> tuple[str, dict[str, str]]:
     """Return what the visitor wants, and his answers to what was asked about these fields.
 
-    The last message answers a question if the message before it is one; the wish is then further
-    up. So nothing needs to be kept but the conversation.
+    The last message answers a question if the message before it is one and no button says the
+    same; the wish is then further up. So nothing needs to be kept but the conversation.
     """
     labels = [element_label(field) for field in fields]
     answers: dict[str, str] = {}
@@ -2882,7 +2888,7 @@ def wish_and_answers(
             continue
         said = history[at]["content"]
         asked = ASKED.search(history[at - 1]["content"]) if at else None
-        if asked is None or asked[1] not in labels:
+        if asked is None or asked[1] not in labels or names_one(said, buttons):
             return plain_wish(said if answers else task.wish), answers
         answers.setdefault(asked[1], said)
     return plain_wish(task.wish), {}
@@ -2996,7 +3002,8 @@ def guide(
         e for e in context.get("indexedElements", ()) if "id" in e and not e.get("disabled")
     ]
     fields = [e for e in elements if is_field(e) and not is_sensitive(e)]
-    wish, answers = wish_and_answers(task, history, fields)
+    buttons = [element_label(e) for e in elements if not is_field(e)]
+    wish, answers = wish_and_answers(task, history, fields, buttons)
     if answers and NEVER_MIND.match(task.wish.lower()):
         return {"message": "All right, then not.", "action": None}
     is_order = WANTS_ACTION.search(wish.lower()) and not QUESTION.match(wish.lower())

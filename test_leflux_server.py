@@ -5154,12 +5154,18 @@ async def test_a_message_of_which_nothing_is_known(visit_demo: VisitDemo) -> Non
 
 
 async def test_a_question_of_the_guide_may_be_left_alone(visit_demo: VisitDemo) -> None:
-    """The visitor says no, or goes to another page and asks something else."""
+    """The visitor says no, names a button, or goes to another page and asks something else."""
     visit = await visit_demo("/contact")
     for wish in ("never mind", "No, thanks!"):
         await visit.wish("send a message, I'm Ada, ada@example.com")
         visit.context = visit.scan()
         assert (await visit.wish(wish))["data"]["text"] == "All right, then not."
+    await visit.wish("send a message, I'm Ada, ada@example.com")
+    visit.steps.clear()
+    visit.context = visit.scan()
+    asked = await visit.wish("delete my account")  # a button says the same: it is no message
+    assert asked["data"]["confirm_label"] == "Delete my account"
+    assert not visit.steps
     await visit.wish("send a message, I'm Ada, ada@example.com")
     visit.path, visit.steps = "/prices", []
     visit.context = visit.scan()
