@@ -4433,6 +4433,16 @@ async def persistence(app: web.Application) -> AsyncIterator[None]:
     await hub.store.close()
 
 
+@contextlib.asynccontextmanager
+async def background(work: Awaitable[None]) -> AsyncIterator[None]:
+    """Run endless work beside the block."""
+    task = asyncio.ensure_future(work)
+    yield
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
 async def sweeper(app: web.Application) -> AsyncIterator[None]:
     async def run() -> None:
         while True:
@@ -4442,11 +4452,42 @@ async def sweeper(app: web.Application) -> AsyncIterator[None]:
             except Exception:
                 log.exception("a sweep failed")
 
-    task = asyncio.create_task(run())
-    yield
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    async with background(run()):
+        yield
+
+
+def notify_systemd(state: str) -> None:
+    """Tell systemd (sd_notify(3)) READY=1, WATCHDOG=1 or STOPPING=1, if it started this process."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender,
+    ):
+        sender.connect("\0" + address[1:] if address.startswith("@") else address)
+        sender.sendall(state.encode())
+
+
+def watchdog_seconds(environ: Mapping[str, str]) -> float:
+    """Return after what silence systemd restarts this process, 0 for never.
+
+    WATCHDOG_USEC counts for the process in WATCHDOG_PID alone; sd_watchdog_enabled(3).
+    """
+    usec, pid = environ.get("WATCHDOG_USEC", ""), str(os.getpid())
+    return int(usec) / 1e6 if usec.isdecimal() and environ.get("WATCHDOG_PID", pid) == pid else 0
+
+
+async def watchdog(app: web.Application) -> AsyncIterator[None]:
+    """Feed systemd's watchdog from the event loop, so that a loop that hangs starves it."""
+
+    async def run(seconds: float) -> None:
+        while seconds:
+            notify_systemd("WATCHDOG=1")
+            await asyncio.sleep(seconds / 2)
+
+    async with background(run(watchdog_seconds(os.environ))):
+        yield
 
 
 async def close_knowledge(app: web.Application) -> AsyncIterator[None]:
@@ -4476,19 +4517,6 @@ async def drain(app: web.Application) -> None:
     for sock in sockets:
         if sock.transport is not None:
             sock.transport.close() if sock.pump is None else sock.transport.abort()
-
-
-def notify_systemd(state: str) -> None:
-    """Tell systemd (sd_notify protocol) when it is listening: READY=1, STOPPING=1."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    with (
-        contextlib.suppress(OSError),
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender,
-    ):
-        sender.connect("\0" + address[1:] if address.startswith("@") else address)
-        sender.sendall(state.encode())
 
 
 def make_app(config: Config) -> web.Application:
@@ -4539,7 +4567,7 @@ def make_app(config: Config) -> web.Application:
             resource.add_route(method, handler)
             if method == "GET":  # what uptime checks ask for
                 resource.add_route("HEAD", handler)
-    app.cleanup_ctx.extend([persistence, http_client, sweeper, close_knowledge])
+    app.cleanup_ctx.extend([persistence, http_client, sweeper, watchdog, close_knowledge])
     app.on_shutdown.append(drain)
     return app
 
