@@ -573,14 +573,14 @@ button.accent:enabled:hover { background-image: linear-gradient(var(--shade) 0 0
 [data-layout=side-panel] .panel { --w: 26em; top: 0; bottom: 0; height: auto; border-width: 0 1px; border-radius: 0; }
 [data-layout=side-panel][data-corner$=right] .panel { right: 0; }
 [data-layout=side-panel][data-corner$=left] .panel { left: 0; }
-header { display: flex; align-items: center; gap: .25em; padding: .5em .6em .5em 1em; border-bottom: 1px solid; }
-header img { width: 2em; height: 2em; margin-inline-end: .4em; border-radius: .4em; object-fit: contain; background: #fff; }
+.bar { display: flex; align-items: center; gap: .25em; padding: .5em .6em .5em 1em; border-bottom: 1px solid; }
+.bar img { width: 2em; height: 2em; margin-inline-end: .4em; border-radius: .4em; object-fit: contain; background: #fff; }
 h2 { flex: 1; min-width: 0; margin: 0; font-size: 1.06em; line-height: 1.3; overflow: hidden; overflow-wrap: anywhere;
   display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; }
 h2, h3 { font-family: var(--heading-font, inherit); font-weight: var(--heading-weight, 600); }
-header button { padding: .6em; }
-header button:hover { background: var(--shade); }
-header button:focus-visible { outline-color: currentColor; outline-offset: -3px; }
+.bar button { padding: .6em; }
+.bar button:hover { background: var(--shade); }
+.bar button:focus-visible { outline-color: currentColor; outline-offset: -3px; }
 .banner { display: flex; align-items: center; justify-content: space-between; gap: .8em; padding: .5em 1em; font-size: .9em;
   background: var(--tint); border-bottom: 1px solid var(--line); }
 .log { flex: 1; overflow-y: auto; overscroll-behavior: contain; padding: 1em; display: flex; flex-direction: column;
@@ -622,7 +622,7 @@ form { display: flex; align-items: flex-end; gap: .25em; margin: 0 .75em .75em; 
   border: 1px solid var(--edge); border-radius: 1.1em; }
 form:focus-within { outline: 2px solid var(--accent-ink); outline-offset: -1px; }
 .field { flex: 1; min-width: 0; }
-textarea { display: block; width: 100%; max-height: 9em; font: inherit; font-size: max(16px, 1em); line-height: 1.5;
+textarea { display: block; width: 100%; max-height: min(9em, 25dvh); font: inherit; font-size: max(16px, 1em); line-height: 1.5;
   color: inherit; resize: none; background: none; border: 0; padding: .45em .6em; }
 textarea:focus-visible { outline: 0; }
 textarea::placeholder { color: var(--soft); opacity: 1; }
@@ -703,7 +703,7 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     view.form = h("form", { onsubmit: submit },
       h("div.field", {}, view.input, view.counter), view.stop, view.send);
     view.panel = h("div.panel", { role: "dialog", tabindex: -1, hidden: true, onkeydown: keyInPanel },
-      h("header.accent", {}, view.logo, view.title,
+      h("div.bar.accent", {}, view.logo, view.title,
         iconButton("button", "clear", () => LeFlux.clearConversation()),
         iconButton("button", "close", close)),
       view.banner, view.log, view.form);
