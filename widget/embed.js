@@ -568,12 +568,12 @@ button.accent:enabled:hover { background-image: linear-gradient(var(--shade) 0 0
 [data-corner^=top] .panel { top: min(var(--y), 100dvh - var(--h) - 1em); }
 [data-corner$=right] .panel { right: min(var(--x), 100vw - var(--w) - 1em); }
 [data-corner$=left] .panel { left: min(var(--x), 100vw - var(--w) - 1em); }
-[data-layout=bottom-bar] .panel { --w: min(44em, 100vw - 2em); --h: min(36em, 100dvh - 2em); left: 0; right: 0;
+[data-layout=bottom-bar] .panel { --w: min(44em, 100vw - 2em); --h: min(30em, 100dvh - 2em); left: 0; right: 0;
   top: auto; bottom: min(var(--y), 100dvh - var(--h) - 1em); margin: 0 auto; }
 [data-layout=side-panel] .panel { --w: 26em; top: 0; bottom: 0; height: auto; border-width: 0 1px; border-radius: 0; }
 [data-layout=side-panel][data-corner$=right] .panel { right: 0; }
 [data-layout=side-panel][data-corner$=left] .panel { left: 0; }
-.bar { display: flex; align-items: center; gap: .25em; padding: .5em .6em .5em 1em; border-bottom: 1px solid; }
+.bar { display: flex; align-items: center; gap: .25em; padding: .5em .6em .5em 1em; border-bottom: 1px solid var(--rim); }
 .bar img { width: 2em; height: 2em; margin-inline-end: .4em; border-radius: .4em; object-fit: contain; background: #fff; }
 h2 { flex: 1; min-width: 0; margin: 0; font-size: 1.06em; line-height: 1.3; overflow: hidden; overflow-wrap: anywhere;
   display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; }

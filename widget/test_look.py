@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.resources
 import itertools
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from conftest import Visit
 from playwright.async_api import Locator, Page, expect
 from test_widget import shop
 
+import leflux_server as lf
 from test_leflux_server import FakeModel, Serve, act, chunk, reply, sse
 
 LAYOUTS = ("floating", "bottom-bar", "side-panel")
@@ -132,14 +134,14 @@ async def axe(page: Page) -> list[str]:
 # Colours
 
 # Every text and icon of the widget that shows, with its colour and what is behind it.
-COLOURS = """(root) => {
+COLOURS = r"""(root) => {
     const found = [];
     for (const node of root.querySelectorAll("*")) {
         const text = [...node.childNodes].some((one) => one.nodeType === 3 && one.data.trim());
         const shows = text || node.placeholder || node.localName === "path";
         if (!shows || !node.checkVisibility() || node.closest(".quiet, :disabled")) continue;
         let ground = node;
-        while (getComputedStyle(ground).backgroundColor.endsWith(", 0)")) {
+        while (/^rgba.* 0\)$/.test(getComputedStyle(ground).backgroundColor)) {
             ground = ground.parentElement;
         }
         const colour = getComputedStyle(node, node.placeholder ? "::placeholder" : null).color;
@@ -676,3 +678,34 @@ async def test_failed_message_can_be_sent_again(
     await expect(page.get_by_role("alert")).to_have_count(0)
     await expect(part(page, ".user")).to_have_count(1)
     await expect(part(page, "textarea")).to_be_focused()
+
+
+# ---------------------------------------------------------------------------------------------
+# The README's pictures
+
+SCENES: list[tuple[str, str, tuple[int, int], bool]] = [  # name, layout, window, dark
+    ("floating", "floating", (1000, 640), False),
+    ("side-panel", "side-panel", (1000, 640), True),
+    ("bottom-bar", "bottom-bar", (1000, 640), False),
+    ("phone", "floating", (390, 640), True),
+]
+
+
+async def test_screenshots(
+    visit: Visit, serve: Serve, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """A question is answered, a form filled in, and the visitor is asked before it is sent."""
+    draw = pytestconfig.getoption("--screenshots")
+    for name, layout, size, dark in SCENES if draw else SCENES[:1]:
+        url = await shop(serve, layout=layout) + "/contact"
+        page = await opened(await visit(url, *size, dark=dark, is_mobile=name == "phone"))
+        await page.mouse.move(0, 0)
+        await ask(page, "What does Pro cost?")
+        await ask(page, "Send a message that I love your coffee, I'm Ada, ada@example.com")
+        await part(page, ".confirm").wait_for()
+        assert await page.locator("#email").input_value() == "ada@example.com"
+        await expect(part(page, ".ring")).to_be_hidden()
+        await settled(page)
+        file = (lf.HERE / "docs" if draw else tmp_path) / f"{name}.png"
+        await page.screenshot(path=file)
+        assert file.stat().st_size < 100_000
