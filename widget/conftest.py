@@ -29,6 +29,10 @@ FLAGS = (
 Visit = Callable[..., Awaitable[Page]]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshots", action="store_true", help="draw the README's pictures anew")
+
+
 @pytest.fixture(scope="session")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Start Chromium; yields the address that playwright connects to."""

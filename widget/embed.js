@@ -52,6 +52,7 @@
   const KEEP_MS = 24 * 3600 * 1000; // how long a session id and a dismissed nudge are remembered
   const PHONE = matchMedia("(max-width: 640px), (max-height: 420px)");
   const CALM = matchMedia("(prefers-reduced-motion: reduce)");
+  const TOUCH = matchMedia("(pointer: coarse)");
 
   const debug = (...what) => { if (DEBUG) console.debug("leflux:", ...what); };
   const pause = (ms) => new Promise((resume) => setTimeout(resume, ms));
@@ -100,34 +101,35 @@
   // ---------------------------------------------------------------------------------------------
   // Colours: any CSS colour may be the site's own; text on and of it must stay readable (WCAG AA).
 
-  function rgb(colour) {
-    const probe = h("span");
-    probe.style.color = `color-mix(in srgb, ${colour}, ${colour})`;
-    view.root.append(probe);
-    const parts = getComputedStyle(probe).color.match(/[\d.e-]+/g).map(Number);
-    const scale = getComputedStyle(probe).color.startsWith("rgb") ? 255 : 1;
-    probe.remove();
-    const alpha = parts[3] ?? 1;
-    return parts.slice(0, 3).map((part) => (part / scale) * alpha + 1 - alpha); // upon white
-  }
-  const luminance = (colour) => colour
-    .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4))
-    .reduce((sum, part, index) => sum + part * [0.2126, 0.7152, 0.0722][index], 0);
-  function contrast(one, other) {
-    const [low, high] = [luminance(one), luminance(other)].sort((a, b) => a - b);
-    return (high + 0.05) / (low + 0.05);
-  }
-  const WHITE = [1, 1, 1], BLACK = [0, 0, 0], PAPER = [0.95, 0.95, 0.96], NIGHT = [0.17, 0.17, 0.19];
+  const WHITE = [1, 1, 1], BLACK = [0, 0, 0];
   const css = (colour) => `rgb(${colour.map((part) => Math.round(part * 255)).join(" ")})`;
+  const mix = (one, other, share) => one.map((part, i) => part + (other[i] - part) * share);
 
-  /** The colour, made darker or lighter until text of it can be read on a background. */
-  function readable(colour, background) {
-    const goal = luminance(background) > 0.2 ? BLACK : WHITE;
-    for (let share = 0; share <= 1; share += 0.05) {
-      const mixed = colour.map((part, index) => part + (goal[index] - part) * share);
-      if (contrast(mixed, background) >= 4.6) return mixed;
+  /** Red, green and blue, 0 to 1, of a CSS colour as it looks upon white. */
+  function rgb(colour) {
+    const probe = view.root.appendChild(h("span"));
+    probe.style.color = `color-mix(in srgb, ${colour}, ${colour})`; // whatever it is, in srgb
+    const { color } = getComputedStyle(probe);
+    probe.remove();
+    const scale = color.startsWith("rgb") ? 255 : 1;
+    const [red, green, blue, alpha = 1] = color.match(/none|[\d.e-]+/g).map((part) => Number(part) || 0);
+    const parts = [red, green, blue].map((part) => Math.min(1, Math.max(0, part / scale)));
+    return mix(WHITE, parts, alpha);
+  }
+  function contrast(one, other) {
+    const [low, high] = [one, other].map((colour) => colour
+      .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4))
+      .reduce((sum, part, index) => sum + part * [0.2126, 0.7152, 0.0722][index], 0.05))
+      .sort((a, b) => a - b);
+    return high / low;
+  }
+  /** The colour, moved towards black or white until text of it can be read on every ground. */
+  function readable(colour, goal, ...grounds) {
+    let share = 0, mixed = colour;
+    while (share < 1 && grounds.some((ground) => contrast(mixed, ground) < 4.6)) {
+      mixed = mix(colour, goal, share += 0.05);
     }
-    return goal;
+    return mixed;
   }
 
   // ---------------------------------------------------------------------------------------------
@@ -153,7 +155,8 @@
     const url = safeUrl(href);
     if (!url) return h("span", {}, ...children);
     const inside = url.startsWith(location.origin + "/");
-    return h("a", { href: url, rel: "noopener nofollow", target: inside ? null : "_blank" }, ...children);
+    const target = inside ? null : "_blank";
+    return h("a", { href: url, rel: "noopener nofollow", target }, ...children);
   }
   function inline(text) {
     const nodes = [];
@@ -185,11 +188,12 @@
           list = h(kind, { start: item[1] > 1 ? item[1] : null, dir: "auto" });
           blocks.push(list);
         }
-        list.append(h("li", {}, ...inline(item[2])));
+        list.append(h("li", {}, ...inline(item[2])), "\n");
       } else if (line.trim()) {
         const last = blocks.at(-1);
-        const words = inline(line.replace(/^#{1,6}\s+/, ""));
-        if (last?.localName === "p" && !last.ended) last.append(h("br"), ...words);
+        const heading = /^#{1,6}\s+(.*)/.exec(line);
+        const words = heading ? [h("strong", {}, ...inline(heading[1]))] : inline(line);
+        if (last?.localName === "p" && !last.ended) last.append("\n", ...words);
         else blocks.push(h("p", { dir: "auto" }, ...words));
         list = null;
       } else if (blocks.length) {
@@ -496,153 +500,177 @@ textbox searchbox slider spinbutton treeitem".split(" ").map((role) => `[role=${
 
   // ---------------------------------------------------------------------------------------------
   // The view: one shadow root with a launcher, a nudge, the panel, and the ring around elements.
+  // Borders are transparent rather than none: in forced colours they become visible.
 
   const STYLE = `
 :host { all: initial !important; }
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
-.root { font: 16px/1.5 var(--body-font, system-ui, sans-serif); color: var(--ink); text-align: start;
-  --paper: #fff; --ink: #1b1b1f; --soft: #5b5b66; --line: #dedee4; --edge: #85858f;
-  --bubble: #f2f2f5; --bad: #a3140c; --bad-paper: #fdeceb; --accent-ink: var(--accent-ink-light);
-  color-scheme: light; -webkit-text-size-adjust: 100%; }
-button { font: inherit; color: inherit; background: none; border: 0; margin: 0; padding: 0; cursor: pointer;
-  border-radius: var(--radius, 10px); }
+.root { font: medium/1.5 var(--body-font, system-ui), sans-serif; color: var(--ink); text-align: start; color-scheme: light;
+  --paper: #fff; --ink: #1b1b1f; --soft: #5b5b66; --line: #dedee4; --edge: #85858f; --bubble: #f2f2f5; --bad: #a3140c;
+  --bad-paper: #fdeceb; --accent-ink: var(--light-ink); --tint: var(--light-tint); --rim: var(--light-rim); }
+button { font: inherit; color: inherit; background: none; border: 1px solid transparent; margin: 0; padding: 0;
+  cursor: pointer; border-radius: var(--radius, .8em); }
+button:disabled { opacity: .5; cursor: default; }
 a { color: var(--accent-ink); }
-:focus-visible { outline: 3px solid var(--accent-ink); outline-offset: 2px; }
-svg { width: 1.25em; height: 1.25em; fill: currentColor; display: block; }
+:focus-visible { outline: 2px solid var(--accent-ink); outline-offset: 2px; }
+svg { width: 1.25em; height: 1.25em; flex: none; display: block; fill: none; stroke: currentColor; stroke-width: 2;
+  stroke-linecap: round; stroke-linejoin: round; }
 .quiet { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+.accent, .user { background: var(--accent); color: var(--on-accent); border-color: var(--rim); }
+button.accent:enabled:hover { background-image: linear-gradient(var(--shade) 0 0); }
+.plain { padding: .35em .9em; border-color: currentColor; color: var(--accent-ink); border-radius: var(--radius, 99em); }
+.plain.accent { color: var(--on-accent); border-color: var(--rim); }
+.plain:not(.accent):enabled:hover { background: var(--tint); }
 
 .launcher, .nudge, .panel, .ring { position: fixed; z-index: 2147483000; }
-.launcher { display: flex; align-items: center; justify-content: center; gap: .5em; background: var(--accent);
-  color: var(--on-accent); width: var(--size); height: var(--size); border-radius: 50%;
-  box-shadow: 0 4px 14px #0004; transition: transform .15s; }
-.launcher:hover { transform: scale(1.05); }
-.launcher:focus-visible { outline-color: var(--accent-ink); box-shadow: 0 0 0 2px #fff; }
-.launcher svg { width: calc(var(--size) * .46); height: calc(var(--size) * .46); flex: none; }
-.launcher.squircle { border-radius: 30%; }
-.launcher.pill { width: auto; padding: 0 1.2em 0 1em; border-radius: 99em; font-weight: 600; }
-.launcher.pill svg { width: 1.4em; height: 1.4em; }
-.launcher.glow { box-shadow: 0 4px 14px #0004, 0 0 26px -2px var(--accent); }
-.launcher .badge { position: absolute; top: 0; right: 0; width: .9em; height: .9em; border-radius: 50%;
-  background: #d3180c; border: 2px solid #fff; }
-[data-corner$=right] :is(.launcher, .nudge, .panel) { right: var(--x); }
-[data-corner$=left] :is(.launcher, .nudge, .panel) { left: var(--x); }
-[data-corner^=bottom] :is(.launcher, .panel) { bottom: var(--y); }
-[data-corner^=top] :is(.launcher, .panel) { top: var(--y); }
-[data-layout=bottom-bar] .launcher { inset: auto 50% var(--y) auto; transform: translateX(50%); height: 3.25em;
-  width: min(34em, calc(100vw - 2em)); border-radius: 99em; justify-content: flex-start; padding: 0 1.2em;
-  background: var(--paper); color: var(--soft); border: 2px solid var(--accent-ink); font-weight: 400; }
-[data-layout=bottom-bar] .launcher svg { order: 1; margin-inline-start: auto; width: 1.4em; height: 1.4em;
-  color: var(--accent-ink); }
-
-.nudge { display: flex; align-items: flex-start; gap: .5em; max-width: min(18em, calc(100vw - 3em)); font-size: .94em;
-  background: var(--paper); border: 1px solid var(--line); border-radius: 14px; box-shadow: 0 6px 22px #0003; }
-.nudge > button { padding: .6em .9em; text-align: start; }
-.nudge > button + button { padding: .6em .7em .6em 0; color: var(--soft); }
+[data-corner$=right] .launcher, [data-corner$=right] .nudge { right: var(--x); }
+[data-corner$=left] .launcher, [data-corner$=left] .nudge { left: var(--x); }
+[data-corner^=bottom] .launcher { bottom: var(--y); } [data-corner^=top] .launcher { top: var(--y); }
 [data-corner^=bottom] .nudge { bottom: calc(var(--y) + var(--size) + 12px); }
 [data-corner^=top] .nudge { top: calc(var(--y) + var(--size) + 12px); }
-.nudge.card { border-inline-start: 4px solid var(--accent); border-radius: 8px; padding: .4em; }
-.nudge.minimal { border: 0; box-shadow: none; background: var(--accent); color: var(--on-accent); }
-.nudge.minimal > button + button { color: inherit; }
-[data-layout=bottom-bar] .nudge { inset: auto 50% calc(var(--y) + 4.2em) auto; transform: translateX(50%); }
+.launcher { display: flex; align-items: center; justify-content: center; gap: .6em; width: var(--size);
+  height: var(--size); border-radius: 50%; box-shadow: var(--glow, 0 0), 0 1px 4px #0003, 0 6px 20px #0003;
+  transition: scale .15s; }
+.launcher:hover { scale: 1.04; } .launcher:active { scale: .97; }
+.launcher:focus-visible { outline: 3px solid var(--accent-ink); box-shadow: 0 0 0 7px var(--paper); }
+.launcher svg { width: calc(var(--size) * .46); height: calc(var(--size) * .46); }
+.launcher.squircle { border-radius: 30%; }
+.launcher.pill { width: auto; max-width: calc(100vw - var(--x) - 1em); padding: 0 1.3em 0 1.1em; border-radius: 99em;
+  font-weight: 600; }
+.launcher.pill svg, [data-layout=bottom-bar] .launcher svg { width: 1.5em; height: 1.5em; }
+.launcher span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.launcher .badge { position: absolute; top: 0; right: 0; width: 1em; height: 1em; border-radius: 50%;
+  background: #d3180c; border: 2px solid #fff; }
+[data-layout=bottom-bar] .launcher { inset: auto 0 var(--y); margin: auto; width: min(36em, 100vw - 2em); padding: 0 1.3em;
+  justify-content: space-between; flex-direction: row-reverse; border: 2px solid var(--accent-ink); border-radius: 99em;
+  background: var(--paper); color: var(--soft); }
+[data-layout=bottom-bar] .launcher.squircle { border-radius: .9em; }
+[data-layout=bottom-bar] .launcher svg { color: var(--accent-ink); }
 
-.panel { display: flex; flex-direction: column; width: min(24em, calc(100vw - 2em)); overflow: hidden;
-  height: min(38em, calc(100dvh - 2 * var(--y))); background: var(--paper); border: 1px solid var(--line);
-  border-radius: 18px; box-shadow: 0 14px 48px #0004; animation: rise .18s ease-out; }
-@keyframes rise { from { opacity: 0; transform: translateY(12px); } }
-[data-layout=side-panel] .panel { top: 0; bottom: 0; height: auto; border-radius: 0; border-width: 0 1px;
-  width: min(26em, 100vw); }
+.nudge { display: flex; align-items: flex-start; max-width: min(19em, 100vw - var(--x) - 1em); font-size: .94em;
+  background: var(--paper); border: 1px solid var(--line); border-radius: 1.1em; box-shadow: 0 4px 18px #0003;
+  overflow-wrap: anywhere; animation: rise .2s ease-out; }
+.nudge button { padding: .7em 1em; text-align: start; min-width: 0; border-radius: inherit; }
+.nudge button + button { padding: .8em; color: var(--soft); }
+.nudge svg { width: 1.1em; height: 1.1em; }
+.nudge.card { border-top: 4px solid var(--accent-ink); border-radius: .5em; padding: .3em; }
+.nudge.minimal { background: var(--accent); color: var(--on-accent); border-color: var(--rim); }
+.nudge.minimal button + button { color: inherit; }
+.nudge.minimal :focus-visible { outline-color: currentColor; outline-offset: -4px; }
+[data-layout=bottom-bar] .nudge { inset: auto 0 calc(var(--y) + var(--size) + 12px); margin: auto; width: max-content; }
+
+.panel { --w: min(24em, 100vw - 2em); --h: min(40em, 100dvh - 2em); display: flex; flex-direction: column; width: var(--w);
+  height: var(--h); overflow: hidden; background: var(--paper); border: 1px solid var(--line); border-radius: 1.1em;
+  box-shadow: 0 2px 8px #0002, 0 16px 48px #0004; animation: rise .2s ease-out; }
+@keyframes rise { from { opacity: 0; translate: 0 12px; } }
+[data-corner^=bottom] .panel { bottom: min(var(--y), 100dvh - var(--h) - 1em); }
+[data-corner^=top] .panel { top: min(var(--y), 100dvh - var(--h) - 1em); }
+[data-corner$=right] .panel { right: min(var(--x), 100vw - var(--w) - 1em); }
+[data-corner$=left] .panel { left: min(var(--x), 100vw - var(--w) - 1em); }
+[data-layout=bottom-bar] .panel { --w: min(44em, 100vw - 2em); --h: min(30em, 100dvh - 2em); left: 0; right: 0;
+  top: auto; bottom: min(var(--y), 100dvh - var(--h) - 1em); margin: 0 auto; }
+[data-layout=side-panel] .panel { --w: 26em; top: 0; bottom: 0; height: auto; border-width: 0 1px; border-radius: 0; }
 [data-layout=side-panel][data-corner$=right] .panel { right: 0; }
 [data-layout=side-panel][data-corner$=left] .panel { left: 0; }
-[data-layout=bottom-bar] .panel { inset: auto 0 var(--y) 0; margin: 0 auto; width: min(42em, calc(100vw - 2em));
-  height: min(34em, calc(100dvh - 2 * var(--y))); }
-header { display: flex; align-items: center; gap: .5em; padding: .6em .6em .6em 1em; background: var(--accent);
-  color: var(--on-accent); }
-header img { width: 1.9em; height: 1.9em; border-radius: 6px; object-fit: contain; background: #fff; }
-h2 { flex: 1; min-width: 0; margin: 0; font-size: 1.06em; line-height: 1.3;
-  font-family: var(--heading-font, inherit); font-weight: var(--heading-weight, 600); overflow-wrap: anywhere; }
-header button { padding: .5em; }
-header button:focus-visible { outline-color: var(--on-accent); outline-offset: -2px; }
-.banner { display: flex; align-items: center; gap: .6em; padding: .4em 1em; font-size: .88em; background: var(--bubble);
-  border-bottom: 1px solid var(--line); }
+.bar { display: flex; align-items: center; gap: .25em; padding: .5em .6em .5em 1em; border-bottom: 1px solid var(--rim); }
+.bar img { width: 2em; height: 2em; margin-inline-end: .4em; border-radius: .4em; object-fit: contain; background: #fff; }
+h2 { flex: 1; min-width: 0; margin: 0; font-size: 1.06em; line-height: 1.3; overflow: hidden; overflow-wrap: anywhere;
+  display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; }
+h2, h3 { font-family: var(--heading-font, inherit); font-weight: var(--heading-weight, 600); }
+.bar button { padding: .6em; }
+.bar button:hover { background: var(--shade); }
+.bar button:focus-visible { outline-color: currentColor; outline-offset: -3px; }
+.banner { display: flex; align-items: center; justify-content: space-between; gap: .8em; padding: .5em 1em; font-size: .9em;
+  background: var(--tint); border-bottom: 1px solid var(--line); }
 .log { flex: 1; overflow-y: auto; overscroll-behavior: contain; padding: 1em; display: flex; flex-direction: column;
   gap: .6em; }
-.log:focus-visible { outline-offset: -3px; }
+.log, pre, textarea { scrollbar-width: thin; scrollbar-color: var(--edge) transparent; }
+.log:focus-visible, pre:focus-visible { outline-offset: -2px; }
 .log > * { flex: none; max-width: 88%; overflow-wrap: anywhere; }
-.bot, .user { padding: .55em .85em; border-radius: 16px; }
-.bot { background: var(--bubble); align-self: flex-start; border-end-start-radius: 5px; }
-.user { background: var(--accent); color: var(--on-accent); align-self: flex-end; border-end-end-radius: 5px;
-  white-space: pre-wrap; }
-.greeting { border-inline-start: 4px solid var(--accent-ink); border-radius: 5px 16px 16px 5px; }
+.bot, .user { padding: .55em .9em; border: 1px solid transparent; border-radius: 1.1em; }
+.bot { background: var(--bubble); align-self: flex-start; border-end-start-radius: .3em; }
+.user { align-self: flex-end; border-end-end-radius: .3em; border-color: var(--rim); white-space: pre-wrap; }
+.user, .note { unicode-bidi: plaintext; }
+.greeting { background: var(--tint); }
 .greeting :is(strong, em) { color: var(--accent-ink); }
-.bot :is(p, ul, ol, pre) { margin: 0 0 .6em; } .bot > :last-child { margin-bottom: 0; }
+.bot > *, .confirm p { margin: 0 0 .6em; } .bot > :last-child { margin-bottom: 0; }
+p { white-space: pre-line; }
 ul, ol { padding-inline-start: 1.4em; }
-code { font: .92em ui-monospace, monospace; } pre { overflow-x: auto; white-space: pre; }
-.error { background: var(--bad-paper); color: var(--bad); }
-.note { align-self: center; text-align: center; color: var(--soft); font-size: .88em; }
-.dots span { display: inline-block; width: .45em; height: .45em; margin: 0 .12em; border-radius: 50%;
-  background: var(--soft); animation: dots 1s infinite alternate; }
-.dots span:nth-child(2) { animation-delay: .2s; } .dots span:nth-child(3) { animation-delay: .4s; }
-@keyframes dots { to { opacity: .25; transform: translateY(-2px); } }
-.log > .cards { max-width: 100%; display: grid; gap: .6em; grid-template-columns: repeat(auto-fit, minmax(9.5em, 1fr)); }
-.log > .cards.list { grid-template-columns: 1fr; width: 100%; }
-.card { display: block; border: 1px solid var(--line); border-radius: 12px; padding: .7em .85em; color: inherit; }
-.card h3 { margin: 0; font-size: 1em; font-weight: 600; } .card p { margin: .2em 0 0; }
-.card .price { font-weight: 600; color: var(--accent-ink); } .card ul { margin: .3em 0; }
-a.card { text-decoration: none; } a.card h3 { color: var(--accent-ink); text-decoration: underline; }
-summary { cursor: pointer; font-weight: 600; }
-.confirm { border: 2px solid var(--accent-ink); border-radius: 14px; padding: .8em; align-self: stretch; }
-.confirm p { margin: 0 0 .7em; }
-.choices, .chips { display: flex; flex-wrap: wrap; gap: .5em; }
-.plain, .strong { padding: .35em .9em; border: 1px solid var(--accent-ink); color: var(--accent-ink);
-  border-radius: var(--radius, 99em); }
-.strong { background: var(--accent); color: var(--on-accent); border-color: transparent; }
-.plain:disabled, .strong:disabled { opacity: .6; cursor: default; }
-.chips { padding: 0 1em .7em; } .chips .plain { font-size: .92em; }
-form { display: flex; align-items: flex-end; gap: .5em; padding: .7em; border-top: 1px solid var(--line); }
+code { font: .9em/1.5 ui-monospace, monospace; padding: .1em .3em; border-radius: .3em; background: var(--paper); }
+pre { overflow-x: auto; padding: .5em .7em; border-radius: .5em; background: var(--paper); } pre code { padding: 0; }
+.error { background: var(--bad-paper); color: var(--bad); } .error .plain { color: inherit; background: none; }
+.note { align-self: center; text-align: center; color: var(--soft); font-size: .9em; }
+.dots { padding-block: .8em; line-height: 1; }
+.dots i { display: inline-block; margin: 0 .12em; border: .22em solid var(--soft); border-radius: 50%;
+  animation: dots .9s infinite alternate; }
+.dots i:nth-child(2) { animation-delay: .2s; } .dots i:nth-child(3) { animation-delay: .4s; }
+@keyframes dots { to { opacity: .25; translate: 0 -2px; } }
+.log > .cards, .log > .chips { max-width: 100%; }
+.cards, .choices, .chips { display: flex; flex-wrap: wrap; gap: .5em; align-items: stretch; align-self: stretch; }
+.cards .card { flex: 1 0 9em; max-width: 100%; border: 1px solid var(--line); border-radius: .9em; padding: .7em .9em; }
+.list .card { flex-basis: 100%; }
+.card > :is(h3, p, ul) { margin: 0 0 .25em; } h3, summary { font-size: 1em; font-weight: 600; }
+.card .price { font-size: 1.15em; font-weight: 600; color: var(--accent-ink); }
+a.card { color: inherit; text-decoration: none; } a.card h3 { color: var(--accent-ink); text-decoration: underline; }
+a.card:hover { background: var(--tint); }
+summary { cursor: pointer; } details[open] summary { margin-bottom: .25em; }
+.confirm { align-self: stretch; border: 2px solid var(--accent-ink); border-radius: 1.1em; padding: .8em .9em; }
+.yes .plain:not(.accent), .no .accent { display: none; }
+.chips .plain { font-size: .94em; }
+form { display: flex; align-items: flex-end; gap: .25em; margin: 0 .75em .75em; padding: .25em;
+  border: 1px solid var(--edge); border-radius: 1.1em; }
+form:focus-within { outline: 2px solid var(--accent-ink); outline-offset: -1px; }
 .field { flex: 1; min-width: 0; }
-textarea { display: block; width: 100%; font: inherit; font-size: 16px; line-height: 1.4; color: inherit; resize: none;
-  background: var(--paper); border: 1px solid var(--edge); border-radius: 12px; padding: .5em .75em; max-height: 8.5em; }
+textarea { display: block; width: 100%; max-height: min(9em, 25dvh); font: inherit; font-size: max(16px, 1em); line-height: 1.5;
+  color: inherit; resize: none; background: none; border: 0; padding: .45em .6em; }
+textarea:focus-visible { outline: 0; }
 textarea::placeholder { color: var(--soft); opacity: 1; }
-.counter { font-size: .8em; color: var(--soft); text-align: end; } .counter.over { color: var(--bad); }
-form button { padding: .6em; background: var(--accent); color: var(--on-accent); border-radius: 12px; }
-form .stop { background: none; color: var(--ink); border: 1px solid var(--edge); padding: calc(.6em - 1px); }
-form button:disabled { opacity: .5; cursor: default; }
+.counter { padding: 0 .7em; font-size: .8em; color: var(--soft); } .over { color: var(--bad); font-weight: 600; }
+form button { padding: .6em; } .stop:hover { background: var(--line); }
+.stop { background: var(--bubble); } .stop svg { fill: currentColor; }
 .ring { border: 3px solid var(--accent); border-radius: 10px; box-shadow: 0 0 0 2px #fff, 0 0 0 9999px #0002;
   pointer-events: none; animation: ring .3s; }
-@keyframes ring { from { opacity: 0; transform: scale(1.1); } }
+@keyframes ring { from { opacity: 0; scale: 1.1; } }
 
 @media (prefers-color-scheme: dark) {
   .root { --paper: #1c1c20; --ink: #f2f2f5; --soft: #b3b3bd; --line: #3b3b43; --edge: #82828e; --bubble: #2b2b31;
-    --bad: #ffb4ab; --bad-paper: #47201d; --accent-ink: var(--accent-ink-dark); color-scheme: dark; }
+    --bad: #ffb4ab; --bad-paper: #47201d; --accent-ink: var(--dark-ink); --tint: var(--dark-tint); --rim: var(--dark-rim);
+    color-scheme: dark; }
 }
 @media (max-width: 640px), (max-height: 420px) {
-  .root .panel { inset: 0 !important; width: 100vw; height: var(--viewport, 100dvh); margin: 0; border: 0; border-radius: 0; }
-  .root .panel.acting { inset: 50dvh 0 0 !important; height: 50dvh; border-top: 1px solid var(--line); }
+  .root .panel { inset: var(--top, 0) 0 auto; width: auto; height: var(--viewport, 100dvh); border: 0; border-radius: 0; }
+  .root .acting { inset: auto 0 0; height: 50dvh; border-top: 1px solid var(--line); }
+  form { margin-bottom: max(.75em, env(safe-area-inset-bottom)); }
 }
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
 @media print { .root { display: none; } }
 `;
-  const ICONS = {
-    chat: "M4 3h16a2 2 0 0 1 2 2v11a2 2 0 0 1-2 2H9l-5 4v-4a2 2 0 0 1-2-2V5a2 2 0 0 1 2-2z",
-    sparkle: "M11 2l2.2 6.8L20 11l-6.800 2.200L11 20l-2.200-6.800L2 11l6.800-2.200zM19 15l1 3 3 1-3 1-1 3-1-3-3-1 3-1z",
-    question: "M12 2a10 10 0 1 1 0 20 10 10 0 0 1 0-20zm-1.200 14v2.400h2.400V16zM12 5.500a3.800 3.800 0 0 0-3.900 "
-      + "3.700h2.300c0-1 .7-1.600 1.600-1.600s1.600.6 1.600 1.500c0 1.500-2.700 1.900-2.700 5h2.300c0-2 2.700-2.500 2.700-5A3.700 3.700 0 0 0 12 5.500z",
-    lightning: "M13 2L4 14h6l-1 8 9-12h-6z",
-    cursor: "M5 2l15 11-6.500 1.200 3.700 6.600-2.600 1.400-3.700-6.600L6 20z",
-    close: "M6.400 5L5 6.400l5.600 5.600L5 17.600 6.400 19l5.600-5.600 5.600 5.600 1.400-1.400-5.600-5.600L19 6.400 17.600 5 12 10.600z",
-    clear: "M12 5V1L6.500 6.500 12 12V7a5.500 5.500 0 1 1-5.500 5.500h-2A7.500 7.500 0 1 0 12 5z",
-    send: "M3 20.500V14l9-2-9-2V3.500L22 12z",
-    stop: "M6 6h12v12H6z",
+  const ICONS = { // strokes on a grid of 24
+    chat: "M4 5h16v12h-9l-5 4v-4H4z",
+    sparkle: "M11 4q1 8 8 9-7 1-8 9-1-8-8-9 7-1 8-9zM19 2v5M16.5 4.5h5",
+    question: "M8 8.5a4 4 0 1 1 5.8 3.5Q12 13 12 15M12 19v.1",
+    lightning: "M13 3L5 14h6l-1 7 8-11h-6z",
+    cursor: "M5 4l6 16 2.5-6.5L20 11z",
+    close: "M6 6l12 12M18 6L6 18",
+    clear: "M4 5v5h5M4.5 10A8 8 0 1 1 4 13",
+    send: "M12 19V5M6 11l6-6 6 6",
+    stop: "M7 7h10v10H7z",
   };
   function icon(name) {
-    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-    const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
-    svg.setAttribute("viewBox", "0 0 24 24");
-    svg.setAttribute("aria-hidden", "true");
-    path.setAttribute("d", ICONS[name]);
-    svg.append(path);
+    const make = (tag, attributes) => {
+      const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+      for (const attribute of Object.entries(attributes)) node.setAttribute(...attribute);
+      return node;
+    };
+    const svg = make("svg", { viewBox: "0 0 24 24", "aria-hidden": "true" });
+    svg.append(make("path", { d: ICONS[name] }));
     return svg;
+  }
+  const button = (name, onclick, ...children) => h(name, { type: "button", onclick }, ...children);
+  function iconButton(name, word, onclick, picture = word) {
+    const attributes = { "aria-label": WORDS[word], title: WORDS[word], onclick };
+    return h(name, { type: onclick ? "button" : "submit", ...attributes }, icon(picture));
   }
   const px = (value) => (typeof value === "number" ? `${value}px` : value);
 
@@ -656,23 +684,29 @@ form button:disabled { opacity: .5; cursor: default; }
     sheet.replaceSync(STYLE);
     shadow.adoptedStyleSheets = [sheet];
 
-    view.launcher = h("button.launcher", { type: "button", "aria-haspopup": "dialog", onclick: () => open() });
-    view.nudge = h("div.nudge", { hidden: true });
-    view.logo = h("img", { alt: "", hidden: true });
-    view.title = h("h2");
+    view.launcher = button("button.launcher.accent", () => open());
+    view.launcher.setAttribute("aria-haspopup", "dialog");
+    view.nudge = h("div.nudge", { role: "status", hidden: true });
+    view.logo = h("img", { alt: "", onerror: () => { view.logo.hidden = true; } });
+    view.title = h("h2", { dir: "auto" });
     view.banner = h("div.banner", { role: "status", hidden: true });
     view.log = h("div.log", { role: "log", "aria-live": "off", "aria-label": WORDS.log, tabindex: 0 });
     view.chips = h("div.chips");
-    view.input = h("textarea", { rows: 1, dir: "auto", autocomplete: "off", enterkeyhint: "send",
-      "aria-label": WORDS.input, placeholder: WORDS.placeholder, oninput: measure, onkeydown: sendOnEnter });
-    view.counter = h("div.counter", { role: "status", hidden: true });
-    view.stop = h("button.stop", { type: "button", "aria-label": WORDS.stop, title: WORDS.stop, hidden: true, onclick: stop }, icon("stop"));
-    view.send = h("button", { "aria-label": WORDS.send, title: WORDS.send }, icon("send"));
-    view.form = h("form", { onsubmit: submit }, h("div.field", {}, view.input, view.counter), view.stop, view.send);
-    const tool = (name, act) => h("button", { type: "button", "aria-label": WORDS[name], title: WORDS[name], onclick: act }, icon(name));
-    view.panel = h("div.panel", { role: "dialog", hidden: true, onkeydown: keyInPanel },
-      h("header", {}, view.logo, view.title, tool("clear", () => LeFlux.clearConversation()), tool("close", close)),
-      view.banner, view.log, view.chips, view.form);
+    view.input = h("textarea", {
+      rows: 1, dir: "auto", autocomplete: "off", enterkeyhint: "send", placeholder: WORDS.placeholder,
+      "aria-label": WORDS.input, "aria-describedby": "counter", oninput: measure, onkeydown: sendOnEnter,
+    });
+    view.counter = h("div.counter", { id: "counter", hidden: true });
+    view.stop = iconButton("button.stop", "stop", stop);
+    view.stop.hidden = true;
+    view.send = iconButton("button.accent", "send");
+    view.form = h("form", { onsubmit: submit },
+      h("div.field", {}, view.input, view.counter), view.stop, view.send);
+    view.panel = h("div.panel", { role: "dialog", tabindex: -1, hidden: true, onkeydown: keyInPanel },
+      h("div.bar.accent", {}, view.logo, view.title,
+        iconButton("button", "clear", () => LeFlux.clearConversation()),
+        iconButton("button", "close", close)),
+      view.banner, view.log, view.form);
     view.live = h("div.quiet", { "aria-live": "polite" });
     view.ring = h("div.ring", { hidden: true });
     view.root = h("div.root", {}, view.launcher, view.nudge, view.panel, view.live, view.ring);
@@ -683,9 +717,12 @@ form button:disabled { opacity: .5; cursor: default; }
     }
     document.documentElement.append(view.host); // outside of body, which some frameworks replace
     listen(PHONE, "change", () => view.panel.setAttribute("aria-modal", PHONE.matches));
-    if (window.visualViewport) { // the on-screen keyboard covers the rest
-      listen(visualViewport, "resize", () => view.root.style.setProperty("--viewport", `${visualViewport.height}px`));
-    }
+    if (window.visualViewport) listen(visualViewport, "resize scroll", fitToKeyboard);
+  }
+  function fitToKeyboard() { // the on-screen one: the sheet fills what it leaves
+    if (visualViewport.scale > 1.01) return; // the visitor zooms
+    view.root.style.setProperty("--viewport", `${visualViewport.height}px`);
+    view.root.style.setProperty("--top", `${visualViewport.offsetTop}px`);
   }
 
   /** Make it look as the site's owner wants. */
@@ -693,38 +730,44 @@ form button:disabled { opacity: .5; cursor: default; }
     const { launcher = {}, typography = {}, nudge = {} } = config;
     const set = (name, value) => (value == null ? null : view.root.style.setProperty(name, value));
     const accent = rgb(config.primaryColor || "#a855f7");
+    const isDark = contrast(accent, WHITE) >= 4.5;
     set("--accent", css(accent));
-    set("--on-accent", css(contrast(accent, WHITE) >= 4.5 ? WHITE : BLACK));
-    set("--accent-ink-light", css(readable(accent, PAPER)));
-    set("--accent-ink-dark", css(readable(accent, NIGHT)));
+    set("--on-accent", css(isDark ? WHITE : BLACK));
+    set("--shade", isDark ? "#0003" : "#fff4"); // a touch of it takes nothing from the contrast
+    for (const [mode, paper, bubble] of [["light", "#fff", "#f2f2f5"], ["dark", "#1c1c20", "#2b2b31"]]) {
+      const tint = mix(rgb(paper), accent, 0.12);
+      const ink = readable(accent, mode === "dark" ? WHITE : BLACK, rgb(bubble), tint);
+      set(`--${mode}-tint`, css(tint));
+      set(`--${mode}-ink`, css(ink));
+      set(`--${mode}-rim`, contrast(accent, rgb(paper)) < 1.5 ? "var(--edge)" : "transparent");
+    }
+    if (launcher.glow !== false) set("--glow", "0 0 24px -2px var(--accent)");
     set("--body-font", typography.bodyFont);
     set("--heading-font", typography.headingFont);
     set("--heading-weight", typography.headingWeight);
     set("--radius", px(typography.buttonRadius));
     set("--size", { sm: "46px", md: "58px", lg: "70px" }[launcher.size] || "58px");
-    set("--x", px(launcher.offsetX ?? 20));
-    set("--y", px(launcher.offsetY ?? 20));
+    set("--x", `min(${launcher.offsetX ?? 20}px, 100vw - 12em)`); // never out of sight
+    set("--y", `min(${launcher.offsetY ?? 20}px, 100dvh - 12em)`);
     view.root.dataset.layout = config.layout || "floating";
     view.root.dataset.corner = launcher.position || config.position || "bottom-right";
 
     const name = config.siteName || WORDS.title;
-    const bar = config.layout === "bottom-bar";
     view.title.textContent = name;
     view.panel.setAttribute("aria-label", name);
     view.panel.setAttribute("aria-modal", PHONE.matches);
     view.logo.hidden = !config.logoUrl;
     if (config.logoUrl) view.logo.src = config.logoUrl;
-    view.launcher.className = `launcher ${launcher.shape || "circle"}${launcher.glow === false ? "" : " glow"}`;
+    view.launcher.classList.add(launcher.shape || "circle");
     view.launcher.replaceChildren(icon(launcher.icon || "chat"));
-    if (bar) view.launcher.append(WORDS.placeholder);
-    else if (launcher.shape === "pill") view.launcher.append(name);
+    if (config.layout === "bottom-bar") view.launcher.append(h("span", {}, WORDS.placeholder));
+    else if (launcher.shape === "pill") view.launcher.append(h("span", { dir: "auto" }, name));
     view.isHidden = launcher.hidden === true;
     view.badge = view.launcher.appendChild(h("span.badge", { hidden: true }));
     show(false);
 
-    const chips = (config.quickChips || []).map((chip) => h("button.plain", { type: "button", dir: "auto",
-      onclick: () => send(chip.payload || chip.text) }, chip.text));
-    view.chips.replaceChildren(...chips);
+    view.chips.replaceChildren(...(config.quickChips || []).map(({ text, payload }) =>
+      button("button.plain", () => { send(payload || text); focusInput(); }, text)));
     if (nudge.enabled && nudge.message && Date.now() - (keptNudge.get() || 0) > KEEP_MS) {
       setTimeout(() => offerNudge(nudge), nudge.delay ?? 5000);
     }
@@ -732,13 +775,17 @@ form button:disabled { opacity: .5; cursor: default; }
 
   function offerNudge({ message, style, dismissable }) {
     if (over.signal.aborted || isOpen() || view.isHidden || view.log.querySelector(".user")) return;
-    const dismiss = () => { keptNudge.set(Date.now()); view.nudge.hidden = true; view.launcher.focus(); };
+    const dismiss = () => { settleNudge(); view.launcher.focus(); };
     view.nudge.className = `nudge ${style || "bubble"}`;
-    view.nudge.replaceChildren(h("button", { type: "button", dir: "auto", onclick: () => open() }, message));
+    view.nudge.replaceChildren(button("button", () => open(), h("span", { dir: "auto" }, message)));
     if (dismissable !== false) {
-      view.nudge.append(h("button", { type: "button", "aria-label": WORDS.dismiss, onclick: dismiss }, icon("close")));
+      view.nudge.append(iconButton("button", "dismiss", dismiss, "close"));
     }
     view.nudge.hidden = false;
+  }
+  function settleNudge() { // dismissed, or followed
+    if (!view.nudge.hidden) keptNudge.set(Date.now());
+    view.nudge.hidden = true;
   }
 
   const isOpen = () => !view.panel.hidden;
@@ -747,28 +794,34 @@ form button:disabled { opacity: .5; cursor: default; }
     view.launcher.hidden = opened || view.isHidden;
     view.launcher.setAttribute("aria-expanded", opened);
     markUnread(false);
-    if (opened) view.nudge.hidden = true;
+    if (opened) settleNudge();
+    (opened ? view.panel : view.root).append(view.live); // what is outside a modal is not read out
     keptOpen.set(opened);
   }
   function markUnread(unread) {
     view.badge.hidden = !unread;
     view.launcher.setAttribute("aria-label", unread ? WORDS.unread : WORDS.open);
   }
+  /** Put the focus where one writes; but where that brings up a keyboard, into the panel. */
+  const focusInput = () => (TOUCH.matches ? view.panel : view.input).focus();
   let focusBefore = null;
   function open(focus = true) {
     if (isOpen()) return;
-    focusBefore = document.activeElement === document.body ? null : document.activeElement;
+    focusBefore = document.activeElement;
     show(true);
     if (!taken) connect();
-    if (focus) view.input.focus();
-    scrollDown(true);
+    if (focus) focusInput();
+    else if (PHONE.matches) view.panel.focus();
+    scrollDown();
     emit("open");
   }
   function close() {
     if (!isOpen()) return;
+    const hadFocus = document.activeElement === view.host;
     show(false);
-    // Back to where the visitor was: the launcher, or the page's own button that opened it.
-    (focusBefore && focusBefore !== view.host && focusBefore.isConnected ? focusBefore : view.launcher).focus();
+    // Back to where the visitor was: the page's own button that opened it, or the launcher.
+    const wasOutside = ![view.host, document.body, null].includes(focusBefore);
+    if (hadFocus) (wasOutside && focusBefore.isConnected ? focusBefore : view.launcher).focus();
     emit("close");
   }
   function keyInPanel(event) {
@@ -776,10 +829,10 @@ form button:disabled { opacity: .5; cursor: default; }
       event.preventDefault();
       close();
     } else if (event.key === "Tab" && PHONE.matches) { // a full-screen sheet keeps the focus
-      const stops = [...view.panel.querySelectorAll("button, a, textarea, summary, [tabindex]")]
+      const stops = [...view.panel.querySelectorAll("button, a, textarea, summary, [tabindex='0']")]
         .filter((one) => !one.disabled && one.getClientRects().length);
-      const edge = stops.at(event.shiftKey ? 0 : -1);
-      if (view.host.shadowRoot.activeElement === edge) {
+      const focused = view.host.shadowRoot.activeElement;
+      if ([stops.at(event.shiftKey ? 0 : -1), view.panel].includes(focused)) {
         event.preventDefault();
         stops.at(event.shiftKey ? -1 : 0).focus();
       }
@@ -788,46 +841,48 @@ form button:disabled { opacity: .5; cursor: default; }
 
   // Messages. Whoever reads at the bottom stays there, whoever scrolled up is left alone.
 
-  function isAtEnd() {
-    return view.log.scrollHeight - view.log.scrollTop - view.log.clientHeight < 80;
-  }
-  function scrollDown(force) {
-    if (force) view.log.scrollTop = view.log.scrollHeight;
+  const isAtEnd = () => view.log.scrollHeight - view.log.scrollTop - view.log.clientHeight < 80;
+  function scrollDown() {
+    view.log.scrollTop = view.log.scrollHeight;
   }
   function add(kind, ...children) {
-    const atEnd = isAtEnd();
-    const node = h(`div.${kind}`, { dir: "auto" }, ...children);
+    const follow = isAtEnd() || kind.startsWith("user");
+    const node = h(`div.${kind}`, {}, ...children);
     view.log.insertBefore(node, view.dots || null);
-    scrollDown(atEnd || kind === "user");
+    if (follow) scrollDown();
     return node;
   }
   const addBot = (text, kind = "bot") => add(kind, ...markdown(text));
   function setText(node, text) {
-    const atEnd = isAtEnd();
+    const follow = isAtEnd();
     node.replaceChildren(...markdown(text));
-    scrollDown(atEnd);
+    if (follow) scrollDown();
   }
-  function announce(text) { // to screen readers, once it is whole
-    view.live.replaceChildren(h("div", {}, text));
+  function announce(text) { // to screen readers, once it is whole, and without the marks
+    const spoken = markdown(text).map((block) => block.textContent).join("\n");
+    view.live.replaceChildren(h("div", {}, spoken));
     if (!isOpen()) markUnread(true);
   }
   function setDots(on) {
     view.dots?.remove();
     view.dots = null;
-    if (on) view.dots = add("bot.dots", h("span"), h("span"), h("span"), h("span.quiet", {}, WORDS.working));
+    if (on) view.dots = add("bot.dots", h("i"), h("i"), h("i"), h("span.quiet", {}, WORDS.working));
   }
   function banner(text, label, act) {
+    const follow = isAtEnd();
     view.banner.hidden = !text;
-    view.banner.replaceChildren(text || "", label ? h("button.plain", { type: "button", onclick: act }, label) : "");
+    view.banner.replaceChildren(text || "", label ? button("button.plain", act, label) : "");
+    if (follow) scrollDown(); // there is less room now
   }
   function greet() {
     if (config.greeting) addBot(config.greeting, "bot.greeting");
+    view.log.append(view.chips);
   }
 
   // Cards: few words, or the model's slips for them; whatever is no text is left out.
   function words(item, ...names) {
-    const value = names.map((name) => item[name]).find((one) => ["string", "number"].includes(typeof one));
-    return value === undefined ? "" : String(value);
+    const isText = (value) => ["string", "number"].includes(typeof value);
+    return String(names.map((name) => item[name]).find(isText) ?? "");
   }
   const BLOCKS = ["pricing_cards", "feature_grid", "faq_list", "link_cards"];
   function addBlock(type, data) {
@@ -836,16 +891,21 @@ form button:disabled { opacity: .5; cursor: default; }
       const title = words(item, "title", "name", "label", "question");
       const text = words(item, "text", "description", "answer", "subtitle");
       const url = words(item, "url", "href", "link");
-      const points = [item.points, item.features].find(Array.isArray) || [];
-      const body = [text && h("p", { dir: "auto" }, ...inline(text)),
-        points.length && h("ul", { dir: "auto" }, ...points.map((point) => h("li", {}, String(point))))];
-      if (type === "faq_list") return h("details.card", {}, h("summary", { dir: "auto" }, title), ...body.filter(Boolean));
       const price = words(item, "price");
-      const inside = [h("h3", { dir: "auto" }, title), price && h("p.price", {}, price), ...body].filter(Boolean);
-      if (type !== "link_cards" || !safeUrl(url)) {
-        return h("div.card", {}, ...inside, url && h("p", {}, link(url, WORDS.link)));
+      const points = [item.points, item.features].find(Array.isArray) || [];
+      const body = [
+        price && h("p.price", { dir: "auto" }, price),
+        text && h("p", { dir: "auto" }, ...inline(text)),
+        points.length && h("ul", { dir: "auto" }, ...points.map((point) => h("li", {}, String(point)))),
+      ].filter(Boolean);
+      if (type === "faq_list") {
+        return h("details.card", {}, h("summary", { dir: "auto" }, title), ...body);
       }
-      const card = link(url, ...inside);
+      const heading = h("h3", { dir: "auto" }, title);
+      if (type !== "link_cards" || !safeUrl(url)) {
+        return h("div.card", {}, heading, ...body, url && h("p", {}, link(url, WORDS.link)));
+      }
+      const card = link(url, heading, ...body);
       card.className = "card";
       return card;
     });
@@ -854,29 +914,30 @@ form button:disabled { opacity: .5; cursor: default; }
 
   function askToConfirm({ message, confirm_label, cancel_label }) {
     const answer = (confirmed) => {
-      for (const button of card.querySelectorAll("button")) button.disabled = true;
+      for (const choice of [yes, no]) choice.disabled = true;
       card.classList.add(confirmed ? "yes" : "no");
-      view.input.focus();
+      focusInput();
       setRunning(true);
       tell("confirmation_response", { confirmed });
     };
-    const no = h("button.plain", { type: "button", onclick: () => answer(false) }, cancel_label);
-    const yes = h("button.strong", { type: "button", onclick: () => answer(true) }, confirm_label);
+    const yes = button("button.plain.accent", () => answer(true), confirm_label);
+    const no = button("button.plain", () => answer(false), cancel_label);
     const card = add("confirm", h("p", { dir: "auto" }, message), h("div.choices", {}, yes, no));
     card.setAttribute("role", "group");
     card.setAttribute("aria-label", message);
     if (isOpen()) no.focus();
-    scrollDown(true);
+    scrollDown();
   }
 
   function failed(error, again) {
-    const text = error.seconds ? WORDS.wait(error.seconds) : error.code ? error.message : WORDS.failed;
-    const node = add("bot.error", h("p", { dir: "auto", role: "alert" }, text));
-    if (again && !/^(budget_exceeded|invalid_message)$/.test(error.code)) {
-      const retry = () => { node.remove(); again(); };
-      node.append(h("button.plain", { type: "button", onclick: retry }, WORDS.retry));
-    }
-    emit("error", { code: error.code || "internal", message: text });
+    const { seconds, code, message } = error;
+    const text = seconds ? WORDS.wait(seconds) : code ? message : WORDS.failed;
+    const retry = button("button.plain", () => { node.remove(); focusInput(); again(); }, WORDS.retry);
+    const canRetry = again && !/^(budget_exceeded|invalid_message)$/.test(code);
+    const words = h("p", { dir: "auto", role: "alert" }, text);
+    const node = add("bot.error", words, canRetry ? retry : null);
+    if (!isOpen()) markUnread(true);
+    emit("error", { code: code || "internal", message: text });
   }
 
   // The line to write in.
@@ -884,12 +945,14 @@ form button:disabled { opacity: .5; cursor: default; }
   const lengthOf = (text) => [...text].length; // as the server counts: code points
   function measure() {
     view.input.style.height = "auto";
-    view.input.style.height = `${view.input.scrollHeight + 2}px`;
+    view.input.style.height = `${view.input.scrollHeight}px`;
     const length = view.input.value.length > 4000 ? lengthOf(view.input.value.trim()) : 0;
+    const isOver = length > MAX_CHARS;
     view.counter.hidden = length < MAX_CHARS * 0.9;
     view.counter.textContent = view.counter.hidden ? "" : `${length} / ${MAX_CHARS}`;
-    view.counter.classList.toggle("over", length > MAX_CHARS);
-    view.send.disabled = length > MAX_CHARS;
+    view.counter.classList.toggle("over", isOver);
+    view.input.setAttribute("aria-invalid", isOver);
+    view.send.disabled = isOver;
   }
   function sendOnEnter(event) {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
