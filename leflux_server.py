@@ -103,6 +103,7 @@ MAX_JSON_DEPTH = 64
 BODY_SECONDS = 15
 JOIN_SECONDS = 10
 PING_SECONDS = 25
+CLOSE_SECONDS = 5  # for a client to answer that a socket closes
 STALL_SECONDS = 30  # a socket that takes nothing for so long is cut off
 FRAMES_PER_WINDOW, FRAME_WINDOW_SECONDS = 60, 10
 SWEEP_SECONDS = 2
@@ -4328,7 +4329,7 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
     refuse_when_draining(hub)
     ws = web.WebSocketResponse(
         heartbeat=PING_SECONDS,
-        timeout=5,
+        timeout=CLOSE_SECONDS,
         compress=False,
         max_msg_size=MAX_BODY_BYTES + 1,  # aiohttp refuses what is as long as this
     )
@@ -4367,10 +4368,14 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
         join_timer.cancel()
         hub.sockets.discard(sock)
         sock.leave()
-        if sock.pump is not None and sock.close_code is None:
-            sock.pump.cancel()
-        if sock.transport is not None and sock.transport.get_write_buffer_size():
-            sock.transport.abort()  # a client that has stopped reading would hold it for ever
+        try:
+            if sock.pump is not None and sock.close_code is not None:
+                await asyncio.wait([sock.pump], timeout=CLOSE_SECONDS)  # it says good-bye
+        finally:
+            if sock.pump is not None:
+                sock.pump.cancel()
+            if sock.transport is not None and sock.transport.get_write_buffer_size():
+                sock.transport.abort()  # a client that has stopped reading would hold it for ever
     return ws
 
 
