@@ -77,7 +77,9 @@ async def visit(chromium: str) -> AsyncIterator[Visit]:
                 "console",
                 lambda line: (
                     problems.append(line.text)
-                    if line.type == "error" and "net::ERR" not in line.text
+                    if line.type == "error"
+                    and "net::ERR" not in line.text
+                    and "Failed to load resource" not in line.text
                     else None
                 ),
             )

@@ -1352,9 +1352,8 @@ form button:disabled { opacity: .5; cursor: default; }
       } catch (error) {
         debug("not sent", error);
         if (error.code === "session_not_found") forget();
-        else if (/^(network|shutting_down)$/.test(error.code)) await pause(400 * 2 ** tries);
-        else problem = error;
-        if (tries > 3) problem = error;
+        if (tries > 3 || !/^(session_not_found|network|shutting_down)$/.test(error.code)) problem = error;
+        else if (error.code !== "session_not_found") await pause(200 * 2 ** tries);
       }
     }
     sending = false;

@@ -1,20 +1,202 @@
 """The widget in a real browser, on the demo shop and on pages of its own, against a real server.
 
-python -m pytest widget
+What it does is tested here, how it looks in test_look.py.
+
+    python -m pytest widget
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
+import re
+import socket
 import tomllib
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import pytest
+from aiohttp import web
 from conftest import Visit
+from playwright.async_api import Locator, Page, Request, Route, WebSocket, expect
 
 import leflux_server as lf
-from test_leflux_server import FakeModel, Serve
+from test_leflux_server import (
+    FakeModel,
+    Json,
+    Script,
+    Serve,
+    Server,
+    chunk,
+    cut_wire,
+    forever,
+    program,
+    sse,
+    until,
+)
 
 SHIPPED = tomllib.loads((lf.HERE / "config.toml").read_text())
-DEMO: dict[str, Any] = SHIPPED["sites"][0]
+DEMO: Json = SHIPPED["sites"][0]
+
+
+# ---------------------------------------------------------------------------------------------
+# Helpers: pages on a server of their own, a model that names elements, a visitor who chats.
+
+
+class Pages:
+    """A website on localhost: pages["/path"] = (html, headers). Its origin is not the server's."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.server = ""
+        self.html: dict[str, tuple[str, dict[str, str]]] = {}
+        self.visits: list[str] = []
+
+    def add(self, path: str, body: str, script: str = "async", **headers: str) -> str:
+        """Put a page there whose body is followed by the widget's tag; returns its address."""
+        tag = f'<script src="{self.server}/embed.js" {script}></script>'
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        title = f"<title>Page {path}</title>"
+        self.html[path] = (f"<!doctype html><html lang=en>{title}<body>{body}{tag}", named)
+        return self.url + path
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.visits.append(request.path_qs)
+        if request.path not in self.html:
+            raise web.HTTPNotFound
+        html, headers = self.html[request.path]
+        return web.Response(text=html, content_type="text/html", headers=headers)
+
+
+@pytest.fixture
+async def pages() -> AsyncIterator[Pages]:
+    site = Pages()
+    app = web.Application()
+    app.router.add_get("/{path:.*}", site.answer)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    site.url = f"http://localhost:{runner.addresses[0][1]}"
+    yield site
+    await runner.cleanup()
+
+
+def says(message: str, **action: Any) -> list[bytes]:
+    """A script of the model that says something and, with a type, does something."""
+    reply = {"message": message, "action": action or None}
+    return [sse(chunk(json.dumps(reply)), "[DONE]")]
+
+
+def does(*steps: Json, message: str = "On it.") -> Script:
+    """A script that carries out steps; "on" names an element by words of its line."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        prompt = (await request.json())["messages"][-1]["content"]
+        plan = [dict(step) for step in steps]
+        for step in plan:
+            if "on" in step:
+                lines = re.findall(r"^\[(\d+)\] (.*)$", prompt, re.M)
+                name = step.pop("on")
+                step["elementId"] = next(int(number) for number, line in lines if name in line)
+        action: Json = {"type": "execute_generic_sequence", "steps": plan}
+        if len(plan) == 1 and plan[0]["action"] in ("click", "navigate"):
+            kind = {"click": "click_element", "navigate": "navigate"}[plan[0]["action"]]
+            action = {**plan[0], "type": kind}
+        return web.Response(body=says(message, **action)[0], content_type="text/event-stream")
+
+    return answer
+
+
+def click(name: str) -> Json:
+    return {"action": "click", "on": name}
+
+
+class Guest:
+    """A visitor with an open chat, and everything that their browser sends and hears."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.said: list[Json] = []
+        self.heard: list[Json] = []
+        self.joins: list[str] = []  # addresses of its sockets
+        self.posts: list[Json] = []
+        page.on("websocket", self._on_socket)
+        page.on("request", self._on_request)
+
+    def _on_socket(self, ws: WebSocket) -> None:
+        self.joins.append(ws.url)
+        ws.on("framesent", lambda frame: self.said.append(json.loads(frame)))
+        ws.on("framereceived", lambda frame: self.heard.append(json.loads(frame)))
+
+    def _on_request(self, request: Request) -> None:
+        if request.url.endswith("/api/chat") and request.method == "POST":
+            self.posts.append(request.post_data_json)
+
+    async def open(self) -> Guest:
+        await self.page.click("leflux-widget .launcher")
+        return self
+
+    async def ask(self, text: str) -> None:
+        await self.page.fill("leflux-widget textarea", text)
+        await self.page.press("leflux-widget textarea", "Enter")
+
+    def see(self, selector: str, text: str | re.Pattern[str] | None = None) -> Locator:
+        return self.page.locator(f"leflux-widget {selector}", has_text=text)
+
+    async def hears(self, text: str) -> None:
+        """Wait for a bubble of the agent, and for the end of its turn."""
+        await self.see(".log .bot", text).last.wait_for()
+        await expect(self.see(".stop")).to_be_hidden()
+
+    async def log(self) -> list[str]:
+        """The bubbles of the conversation, as "user: text"."""
+        return await self.page.evaluate(
+            """() => [...document.querySelector("leflux-widget").shadowRoot
+                .querySelectorAll(".log > *")].map((node) =>
+                    `${node.className.split(" ")[0]}: ${node.innerText.trim()}`)"""
+        )
+
+    def sent(self, event: str) -> list[Json]:
+        return [frame["data"] for frame in self.said if frame["event"] == event]
+
+    def results(self) -> list[Json]:
+        """What was reported on actions and sequences."""
+        return [
+            frame["data"]["result"]
+            for frame in self.said
+            if frame["event"] in ("action_complete", "sequence_complete")
+        ]
+
+    @property
+    def context(self) -> Json:
+        """The picture of the page that went out last."""
+        shown = [f["data"]["context"] for f in self.said if "context" in f["data"]]
+        return shown[-1] if shown else self.posts[-1]["pageContext"]
+
+
+Meet = Callable[..., Any]
+
+
+@pytest.fixture
+def meet(visit: Visit) -> Meet:
+    async def start(url: str, **options: Any) -> Guest:
+        return await Guest(await visit(url, **options)).open()
+
+    return start
+
+
+async def chat_server(
+    serve: Serve, pages: Pages | None = None, model: FakeModel | None = None, **tables: Any
+) -> Server:
+    """A server whose site is localhost; the pages load the widget from it."""
+    config = {"greeting": "Hello!"}
+    site = {"id": "site", "name": "Site", "allowed_hosts": ["localhost"], "config": config}
+    server = await serve(model, **{"sites": [site], **tables})
+    if pages:
+        pages.server = server.url
+    return server
 
 
 async def shop(serve: Serve, model: FakeModel | None = None, **config: Any) -> str:
@@ -24,10 +206,573 @@ async def shop(serve: Serve, model: FakeModel | None = None, **config: Any) -> s
     return server.url.replace("127.0.0.1", "localhost")
 
 
-async def test_first_visit(visit: Visit, serve: Serve) -> None:
-    """A newcomer opens the demo, opens the chat and asks what Pro costs."""
-    page = await visit(await shop(serve))
-    await page.click("leflux-widget .launcher")
-    await page.fill("leflux-widget textarea", "what does Pro cost?")
-    await page.press("leflux-widget textarea", "Enter")
-    await page.locator("leflux-widget .bot", has_text="€18 a month").wait_for()
+# ---------------------------------------------------------------------------------------------
+# Mount
+
+
+async def test_second_tag_does_nothing(visit: Visit, serve: Serve, pages: Pages) -> None:
+    """Two tags on a page are one widget, and one session."""
+    server = await chat_server(serve, pages)
+    tag = f'<script src="{server.url}/embed.js"></script>'
+    page = await visit(pages.add("/", tag))
+    await page.wait_for_function("window.LeFlux?.getState().ready")
+    await page.add_script_tag(url=f"{server.url}/embed.js")
+    assert await page.locator("leflux-widget").count() == 1
+    assert len(server.hub.sessions) == 1
+
+
+async def test_unknown_host_is_left_alone(visit: Visit, serve: Serve, pages: Pages) -> None:
+    """On a page that is not registered the widget leaves no trace but one line in the console."""
+    await chat_server(serve, pages)
+    url = pages.add("/", "<p>Just a page</p>").replace("localhost", "127.0.0.1")
+    page = await visit("about:blank")
+    lines: list[str] = []
+    page.on("console", lambda line: lines.append(line.text))
+    await page.goto(url)
+    await until(lambda: any("allowed_hosts" in line for line in lines))
+    lines = [line for line in lines if "Failed to load resource" not in line]
+    assert len(lines) == 1
+    assert "127.0.0.1" in lines[0]
+    assert await page.evaluate("window.LeFlux") is None
+    assert await page.evaluate("document.documentElement.children.length") == 2
+    assert "leflux-widget" not in await page.content()
+
+
+# ---------------------------------------------------------------------------------------------
+# Chat
+
+MARKDOWN = """\
+Some **bold**, *italic* and `code <b>`.
+A second line with [a link](/prices) and https://example.com/x_y_z.
+
+1. one
+2. two
+
+- **dash**
+- snake_case_word
+
+```
+<i>fenced</i>
+```
+مرحبا"""
+
+
+async def test_streamed_answer(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """An answer grows in its bubble while the model speaks, and can be stopped."""
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", "<main>Hello</main>"))
+    first, second = MARKDOWN[:40], MARKDOWN[40:]
+    escaped = [json.dumps(part)[1:-1] for part in (first, second)]
+    model.scripts.append(
+        [
+            model.at_gate,
+            sse(chunk('{"message": "' + escaped[0])),
+            model.at_gate,
+            sse(chunk(escaped[1] + '"}'), "[DONE]"),
+        ]
+    )
+    await guest.ask("Show me **everything**")
+    assert await guest.see(".user").inner_text() == "Show me **everything**"
+    await guest.see(".dots").wait_for()
+    await guest.see(".stop").wait_for()
+    model.gate.release()
+    bubble = guest.see(".log > .bot").last
+    await expect(bubble.locator("strong")).to_have_text("bold")
+    await expect(guest.see(".dots")).to_have_count(0)
+    await expect(guest.see(".stop")).to_be_visible()
+    model.gate.release()
+    await expect(guest.see(".stop")).to_be_hidden()
+    html = await bubble.evaluate("node => node.innerHTML")
+    link = f'<a href="{pages.url}/prices" rel="noopener nofollow">a link</a>'
+    assert "<strong>bold</strong>, <em>italic</em> and <code>code &lt;b&gt;</code>." in html
+    assert link in html
+    assert ' target="_blank">https://example.com/x_y_z</a>.' in html
+    assert '<ol dir="auto"><li>one</li><li>two</li></ol>' in html
+    assert "<li><strong>dash</strong></li><li>snake_case_word</li></ul>" in html
+    assert "&lt;i&gt;fenced&lt;/i&gt;\n</code></pre>" in html
+    assert html.endswith('<p dir="auto">مرحبا</p>')
+
+    model.scripts.append([sse(chunk('{"message": "This goes on')), forever])
+    await guest.ask("Tell me more")
+    await guest.see(".bot", "This goes on").wait_for()
+    await guest.see(".stop").click()
+    await until(lambda: guest.heard[-1]["event"] == "message_done")
+    await expect(guest.see(".stop")).to_be_hidden()
+    assert (await guest.log())[-1] == "bot: This goes on"
+    assert guest.sent("stop")
+    await until(lambda: model.hung_up)
+
+    model.scripts.append([sse(chunk('{"message": "Long')), forever])
+    await guest.ask("Once more")
+    await guest.see(".bot", "Long").wait_for()
+    await guest.ask("Never mind")  # settles the answer before
+    await guest.hears("ok")
+    assert (await guest.log())[-4:] == [
+        "user: Once more",
+        "bot: Long",
+        "user: Never mind",
+        "bot: ok",
+    ]
+
+
+HOSTILE = [
+    "<img src=x onerror='window.hit = 1'><script>window.hit = 2</script>",
+    "[click](javascript:window.hit=3) [click]( javascript:window.hit=4) [x](JaVaScRiPt&colon;hit)",
+    "[a](data:text/html,<script>hit</script>) [b](vbscript:x) [c](java\tscript:window.hit=5)",
+    '[d](https://x.example/"onclick="window.hit=6) **<b onclick=hit>** `<svg onload=hit>`',
+    "[" * 3000 + "**" * 3000 + "`" * 3001 + "_a" * 3000,
+    "- " * 2000,
+    "https://" + "a." * 3000,
+    "\u202e <style>*{display:none}</style> &lt;script&gt;",
+]
+
+
+async def test_hostile_reply(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """Whatever a model says is text: nothing runs, nothing is slow, and no link is a script."""
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", "<main>Hello</main>"))
+    tags = "a br code em li ol p pre span strong ul".split()
+    for number, text in enumerate(HOSTILE):
+        block = {"title": text, "text": text, "points": [text, 7, None], "price": text}
+        data = {"items": [block, "not an object", None, {"question": text, "answer": text}]}
+        block_type = lf.BLOCK_TYPES[number % 4]
+        model.scripts.append(says(text, type="render_ui_block", block_type=block_type, data=data))
+        await guest.ask(f"Attack {number}")
+        await until(lambda n=number: sum(f["event"] == "ui_block" for f in guest.heard) > n)
+        model.scripts.append(says(text, type="ask_user", question=text, field_type=text))
+        await guest.ask(f"Attack {number} again")
+        await until(lambda n=number: sum(f["event"] == "message" for f in guest.heard) > n)
+    await expect(guest.see(".stop")).to_be_hidden()
+    found: list[str] = await guest.page.evaluate(
+        """() => [...document.querySelector("leflux-widget").shadowRoot
+            .querySelectorAll(".log > .bot, .log > .bot *")].flatMap((node) => [node.localName,
+            ...[...node.attributes].map((a) => `${a.name}=${a.value}`)])"""
+    )
+    assert {name for name in found if "=" not in name} <= {"div", *tags}
+    names = {name.partition("=")[0] for name in found if "=" in name}
+    assert names <= {"class", "dir", "href", "rel", "target", "start", "tabindex"}
+    assert not [name for name in found if re.match(r"href=(?!https?://)", name)]
+    for link in await guest.see(".log a").all():
+        await link.dispatch_event("click", {"ctrlKey": True})
+    assert await guest.page.evaluate("window.hit") is None
+
+
+async def test_questions_and_blocks(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """A question brings the right keyboard; all four blocks are shown as cards."""
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", "<main>Hello</main>"))
+    area = guest.see("textarea")
+    for kind, mode in {"email": "email", "tel": "tel", "number": "decimal", "x": "text"}.items():
+        question = {"question": f"Your {kind}?", "field_name": kind, "field_type": kind}
+        model.scripts.append(says("", type="ask_user", **question))
+        await guest.ask("Go on")
+        await guest.hears(f"Your {kind}?")
+        assert await area.evaluate("node => node.inputMode") == mode
+        await expect(area).to_be_focused()
+    await guest.ask("Ada")
+    assert await area.evaluate("node => node.inputMode") == "text"
+    await guest.hears("ok")
+
+    items = {
+        "pricing_cards": [{"title": "Pro", "price": "€18", "features": ["Two bags", "Post"]}],
+        "feature_grid": [{"title": "Fast", "text": "It is **fast**."}],
+        "faq_list": [{"question": "When?", "answer": "Now."}],
+        "link_cards": [{"title": "Prices", "url": "/prices", "text": "All of them"}],
+    }
+    shown = {
+        "pricing_cards": "Pro\n€18\nTwo bags\nPost",
+        "feature_grid": "Fast\nIt is fast.",
+        "faq_list": "When?",
+        "link_cards": "Prices\nAll of them",
+    }
+    for block_type, data in items.items():
+        model.scripts.append(
+            says("Look:", type="render_ui_block", block_type=block_type, data={"items": data})
+        )
+        await guest.ask("Show me")
+        await guest.see(".cards", shown[block_type].split("\n")[0]).wait_for()
+        card = guest.see(".cards").last
+        assert re.sub(r"\n+", "\n", await card.inner_text()) == shown[block_type]
+        await expect(guest.see(".stop")).to_be_hidden()
+    await guest.see("summary").click()
+    await guest.see(".card", "Now.").wait_for()
+    assert await guest.see("a.card").get_attribute("href") == f"{pages.url}/prices"
+
+
+async def test_confirmation(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """A delicate click waits for the visitor's yes; no, or another message, means no."""
+    await chat_server(serve, pages, model)
+    button = "<main><button onclick='this.after(`gone `)'>Delete it</button></main>"
+    guest = await meet(pages.add("/", button))
+    yes, no = guest.see(".confirm button.strong"), guest.see(".confirm button.plain")
+    model.scripts.append(does(click("Delete it")))
+    await guest.ask("Delete it")
+    await guest.see(".confirm", "Shall I click “Delete it”?").wait_for()
+    await expect(no).to_be_focused()
+    await no.click()
+    await guest.hears(lf.NOT_CONFIRMED)
+    await expect(yes).to_be_disabled()
+    assert await guest.page.inner_text("main") == "Delete it"
+
+    # Both are still of the current turn, which a reload hears again: once each, and no button.
+    before = await guest.log()
+    await guest.page.reload()
+    await guest.see(".confirm").wait_for()
+    await guest.see(".bot", lf.NOT_CONFIRMED).wait_for()
+    await expect(guest.see(".confirm button:enabled")).to_have_count(0)
+    assert sorted(await guest.log()) == sorted(before)
+
+    model.scripts.append(does(click("Delete it")))
+    await guest.ask("Delete it, really")
+    await yes.last.click()
+    model.scripts.append(says("", type="task_complete", summary="It is deleted."))
+    await guest.hears("It is deleted.")
+    assert await guest.page.inner_text("main") == "Delete itgone"
+    assert guest.results()[-1]["success"] is True
+
+    model.scripts.append(does(click("Delete it")))
+    await guest.ask("And again")
+    await expect(guest.see(".confirm button:enabled")).to_have_count(2)
+    await guest.ask("No, tell me a joke")
+    await expect(guest.see(".confirm button:enabled")).to_have_count(0)
+    await guest.hears("ok")
+    assert await guest.page.inner_text("main") == "Delete itgone"
+
+
+async def test_errors_and_retry(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """What fails is said in words; a retry is the same message, which the server starts once."""
+    server = await chat_server(serve, pages, model, limits={"chat_per_minute": 2})
+    guest = await meet(pages.add("/", "<main>Hello</main>"))
+    failures = ["before", "after", "before", "before"]
+
+    async def fail(route: Route) -> None:
+        kind = failures.pop(0) if failures else ""
+        if kind == "after":
+            await route.fetch()  # the server hears it, the visitor does not hear the server
+        await (route.abort() if kind else route.continue_())
+
+    await guest.page.route("**/api/chat", fail)
+    await guest.ask("Hello?")
+    await guest.see(".error", "cannot be reached").wait_for()
+    await expect(guest.see(".stop")).to_be_hidden()
+    await guest.see(".error button", "Try again").click()
+    await guest.hears("ok")
+    await expect(guest.see(".error")).to_have_count(0)
+    await expect(guest.see(".pending")).to_have_count(0)
+    assert len({post["clientMessageId"] for post in guest.posts}) == 1
+    assert len(guest.posts) == 5
+    assert len(model.requests) == 1
+    assert (await guest.log())[-2:] == ["user: Hello?", "bot: ok"]
+
+    await guest.ask("Another")
+    await guest.hears("ok")
+    await guest.ask("One too many")
+    await guest.see(".error", re.compile(r"Please wait \d+ s\.")).wait_for()
+    await guest.see(".error button", "Try again").wait_for()
+    [session] = server.hub.sessions.values()
+    session.limiter = None
+    await guest.see(".error button").click()
+    await until(lambda: len(model.requests) == 3)
+    await guest.hears("ok")
+
+    model.scripts.append([cut_wire])
+    model.scripts.append([cut_wire])
+    model.scripts.append([cut_wire])
+    session.limiter = None
+    await guest.ask("And now?")
+    await guest.see(".bot.error", lf.NO_ANSWER).wait_for()
+    await expect(guest.see(".stop")).to_be_hidden()
+
+
+async def test_budget_has_no_retry(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """When the day's budget is spent the site's own words say so; trying again would not help."""
+    await chat_server(serve, pages, model, limits={"site_messages_per_day": 1})
+    guest = await meet(pages.add("/", "<main>Hello</main>"))
+    await guest.ask("One")
+    await guest.hears("ok")
+    await guest.ask("Two")
+    await guest.see(".error", "for today").wait_for()
+    assert await guest.see(".error button").count() == 0
+
+
+async def test_long_messages(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """A counter appears near 5,000 characters, counted as people and the server count."""
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", "<main>Hello</main>"))
+    counter, area, send = guest.see(".counter"), guest.see("textarea"), guest.see("form button")
+    await area.fill("a" * 4499)
+    await expect(counter).to_be_hidden()
+    await area.fill("🙂" * 4999 + "ab")
+    await expect(counter).to_have_text("5001 / 5000")
+    await expect(send.last).to_be_disabled()
+    await area.press("Enter")
+    await area.press("Backspace")
+    await expect(counter).to_have_text("5000 / 5000")
+    await area.press("Enter")
+    await guest.hears("ok")
+    assert model.requests[-1]["messages"][-1]["content"].endswith("🙂a")
+    await expect(counter).to_be_hidden()
+    await guest.page.evaluate("LeFlux.send('b'.repeat(5001))")
+    await guest.see(".error", "too long").wait_for()
+    await guest.page.evaluate(r"LeFlux.send('half \ud83d a character')")
+    await guest.hears("ok")
+    assert len(model.requests) == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# Session: what survives a reload, a restart, a cut wire, another tab
+
+
+class Wire:
+    """A TCP proxy before a server, that can be cut."""
+
+    def __init__(self, target: str) -> None:
+        self.port = int(target.rpartition(":")[2])
+        self.is_up = True
+        self.writers: set[asyncio.StreamWriter] = set()
+
+    async def __aenter__(self) -> Wire:
+        self.listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self.listener.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.listener.close()
+        self.cut()
+        await asyncio.sleep(0)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not self.is_up:
+            writer.transport.abort()
+            return
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self.writers |= {writer, far_writer}
+        await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
+        writer.transport.abort()
+
+    def cut(self) -> None:
+        for writer in self.writers:
+            writer.transport.abort()
+        self.writers.clear()
+
+
+def streams(model: FakeModel, *pieces: str) -> None:
+    """The next answer comes in pieces, and waits at the gate between them."""
+    steps: list[Any] = [sse(chunk('{"message": "'))]
+    for piece in pieces:
+        steps += [sse(chunk(piece)), model.at_gate]
+    model.scripts.append([*steps, sse(chunk('"}'), "[DONE]")])
+
+
+async def test_session_is_kept(visit: Visit, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """The chat goes on after a reload, for 24 hours; an older one, or a lost one, begins anew."""
+    server = await chat_server(serve, pages, model)
+    guest = await Guest(await visit(pages.add("/", "<main>Hello</main>"))).open()
+    await guest.ask("Remember me")
+    await guest.hears("ok")
+    [kept] = server.hub.sessions
+    stored = "Object.keys(localStorage).find((key) => key.endsWith(' session'))"
+    assert await guest.page.evaluate(f"JSON.parse(localStorage[{stored}]).id") == kept
+
+    replies = "window.replies = 0; document.addEventListener('leflux:reply', () => replies++)"
+    await guest.page.add_init_script(replies)
+    gets: list[str] = []
+    guest.page.on("request", lambda request: gets.append(f"{request.method} {request.url}"))
+    await guest.page.reload()
+    await guest.see(".bot", "ok").wait_for()  # the panel is open as before
+    await until(lambda: guest.sent("update_context"))  # the page has shown itself
+    assert await guest.log() == ["bot: Hello!", "user: Remember me", "bot: ok"]
+    assert f"GET {server.url}/api/session/{kept}" in gets
+    assert not [line for line in gets if "session/init" in line]
+    assert await guest.page.evaluate("replies") == 0  # it is no news
+
+    lf.drop_session(server.hub, server.hub.sessions[kept])  # idle for too long, say
+    await guest.ask("Are you still there?")
+    await guest.hears("ok")
+    assert (await guest.log())[-5:] == [
+        "user: Remember me",
+        "bot: ok",
+        "note: The earlier chat has ended; what follows starts afresh.",
+        "user: Are you still there?",
+        "bot: ok",
+    ]
+    assert len(server.hub.sessions) == 1
+
+    await guest.page.evaluate(
+        f"""() => {{
+            const key = {stored}, kept = JSON.parse(localStorage[key]);
+            kept.at -= 24 * 3600 * 1000;
+            localStorage[key] = JSON.stringify(kept);
+        }}"""
+    )
+    await guest.page.reload()
+    await guest.page.wait_for_function("LeFlux?.getState().ready")
+    assert await guest.log() == ["bot: Hello!"]
+    assert len(server.hub.sessions) == 2
+
+
+async def test_reload_in_the_middle(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """A reload in the middle of a stream shows what was said and what is still to come."""
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", "<main>Hello</main>"))
+    streams(model, "One, ", "two, ", "three.")
+    await guest.ask("Count")
+    await guest.see(".bot", "One,").wait_for()
+    await guest.page.reload()
+    await guest.see(".bot", "One,").wait_for()
+    await guest.see(".stop").wait_for()
+    model.gate.release()
+    await guest.see(".bot", "One, two,").wait_for()
+    await guest.page.reload()
+    model.gate.release()
+    model.gate.release()
+    await guest.hears("One, two, three.")
+    assert await guest.log() == ["bot: Hello!", "user: Count", "bot: One, two, three."]
+    assert len(model.requests) == 1
+
+
+async def test_cut_wire(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """A broken socket comes back with lastSeq: nothing is lost, nothing comes twice."""
+    server = await chat_server(serve, pages, model)
+    async with Wire(server.url) as wire:
+        pages.server = wire.url
+        body = "<main><button onclick='this.after(`+`)'>Add</button></main>"
+        guest = await meet(pages.add("/", body))
+        streams(model, "One, ", "two, ", "three.")
+        await guest.ask("Count")
+        await guest.see(".bot", "One,").wait_for()
+        wire.is_up = False
+        wire.cut()
+        await guest.see(".banner", "Reconnecting…").wait_for()
+        model.gate.release()
+        wire.is_up = True
+        await guest.see(".bot", "One, two,").wait_for()
+        wire.cut()
+        model.gate.release()
+        model.gate.release()
+        await guest.hears("One, two, three.")
+        await expect(guest.see(".banner")).to_be_hidden()
+        numbers = [frame["seq"] for frame in guest.heard if frame["event"] == "message_chunk"]
+        assert numbers == sorted(set(numbers))
+        assert re.search("lastSeq=[1-9]", guest.joins[-1])
+        assert await guest.log() == ["bot: Hello!", "user: Count", "bot: One, two, three."]
+
+        # Cut while it acts: the report comes when the socket is back, and the task goes on.
+        model.scripts.append(does(click("Add"), click("Add"), click("Add")))
+        model.scripts.append(says("", type="task_complete", summary="All added."))
+        await guest.ask("Add three")
+        await guest.see(".ring").wait_for()
+        wire.is_up = False
+        wire.cut()
+        await until_text(guest.page, "main", "Add+++")
+        wire.is_up = True
+        await guest.page.evaluate("dispatchEvent(new Event('online'))")  # it comes back at once
+        await guest.hears("All added.")
+        assert await guest.page.inner_text("main") == "Add+++"
+
+        # The report itself is lost on the way: it is said again.
+        model.scripts.append(does(click("Add")))
+        model.scripts.append(says("", type="task_complete", summary="One more."))
+        dropped = asyncio.Event()
+        real_dispatch = server.hub.sessions  # noqa: F841
+        await guest.ask("Add one")
+        await guest.see(".ring").wait_for()
+        await guest.page.evaluate(
+            """() => { const send = WebSocket.prototype.send;
+                WebSocket.prototype.send = function () { this.close(); };
+                setTimeout(() => { WebSocket.prototype.send = send; }, 1500); }"""
+        )
+        await guest.hears("One more.")
+        assert await guest.page.inner_text("main") == "Add++++"
+        del dropped
+
+
+async def until_text(page: Page, selector: str, text: str) -> None:
+    await expect(page.locator(selector)).to_have_text(text, use_inner_text=True)
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL", "forgetful"])
+async def test_restart_in_the_middle(
+    visit: Visit, model: FakeModel, pages: Pages, tmp_path: Path, how: str
+) -> None:
+    """A restart in the middle of an answer: the chat says so by itself, and goes on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    state = 'state_dir = ""\n' if how == "forgetful" else ""
+    more = (
+        f'[server]\nshutdown_seconds = 0.1\n{state}[llm]\nbase_url = "{model.url}"\n'
+        '[[sites]]\nid = "here"\nname = "Here"\nallowed_hosts = ["localhost"]\n'
+    )
+    environ = {"LEFLUX_PORT": port} | ({"STATE_DIRECTORY": ""} if state else {})
+    async with program(tmp_path, more, **environ) as run:
+        pages.server = run.server.url
+        guest = await Guest(await visit(pages.add("/", "<main>Hello</main>"))).open()
+        streams(model, "One, ", "two.")
+        await guest.ask("Count")
+        await guest.see(".bot", "One,").wait_for()
+        if how == "SIGTERM":
+            run.child.terminate()
+        else:
+            run.child.kill()
+        await run.end()
+        await guest.see(".banner", "Reconnecting…").wait_for()
+    async with program(tmp_path, more, **environ):
+        endings = {
+            "SIGTERM": "(The answer was cut short.)",
+            "SIGKILL": lf.RESTARTED,
+            "forgetful": "The answer got lost.",
+        }
+        await guest.hears(endings[how])
+        await expect(guest.see(".banner")).to_be_hidden()
+        assert sum(endings[how] in line for line in await guest.log()) == 1
+        await guest.ask("Go on")
+        await guest.hears("ok")
+        assert (await guest.log())[-2:] == ["user: Go on", "bot: ok"]
+
+
+async def test_two_tabs(visit: Visit, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """The chat is in one tab at a time; the other says so, and can take it back."""
+    await chat_server(serve, pages, model)
+    url = pages.add("/", "<main><button onclick='this.after(`+`)'>Add</button></main>")
+    one = await Guest(await visit(url)).open()
+    await one.ask("First")
+    await one.hears("ok")
+    two = Guest(await one.page.context.new_page())
+    await two.page.goto(url)
+    await one.see(".banner", "open in another tab").wait_for()
+    assert await one.page.evaluate("LeFlux.getState().taken") is True
+    await two.open()
+    await two.see(".bot", "ok").wait_for()
+    model.scripts.append(says("Second answer"))
+    await two.ask("Second")
+    await two.hears("Second answer")
+
+    await one.see(".banner button", "Use it here").click()
+    await two.see(".banner", "open in another tab").wait_for()
+    await one.hears("Second answer")
+    said = ["user: First", "bot: ok", "user: Second", "bot: Second answer"]
+    assert await one.log() == ["bot: Hello!", *said]
+
+    # A plan is with tab one when tab two takes over by writing: it is not carried out there.
+    model.scripts.append(does({"action": "wait", "waitDuration": 300}, click("Add"), click("Add")))
+    await one.ask("Add")
+    await one.see(".ring").wait_for()
+    model.scripts.append(says("Third answer"))
+    await two.ask("Third")
+    await two.hears("Third answer")
+    assert await two.page.inner_text("main") == "Add"
+    assert (await two.log())[-2:] == ["user: Third", "bot: Third answer"]
+    await one.see(".banner", "open in another tab").wait_for()
+    assert not one.results()
