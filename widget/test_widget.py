@@ -13,7 +13,7 @@ import json
 import re
 import socket
 import tomllib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -684,18 +684,18 @@ async def test_cut_wire(meet: Meet, serve: Serve, model: FakeModel, pages: Pages
         # The report itself is lost on the way: it is said again.
         model.scripts.append(does(click("Add")))
         model.scripts.append(says("", type="task_complete", summary="One more."))
-        dropped = asyncio.Event()
-        real_dispatch = server.hub.sessions  # noqa: F841
         await guest.ask("Add one")
         await guest.see(".ring").wait_for()
         await guest.page.evaluate(
-            """() => { const send = WebSocket.prototype.send;
-                WebSocket.prototype.send = function () { this.close(); };
-                setTimeout(() => { WebSocket.prototype.send = send; }, 1500); }"""
+            """() => { const { prototype } = WebSocket, { send } = prototype;
+                let left = 2; // the report, and the wish to go on
+                prototype.send = function () {
+                    if (!--left) prototype.send = send;
+                    this.close();
+                }; }"""
         )
         await guest.hears("One more.")
         assert await guest.page.inner_text("main") == "Add++++"
-        del dropped
 
 
 async def until_text(page: Page, selector: str, text: str) -> None:
@@ -776,3 +776,664 @@ async def test_two_tabs(visit: Visit, serve: Serve, model: FakeModel, pages: Pag
     assert (await two.log())[-2:] == ["user: Third", "bot: Third answer"]
     await one.see(".banner", "open in another tab").wait_for()
     assert not one.results()
+
+
+# ---------------------------------------------------------------------------------------------
+# Seeing the page
+
+PAGE = """
+<style>.gone { display: none } .unseen { visibility: hidden } .clear { opacity: 0 }
+  .tiny { width: 1px; height: 1px; overflow: hidden; display: block }</style>
+<header><nav aria-label="Main"><a href="/prices">Prices</a></nav></header>
+<main>
+  <h1>Everything</h1><p>Some text to read.</p>
+  <p class="gone">Unread text</p>
+  <section><h2>Choices</h2>
+    <select aria-label="Colour"><option value="r">Red</option><option value="b" selected>Blue</option>
+    </select>
+    <label><input type="checkbox" name="news" checked> Newsletter</label>
+    <label class="card"><input type="radio" name="size" class="clear"> Large</label>
+    <div role="switch" aria-checked="true" tabindex="0">Dark mode</div>
+    <span role="tab" id="tab">Details</span>
+    <details><summary>More</summary><a href="/in-details">Folded</a></details>
+    <div contenteditable="true" aria-label="Note">My note</div>
+  </section>
+  <form aria-label="Sign up">
+    <input name="name" placeholder="Your name" required value="Ada">
+    <input name="id" aria-labelledby="tab" readonly>
+    <label for="mail">E-mail</label><input id="mail" type="email" autocomplete="email" disabled>
+    <textarea name="elements2">Long text</textarea>
+    <input type="password" value="s3cret-1"><input name="cardNumber" value="s3cret-2">
+    <input autocomplete="one-time-code" value="s3cret-3"><input aria-label="IBAN" value="s3cret-4">
+    <label>Kennwort <input value="s3cret-5"></label><input type="hidden" value="s3cret-6">
+    <input type="file"><button>Join now</button><input type="submit" value="Join later">
+  </form>
+  <a href="/gone" class="gone">Gone</a><a href="/unseen" class="unseen">Unseen</a>
+  <a href="/clear" class="clear">Clear</a><a href="/tiny" class="tiny">Tiny</a>
+  <div inert><button>Inert</button></div><div aria-hidden="true"><button>Hidden</button></div>
+  <fieldset disabled><button>Not now</button></fieldset>
+  <svg width="40" height="20"><a href="/svg"><text y="15">Drawn</text></a></svg>
+  <button aria-label="Close"><svg width="20" height="20"></svg></button>
+  <button title="Search"><i></i>&nbsp;</button><a href="/img"><img alt="Logo" width=9 height=9></a>
+  <shadow-box></shadow-box>
+</main>
+<footer>Open from nine to five</footer>
+<script>
+  document.querySelector("form").react = document.querySelector("input");
+  document.querySelector("input[name=name]").circle = { around: window };
+  const box = document.querySelector("shadow-box").attachShadow({ mode: "open" });
+  box.innerHTML = "<button>In the shadow</button>";
+</script>
+"""
+
+
+async def test_what_is_seen(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """The picture of a page has what a visitor can use and read, and no secrets."""
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", PAGE))
+    await guest.page.evaluate("LeFlux.setVisitorData({plan: 'Pro', seats: 3})")
+    await guest.ask("What is here?")
+    await guest.hears("ok")
+    context = guest.context
+    assert context["url"] == f"{pages.url}/"
+    assert context["title"] == "Page /"
+    text = context["visibleText"]
+    assert "Some text to read." in text
+    assert text.count("Everything") == 1
+    assert "Open from nine to five" in text
+    assert "Unread" not in text
+    assert "Hello!" not in text  # its own
+
+    elements: dict[str, Json] = {}
+    for element in context["indexedElements"]:
+        elements.setdefault(element["text"] or element.get("ariaLabel", ""), element)
+    assert not elements.keys() & set("Gone Unseen Clear Tiny Inert Hidden Folded".split())
+    for name, wanted in {
+        "Prices": {"type": "link", "href": f"{pages.url}/prices", "parent": "Main"},
+        "Colour": {"type": "select", "options": ["Red", "Blue"], "value": "Blue"},
+        "Newsletter": {"type": "checkbox", "checked": True, "parent": "Choices"},
+        "Large": {"type": "radio", "checked": False},
+        "Dark mode": {"type": "switch", "checked": True},
+        "Details": {"type": "tab"},
+        "More": {"type": "summary"},
+        "My note": {"type": "textbox", "ariaLabel": "Note"},
+        "E-mail": {"type": "email", "disabled": True, "autocomplete": "email"},
+        "Join now": {"type": "button", "inputType": "submit", "parent": "Sign up"},
+        "Join later": {"type": "submit"},
+        "Not now": {"disabled": True},
+        "Drawn": {"type": "link", "href": "/svg"},
+        "Close": {"ariaLabel": "Close"},
+        "Search": {"type": "button"},
+        "Logo": {"href": f"{pages.url}/img"},
+        "In the shadow": {"type": "button"},
+    }.items():
+        assert wanted.items() <= elements[name].items(), name
+    named = {e["name"]: e for e in context["indexedElements"] if "name" in e}
+    assert {"placeholder": "Your name", "required": True, "value": "Ada"}.items() <= named[
+        "name"
+    ].items()
+    assert named["id"]["text"] == "Details"
+    assert named["elements2"]["value"] == "Long text"
+    numbers = [element["id"] for element in context["indexedElements"]]
+    assert len(set(numbers)) == len(numbers)
+    fields = context["forms"][0].pop("fields")
+    assert context["forms"] == [{"name": "Sign up", "submit": "Join now, Join later"}]
+    assert "Kennwort" in fields
+
+    sent = json.dumps(guest.posts)
+    assert "s3cret" not in sent
+    assert "s3cret" not in model.prompt()
+    assert "'plan'" in model.prompt() or '"plan"' in model.prompt()
+    secret = [f for f in context["indexedElements"] if lf.is_sensitive(f)]
+    assert len(secret) == 5
+    assert not [field for field in secret if "value" in field]
+
+
+async def test_secret_fields(visit: Visit, serve: Serve, pages: Pages) -> None:
+    """Every field that the server takes for a secret one is one for the widget, too."""
+    names = """password userPassword pwd PIN otp totp 2fa verification-code cc-csc cardNumber
+        card_holder cvv expiry MM/YY Kartennummer IBAN bic sortCode bankAccount accountNumber
+        ssn socialSecurity nationalId passport-no taxId dni one-time-code pass\u00adword
+        contraseña security.code""".split()
+    plain = "name email pinboard company expires subject spinner city comment cardigan".split()
+    for name in names:
+        assert lf.is_sensitive({"name": name}), name
+    for name in plain:
+        assert not lf.is_sensitive({"name": name}), name
+    server = await chat_server(serve, pages)
+    body = "".join(f'<p><input name="{name}" value="v-{name}"></p>' for name in [*names, *plain])
+    guest = await Guest(await visit(pages.add("/", body))).open()
+    await guest.ask("Hello")
+    await until(lambda: guest.posts)
+    values = [element.get("value") for element in guest.context["indexedElements"]]
+    assert [value for value in values if value] == [f"v-{name}" for name in plain]
+    assert len(values) == len(names) + len(plain)
+    assert server.hub.sessions
+
+
+async def test_the_nearest_fifty(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """Of many elements the dialog's come first, then those in view; numbers are never reused."""
+    await chat_server(serve, pages, model)
+    many = "".join(f"<p><a href='/{n}'>Link {n}</a></p>" for n in range(200))
+    dialog = "<dialog open style='position: fixed'><button>Agree</button></dialog>"
+    url = pages.add("/", many + dialog)
+    guest = await meet(url)
+    await guest.page.evaluate("scrollTo(0, document.links[100].offsetTop)")
+    await guest.ask("What is here?")
+    await guest.hears("ok")
+    first = guest.context["indexedElements"]
+    assert len(first) == 50
+    assert first[0]["text"] == "Agree"
+    assert first[0]["inModal"] is True
+    assert first[1]["text"] in ("Link 99", "Link 100")
+    assert first[1]["inViewport"] is True
+    assert first[-1]["text"] < "Link 30"
+    assert "inViewport" not in first[-1]
+    assert guest.context["visibleText"].startswith("Agree")
+    await guest.ask("And now?")
+    await guest.hears("ok")
+    assert guest.context["indexedElements"] == first
+    await guest.page.reload()
+    await until(lambda: guest.sent("update_context"))
+    again = guest.sent("update_context")[-1]["context"]["indexedElements"]
+    assert min(e["id"] for e in again) > max(e["id"] for e in first)
+
+
+async def test_single_page_navigation(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """When a router changes the page, the server gets the new picture."""
+    server = await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", "<main><h1>Home</h1></main>"))
+    await guest.ask("Hello")
+    await guest.hears("ok")
+    await guest.page.evaluate(
+        """() => { history.pushState({}, "", "/about");
+            setTimeout(() => { document.querySelector("main").innerHTML =
+                "<h1>About</h1><button>Call us</button>"; }, 50); }"""
+    )
+    await until(lambda: guest.sent("update_context"))
+    [session] = server.hub.sessions.values()
+    await until(lambda: session.context["url"] == f"{pages.url}/about")
+    assert session.context["visibleText"] == "About\nCall us"
+    await guest.page.go_back(wait_until="commit")
+    await until(lambda: session.context["url"] == f"{pages.url}/")
+    assert len(guest.sent("update_context")) == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# Acting
+
+FORM = """
+<main><form onsubmit="event.preventDefault(); done.textContent = 'submitted'">
+  <input aria-label="Plain"><input aria-label="Controlled"><input aria-label="Phone">
+  <input aria-label="Stubborn"><input aria-label="Short" maxlength="3">
+  <textarea aria-label="Story"></textarea><input aria-label="Born" type="date">
+  <div contenteditable="true" aria-label="Rich" id="rich"><b>old</b></div>
+  <select aria-label="Colour"><option value="">?</option><option value="b">Blue</option></select>
+  <select aria-label="Sizes" multiple><option>S</option><option>M</option></select>
+  <label><input type="radio" name="pay">Later</label><label><input type="checkbox">Terms</label>
+  <button type="button" onclick="done.textContent += 'clicked '">Press</button>
+  <svg width=40 height=20><rect role="button" aria-label="Shape" width=40 height=20
+    onclick="done.textContent += 'drawn '"></rect></svg>
+  <p id="done"></p>
+</form><div style="height: 3000px"></div><button>Far away</button></main>
+<script>
+  // As React does: it watches the property of the element, and sets it back to its own state.
+  const field = (name) => document.querySelector(`[aria-label=${name}]`);
+  const controlled = field("Controlled"), native = Object.getOwnPropertyDescriptor(
+    HTMLInputElement.prototype, "value");
+  let tracked = "", state = "";
+  Object.defineProperty(controlled, "value", { configurable: true,
+    get() { return native.get.call(this); },
+    set(value) { tracked = value; native.set.call(this, value); } });
+  controlled.addEventListener("input", () => {
+    if (native.get.call(controlled) !== tracked) state = tracked = native.get.call(controlled);
+    requestAnimationFrame(() => { controlled.value = state; });
+  });
+  field("Phone").addEventListener("input", ({ target }) => {
+    target.value = target.value.replace(/(...)(...)(.*)/, "($1) $2-$3");
+  });
+  field("Stubborn").addEventListener("input", ({ target }) => { target.value = "no"; });
+  window.heard = [];
+  document.addEventListener("change", ({ target }) => heard.push(target.ariaLabel));
+  document.addEventListener("pointerdown", ({ target }) => heard.push("press " + target.ariaLabel));
+</script>
+"""
+
+
+def fill(name: str, text: str, action: str = "type") -> Json:
+    return {"action": action, "on": name, "inputData": text}
+
+
+async def test_filling_a_form(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """Each kind of field takes what is typed or chosen, frameworks hear of it, the rest fails."""
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", FORM))
+    model.scripts.append(
+        does(
+            fill("Plain", "Ada “L” 🙂"),
+            fill("Controlled", "kept"),
+            fill("Phone", "5551234567"),
+            fill("Story", "Once\nupon a time"),
+            fill("Born", "1815-12-10"),
+            fill("Rich", "new text"),
+            fill("Colour", "blue", "select"),
+            fill("Sizes", "M", "select"),
+            fill("Later", "no", "select"),
+            fill("Terms", "yes", "select"),
+            click("Press"),
+            click("Shape"),
+            {"action": "wait", "waitDuration": 1},
+            {"action": "scroll_to", "on": "Far away"},
+        )
+    )
+    model.scripts.append(says("", type="task_complete", summary="Filled."))
+    await guest.ask("Fill it in")
+    await guest.see(".ring").wait_for()
+    await guest.hears("Filled.")
+    [result] = guest.results()
+    assert [step for step in result["results"] if not step["success"]] == []
+    assert result["success"] is True
+    assert result["completedSteps"] == result["totalSteps"] == 14
+    assert [step.get("text") for step in result["results"]][:8] == [
+        "Ada “L” 🙂",
+        "kept",
+        "(555) 123-4567",
+        "Once upon a time",
+        "1815-12-10",
+        "new text",
+        "Blue",
+        "M",
+    ]
+    assert await guest.page.inner_text("#rich") == "new text"
+    assert await guest.page.evaluate("[state, field('Controlled').value]") == ["kept", "kept"]
+    assert await guest.page.input_value("textarea") == "Once\nupon a time"
+    assert await guest.page.is_checked("[type=radio]")
+    assert await guest.page.is_checked("[type=checkbox]")
+    assert await guest.page.inner_text("#done") == "clicked drawn"
+    heard = await guest.page.evaluate("heard")
+    assert {"Plain", "Controlled", "Phone", "Story", "Colour", "Sizes"} <= set(heard)
+    assert "press Shape" in heard
+    assert await guest.page.evaluate("scrollY") > 1000
+    await expect(guest.see(".ring")).to_be_hidden()
+    await expect(guest.see("textarea")).to_be_focused()  # back to the visitor
+
+
+async def test_failed_steps(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """A sequence stops at its first failed step, and the model is told which and why."""
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", FORM))
+    for step, reason in [
+        (fill("Stubborn", "yes"), "did not take the text"),
+        (fill("Short", "too long"), "too long"),
+        (fill("Born", "yesterday"), "did not take the text"),
+        (fill("Terms", "text"), "takes no text"),
+        (fill("Press", "text"), "cannot be typed"),
+        (fill("Colour", "green", "select"), "no such option"),
+        (fill("Plain", "text", "select"), "no list"),
+    ]:
+        model.scripts.append(does(fill("Plain", "first"), step, fill("Plain", "never")))
+        model.scripts.append(says("", type="abort_workflow", reason=f"Because {reason}."))
+        await guest.ask(f"Try {reason}")
+        await guest.hears(f"Because {reason}.")
+        result = guest.results()[-1]
+        assert (result["success"], result["completedSteps"], result["totalSteps"]) == (False, 1, 3)
+        assert len(result["results"]) == 2
+        assert reason in result["results"][1]["error"]
+        assert f"failed at step 2: {result['results'][1]['error']}" in model.prompt()
+        assert await guest.page.input_value("[aria-label=Plain]") == "first"
+
+    for script, reason in {
+        "field('Phone').remove()": "no longer on the page",
+        "field('Phone').hidden = true": "cannot be seen",
+        "field('Phone').disabled = true": "is disabled",
+        "field('Phone').readOnly = true": "read-only",
+        "field('Phone').name = 'cvv'": "only the visitor",
+    }.items():
+        await guest.page.reload()
+        await guest.page.wait_for_function("LeFlux?.getState().connected")
+        count = len(guest.results())
+        spoil = f"document.querySelector('form button').onclick = () => {{ {script} }}"
+        await guest.page.evaluate(spoil)
+        model.scripts.append(does(click("Press"), fill("Phone", "5551234567")))
+        model.scripts.append(says("", type="abort_workflow", reason=f"Because {reason}."))
+        await guest.ask(f"Try {reason}")
+        await guest.hears(f"Because {reason}.")
+        assert len(guest.results()) == count + 1
+        assert reason in guest.results()[-1]["results"][1]["error"]
+
+
+async def test_settled_while_acting(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """A new message, or stop, ends what is being done: no further step runs, none is reported."""
+    await chat_server(serve, pages, model)
+    guest = await meet(
+        pages.add("/", "<main><button onclick='this.after(`+`)'>Add</button></main>")
+    )
+    wait = {"action": "wait", "waitDuration": 400}
+    model.scripts.append(does(click("Add"), wait, click("Add"), click("Add")))
+    await guest.ask("Add three")
+    await until_text(guest.page, "main", "Add+")
+    await guest.ask("Wait, no!")
+    await guest.hears("ok")
+    model.scripts.append(does(click("Add"), wait, click("Add"), click("Add")))
+    await guest.ask("Do it then")
+    await until_text(guest.page, "main", "Add++")
+    await guest.see(".stop").click()
+    await guest.hears(lf.STOPPED)
+    model.scripts.append(does(click("Add")))
+    model.scripts.append(says("", type="task_complete", summary="Added."))
+    await guest.ask("Add one")
+    await guest.hears("Added.")
+    assert await guest.page.inner_text("main") == "Add+++"
+    assert len(guest.results()) == 1
+
+
+ROUTER = """
+<nav><a href="/one">One</a></nav><main>Home</main>
+<script>
+  document.addEventListener("click", (event) => { // as single-page frameworks do
+    const link = event.target.closest("a");
+    if (!link || !link.href.startsWith(location.origin + "/o")) return;
+    event.preventDefault();
+    history.pushState({}, "", link.href);
+    setTimeout(() => {
+      document.querySelector("main").textContent = "At " + location.pathname;
+    }, 99);
+  });
+  document.addEventListener("click", (event) => { // and one that swallows what it does not know
+    if (event.target.href?.endsWith("/swallowed")) event.preventDefault();
+  });
+</script>
+"""
+
+
+async def test_navigation(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """Routers take what they know, the browser loads the rest; the task goes on after that."""
+    await chat_server(serve, pages, model)
+    pages.add("/two", "<main>Two</main>")
+    pages.add("/swallowed", "<main>Loaded</main>")
+    guest = await meet(pages.add("/", ROUTER))
+    for url, text, loads in [
+        ("/one", "At /one", 0),  # by its link
+        ("/other", "At /other", 0),  # by a delegated handler
+        ("/two", "Two", 1),
+    ]:
+        before = len(pages.visits)
+        model.scripts.append(does({"action": "navigate", "url": url}))
+        model.scripts.append(says("", type="task_complete", summary=f"Now at {url}."))
+        await guest.ask(f"Go to {url}")
+        await guest.hears(f"Now at {url}.")
+        assert text in model.prompt()
+        assert f"→ {pages.url}{url}" in model.prompt()
+        assert guest.results()[-1]["success"] is True
+        assert await guest.page.inner_text("main") == text
+        assert len([v for v in pages.visits[before:] if "favicon" not in v]) == loads
+    await guest.page.goto(f"{pages.url}/")
+    model.scripts.append(does({"action": "navigate", "url": "/swallowed"}))
+    model.scripts.append(says("", type="task_complete", summary="Still there."))
+    await guest.ask("Go")
+    await guest.hears("Still there.")
+    assert await guest.page.inner_text("main") == "Loaded"
+
+    # The server allows a site's other hosts and ports; the widget stays on its own origin.
+    model.scripts.append(does({"action": "navigate", "url": "http://localhost:1/"}))
+    model.scripts.append(says("", type="abort_workflow", reason="Not there."))
+    await guest.ask("Leave")
+    await guest.hears("Not there.")
+    assert guest.results()[-1]["success"] is False
+    assert "not on this website" in guest.results()[-1]["error"]
+
+
+async def test_task_over_pages(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """A click that loads another page is reported from there, once, and the task goes on."""
+    server = await chat_server(serve, pages, model)
+    count = "<script>sessionStorage.n = Number(sessionStorage.n || 0) + 1</script>"
+    pages.add("/next", f"<main><h1>Next</h1><a href='/last'>Further</a></main>{count}")
+    pages.add("/last", f"<main><h1>Last</h1><button>End</button></main>{count}")
+    guest = await meet(pages.add("/", "<main><a href='/next'>Next page</a></main>"))
+    model.scripts.append(does(click("Next page"), message="To the next."))
+    model.scripts.append(does(click("Further"), fill("Further", "never"), message="And further."))
+    model.scripts.append(says("", type="task_complete", summary="There."))
+    await guest.ask("Go to the end")
+    await guest.hears("There.")
+    assert len(model.requests) == 3
+    assert "<h1>" not in model.prompt(1)
+    assert "URL: " + pages.url + "/next" in model.prompt(1)
+    assert "done. URL" in model.prompt(1)
+    assert "URL: " + pages.url + "/last" in model.prompt(2)
+    assert "failed at step 2: another page was loaded" in model.prompt(2)
+    assert await guest.page.evaluate("sessionStorage.n") == "2"
+    single, sequence = guest.results()
+    assert single["success"] is True
+    assert sequence["success"] is False
+    assert (sequence["completedSteps"], sequence["totalSteps"]) == (1, 2)
+    said = [line for line in await guest.log() if line.startswith("bot: ")]
+    assert said == ["bot: Hello!", "bot: To the next.", "bot: And further.", "bot: There."]
+    [session] = server.hub.sessions.values()
+    assert len(session.history) == 4
+
+    # The visitor goes back: an old page out of the cache, with the whole conversation, and
+    # numbers of elements that are its own.
+    await guest.page.go_back(wait_until="commit")
+    await guest.page.go_back(wait_until="commit")
+    await guest.page.wait_for_function("LeFlux?.getState().connected")
+    await until(lambda: session.context["url"] == f"{pages.url}/")
+    await guest.see(".bot", "There.").wait_for()
+    await guest.ask("Where am I?")
+    await guest.hears("ok")
+    assert (await guest.log())[-3:] == ["bot: There.", "user: Where am I?", "bot: ok"]
+
+
+async def test_leaving_in_the_middle(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """A visitor who leaves during a plan finds it reported as cut off, and never done twice."""
+    await chat_server(serve, pages, model)
+    body = "<main><button onclick='sessionStorage.n = 1 + (+sessionStorage.n || 0)'>Add</button>"
+    pages.add("/other", body)
+    guest = await meet(pages.add("/", body))
+    model.scripts.append(does(click("Add"), {"action": "wait", "waitDuration": 9000}, click("Add")))
+    model.scripts.append(says("", type="abort_workflow", reason="It was cut off."))
+    await guest.ask("Add two")
+    await guest.page.wait_for_function("sessionStorage.n == 1")
+    await guest.page.goto(f"{pages.url}/other")
+    await guest.hears("It was cut off.")
+    await guest.page.go_back(wait_until="commit")
+    await guest.see(".bot", "It was cut off.").wait_for()
+    assert guest.results()[-1]["totalSteps"] == 3
+    assert guest.results()[-1]["success"] is False
+    assert await guest.page.evaluate("sessionStorage.n") == "1"
+
+    # A plan that was made for the page before is never carried out on another page.
+    streams(model, "Wait ")
+    plan = does(click("Add"))
+    started = asyncio.Event()
+
+    async def slow(request: web.Request) -> web.StreamResponse:
+        started.set()
+        await model.at_gate(request)
+        assert callable(plan)
+        return await plan(request)
+
+    model.scripts.clear()
+    model.scripts += [slow, says("Where were we?")]
+    await guest.ask("Add one")
+    await started.wait()
+    count = len(guest.sent("update_context"))
+    await guest.page.goto(f"{pages.url}/other")
+    await until(lambda: len(guest.sent("update_context")) > count)
+    model.gate.release()
+    await guest.hears("Where were we?")
+    assert "refused" in model.prompt()
+    assert await guest.page.evaluate("sessionStorage.n") == "1"
+
+
+# ---------------------------------------------------------------------------------------------
+# For the page's author
+
+
+async def test_api_and_events(visit: Visit, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """window.LeFlux does what it says, from before it is ready until it is destroyed."""
+    server = await chat_server(serve, pages, model)
+    early = """<script>
+        window.heard = [];
+        for (const name of "ready open close message reply action error".split(" "))
+          document.addEventListener("leflux:" + name, ({ detail }) => heard.push([name, detail]));
+        const hear = (detail) => heard.push(["on", detail.text]);
+        new MutationObserver((_, observer) => {
+          if (!window.LeFlux) return;
+          observer.disconnect();
+          LeFlux.on("reply", hear).send("Sent early");
+        }).observe(document, { childList: true, subtree: true });
+    </script>"""
+    guest = Guest(await visit(pages.add("/", f"{early}<button>Press</button>", script="")))
+    await guest.hears("ok")
+    heard = await guest.page.evaluate("heard")
+    assert [name for name, _ in heard] == ["ready", "open", "message", "reply", "on"]
+    assert heard[2][1] == {"text": "Sent early"}
+    assert heard[3][1] == {"text": "ok"}
+    state = {"ready": True, "open": True, "connected": True, "running": False, "taken": False}
+    assert await guest.page.evaluate("LeFlux.getState()") == state
+
+    model.scripts.append(does(click("Press")))
+    model.scripts.append(says("", type="task_complete", summary="Pressed."))
+    await guest.page.evaluate("heard = [], LeFlux.off('reply', hear), LeFlux.send('Press it')")
+    await guest.hears("Pressed.")
+    heard = await guest.page.evaluate("heard")
+    assert [name for name, _ in heard] == ["message", "reply", "action", "reply"]
+    assert heard[2][1]["type"] == "click_element"
+
+    await guest.page.evaluate("heard = [], LeFlux.toggle()")
+    await expect(guest.see(".panel")).to_be_hidden()
+    await guest.page.evaluate("LeFlux.open(), LeFlux.close(), LeFlux.close(), LeFlux.toggle()")
+    await guest.page.wait_for_function("heard.length == 4")
+    assert [name for name, _ in await guest.page.evaluate("heard")] == [
+        "close",
+        "open",
+        "close",
+        "open",
+    ]
+
+    [old] = server.hub.sessions
+    await guest.page.evaluate("LeFlux.clearConversation()")
+    await until(lambda: old not in server.hub.sessions)
+    assert await guest.log() == ["bot: Hello!"]
+    await guest.page.evaluate("LeFlux.send('A new start')")
+    await guest.hears("ok")
+    assert await guest.log() == ["bot: Hello!", "user: A new start", "bot: ok"]
+    assert "Sent early" not in model.prompt()
+
+    streams(model, "This goes on")
+    await guest.ask("Go on")
+    await guest.see(".bot", "This goes on").wait_for()
+    await guest.page.evaluate("LeFlux.destroy()")
+    assert await guest.page.locator("leflux-widget").count() == 0
+    assert await guest.page.evaluate("window.LeFlux") is None
+    model.gate.release()
+    await guest.page.add_script_tag(url=f"{server.url}/embed.js")  # and once more
+    await guest.hears("This goes on")
+
+
+async def test_strict_policy(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """It works under a policy that allows the server's scripts and connections, and no more."""
+    server = await chat_server(serve, pages, model)
+    policy = (
+        f"default-src 'none'; script-src {server.url};"
+        f" connect-src {server.url} {server.url.replace('http', 'ws')};"
+        " require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    body = (
+        '<main><a href="/next">Next</a> <input aria-label="Name">'
+        '<p contenteditable="true" aria-label="Note">x</p></main>'
+    )
+    pages.add("/next", "<main>Next page</main>", Content_Security_Policy=policy)
+    guest = await meet(pages.add("/", body, Content_Security_Policy=policy))
+    await guest.page.evaluate(
+        """() => { window.violations = []; document.addEventListener("securitypolicyviolation",
+            ({ violatedDirective, sourceFile }) => violations.push(violatedDirective)); }"""
+    )
+    model.scripts.append(
+        does(fill("Name", "Ada"), fill("Note", "new"), message="With **Markdown** and `code`.")
+    )
+    items = [{"title": "T", "text": "x", "url": "/next"}]
+    block = {"block_type": "link_cards", "data": {"items": items}}
+    model.scripts.append(says("Here:", type="render_ui_block", **block))
+    await guest.ask("Fill it in")
+    await guest.see("a.card", "T").wait_for()
+    assert [step["success"] for step in guest.results()[0]["results"]] == [True, True]
+    await expect(guest.see(".bot strong")).to_have_text("Markdown")
+    style = "node => getComputedStyle(node).position"
+    assert await guest.see(".panel").evaluate(style) == "fixed"
+    assert await guest.page.evaluate("violations") == []
+    model.scripts.append(does({"action": "navigate", "url": "/next"}))
+    model.scripts.append(says("", type="task_complete", summary="There."))
+    await guest.ask("Next")
+    await guest.hears("There.")
+
+
+# ---------------------------------------------------------------------------------------------
+# A whole visit on the demo shop
+
+
+async def test_visit_with_the_guide(meet: Meet, serve: Serve) -> None:
+    """Without a model: a price, the way to the contact page, a letter, an account's end."""
+    guest = await meet(await shop(serve))
+    await guest.ask("What does Pro cost?")
+    await guest.hears("€18 a month")
+    await guest.ask("Take me to contact")
+    await guest.page.wait_for_url("**/contact")
+    await guest.hears("Done.")
+    await guest.ask("Send a message, I'm Ada, ada@example.com")
+    await guest.hears("What shall I put into “Message”?")
+    assert await guest.page.input_value("#name") == "Ada"
+    assert await guest.page.input_value("#email") == "ada@example.com"
+    await guest.ask("I love your coffee")
+    await guest.see(".confirm button.strong").click()
+    await guest.page.locator("#sent", has_text="Thank you!").wait_for()
+    await guest.hears("Done.")
+    await guest.ask("Delete my account")
+    await guest.see(".confirm button:enabled", "No").click()
+    await guest.hears(lf.NOT_CONFIRMED)
+    await guest.ask("Delete my account")
+    await guest.see(".confirm button.strong:enabled").click()
+    await guest.page.locator("#account", has_text="is deleted").wait_for()
+    await guest.hears("Done.")
+
+
+@pytest.mark.parametrize("start", ["", "prices", "contact"])
+async def test_letter_from_any_page(meet: Meet, serve: Serve, start: str) -> None:
+    """The guide finds the form from whichever page the visitor is on, and has read along."""
+    guest = await meet(f"{await shop(serve)}/{start}")
+    await guest.ask("Send a message that I love your coffee, my name is Ada, ada@example.com")
+    await guest.see(".confirm button.strong").click()
+    await guest.page.locator("#sent", has_text="Thank you!").wait_for()
+    await guest.hears("Done.")
+    typed = [step.get("text") for result in guest.results() for step in result.get("results", [])]
+    assert typed == ["Ada", "ada@example.com", "I love your coffee"]
+
+
+async def test_visit_with_a_model(meet: Meet, serve: Serve, model: FakeModel) -> None:
+    """With a model: over three pages, a form, a question and a confirmation in one task."""
+    guest = await meet(await shop(serve, model))
+    model.scripts += [
+        does({"action": "navigate", "url": "/prices"}, message="I look at the prices."),
+        does(click("Choose Pro"), message="I choose Pro."),
+        does(click("Contact"), message="Now to the form."),
+        does(fill("Name", "Ada"), fill("E-mail", "ada@example.com"), message="I fill it in."),
+        says("", type="ask_user", question="What shall I write?", field_type="text"),
+        does(fill("Message", "Hello there")),
+        does(click("Send message")),
+        says("", type="task_complete", summary="It is on its way."),
+    ]
+    await guest.ask("Choose Pro and write to them")
+    await guest.hears("What shall I write?")
+    assert "Choose Pro: a good choice" in model.prompt(2)
+    await guest.ask("Hello there")
+    await guest.see(".confirm button.strong").click()
+    await guest.hears("It is on its way.")
+    await guest.page.locator("#sent", has_text="Thank you!").wait_for()
+    assert all(result["success"] for result in guest.results())
+    assert not model.scripts
