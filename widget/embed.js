@@ -514,7 +514,7 @@
     Object.assign(ring, { left: `${box.left - 6}px`, top: `${box.top - 6}px` });
     Object.assign(ring, { width: `${box.width + 12}px`, height: `${box.height + 12}px` });
     view.ring.hidden = false;
-    await pause(document.hidden ? 0 : 450);
+    await pause(document.hidden ? 0 : 350);
     view.ring.hidden = true;
   }
 

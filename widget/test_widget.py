@@ -99,7 +99,9 @@ def does(*steps: Json, message: str = "On it.") -> Script:
             if "on" in step:
                 lines = re.findall(r"^\[(\d+)\] (.*)$", prompt, re.M)
                 name = step.pop("on")
-                step["elementId"] = next(int(number) for number, line in lines if name in line)
+                found = [int(number) for number, line in lines if name in line]
+                assert found, (name, prompt)
+                step["elementId"] = found[0]
         action: Json = {"type": "execute_generic_sequence", "steps": plan}
         if len(plan) == 1 and plan[0]["action"] in ("click", "navigate"):
             kind = {"click": "click_element", "navigate": "navigate"}[plan[0]["action"]]
@@ -406,14 +408,15 @@ async def test_confirmation(meet: Meet, serve: Serve, model: FakeModel, pages: P
     await chat_server(serve, pages, model)
     button = "<main><button onclick='this.after(`gone `)'>Delete it</button></main>"
     guest = await meet(pages.add("/", button))
-    yes, no = guest.see(".confirm button.strong"), guest.see(".confirm button.plain")
+    yes = guest.see(".confirm button.strong:enabled")
+    no = guest.see(".confirm button.plain:enabled")
     model.scripts.append(does(click("Delete it")))
     await guest.ask("Delete it")
     await guest.see(".confirm", "Shall I click “Delete it”?").wait_for()
     await expect(no).to_be_focused()
     await no.click()
     await guest.hears(lf.NOT_CONFIRMED)
-    await expect(yes).to_be_disabled()
+    await expect(yes).to_have_count(0)
     assert await guest.page.inner_text("main") == "Delete it"
 
     # Both are still of the current turn, which a reload hears again: once each, and no button.
@@ -426,7 +429,7 @@ async def test_confirmation(meet: Meet, serve: Serve, model: FakeModel, pages: P
 
     model.scripts.append(does(click("Delete it")))
     await guest.ask("Delete it, really")
-    await yes.last.click()
+    await yes.click()
     model.scripts.append(says("", type="task_complete", summary="It is deleted."))
     await guest.hears("It is deleted.")
     assert await guest.page.inner_text("main") == "Delete itgone"
@@ -789,8 +792,8 @@ PAGE = """
   <h1>Everything</h1><p>Some text to read.</p>
   <p class="gone">Unread text</p>
   <section><h2>Choices</h2>
-    <select aria-label="Colour"><option value="r">Red</option><option value="b" selected>Blue</option>
-    </select>
+    <select aria-label="Colour"><option value="r">Red</option>
+      <option value="b" selected>Blue</option></select>
     <label><input type="checkbox" name="news" checked> Newsletter</label>
     <label class="card"><input type="radio" name="size" class="clear"> Large</label>
     <div role="switch" aria-checked="true" tabindex="0">Dark mode</div>
@@ -958,7 +961,7 @@ async def test_single_page_navigation(
     assert session.context["visibleText"] == "About\nCall us"
     await guest.page.go_back(wait_until="commit")
     await until(lambda: session.context["url"] == f"{pages.url}/")
-    assert len(guest.sent("update_context")) == 2
+    await until(lambda: len(guest.sent("update_context")) == 2)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1060,48 +1063,54 @@ async def test_filling_a_form(meet: Meet, serve: Serve, model: FakeModel, pages:
     await expect(guest.see("textarea")).to_be_focused()  # back to the visitor
 
 
-async def test_failed_steps(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+FAILURES: list[tuple[Json, str, str]] = [
+    (fill("Stubborn", "yes"), "", "did not take the text"),
+    (fill("Short", "too long"), "", "the text is too long"),
+    (fill("Born", "yesterday"), "", "did not take the text"),
+    (fill("Terms", "text"), "", "takes no text"),
+    (fill("Press", "text"), "", "cannot be typed"),
+    (fill("Colour", "green", "select"), "", "no such option"),
+    (fill("Plain", "text", "select"), "", "no list"),
+    (fill("Phone", "5551234567"), "remove()", "no longer on the page"),
+    (fill("Phone", "5551234567"), "hidden = true", "cannot be seen"),
+    (fill("Phone", "5551234567"), "disabled = true", "is disabled"),
+    (fill("Phone", "5551234567"), "readOnly = true", "read-only"),
+    (fill("Phone", "5551234567"), "name = 'cvv'", "only the visitor"),
+]
+
+
+async def test_failed_steps(visit: Visit, serve: Serve, model: FakeModel, pages: Pages) -> None:
     """A sequence stops at its first failed step, and the model is told which and why."""
-    await chat_server(serve, pages, model)
-    guest = await meet(pages.add("/", FORM))
-    for step, reason in [
-        (fill("Stubborn", "yes"), "did not take the text"),
-        (fill("Short", "too long"), "too long"),
-        (fill("Born", "yesterday"), "did not take the text"),
-        (fill("Terms", "text"), "takes no text"),
-        (fill("Press", "text"), "cannot be typed"),
-        (fill("Colour", "green", "select"), "no such option"),
-        (fill("Plain", "text", "select"), "no list"),
-    ]:
-        model.scripts.append(does(fill("Plain", "first"), step, fill("Plain", "never")))
-        model.scripts.append(says("", type="abort_workflow", reason=f"Because {reason}."))
-        await guest.ask(f"Try {reason}")
-        await guest.hears(f"Because {reason}.")
-        result = guest.results()[-1]
+    await chat_server(serve, pages, model, limits={"init_per_minute": 100})
+    url = pages.add("/", FORM)
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        prompt = (await request.json())["messages"][-1]["content"]
+        if told := re.search(r"failed at step 2: .*", prompt):
+            reply = says("", type="abort_workflow", reason=told[0])
+            return web.Response(body=reply[0], content_type="text/event-stream")
+        number = int(re.findall(r"Try (\d+)", prompt)[-1])
+        script = does(click("Press"), FAILURES[number][0], fill("Plain", "never"))
+        assert callable(script)
+        return await script(request)
+
+    async def fails(number: int) -> None:
+        _, spoil, reason = FAILURES[number]
+        guest = Guest(await visit(url))
+        if spoil:
+            press = "document.querySelector('form button').onclick"
+            await guest.page.evaluate(f"{press} = () => {{ field('Phone').{spoil} }}, 0")
+        await guest.page.evaluate(f"LeFlux.send('Try {number}')")
+        await guest.see(".bot", "failed at step 2:").wait_for()
+        await guest.see(".bot", reason).wait_for()
+        [result] = guest.results()
         assert (result["success"], result["completedSteps"], result["totalSteps"]) == (False, 1, 3)
         assert len(result["results"]) == 2
         assert reason in result["results"][1]["error"]
-        assert f"failed at step 2: {result['results'][1]['error']}" in model.prompt()
-        assert await guest.page.input_value("[aria-label=Plain]") == "first"
+        assert await guest.page.input_value("[aria-label=Plain]") == ""
 
-    for script, reason in {
-        "field('Phone').remove()": "no longer on the page",
-        "field('Phone').hidden = true": "cannot be seen",
-        "field('Phone').disabled = true": "is disabled",
-        "field('Phone').readOnly = true": "read-only",
-        "field('Phone').name = 'cvv'": "only the visitor",
-    }.items():
-        await guest.page.reload()
-        await guest.page.wait_for_function("LeFlux?.getState().connected")
-        count = len(guest.results())
-        spoil = f"document.querySelector('form button').onclick = () => {{ {script} }}"
-        await guest.page.evaluate(spoil)
-        model.scripts.append(does(click("Press"), fill("Phone", "5551234567")))
-        model.scripts.append(says("", type="abort_workflow", reason=f"Because {reason}."))
-        await guest.ask(f"Try {reason}")
-        await guest.hears(f"Because {reason}.")
-        assert len(guest.results()) == count + 1
-        assert reason in guest.results()[-1]["results"][1]["error"]
+    model.scripts.extend([answer] * (2 * len(FAILURES)))
+    await asyncio.gather(*map(fails, range(len(FAILURES))))
 
 
 async def test_settled_while_acting(
@@ -1403,16 +1412,20 @@ async def test_visit_with_the_guide(meet: Meet, serve: Serve) -> None:
     await guest.hears("Done.")
 
 
-@pytest.mark.parametrize("start", ["", "prices", "contact"])
-async def test_letter_from_any_page(meet: Meet, serve: Serve, start: str) -> None:
-    """The guide finds the form from whichever page the visitor is on, and has read along."""
-    guest = await meet(f"{await shop(serve)}/{start}")
-    await guest.ask("Send a message that I love your coffee, my name is Ada, ada@example.com")
-    await guest.see(".confirm button.strong").click()
-    await guest.page.locator("#sent", has_text="Thank you!").wait_for()
-    await guest.hears("Done.")
-    typed = [step.get("text") for result in guest.results() for step in result.get("results", [])]
-    assert typed == ["Ada", "ada@example.com", "I love your coffee"]
+async def test_letter_from_any_page(meet: Meet, serve: Serve) -> None:
+    """The guide finds the form from whichever page the visitor is on, and fills it in."""
+    url = await shop(serve)
+
+    async def write(start: str) -> None:
+        guest = await meet(f"{url}/{start}")
+        await guest.ask("Send a message that I love your coffee, my name is Ada, ada@example.com")
+        await guest.see(".confirm button.strong").click()
+        await guest.page.locator("#sent", has_text="Thank you!").wait_for()
+        await guest.hears("Done.")
+        steps = [step for result in guest.results() for step in result.get("results", [])]
+        assert [step["text"] for step in steps] == ["Ada", "ada@example.com", "I love your coffee"]
+
+    await asyncio.gather(*map(write, ["", "prices", "contact"]))
 
 
 async def test_visit_with_a_model(meet: Meet, serve: Serve, model: FakeModel) -> None:
