@@ -206,14 +206,14 @@
   // used again, on no page of this site, so that a plan made on an older picture, or on the page
   // before, never means another element.
 
-  const ROLES = "button link checkbox radio switch tab menuitem menuitemcheckbox menuitemradio option"
-    + " combobox textbox searchbox slider spinbutton treeitem";
+  const ROLES = "button link checkbox radio switch tab menuitem menuitemcheckbox menuitemradio"
+    + " option combobox textbox searchbox slider spinbutton treeitem";
   const INTERACTIVE = "a[href], button, input:not([type=hidden]), select, textarea, summary,"
     + '[contenteditable=""], [contenteditable=true], [contenteditable=plaintext-only],'
     + ROLES.split(" ").map((role) => `[role=${role}]`).join();
   const MODAL = "dialog[open], [role=dialog], [role=alertdialog], [aria-modal=true]";
-  const GROUP = `form, fieldset, section, article, nav, aside, header, footer, main, li, td, details,
-    ${MODAL}`;
+  const GROUP = `${MODAL}, form, fieldset, section, article, nav, aside, header, footer, main, li,
+    td, details`;
   // What the server takes for a field of secrets, and so never fills (SENSITIVE there).
   const SECRET = new RegExp(String.raw`\bpass\s?(word|wd|code|phrase|wort)|\b(pass|pwd?|psw)\b
     |kennwort|contraseñ|mot\sde\spasse|\bsenha\b|wachtwoord|\bone\s?time|\bt?otp\b|\b(2|m|t)\s?fa\b
@@ -266,8 +266,8 @@
       return squeeze(element.value || element.alt || element.type, 120);
     }
     const labels = [...(element.labels || [])].map((label) => label.cloneNode(true));
-    for (const field of labels.flatMap((label) => [...label.querySelectorAll("select, textarea")])) {
-      field.remove(); // a label around its field would say the field's text, too
+    for (const label of labels) { // around its field it would say the field's text, too
+      for (const field of label.querySelectorAll("select, textarea")) field.remove();
     }
     const own = isField(element) ? labels.map((label) => label.textContent).join(" ")
       : element.innerText ?? element.textContent; // SVG has no innerText
@@ -298,18 +298,19 @@
     const type = { a: "link", button: "button", summary: "summary" }[tag]
       || (isField(element) ? element.type.replace("select-one", "select") : role || "textbox");
     const checkable = /^(checkbox|radio)$/.test(element.type);
-    const hasValue = isField(element) && !checkable && element.type !== "file" && !isSecret(element);
+    const isWritten = isField(element) && !checkable && element.type !== "file";
     const value = tag === "select" ? element.selectedOptions[0]?.text : element.value;
+    const submits = tag === "button" && element.form && element.type === "submit";
     const options = tag === "select" && [...element.options].slice(0, 30);
     return {
       id: numbers.get(element),
       type,
-      inputType: tag === "button" && element.form && element.type === "submit" ? "submit" : undefined,
+      inputType: submits ? "submit" : undefined,
       role: role === type ? undefined : role,
       text: labelOf(element),
       name: said("name"),
       placeholder: said("placeholder"),
-      value: (hasValue && squeeze(value, 100)) || undefined,
+      value: (isWritten && !isSecret(element) && squeeze(value, 100)) || undefined,
       autocomplete: (isField(element) && element.autocomplete) || undefined,
       href: tag === "a" ? (element.href.baseVal ?? element.href).slice(0, 300) : undefined, // SVG
       ariaLabel: said("aria-label"),
@@ -389,9 +390,9 @@
 
   /** Set a property as the browser does, behind the back of frameworks that watch it. */
   function setNatively(element, property, value) {
-    const kinds = { input: HTMLInputElement, textarea: HTMLTextAreaElement, select: HTMLSelectElement };
-    const { prototype } = kinds[element.localName];
-    Object.getOwnPropertyDescriptor(prototype, property).set.call(element, value);
+    let owner = Object.getPrototypeOf(element);
+    while (!Object.hasOwn(owner, property)) owner = Object.getPrototypeOf(owner);
+    Object.getOwnPropertyDescriptor(owner, property).set.call(element, value);
     fire(element, new InputEvent("input", { ...bubbling, inputType: "insertText", data: value }),
       new Event("change", bubbling));
   }
@@ -430,7 +431,7 @@
         setNatively(element, "value", text);
       }
       await pause(60);
-      const plain = (value) => value.replace(/[^\p{L}\p{N}]/gu, "").toLowerCase(); // masks add signs
+      const plain = (written) => written.replace(/[^\p{L}\p{N}]/gu, "").toLowerCase(); // of a mask
       const now = editable ? element.innerText : element.value;
       if (squeeze(now) !== squeeze(text) && (!plain(now) || plain(now) !== plain(text))) {
         throw new Error("the field did not take the text");
@@ -450,9 +451,9 @@
       }
       if (element.localName !== "select") throw new Error("this is no list; click it instead");
       const options = [...element.options].filter((option) => !option.disabled);
-      const names = (option) => [option.text, option.value].map((name) => squeeze(name).toLowerCase());
-      const option = options.find((one) => names(one).includes(wish))
-        || options.find((one) => wish && names(one)[0].startsWith(wish));
+      const plain = (name) => squeeze(name).toLowerCase();
+      const option = options.find((one) => plain(one.text) === wish || plain(one.value) === wish)
+        || options.find((one) => wish && plain(one.text).startsWith(wish));
       if (!option) throw new Error("the list has no such option");
       if (element.multiple) {
         option.selected = true;
@@ -478,10 +479,11 @@
       // A click on a link lets the page's own router take it. Where nothing does, the browser
       // loads the page.
       const before = location.href;
-      const ready = [...document.links].find((a) => a.href === target.href && !a.target && isUsable(a));
-      const anchor = ready || document.body.appendChild(h("a", { href: target.href, hidden: true }));
+      const { href } = target;
+      const own = [...document.links].find((a) => a.href === href && !a.target && isUsable(a));
+      const anchor = own || document.body.appendChild(h("a", { href, hidden: true }));
       anchor.click();
-      if (!ready) anchor.remove();
+      if (!own) anchor.remove();
       const hasBegun = () => leftAt || location.href !== before;
       for (let tries = 0; tries < 20 && !hasBegun(); tries++) await pause(50);
       if (!hasBegun()) location.assign(target);
@@ -547,7 +549,7 @@
       }
       results.push(result);
       if (!result.success) break;
-      await settled(/click|navigate/.test(step.action) ? 400 : 50);
+      await settled(/click|navigate/.test(step.action) ? 300 : 50);
       while (Date.now() - leftAt < 10_000) await pause(100); // longer: it was a download
       if (isCancelled()) break;
     }
@@ -1003,10 +1005,10 @@ form button:disabled { opacity: .5; cursor: default; }
 
   async function call(method, path, data) {
     let response, answer;
-    try { // a string body is text/plain: no preflight
-      const signal = AbortSignal.timeout(20_000);
+    try { // a string body is text/plain: no preflight; a small one outlives the page
       const body = data && encode(data);
-      response = await fetch(SERVER + path, { method, body, credentials: "omit", signal });
+      const options = { method, body, credentials: "omit", keepalive: !(body?.length > 20_000) };
+      response = await fetch(SERVER + path, { ...options, signal: AbortSignal.timeout(20_000) });
       answer = await response.json();
     } catch {
       const error = new Error(WORDS.unreachable);
@@ -1163,7 +1165,8 @@ form button:disabled { opacity: .5; cursor: default; }
   }
   function showPage() {
     picture = true;
-    socket.send(encode({ event: "update_context", data: { sessionId: session.id, context: scan() } }));
+    const data = { sessionId: session.id, context: scan() };
+    socket.send(encode({ event: "update_context", data }));
   }
 
   /**
@@ -1351,9 +1354,11 @@ form button:disabled { opacity: .5; cursor: default; }
         sent = await call("POST", "/api/chat", body);
       } catch (error) {
         debug("not sent", error);
-        if (error.code === "session_not_found") forget();
-        if (tries > 3 || !/^(session_not_found|network|shutting_down)$/.test(error.code)) problem = error;
-        else if (error.code !== "session_not_found") await pause(200 * 2 ** tries);
+        const isLost = error.code === "session_not_found";
+        const mayPass = isLost || error.code === "network" || error.code === "shutting_down";
+        if (isLost) forget();
+        if (tries > 3 || !mayPass) problem = error;
+        else if (!isLost) await pause(200 * 2 ** tries);
       }
     }
     sending = false;
@@ -1362,8 +1367,8 @@ form button:disabled { opacity: .5; cursor: default; }
     if (problem) {
       taken = wasTaken;
       setRunning(false);
-      const again = () => { queue = queue.then(() => deliver(message, clientMessageId, node, true)); };
-      failed(problem, again);
+      const again = () => deliver(message, clientMessageId, node, true);
+      failed(problem, () => { queue = queue.then(again); });
       return;
     }
     node.classList.remove("pending");
@@ -1440,7 +1445,11 @@ form button:disabled { opacity: .5; cursor: default; }
       if (id) call("DELETE", `/api/session/${id}`).catch(() => {}); // else it ends by itself
     }),
     getState: () => ({
-      ready: Boolean(view.host), open: Boolean(view.host) && isOpen(), connected: joined, running, taken,
+      ready: Boolean(view.host),
+      open: Boolean(view.host) && isOpen(),
+      connected: joined,
+      running,
+      taken,
     }),
     on(name, heard) {
       hearers.set(name, (hearers.get(name) || new Set()).add(heard));
@@ -1486,7 +1495,7 @@ form button:disabled { opacity: .5; cursor: default; }
     const history = await enter();
     if (over.signal.aborted) return;
     if (!history) {
-      console.warn(`leflux: ${location.host} is not a site of ${SERVER} (see allowed_hosts there).`);
+      console.warn(`leflux: ${location.host} is not a site of ${SERVER}, see its allowed_hosts.`);
       delete window.LeFlux;
       return;
     }

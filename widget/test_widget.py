@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import re
 import socket
@@ -134,7 +135,7 @@ class Guest:
 
     def _on_request(self, request: Request) -> None:
         if request.url.endswith("/api/chat") and request.method == "POST":
-            self.posts.append(request.post_data_json)
+            self.posts.append(json.loads(request.post_data or ""))
 
     async def open(self) -> Guest:
         await self.page.click("leflux-widget .launcher")
@@ -154,11 +155,12 @@ class Guest:
 
     async def log(self) -> list[str]:
         """The bubbles of the conversation, as "user: text"."""
-        return await self.page.evaluate(
+        lines: list[str] = await self.page.evaluate(
             """() => [...document.querySelector("leflux-widget").shadowRoot
                 .querySelectorAll(".log > *")].map((node) =>
                     `${node.className.split(" ")[0]}: ${node.innerText.trim()}`)"""
         )
+        return lines
 
     def sent(self, event: str) -> list[Json]:
         return [frame["data"] for frame in self.said if frame["event"] == event]
@@ -175,7 +177,8 @@ class Guest:
     def context(self) -> Json:
         """The picture of the page that went out last."""
         shown = [f["data"]["context"] for f in self.said if "context" in f["data"]]
-        return shown[-1] if shown else self.posts[-1]["pageContext"]
+        context: Json = shown[-1] if shown else self.posts[-1]["pageContext"]
+        return context
 
 
 Meet = Callable[..., Any]
@@ -333,6 +336,10 @@ async def test_hostile_reply(meet: Meet, serve: Serve, model: FakeModel, pages: 
     """Whatever a model says is text: nothing runs, nothing is slow, and no link is a script."""
     await chat_server(serve, pages, model)
     guest = await meet(pages.add("/", "<main>Hello</main>"))
+
+    def count(event: str, wanted: int) -> bool:
+        return [frame["event"] for frame in guest.heard].count(event) == wanted
+
     tags = "a br code em li ol p pre span strong ul".split()
     for number, text in enumerate(HOSTILE):
         block = {"title": text, "text": text, "points": [text, 7, None], "price": text}
@@ -340,10 +347,10 @@ async def test_hostile_reply(meet: Meet, serve: Serve, model: FakeModel, pages: 
         block_type = lf.BLOCK_TYPES[number % 4]
         model.scripts.append(says(text, type="render_ui_block", block_type=block_type, data=data))
         await guest.ask(f"Attack {number}")
-        await until(lambda n=number: sum(f["event"] == "ui_block" for f in guest.heard) > n)
+        await until(functools.partial(count, "ui_block", number + 1))
         model.scripts.append(says(text, type="ask_user", question=text, field_type=text))
         await guest.ask(f"Attack {number} again")
-        await until(lambda n=number: sum(f["event"] == "message" for f in guest.heard) > n)
+        await until(functools.partial(count, "message", number + 1))
     await expect(guest.see(".stop")).to_be_hidden()
     found: list[str] = await guest.page.evaluate(
         """() => [...document.querySelector("leflux-widget").shadowRoot
@@ -851,7 +858,7 @@ async def test_what_is_seen(meet: Meet, serve: Serve, model: FakeModel, pages: P
     for element in context["indexedElements"]:
         elements.setdefault(element["text"] or element.get("ariaLabel", ""), element)
     assert not elements.keys() & set("Gone Unseen Clear Tiny Inert Hidden Folded".split())
-    for name, wanted in {
+    expected: dict[str, Json] = {
         "Prices": {"type": "link", "href": f"{pages.url}/prices", "parent": "Main"},
         "Colour": {"type": "select", "options": ["Red", "Blue"], "value": "Blue"},
         "Newsletter": {"type": "checkbox", "checked": True, "parent": "Choices"},
@@ -869,7 +876,8 @@ async def test_what_is_seen(meet: Meet, serve: Serve, model: FakeModel, pages: P
         "Search": {"type": "button"},
         "Logo": {"href": f"{pages.url}/img"},
         "In the shadow": {"type": "button"},
-    }.items():
+    }
+    for name, wanted in expected.items():
         assert wanted.items() <= elements[name].items(), name
     named = {e["name"]: e for e in context["indexedElements"] if "name" in e}
     assert {"placeholder": "Your name", "required": True, "value": "Ada"}.items() <= named[
@@ -1063,7 +1071,7 @@ async def test_filling_a_form(meet: Meet, serve: Serve, model: FakeModel, pages:
     await expect(guest.see("textarea")).to_be_focused()  # back to the visitor
 
 
-FAILURES: list[tuple[Json, str, str]] = [
+FAILURES: list[tuple[Json, str, str]] = [  # a step, what spoils it, what is said of it
     (fill("Stubborn", "yes"), "", "did not take the text"),
     (fill("Short", "too long"), "", "the text is too long"),
     (fill("Born", "yesterday"), "", "did not take the text"),
@@ -1071,46 +1079,32 @@ FAILURES: list[tuple[Json, str, str]] = [
     (fill("Press", "text"), "", "cannot be typed"),
     (fill("Colour", "green", "select"), "", "no such option"),
     (fill("Plain", "text", "select"), "", "no list"),
+    (fill("Controlled", "text"), "name = 'cvv'", "only the visitor"),
+    (fill("Short", "a"), "readOnly = true", "read-only"),
+    (fill("Born", "1815-12-10"), "disabled = true", "is disabled"),
+    (fill("Story", "text"), "hidden = true", "cannot be seen"),
     (fill("Phone", "5551234567"), "remove()", "no longer on the page"),
-    (fill("Phone", "5551234567"), "hidden = true", "cannot be seen"),
-    (fill("Phone", "5551234567"), "disabled = true", "is disabled"),
-    (fill("Phone", "5551234567"), "readOnly = true", "read-only"),
-    (fill("Phone", "5551234567"), "name = 'cvv'", "only the visitor"),
 ]
 
 
-async def test_failed_steps(visit: Visit, serve: Serve, model: FakeModel, pages: Pages) -> None:
+async def test_failed_steps(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
     """A sequence stops at its first failed step, and the model is told which and why."""
-    await chat_server(serve, pages, model, limits={"init_per_minute": 100})
-    url = pages.add("/", FORM)
-
-    async def answer(request: web.Request) -> web.StreamResponse:
-        prompt = (await request.json())["messages"][-1]["content"]
-        if told := re.search(r"failed at step 2: .*", prompt):
-            reply = says("", type="abort_workflow", reason=told[0])
-            return web.Response(body=reply[0], content_type="text/event-stream")
-        number = int(re.findall(r"Try (\d+)", prompt)[-1])
-        script = does(click("Press"), FAILURES[number][0], fill("Plain", "never"))
-        assert callable(script)
-        return await script(request)
-
-    async def fails(number: int) -> None:
-        _, spoil, reason = FAILURES[number]
-        guest = Guest(await visit(url))
-        if spoil:
-            press = "document.querySelector('form button').onclick"
-            await guest.page.evaluate(f"{press} = () => {{ field('Phone').{spoil} }}, 0")
-        await guest.page.evaluate(f"LeFlux.send('Try {number}')")
-        await guest.see(".bot", "failed at step 2:").wait_for()
-        await guest.see(".bot", reason).wait_for()
-        [result] = guest.results()
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", FORM))
+    for step, spoil, reason in FAILURES:
+        press = f"() => {{ field('{step['on']}').{spoil} }}" if spoil else "null"
+        await guest.page.evaluate(f"document.querySelector('form button').onclick = {press}, 0")
+        first = click("Press") if spoil else {"action": "wait", "waitDuration": 0}
+        model.scripts.append(does(first, step, fill("Plain", "never")))
+        model.scripts.append(says("", type="abort_workflow", reason=f"Because: {reason}"))
+        await guest.ask(f"Try {step['on']}")
+        await guest.hears(f"Because: {reason}")
+        result = guest.results()[-1]
         assert (result["success"], result["completedSteps"], result["totalSteps"]) == (False, 1, 3)
         assert len(result["results"]) == 2
         assert reason in result["results"][1]["error"]
-        assert await guest.page.input_value("[aria-label=Plain]") == ""
-
-    model.scripts.extend([answer] * (2 * len(FAILURES)))
-    await asyncio.gather(*map(fails, range(len(FAILURES))))
+        assert f"failed at step 2: {result['results'][1]['error']}" in model.prompt()
+    assert await guest.page.input_value("[aria-label=Plain]") == ""
 
 
 async def test_settled_while_acting(
@@ -1256,8 +1250,13 @@ async def test_leaving_in_the_middle(
     assert guest.results()[-1]["success"] is False
     assert await guest.page.evaluate("sessionStorage.n") == "1"
 
+    # A message that is on its way when the page is left arrives all the same.
+    await guest.page.evaluate("LeFlux.send('On my way'), location.href = '/other'")
+    await guest.page.wait_for_url("**/other")
+    await guest.hears("ok")
+    assert (await guest.log())[-2:] == ["user: On my way", "bot: ok"]
+
     # A plan that was made for the page before is never carried out on another page.
-    streams(model, "Wait ")
     plan = does(click("Add"))
     started = asyncio.Event()
 
@@ -1267,12 +1266,11 @@ async def test_leaving_in_the_middle(
         assert callable(plan)
         return await plan(request)
 
-    model.scripts.clear()
     model.scripts += [slow, says("Where were we?")]
     await guest.ask("Add one")
     await started.wait()
     count = len(guest.sent("update_context"))
-    await guest.page.goto(f"{pages.url}/other")
+    await guest.page.goto(f"{pages.url}/")
     await until(lambda: len(guest.sent("update_context")) > count)
     model.gate.release()
     await guest.hears("Where were we?")
@@ -1388,8 +1386,23 @@ async def test_strict_policy(meet: Meet, serve: Serve, model: FakeModel, pages: 
 
 
 async def test_visit_with_the_guide(meet: Meet, serve: Serve) -> None:
-    """Without a model: a price, the way to the contact page, a letter, an account's end."""
-    guest = await meet(await shop(serve))
+    """Without a model: a price, the way to the contact page, a letter, an account's end.
+
+    And others who write from whichever page they are on.
+    """
+    url = await shop(serve)
+
+    async def write(start: str) -> None:
+        guest = await meet(f"{url}/{start}")
+        await guest.ask("Send a message that I love your coffee, my name is Ada, ada@example.com")
+        await guest.see(".confirm button.strong").click()
+        await guest.page.locator("#sent", has_text="Thank you!").wait_for()
+        await guest.hears("Done.")
+        steps = [step for result in guest.results() for step in result.get("results", [])]
+        assert [step["text"] for step in steps] == ["Ada", "ada@example.com", "I love your coffee"]
+
+    letters = asyncio.gather(*map(write, ["", "prices", "contact"]))
+    guest = await meet(url)
     await guest.ask("What does Pro cost?")
     await guest.hears("€18 a month")
     await guest.ask("Take me to contact")
@@ -1410,22 +1423,7 @@ async def test_visit_with_the_guide(meet: Meet, serve: Serve) -> None:
     await guest.see(".confirm button.strong:enabled").click()
     await guest.page.locator("#account", has_text="is deleted").wait_for()
     await guest.hears("Done.")
-
-
-async def test_letter_from_any_page(meet: Meet, serve: Serve) -> None:
-    """The guide finds the form from whichever page the visitor is on, and fills it in."""
-    url = await shop(serve)
-
-    async def write(start: str) -> None:
-        guest = await meet(f"{url}/{start}")
-        await guest.ask("Send a message that I love your coffee, my name is Ada, ada@example.com")
-        await guest.see(".confirm button.strong").click()
-        await guest.page.locator("#sent", has_text="Thank you!").wait_for()
-        await guest.hears("Done.")
-        steps = [step for result in guest.results() for step in result.get("results", [])]
-        assert [step["text"] for step in steps] == ["Ada", "ada@example.com", "I love your coffee"]
-
-    await asyncio.gather(*map(write, ["", "prices", "contact"]))
+    await letters
 
 
 async def test_visit_with_a_model(meet: Meet, serve: Serve, model: FakeModel) -> None:
