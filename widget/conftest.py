@@ -26,6 +26,8 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
     " --disable-background-networking --disable-component-update --remote-debugging-port=0"
 ).split()
+# What Chromium itself complains of when a test cuts a wire, or leaves a page with a socket.
+NO_FAULT = re.compile("net::ERR|Failed to load resource|Back-Forward Cache")
 Visit = Callable[..., Awaitable[Page]]
 
 
@@ -81,7 +83,7 @@ async def visit(chromium: str) -> AsyncIterator[Visit]:
                 "console",
                 lambda line: (
                     problems.append(line.text)
-                    if line.type == "error" and "net::ERR" not in line.text
+                    if line.type == "error" and not NO_FAULT.search(line.text)
                     else None
                 ),
             )

@@ -42,6 +42,8 @@
     reconnecting: "Reconnecting…",
     taken: "This chat is open in another tab.",
     takeBack: "Use it here",
+    lost: "The answer got lost. Please ask again.",
+    tooLong: "That is too long for one message.",
     expired: "The earlier chat has ended; what follows starts afresh.",
     unreachable: "The server cannot be reached just now.",
     failed: "That did not work.",
@@ -204,36 +206,54 @@
   }
 
   // ---------------------------------------------------------------------------------------------
-  // What the page shows: its elements that can be used, numbered, and its text. An element keeps
-  // its number for as long as the page lives, so that a plan made on an older picture never
-  // means another element.
+  // What the page shows: its elements that can be used, numbered, and its text. A number is never
+  // used again, on no page of this site, so that a plan made on an older picture, or on the page
+  // before, never means another element.
 
-  const INTERACTIVE = `a[href], button, input:not([type=hidden]), select, textarea, summary,
-    [contenteditable=""], [contenteditable=true], [contenteditable=plaintext-only],
-    ${"button link checkbox radio switch tab menuitem menuitemcheckbox menuitemradio option combobox \
-textbox searchbox slider spinbutton treeitem".split(" ").map((role) => `[role=${role}]`).join(", ")}`;
+  const ROLES = "button link checkbox radio switch tab menuitem menuitemcheckbox menuitemradio"
+    + " option combobox textbox searchbox slider spinbutton treeitem";
+  const INTERACTIVE = "a[href], button, input:not([type=hidden]), select, textarea, summary,"
+    + '[contenteditable=""], [contenteditable=true], [contenteditable=plaintext-only],'
+    + ROLES.split(" ").map((role) => `[role=${role}]`).join();
   const MODAL = "dialog[open], [role=dialog], [role=alertdialog], [aria-modal=true]";
-  const GROUP = "form, fieldset, section, article, nav, aside, header, footer, main, li, td, details,"
-    + MODAL;
-  const SECRET = new RegExp("pass(word|code|phrase|wd)|\\bpin\\b|one.?time|\\botp\\b|\\b(cvv|cvc|csc)\\b"
-    + "|\\bbank|\\bkonto|kreditkarte|(credit|debit).?card|card.?(number|no\\b|code)|\\biban\\b|\\bbic\\b|sort.?code|routing"
-    + "|account.?number|\\bssn\\b|social.?security|passport|national.?id|tax.?id", "i");
+  const GROUP = `${MODAL}, form, fieldset, section, article, nav, aside, header, footer, main, li,
+    td, details`;
+  // What the server takes for a field of secrets, and so never fills (SENSITIVE there).
+  const SECRET = new RegExp(String.raw`\bpass\s?(word|wd|code|phrase|wort)|\b(pass|pwd?|psw)\b
+    |kennwort|contraseñ|mot\sde\spasse|\bsenha\b|wachtwoord|\bone\s?time|\bt?otp\b|\b(2|m|t)\s?fa\b
+    |two\sfactor|\bpin\b|digit\scode|(verification|security|sms|auth\w*|tfa)\scode
+    |digo\sde\s(seguridad|verif)|code\sde\ss[eé]curit|\bcc\b|(credit|debit)\s?card
+    |\bcard\s?(number|no\b|num|holder|code)|\|\scard(\s\||$)|^card$|\b(cvv|cvc|csc|cvn)\b
+    |expir(y|ation)|\bmm\s?yy|karten\s?nummer|kreditkarte|tarjeta|ro\sde\scarte|\biban\b|\bbic\b
+    |\bswift\b|rout(ing|e)\snumber|sort\scode|\bbank|account\s?(number|no\b|num)|\bkonto|\bssn\b
+    |social\s?security|national\s?(id|insurance)|passport|\btax\s?(id|number|payer)|\btin\b
+    |\b(identity|id)\s?(card|number|no\b)|personalausweis|\bdni\b|\bnino\b|\bcpf\b|aadhaar
+    |driver\w*\slicen[cs]e`.replace(/\n\s*/g, ""));
 
+  const keptNumber = keep("localStorage", "number"); // the last one given, by any tab
   const numbers = new WeakMap(); // element -> its number
   const elements = new Map(); // number -> a weak reference to the element
-  let lastNumber = 0;
 
-  const isVisible = (element) => [...element.getClientRects()].some((box) => box.width > 1 && box.height > 1)
+  /** closest(), out of shadow roots too. */
+  function around(element, selector) {
+    for (let at = element; at; at = at.getRootNode().host) {
+      const found = at.closest(selector);
+      if (found) return found;
+    }
+    return null;
+  }
+  const isVisible = (element) =>
+    [...element.getClientRects()].some((box) => box.width > 1 && box.height > 1)
     && (element.checkVisibility?.({ opacityProperty: true, visibilityProperty: true }) ?? true);
-  const isUsable = (element) => !element.closest("[inert], [aria-hidden=true]")
+  const isUsable = (element) => !around(element, "[inert], [aria-hidden=true]")
     && (isVisible(element) || [...(element.labels || [])].some(isVisible));
   function isInViewport(element) {
     const box = element.getBoundingClientRect();
     return box.bottom > 0 && box.right > 0 && box.top < innerHeight && box.left < innerWidth;
   }
   const isField = (element) => element.matches("input, select, textarea");
-  const isDisabled = (element) => element.matches(":disabled")
-    || element.closest("[aria-disabled=true]") !== null;
+  const isDisabled = (element) =>
+    element.matches(":disabled") || around(element, "[aria-disabled=true]") !== null;
 
   function* everything(root) { // open shadow roots of the page included
     for (const element of root.querySelectorAll("*")) {
@@ -246,94 +266,119 @@ textbox searchbox slider spinbutton treeitem".split(" ").map((role) => `[role=${
     return ids.map((id) => element.getRootNode().getElementById?.(id)?.textContent).join(" ");
   }
   function labelOf(element) {
-    if (element.localName === "input" && /^(submit|button|reset)$/.test(element.type)) {
-      return squeeze(element.value || element.type, 120);
+    if (element.localName === "input" && /^(submit|button|reset|image)$/.test(element.type)) {
+      return squeeze(element.value || element.alt || element.type, 120);
     }
     const labels = [...(element.labels || [])].map((label) => label.cloneNode(true));
-    for (const field of labels.flatMap((label) => [...label.querySelectorAll("select, textarea")])) {
-      field.remove(); // a label around its field would say the field's text, too
+    for (const label of labels) { // around its field it would say the field's text, too
+      for (const field of label.querySelectorAll("select, textarea")) field.remove();
     }
-    const own = isField(element) ? labels.map((label) => label.textContent).join(" ") : element.innerText;
+    const own = isField(element) ? labels.map((label) => label.textContent).join(" ")
+      : element.innerText ?? element.textContent; // SVG has no innerText
     return squeeze(own, 120) || squeeze(byIds(element, "aria-labelledby"), 120)
       || (isField(element) ? "" : squeeze(element.title || element.querySelector("[alt]")?.alt
-        || element.querySelector("title, [aria-label]")?.textContent, 120));
+        || element.querySelector("[aria-label]")?.ariaLabel, 120));
   }
   function headingOf(element) {
     for (let group = element; (group = group.parentElement?.closest(GROUP));) {
-      const name = group.getAttribute("aria-label") || byIds(group, "aria-labelledby")
-        || group.querySelector("h1, h2, h3, h4, h5, h6, legend")?.textContent;
-      if (squeeze(name, 80)) return squeeze(name, 80);
+      const name = squeeze(group.getAttribute("aria-label") || byIds(group, "aria-labelledby")
+        || group.querySelector("h1, h2, h3, h4, h5, h6, legend")?.textContent, 80);
+      if (name) return name;
     }
     return undefined;
   }
-  const isSecret = (element) => /(^|\s)(cc-|one-time|current-pass|new-pass)/.test(element.autocomplete || "")
-    || SECRET.test([element.type, element.name, element.id, element.placeholder, element.ariaLabel,
-      labelOf(element)].join(" | ").replace(/([a-z])([A-Z])|[_-]/g, "$1 $2"));
+  function isSecret(element) {
+    const words = [element.type, element.autocomplete, element.name, element.id,
+      element.placeholder, element.ariaLabel, labelOf(element)].filter(Boolean).join(" | ");
+    return SECRET.test(words.normalize("NFKC").replace(/\p{Cf}/gu, "")
+      .replace(/(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[a-zA-Z])(?=[0-9])/g, " ")
+      .replace(/[\s_.\-/[\]:]+/g, " ").toLowerCase());
+  }
 
   function describe(element) {
     const tag = element.localName;
-    const role = element.getAttribute("role");
+    const said = (name) => squeeze(element.getAttribute(name), 300) || undefined;
+    const role = said("role");
     const type = { a: "link", button: "button", summary: "summary" }[tag]
       || (isField(element) ? element.type.replace("select-one", "select") : role || "textbox");
     const checkable = /^(checkbox|radio)$/.test(element.type);
-    const filled = isField(element) && !checkable && element.type !== "file" && !isSecret(element);
+    const isWritten = isField(element) && !checkable && element.type !== "file";
+    const value = tag === "select" ? element.selectedOptions[0]?.text : element.value;
+    const submits = tag === "button" && element.form && element.type === "submit";
+    const options = tag === "select" && [...element.options].slice(0, 30);
     return {
       id: numbers.get(element),
       type,
-      inputType: tag === "button" && element.form && element.type === "submit" ? "submit" : undefined,
-      role: role && role !== type ? role : undefined,
+      inputType: submits ? "submit" : undefined,
+      role: role === type ? undefined : role,
       text: labelOf(element),
-      name: element.getAttribute("name") || undefined,
-      placeholder: element.getAttribute("placeholder") || undefined,
-      value: filled ? squeeze(element.value, 100) || undefined : undefined,
-      autocomplete: isField(element) && element.autocomplete || undefined,
-      href: tag === "a" ? element.href : undefined,
-      ariaLabel: element.getAttribute("aria-label") || undefined,
-      options: tag === "select" ? [...element.options].slice(0, 30).map((o) => squeeze(o.text, 100)) : undefined,
-      checked: checkable ? element.checked : element.ariaChecked ? element.ariaChecked === "true" : undefined,
-      required: element.required || undefined,
+      name: said("name"),
+      placeholder: said("placeholder"),
+      value: (isWritten && !isSecret(element) && squeeze(value, 100)) || undefined,
+      autocomplete: (isField(element) && element.autocomplete) || undefined,
+      href: tag === "a" ? (element.href.baseVal ?? element.href).slice(0, 300) : undefined, // SVG
+      ariaLabel: said("aria-label"),
+      options: options ? options.map((option) => squeeze(option.text, 60)) : undefined,
+      checked: checkable ? element.checked : { true: true, false: false }[element.ariaChecked],
+      required: element.matches(":required") || element.ariaRequired === "true" || undefined,
       disabled: isDisabled(element) || undefined,
       parent: headingOf(element),
-      inModal: Boolean(element.closest(MODAL)) || undefined,
+      inModal: Boolean(around(element, MODAL)) || undefined,
       inViewport: isInViewport(element) || undefined,
     };
+  }
+  function describeForm(form) { // by getAttribute: a field called "name" hides the form's own name
+    const fields = [...form.elements].filter((field) => isField(field) && isUsable(field));
+    const submits = [...form.elements].filter((field) => field.type === "submit");
+    return {
+      name: form.getAttribute("aria-label") || form.getAttribute("name")
+        || form.getAttribute("id") || undefined,
+      fields: fields.map((field) => labelOf(field) || field.name).slice(0, 20),
+      submit: submits.map(labelOf).join(", "),
+    };
+  }
+
+  /** What can be read, the most telling parts first. */
+  function visibleText() {
+    const main = document.querySelector("main, [role=main]");
+    const parts = [...document.querySelectorAll(MODAL)].filter(isVisible).concat(main || [])
+      .map((part) => part.innerText);
+    const rest = parts.reduce((text, part) => text.replace(part, ""), document.body.innerText);
+    return [...parts, rest].join("\n").trim().slice(0, MAX_CHARS);
   }
 
   /** A picture of the page: what the server calls a page context. */
   function scan() {
-    const rank = (element) => (element.closest(MODAL) ? 0 : isInViewport(element) ? 1 : 2);
+    const rank = (element) => (around(element, MODAL) ? 0 : isInViewport(element) ? 1 : 2);
     const found = [...everything(document.body)]
       .filter((element) => element.matches(INTERACTIVE) && isUsable(element))
       .map((element) => [rank(element), element])
       .sort(([one], [other]) => one - other)
       .slice(0, MAX_ELEMENTS)
       .map(([, element]) => element);
+    let number = keptNumber.get() || 0;
     for (const element of found) {
       if (numbers.has(element)) continue;
-      numbers.set(element, ++lastNumber);
-      elements.set(lastNumber, new WeakRef(element));
+      numbers.set(element, ++number);
+      elements.set(number, new WeakRef(element));
     }
-    const dialogs = [...document.querySelectorAll(MODAL)].filter(isVisible);
-    const main = document.querySelector("main, [role=main]") || document.body;
-    const forms = [...document.forms].filter(isVisible).slice(0, 10).map((form) => ({
-      name: form.getAttribute("aria-label") || form.name || form.id || undefined,
-      fields: [...form.elements].filter((field) => isField(field) && isUsable(field))
-        .map((field) => labelOf(field) || field.name).slice(0, 20),
-      submit: [...form.elements].filter((field) => field.type === "submit").map(labelOf).join(", "),
-    }));
+    keptNumber.set(number);
+    const known = Object.entries(visitorData || {});
     return {
       url: location.href,
       title: squeeze(document.title, 300),
-      visibleText: [...dialogs, main].map((part) => part.innerText).join("\n").trim().slice(0, MAX_CHARS),
+      visibleText: visibleText(),
       indexedElements: found.map(describe),
-      forms,
-      ...(visitorData && { visitorData }),
+      forms: [...document.forms].filter(isVisible).slice(0, 10).map(describeForm),
+      previouslyFilledFields: known.slice(0, 20).map(([name, value]) => ({ name, value })),
     };
   }
 
   // ---------------------------------------------------------------------------------------------
   // Acting: each kind of step does one thing as a visitor would, checks that it took, and throws
   // an Error in words for the model if not.
+
+  let leftAt = 0; // when the page began to be left, in the current plan
 
   function elementOf({ elementId }) {
     const element = elements.get(elementId)?.deref();
@@ -349,8 +394,9 @@ textbox searchbox slider spinbutton treeitem".split(" ").map((role) => `[role=${
 
   /** Set a property as the browser does, behind the back of frameworks that watch it. */
   function setNatively(element, property, value) {
-    const prototype = Object.getPrototypeOf(element);
-    Object.getOwnPropertyDescriptor(prototype, property).set.call(element, value);
+    let owner = Object.getPrototypeOf(element);
+    while (!Object.hasOwn(owner, property)) owner = Object.getPrototypeOf(owner);
+    Object.getOwnPropertyDescriptor(owner, property).set.call(element, value);
     fire(element, new InputEvent("input", { ...bubbling, inputType: "insertText", data: value }),
       new Event("change", bubbling));
   }
@@ -362,20 +408,25 @@ textbox searchbox slider spinbutton treeitem".split(" ").map((role) => `[role=${
       fire(element, new PointerEvent("pointerdown", press), new MouseEvent("mousedown", press));
       element.focus({ preventScroll: true });
       fire(element, new PointerEvent("pointerup", press), new MouseEvent("mouseup", press));
-      element.click();
+      if (element.click) element.click();
+      else fire(element, new MouseEvent("click", press)); // SVG
     },
 
     async type(step) {
       const element = elementOf(step);
       const text = step.inputData;
       const editable = element.isContentEditable;
-      if (!editable && !element.matches("input, textarea")) throw new Error("text cannot be typed there");
-      if (/^(checkbox|radio|file|submit|button|image|range|color)$/.test(element.type)) {
+      if (!editable && !element.matches("input, textarea")) {
+        throw new Error("text cannot be typed there");
+      }
+      if (/^(checkbox|radio|file|submit|button|reset|image|range|color)$/.test(element.type)) {
         throw new Error(`a ${element.type} takes no text`);
       }
       if (isSecret(element)) throw new Error("only the visitor fills this field");
       if (element.readOnly) throw new Error("the field is read-only");
-      if (element.maxLength >= 0 && text.length > element.maxLength) throw new Error("the text is too long");
+      if (element.maxLength >= 0 && text.length > element.maxLength) {
+        throw new Error("the text is too long");
+      }
       element.focus({ preventScroll: true });
       if (editable) {
         getSelection().selectAllChildren(element);
@@ -384,17 +435,19 @@ textbox searchbox slider spinbutton treeitem".split(" ").map((role) => `[role=${
         setNatively(element, "value", text);
       }
       await pause(60);
-      const plain = (value) => value.replace(/[^\p{L}\p{N}]/gu, "").toLowerCase(); // masks add signs
+      const plain = (written) => written.replace(/[^\p{L}\p{N}]/gu, "").toLowerCase(); // of a mask
       const now = editable ? element.innerText : element.value;
-      if (plain(now) !== plain(text)) throw new Error("the field did not take the text");
+      if (squeeze(now) !== squeeze(text) && (!plain(now) || plain(now) !== plain(text))) {
+        throw new Error("the field did not take the text");
+      }
       return { text: squeeze(now, 200) };
     },
 
     async select(step) {
       const element = elementOf(step);
-      const wanted = squeeze(step.inputData).toLowerCase();
+      const wish = squeeze(step.inputData).toLowerCase();
       if (element.type === "radio" || element.type === "checkbox") {
-        const on = !/^(false|no|off|unchecked)$/.test(wanted);
+        const on = element.type === "radio" || !/^(false|no|off|unchecked)$/.test(wish);
         if (element.checked !== on) element.click();
         await pause(60);
         if (element.checked !== on) throw new Error("it did not take the choice");
@@ -402,9 +455,9 @@ textbox searchbox slider spinbutton treeitem".split(" ").map((role) => `[role=${
       }
       if (element.localName !== "select") throw new Error("this is no list; click it instead");
       const options = [...element.options].filter((option) => !option.disabled);
-      const names = (option) => [option.text, option.value].map((name) => squeeze(name).toLowerCase());
-      const option = options.find((one) => names(one).includes(wanted))
-        || options.find((one) => names(one)[0].startsWith(wanted));
+      const plain = (name) => squeeze(name).toLowerCase();
+      const option = options.find((one) => plain(one.text) === wish || plain(one.value) === wish)
+        || options.find((one) => wish && plain(one.text).startsWith(wish));
       if (!option) throw new Error("the list has no such option");
       if (element.multiple) {
         option.selected = true;
@@ -427,11 +480,17 @@ textbox searchbox slider spinbutton treeitem".split(" ").map((role) => `[role=${
     async navigate({ url }) {
       const target = new URL(url, location.href);
       if (target.origin !== location.origin) throw new Error("the address is not on this website");
-      // A click on a link lets the page's own router take it; without one the browser loads it.
-      const same = [...document.links].find((a) => a.href === target.href && !a.target && isUsable(a));
-      const anchor = same || document.body.appendChild(h("a", { href: target.href, hidden: true }));
+      // A click on a link lets the page's own router take it. Where nothing does, the browser
+      // loads the page.
+      const before = location.href;
+      const { href } = target;
+      const own = [...document.links].find((a) => a.href === href && !a.target && isUsable(a));
+      const anchor = own || document.body.appendChild(h("a", { href, hidden: true }));
       anchor.click();
-      if (!same) anchor.remove();
+      if (!own) anchor.remove();
+      const hasBegun = () => leftAt || location.href !== before;
+      for (let tries = 0; tries < 20 && !hasBegun(); tries++) await pause(50);
+      if (!hasBegun()) location.assign(target);
     },
 
     async wait({ waitDuration }) {
@@ -439,15 +498,16 @@ textbox searchbox slider spinbutton treeitem".split(" ").map((role) => `[role=${
     },
   };
 
-  /** Wait until the page has reacted: no change for a while, or it is being left. */
+  /** Wait until the page has reacted: no change for a while, or it never rests. */
   function settled(quietMs) {
     return new Promise((resume) => {
       let timer = 0;
       const done = () => { observer.disconnect(); clearTimeout(limit); resume(); };
       const calm = () => { clearTimeout(timer); timer = setTimeout(done, quietMs); };
       const observer = new MutationObserver(calm);
-      const limit = setTimeout(done, 7 * quietMs); // some pages never rest
-      observer.observe(document.body, { subtree: true, childList: true, attributes: true, characterData: true });
+      const limit = setTimeout(done, 7 * quietMs);
+      const all = { subtree: true, childList: true, attributes: true, characterData: true };
+      observer.observe(document.body, all);
       calm();
     });
   }
@@ -460,7 +520,7 @@ textbox searchbox slider spinbutton treeitem".split(" ").map((role) => `[role=${
     Object.assign(ring, { left: `${box.left - 6}px`, top: `${box.top - 6}px` });
     Object.assign(ring, { width: `${box.width + 12}px`, height: `${box.height + 12}px` });
     view.ring.hidden = false;
-    await pause(450);
+    await pause(document.hidden ? 0 : 350);
     view.ring.hidden = true;
   }
 
@@ -470,28 +530,31 @@ textbox searchbox slider spinbutton treeitem".split(" ").map((role) => `[role=${
   /**
    * Carry a plan out, up to the first step that fails; returns the results, null if cancelled.
    * Each step is noted before it begins: should it load another page, then that one's widget
-   * reports it (see reportFromBefore).
+   * reports it (see introduce).
    */
   async function carryOut(action, isCancelled) {
     const steps = stepsOf(action);
     const results = [];
-    let leftAt = 0;
+    const note = (...more) =>
+      keptActing.set({ id: action.id, results: [...results, ...more], total: steps.length });
     const leave = () => { leftAt = Date.now(); };
+    leftAt = 0;
     window.addEventListener("beforeunload", leave); // only now: it can cost the page its bfcache
     for (const step of steps) {
-      const expected = { success: true, elementId: step.elementId };
-      keptActing.set({ id: action.id, results: [...results, expected], total: steps.length });
+      const result = { success: true, elementId: step.elementId };
       try {
+        note();
         if (step.elementId !== undefined) await pointAt(elementOf(step));
         if (isCancelled()) break;
-        const outcome = await DO[step.action](step);
-        results.push({ ...expected, ...outcome });
+        note(result);
+        Object.assign(result, await DO[step.action](step));
       } catch (error) {
-        results.push({ ...expected, success: false, error: squeeze(error.message, 300) });
-        break;
+        Object.assign(result, { success: false, error: squeeze(error.message, 300) });
       }
-      await settled(/click|navigate/.test(step.action) ? 400 : 50);
-      while (Date.now() - leftAt < 10_000) await pause(100); // then it was a download
+      results.push(result);
+      if (!result.success) break;
+      await settled(/click|navigate/.test(step.action) ? 300 : 50);
+      while (Date.now() - leftAt < 10_000) await pause(100); // longer: it was a download
       if (isCancelled()) break;
     }
     window.removeEventListener("beforeunload", leave);
@@ -914,7 +977,7 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
 
   function askToConfirm({ message, confirm_label, cancel_label }) {
     const answer = (confirmed) => {
-      for (const choice of [yes, no]) choice.disabled = true;
+      retireCards();
       card.classList.add(confirmed ? "yes" : "no");
       focusInput();
       setRunning(true);
@@ -929,6 +992,9 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     scrollDown();
   }
 
+  function retireCards() { // what they ask is no longer asked
+    for (const button of view.log.querySelectorAll(".confirm button")) button.disabled = true;
+  }
   function failed(error, again) {
     const { seconds, code, message } = error;
     const text = seconds ? WORDS.wait(seconds) : code ? message : WORDS.failed;
@@ -981,55 +1047,65 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
 
   let config = {};
   let visitorData = null;
-  let session = null; // {id, wsUrl}
+  let session = null; // {id, wsUrl, at}
   let socket = null, joined = false, taken = false, wanted = false;
   let lastSeq = null; // of the last event seen; null: this page has seen none of the session
   let retries = 0, retryTimer = 0, heardAt = 0;
-  let unsent = []; // frames for when the socket is back
+  let unanswered = []; // frames that no event has answered: a broken connection may have lost them
   let running = false; // an answer or an action is on its way
   let stream = null; // {id, next, text, node}: the answer that is being written
-  let tail = null; // {text, node}: the last restored answer, which the server may replay
-  let picture = false; // this page has sent its elements: plans for them may come
+  let tails = []; // [{text, node}]: the last answers as restored, which the server may replay
+  let picture = false; // the server has this page's elements: plans are for them
   let early = null; // a plan that came before that
-  let acting = null; // {id} of the plan that is carried out; another value cancels it
+  let acting = null; // the plan that is carried out; another value cancels it
+  let lastPlan = ""; // id of the last one begun: however often it comes, it is not done twice
+  let typing = false; // the visitor's focus was in the chat when the page got it
+  let sending = false;
   let queue = Promise.resolve(); // messages go out one after the other
 
-  async function call(method, path, body) {
-    let response, answer, status;
-    try { // a string body is text/plain: no preflight
-      const options = { method, body: body && JSON.stringify(body), credentials: "omit", signal: AbortSignal.timeout(20_000) };
-      response = await fetch(SERVER + path, options);
-      status = response.status;
+  /** JSON without halves of characters, which cutting texts leaves and the server refuses. */
+  const encode = (data) => JSON.stringify(data, (_, value) => value?.toWellFormed?.() ?? value);
+
+  async function call(method, path, data) {
+    let response, answer;
+    try { // a string body is text/plain: no preflight; a small one outlives the page
+      const body = data && encode(data);
+      const options = { method, body, credentials: "omit", keepalive: !(body?.length > 20_000) };
+      response = await fetch(SERVER + path, { ...options, signal: AbortSignal.timeout(20_000) });
       answer = await response.json();
     } catch {
-      throw Object.assign(new Error(WORDS.unreachable), { code: "network", status });
+      const error = new Error(WORDS.unreachable);
+      throw Object.assign(error, { code: "network", status: response?.status });
     }
     if (response.ok) return answer;
-    const seconds = answer.error === "rate_limit_exceeded" && answer.details?.retryAfterSeconds;
-    throw Object.assign(new Error(answer.message), { code: answer.error, status, seconds });
+    const { error: code, message, details } = answer;
+    const seconds = code === "rate_limit_exceeded" && details?.retryAfterSeconds;
+    throw Object.assign(new Error(message), { code, status: response.status, seconds });
   }
 
+  /** The session that this or another tab has left in the store, if it may still live. */
+  function kept() {
+    const found = keptSession.get();
+    return found?.id && Date.now() - found.at < KEEP_MS ? found : null;
+  }
   /** Begin a new session, or take over what another tab has begun meanwhile. */
   async function begin() {
-    const kept = keptSession.get();
-    if (kept && Date.now() - kept.at < KEEP_MS) {
-      session = kept;
-      lastSeq = null;
-      return;
-    }
-    const made = await call("POST", "/api/session/init", { siteHost: location.host, pageUrl: location.href });
-    session = { id: made.sessionId, wsUrl: made.wsUrl, at: Date.now() };
+    session = kept();
+    lastSeq = null;
+    if (session) return;
+    const asked = { siteHost: location.host, pageUrl: location.href };
+    const { sessionId, wsUrl, siteConfig } = await call("POST", "/api/session/init", asked);
+    session = { id: sessionId, wsUrl, at: Date.now() };
     lastSeq = 0;
-    config = made.siteConfig;
+    config = siteConfig;
     keptSession.set(session);
   }
   function forget() {
     if (keptSession.get()?.id === session?.id) keptSession.set(null);
-    session = null;
-    lastSeq = null;
-    unsent = [];
-    acting = stream = tail = early = null;
     disconnect();
+    session = lastSeq = acting = stream = early = null;
+    unanswered = [];
+    tails = [];
   }
 
   function disconnect() {
@@ -1047,8 +1123,10 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     url.searchParams.set("sessionId", session.id);
     if (lastSeq !== null) url.searchParams.set("lastSeq", lastSeq);
     let ws;
-    try { ws = new WebSocket(url); } catch (error) {
-      return console.warn(`leflux: ${session.wsUrl} cannot be used from this page (is server.public_url right?)`, error);
+    try { ws = new WebSocket(url); } catch (error) { // such as ws: on a page of https:
+      console.warn(`leflux: ${session.wsUrl} cannot be used here (see server.public_url).`, error);
+      setRunning(false);
+      return;
     }
     socket = ws;
     const patience = setTimeout(() => ws.close(), 10_000);
@@ -1056,47 +1134,61 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     ws.onmessage = ({ data }) => { if (ws === socket) receive(JSON.parse(data)); };
     ws.onclose = ({ code }) => {
       clearTimeout(patience);
-      if (ws !== socket) return;
-      debug("closed", code);
-      socket = null;
-      joined = false;
-      if (code === 4404) {
-        forget(); // the next message begins a new session, below what is shown
-        setRunning(false);
-      } else if (code === 4409) {
-        taken = true;
-        setRunning(false);
-        acting = null;
-        banner(WORDS.taken, WORDS.takeBack, takeBack);
-      } else {
-        if (running || isOpen()) banner(WORDS.reconnecting);
-        retryTimer = setTimeout(connect, Math.min(30_000, 500 * 2 ** retries++) * (0.5 + Math.random()));
-      }
+      if (ws === socket) onClosed(code);
     };
   }
+  function onClosed(code) {
+    debug("closed", code);
+    socket = null;
+    joined = false;
+    if (code === 4404) { // the next message begins a new session, below what is shown
+      const isLost = running && !sending;
+      forget();
+      banner("");
+      setRunning(false);
+      if (isLost) failed({ code: "session_not_found", message: WORDS.lost });
+    } else if (code === 4409) {
+      taken = true;
+      acting = early = null;
+      setRunning(false);
+      banner(WORDS.taken, WORDS.takeBack, takeBack);
+    } else {
+      if (running || isOpen()) banner(WORDS.reconnecting);
+      const most = Math.min(30_000, 500 * 2 ** retries++);
+      retryTimer = setTimeout(connect, most * (0.5 + Math.random() / 2));
+    }
+  }
+  /** Begin anew with a session that may have gone on in another tab, or on another page. */
   function takeBack() {
-    taken = false;
+    disconnect();
+    taken = picture = false;
+    lastSeq = acting = early = null;
+    unanswered = [];
     banner("");
-    lastSeq = null; // the other tab may have gone on
-    picture = false;
     connect();
   }
-  function wakeUp() { // the tab is visible again, or the network is back
+  function wakeUp({ type } = {}) { // the tab is visible again, or the network is back
     if (document.visibilityState === "hidden" || taken || !wanted) return;
     retries = 0;
+    // A socket from before a sleep or another network may be dead without knowing.
+    if (joined && (type === "online" || Date.now() - heardAt > 60_000)) disconnect();
     connect();
   }
+  function comeBack({ persisted }) { // out of the back/forward cache: other pages came after this
+    if (!persisted || !wanted) return;
+    session = kept();
+    if (session) takeBack();
+    else LeFlux.clearConversation();
+  }
 
-  /** Send an event, or keep it until the socket is back. */
+  /** Send an event; again, when the connection breaks before it is answered. */
   function tell(event, data) {
     if (!session) return;
     debug("->", event, data);
-    const frame = JSON.stringify({ event, data: { sessionId: session.id, ...data } });
+    const frame = encode({ event, data: { sessionId: session.id, ...data } });
+    unanswered = [...unanswered, frame].slice(-10);
     if (joined) socket.send(frame);
-    else {
-      unsent = [...unsent, frame].slice(-10);
-      connect();
-    }
+    else connect();
   }
 
   function receive({ event, data, seq }) {
@@ -1109,6 +1201,11 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     }
     if (seq <= lastSeq) return undefined;
     lastSeq = seq;
+    acting = early = null; // the server has moved on: nobody waits for these any more
+    if (event !== "message_chunk") {
+      unanswered = [];
+      retireCards();
+    }
     return ON[event]?.(data);
   }
 
@@ -1121,51 +1218,64 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
       setRunning(history.at(-1).role === "user");
     }
     lastSeq = seq;
-    for (const frame of unsent.splice(0)) socket.send(frame);
-    if (!picture && history.length) setTimeout(introduce, 250, socket); // after what is replayed
+    const ws = socket;
+    settled(250).then(() => { // what is replayed comes first
+      if (ws !== socket) return;
+      const frames = unanswered;
+      if (history.length && !picture && !sending) introduce();
+      for (const frame of frames) ws.send(frame);
+    });
+  }
+  function showPage() {
+    picture = true;
+    const data = { sessionId: session.id, context: scan() };
+    socket.send(encode({ event: "update_context", data }));
   }
 
   /**
    * A page that comes into a running conversation shows itself. A plan that came before was made
    * for the page before: if that one carried it out, say so, and go on from here.
    */
-  function introduce(ws) {
-    if (ws !== socket || !joined || picture) return;
-    const context = scan();
-    picture = true;
+  function introduce() {
     if (!early) {
-      tell("update_context", { context });
+      showPage();
       return;
     }
+    picture = true;
     const { id, results, total } = keptActing.get() || {};
-    const known = id === early.id;
-    const error = "the page was loaded anew before it was done";
-    report(early, known ? results : [{ success: false, error }], total);
+    const done = id === early.id ? results : [];
+    if (done.length < (total ?? 1)) {
+      done.push({ success: false, error: "another page was loaded before this was done" });
+    }
+    report(early, done, total);
     early = null;
-    setRunning(true);
-    tell("continue_task", { context });
+    tell("continue_task", { context: scan() });
   }
 
   function report(action, results, total = stepsOf(action).length) {
     const { success, error, ...more } = results.at(-1);
     if (action.isSequence) {
       const completedSteps = results.filter((one) => one.success).length;
-      const result = { success: completedSteps === total, results, completedSteps, totalSteps: total };
+      const isDone = completedSteps === total;
+      const result = { success: isDone, results, completedSteps, totalSteps: total };
       tell("sequence_complete", { actionId: action.id, result });
     } else {
-      const result = { success, error, ...more, description: action.description, url: location.href };
+      const { description } = action;
+      const result = { success, error, ...more, description, url: location.href };
       tell("action_complete", { actionId: action.id, result });
     }
   }
 
   async function act(action) {
-    if (acting?.id === action.id) return;
-    const mine = acting = { id: action.id };
+    if (action.id === lastPlan) return;
+    lastPlan = action.id;
+    acting = action;
+    typing ||= document.activeElement === view.host;
     view.panel.classList.add("acting");
     emit("action", action);
-    const results = await carryOut(action, () => acting !== mine);
-    view.panel.classList.remove("acting");
-    if (results === null || acting !== mine) return;
+    const results = await carryOut(action, () => acting !== action);
+    if (!acting || acting === action) view.panel.classList.remove("acting");
+    if (!results) return;
     acting = null;
     keptActing.set(null);
     report(action, results);
@@ -1173,17 +1283,22 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
   }
 
   function restore(history) {
-    const pending = [...view.log.querySelectorAll(".pending")]
-      .filter((node) => node.textContent !== history.at(-1)?.content);
+    const last = history.at(-1);
+    const unsent = [...view.log.querySelectorAll(".pending")]
+      .filter((node) => last.role !== "user" || node.textContent !== last.content);
     view.log.replaceChildren();
     view.dots = stream = null;
+    tails = [];
     greet();
     for (const { role, content } of history) {
-      if (role === "user") add("user", content);
-      else if (!BLOCKS.includes(content)) tail = { text: content, node: addBot(content) };
+      if (role === "user") {
+        add("user", content);
+        tails = [];
+      } else if (!BLOCKS.includes(content)) {
+        tails.push({ text: content.trim(), node: addBot(content) });
+      }
     }
-    if (history.at(-1)?.role === "user") tail = null;
-    view.log.append(...pending);
+    view.log.append(...unsent);
     view.chips.hidden = true;
     scrollDown(true);
   }
@@ -1193,17 +1308,20 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     view.stop.hidden = !on;
     view.log.setAttribute("aria-busy", on);
     setDots(on);
+    if (on || !typing) return;
+    typing = false;
+    if (isOpen() && !PHONE.matches) view.input.focus({ preventScroll: true });
   }
 
   /** End the answer that was being written; returns whether it already says a text. */
   function endAnswer(text) {
     const said = stream?.text || "";
     const whole = text && !said.includes(text) ? `${said}\n\n${text}`.trim() : said.trim();
-    if (tail && tail.text.trim() === whole) tail.node.remove(); // it was restored, then replayed
-    tail = null;
+    const at = tails.findIndex((tail) => tail.text === whole);
+    if (at >= 0) tails.splice(at, 1)[0].node.remove(); // it was restored, then replayed
     if (stream) setText(stream.node, said);
     stream = null;
-    if (whole) {
+    if (whole && (at < 0 || picture)) { // else it is from before this page
       announce(whole);
       emit("reply", { text: whole });
     }
@@ -1219,12 +1337,13 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
       }
       if (chunkIndex < stream.next) return;
       stream.next = chunkIndex + 1;
-      if (!stream.stale) requestAnimationFrame(function draw() { // many chunks, one drawing
-        this.stale = false;
-        if (this === stream) setText(this.node, this.text);
-      }.bind(stream));
-      stream.stale = true;
       stream.text += delta;
+      if (stream.drawing) return; // many chunks, one drawing
+      const mine = stream;
+      mine.drawing = requestAnimationFrame(() => {
+        mine.drawing = 0;
+        if (mine === stream) setText(mine.node, mine.text);
+      });
     },
     message_done({ text }) {
       if (stream) stream.text = text;
@@ -1234,14 +1353,13 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     },
     message({ text, isQuestion, isError, field }) {
       if (!endAnswer(text)) addBot(text, isError ? "bot.error" : "bot");
-      if (isQuestion) {
-        expect(field?.type);
-        if (isOpen()) view.input.focus();
-      }
       setRunning(false);
+      if (!isQuestion) return;
+      expect(field?.type);
+      if (isOpen()) view.input.focus();
     },
     ui_block({ block_type, data, message }) {
-      if (!endAnswer(message || "") && message) addBot(message);
+      if (!endAnswer(message || "")) addBot(message);
       addBlock(block_type, data);
       setRunning(false);
     },
@@ -1250,85 +1368,105 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
       setRunning(false);
       askToConfirm(data);
     },
-    task_complete({ summary, message }) {
-      const text = message || summary;
-      if (!endAnswer(text)) addBot(text);
-      if (summary && !text.includes(summary)) add("note", summary);
+    task_complete({ summary }) {
+      const hasSaid = stream !== null;
+      if (!endAnswer(summary)) hasSaid ? add("note", summary) : addBot(summary);
       setRunning(false);
     },
-    action_plan({ actions, message }) {
-      if (!endAnswer(message || "") && message) addBot(message);
+    action_plan({ actions: [action], message }) {
+      if (!endAnswer(message || "")) addBot(message);
       setRunning(true);
-      if (picture) actions.forEach(act);
-      else [early] = actions;
+      if (picture) act(action);
+      else early = action;
     },
   };
 
   function send(text) {
     const message = String(text ?? "").trim();
     if (!message) return;
-    if (lengthOf(message) > MAX_CHARS) throw new RangeError(`a message has at most ${MAX_CHARS} characters`);
+    if (lengthOf(message) > MAX_CHARS) {
+      failed({ code: "invalid_message", message: WORDS.tooLong });
+      return;
+    }
     const node = add("user.pending", message);
     view.chips.hidden = true;
     view.nudge.hidden = true;
-    for (const button of view.log.querySelectorAll(".confirm button")) button.disabled = true;
+    retireCards();
     emit("message", { text: message });
     const id = crypto.randomUUID?.() || `${Date.now()}-${Math.random()}`;
     queue = queue.then(() => deliver(message, id, node));
   }
 
   /** Send a message until the server has it. The same id again is no second message. */
-  async function deliver(message, clientMessageId, node) {
+  async function deliver(message, clientMessageId, node, isRetry) {
+    const wasTaken = taken, hadPicture = picture;
     acting = early = null; // a new wish settles the old one
-    picture = true;
-    if (taken) takeBack();
+    unanswered = [];
+    picture = taken = false; // plans that come now wait until it is known what they are for
+    sending = true;
     setRunning(true);
-    for (let tries = 1; !over.signal.aborted; tries++) {
+    let sent, problem;
+    for (let tries = 1; node.isConnected && !sent && !problem; tries++) {
       try {
         if (!session) {
           if (view.log.querySelector(".user:not(.pending)")) add("note", WORDS.expired);
-          view.log.append(node);
+          view.log.insertBefore(node, view.dots);
           await begin();
         }
-        connect();
-        await call("POST", "/api/chat", { sessionId: session.id, message, clientMessageId, pageContext: scan() });
-        node.classList.remove("pending");
-        keptSession.set({ ...session, at: Date.now() });
-        return;
+        const body = { sessionId: session.id, message, clientMessageId, pageContext: scan() };
+        sent = await call("POST", "/api/chat", body);
       } catch (error) {
         debug("not sent", error);
-        if (error.code === "session_not_found") forget();
-        if (tries < 3 && error.code === "session_not_found") continue;
-        if (tries < 3 && error.code === "network") await pause(600 * tries);
-        else {
-          setRunning(false);
-          failed(error, () => { queue = queue.then(() => deliver(message, clientMessageId, node)); });
-          return;
-        }
+        const isLost = error.code === "session_not_found";
+        const mayPass = isLost || error.code === "network" || error.code === "shutting_down";
+        if (isLost) forget();
+        if (tries > 3 || !mayPass) problem = error;
+        else if (!isLost) await pause(200 * 2 ** tries);
       }
     }
+    sending = false;
+    picture = hadPicture || Boolean(sent);
+    if (!node.isConnected) return; // cleared meanwhile
+    if (problem) {
+      taken = wasTaken;
+      setRunning(false);
+      const again = () => deliver(message, clientMessageId, node, true);
+      failed(problem, () => { queue = queue.then(again); });
+      return;
+    }
+    node.classList.remove("pending");
+    keptSession.set({ ...session, at: Date.now() });
+    if (wasTaken || isRetry) { // much may have happened: hear it all again
+      takeBack();
+      picture = true;
+    }
+    connect();
+    // The numbers in ids are times: a plan from before this message is no longer wanted.
+    const time = (id) => Number(id.split("-")[1]);
+    const plan = early;
+    early = null;
+    if (plan && time(plan.id) > time(sent.messageId)) act(plan);
   }
 
   function stop() {
     acting = null;
     view.ring.hidden = true;
-    tell("stop", {});
+    setRunning(false);
+    queue = queue.then(() => tell("stop", {})); // after a message that is on its way
   }
 
   // Every now and then: has a router changed the page, is the socket still there?
   let address = location.href, timer = 0;
-  function look() {
-    if (location.href !== address) {
-      address = location.href;
-      settled(200).then(() => {
-        if (joined && picture && !acting && session) tell("update_context", { context: scan() });
-      });
-    }
-    if (running && joined && Date.now() - heardAt > 60_000) { // the server is never silent so long
-      heardAt = Date.now();
+  async function look() {
+    if (running && joined && !acting && Date.now() - heardAt > 60_000) {
+      heardAt = Date.now(); // the server is never silent so long
       disconnect();
       connect();
     }
+    if (location.href === address) return;
+    address = location.href;
+    await settled(200);
+    if (joined && picture && !acting) showPage();
   }
 
   // ---------------------------------------------------------------------------------------------
@@ -1344,7 +1482,9 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
 
   const ready = {};
   ready.promise = new Promise((resolve) => { ready.resolve = resolve; });
-  const later = (act) => (...args) => { ready.promise.then(() => over.signal.aborted || act(...args)); };
+  const later = (act) => (...args) => {
+    ready.promise.then(() => { if (!over.signal.aborted) act(...args); });
+  };
 
   const LeFlux = {
     open: later(() => open()),
@@ -1354,7 +1494,7 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     setVisitorData(data) {
       visitorData = data && typeof data === "object" ? { ...data } : null;
     },
-    clearConversation: later(async () => {
+    clearConversation: later(() => {
       const { id } = session || {};
       forget();
       keptSession.set(null);
@@ -1363,14 +1503,16 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
       banner("");
       setRunning(false);
       view.log.replaceChildren();
-      view.dots = null;
-      greet();
       view.chips.hidden = false;
-      picture = true;
-      if (id) await call("DELETE", `/api/session/${id}`).catch(() => {}); // else it ends by itself
+      greet();
+      if (id) call("DELETE", `/api/session/${id}`).catch(() => {}); // else it ends by itself
     }),
     getState: () => ({
-      ready: Boolean(view.host), open: Boolean(view.host) && isOpen(), connected: joined, running, taken,
+      ready: Boolean(view.host),
+      open: Boolean(view.host) && isOpen(),
+      connected: joined,
+      running,
+      taken,
     }),
     on(name, heard) {
       hearers.set(name, (hearers.get(name) || new Set()).add(heard));
@@ -1382,6 +1524,7 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     },
     destroy() {
       over.abort();
+      acting = null;
       clearInterval(timer);
       disconnect();
       view.host?.remove();
@@ -1391,49 +1534,43 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
 
   /** Find or begin the session; returns its history. Waits while the server is not there. */
   async function enter() {
-    for (let tries = 0; ; tries++) {
+    for (let tries = 0; !over.signal.aborted; tries++) {
       try {
-        const kept = keptSession.get();
-        if (kept && Date.now() - kept.at < KEEP_MS) {
-          const found = await call("GET", `/api/session/${kept.id}`);
-          session = kept;
-          config = found.siteConfig;
-          return found.history;
+        session = kept();
+        if (session) {
+          const { history, siteConfig } = await call("GET", `/api/session/${session.id}`);
+          config = siteConfig;
+          return history;
         }
-        keptSession.set(null);
         await begin();
         return [];
       } catch (error) {
         debug("no session", error);
         if (error.code === "session_not_found") keptSession.set(null);
-        else if (error.status === 403) throw error;
-        else await pause(error.seconds ? error.seconds * 1000 : Math.min(60_000, 1000 * 2 ** tries));
-        if (over.signal.aborted) throw error;
+        else if (error.status === 403) break;
+        else await pause(error.seconds * 1000 || Math.min(60_000, 1000 * 2 ** tries));
       }
     }
+    return null;
   }
 
   async function start() {
-    let history;
-    try {
-      history = await enter();
-    } catch (error) {
-      if (!over.signal.aborted) {
-        console.warn(`leflux: ${location.host} is not a site of ${SERVER} (see allowed_hosts there).`);
-        delete window.LeFlux;
-      }
+    const history = await enter();
+    if (over.signal.aborted) return;
+    if (!history) {
+      console.warn(`leflux: ${location.host} is not a site of ${SERVER}, see its allowed_hosts.`);
+      delete window.LeFlux;
       return;
     }
     mount();
     const wasOpen = keptOpen.get();
     dress(config);
     if (history.length) restore(history);
-    else {
-      greet();
-      picture = true;
-    }
+    else greet();
     listen(document, "visibilitychange", wakeUp);
-    listen(window, "online pageshow", wakeUp);
+    listen(window, "online", wakeUp);
+    listen(window, "pageshow", comeBack);
+    listen(window, "pagehide", () => { acting = null; }); // the next page reports what was done
     listen(window, "popstate hashchange", look);
     timer = setInterval(look, 500);
     wanted = history.length > 0; // a task may go on
@@ -1444,6 +1581,6 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
   }
 
   window.LeFlux = LeFlux;
-  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start, { once: true });
+  if (document.readyState === "loading") listen(document, "DOMContentLoaded", start);
   else start();
 })();
