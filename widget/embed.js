@@ -114,9 +114,9 @@
     const { color } = getComputedStyle(probe);
     probe.remove();
     const scale = color.startsWith("rgb") ? 255 : 1;
-    const [red, green, blue, alpha = 1] = color.match(/none|[\d.e-]+/g).map((part) => Number(part) || 0);
-    const parts = [red, green, blue].map((part) => Math.min(1, Math.max(0, part / scale)));
-    return mix(WHITE, parts, alpha);
+    const parts = color.match(/none|[\d.e-]+/g).map((part) => Number(part) || 0);
+    const inside = parts.slice(0, 3).map((part) => Math.min(1, Math.max(0, part / scale)));
+    return mix(WHITE, inside, parts[3] ?? 1);
   }
   function contrast(one, other) {
     const [low, high] = [one, other].map((colour) => colour
@@ -569,7 +569,7 @@
 :host { all: initial !important; }
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
-.root { font: medium/1.5 var(--body-font, system-ui), sans-serif; color: var(--ink); text-align: start; color-scheme: light;
+.root { font: medium/1.5 var(--body-font, system-ui), sans-serif; color: var(--ink); color-scheme: light;
   --paper: #fff; --ink: #1b1b1f; --soft: #5b5b66; --line: #dedee4; --edge: #85858f; --bubble: #f2f2f5; --bad: #a3140c;
   --bad-paper: #fdeceb; --accent-ink: var(--light-ink); --tint: var(--light-tint); --rim: var(--light-rim); }
 button { font: inherit; color: inherit; background: none; border: 1px solid transparent; margin: 0; padding: 0;
@@ -582,16 +582,16 @@ svg { width: 1.25em; height: 1.25em; flex: none; display: block; fill: none; str
 .quiet { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 .accent, .user { background: var(--accent); color: var(--on-accent); border-color: var(--rim); }
 button.accent:enabled:hover { background-image: linear-gradient(var(--shade) 0 0); }
-.plain { padding: .35em .9em; border-color: currentColor; color: var(--accent-ink); border-radius: var(--radius, 99em); }
+.plain { padding: .35em .9em; color: var(--accent-ink); border-color: currentColor; border-radius: var(--radius, 2em); }
 .plain.accent { color: var(--on-accent); border-color: var(--rim); }
 .plain:not(.accent):enabled:hover { background: var(--tint); }
 
-.launcher, .nudge, .panel, .ring { position: fixed; z-index: 2147483000; }
-[data-corner$=right] .launcher, [data-corner$=right] .nudge { right: var(--x); }
-[data-corner$=left] .launcher, [data-corner$=left] .nudge { left: var(--x); }
-[data-corner^=bottom] .launcher { bottom: var(--y); } [data-corner^=top] .launcher { top: var(--y); }
-[data-corner^=bottom] .nudge { bottom: calc(var(--y) + var(--size) + 12px); }
-[data-corner^=top] .nudge { top: calc(var(--y) + var(--size) + 12px); }
+.launcher, .nudge, .panel, .ring { position: fixed; z-index: 2147483000; --x: var(--offset-x); --y: var(--offset-y); }
+[data-corner$=right] :is(.launcher, .nudge, .panel) { right: var(--x); }
+[data-corner$=left] :is(.launcher, .nudge, .panel) { left: var(--x); }
+[data-corner^=bottom] :is(.launcher, .nudge, .panel) { bottom: var(--y); }
+[data-corner^=top] :is(.launcher, .nudge, .panel) { top: var(--y); }
+[data-layout=bottom-bar] :is(.launcher, .nudge, .panel) { inset: auto 0 var(--y); margin: 0 auto; }
 .launcher { display: flex; align-items: center; justify-content: center; gap: .6em; width: var(--size);
   height: var(--size); border-radius: 50%; box-shadow: var(--glow, 0 0), 0 1px 4px #0003, 0 6px 20px #0003;
   transition: scale .15s; }
@@ -601,53 +601,45 @@ button.accent:enabled:hover { background-image: linear-gradient(var(--shade) 0 0
 .launcher.squircle { border-radius: 30%; }
 .launcher.pill { width: auto; max-width: calc(100vw - var(--x) - 1em); padding: 0 1.3em 0 1.1em; border-radius: 99em;
   font-weight: 600; }
-.launcher.pill svg, [data-layout=bottom-bar] .launcher svg { width: 1.5em; height: 1.5em; }
+.launcher.pill svg, .launcher.line svg { width: 1.5em; height: 1.5em; }
 .launcher span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.launcher .badge { position: absolute; top: 0; right: 0; width: 1em; height: 1em; border-radius: 50%;
-  background: #d3180c; border: 2px solid #fff; }
-[data-layout=bottom-bar] .launcher { inset: auto 0 var(--y); margin: auto; width: min(36em, 100vw - 2em); padding: 0 1.3em;
-  justify-content: space-between; flex-direction: row-reverse; border: 2px solid var(--accent-ink); border-radius: 99em;
+.badge { position: absolute; top: 0; right: 0; width: 1em; height: 1em; border: 2px solid #fff; border-radius: 50%;
+  background: #d3180c; }
+.launcher.line { width: min(36em, 100vw - 2em); padding: 0 1.3em; justify-content: space-between;
+  flex-direction: row-reverse; font-weight: 400; border: 2px solid var(--accent-ink);
   background: var(--paper); color: var(--soft); }
-[data-layout=bottom-bar] .launcher.squircle { border-radius: .9em; }
-[data-layout=bottom-bar] .launcher svg { color: var(--accent-ink); }
+.launcher.line:not(.squircle) { border-radius: 99em; }
+.launcher.line svg { color: var(--accent-ink); }
 
-.nudge { display: flex; align-items: flex-start; max-width: min(19em, 100vw - var(--x) - 1em); font-size: .94em;
-  background: var(--paper); border: 1px solid var(--line); border-radius: 1.1em; box-shadow: 0 4px 18px #0003;
-  overflow-wrap: anywhere; animation: rise .2s ease-out; }
+.nudge { --y: calc(var(--offset-y) + var(--size) + 12px); display: flex; align-items: flex-start; width: max-content;
+  max-width: min(19em, 100vw - var(--x) - 1em); font-size: .94em; overflow-wrap: anywhere; background: var(--paper);
+  border: 1px solid var(--line); border-radius: 1.1em; box-shadow: 0 4px 18px #0003; animation: rise .2s ease-out; }
 .nudge button { padding: .7em 1em; text-align: start; min-width: 0; border-radius: inherit; }
-.nudge button + button { padding: .8em; color: var(--soft); }
-.nudge svg { width: 1.1em; height: 1.1em; }
+.nudge button + button { padding: .75em; }
 .nudge.card { border-top: 4px solid var(--accent-ink); border-radius: .5em; padding: .3em; }
 .nudge.minimal { background: var(--accent); color: var(--on-accent); border-color: var(--rim); }
-.nudge.minimal button + button { color: inherit; }
 .nudge.minimal :focus-visible { outline-color: currentColor; outline-offset: -4px; }
-[data-layout=bottom-bar] .nudge { inset: auto 0 calc(var(--y) + var(--size) + 12px); margin: auto; width: max-content; }
 
-.panel { --w: min(24em, 100vw - 2em); --h: min(40em, 100dvh - 2em); display: flex; flex-direction: column; width: var(--w);
+.panel { --w: min(24em, 100vw - 2em); --h: min(40em, 100dvh - 2em); --x: min(var(--offset-x), 100vw - var(--w) - 1em);
+  --y: min(var(--offset-y), 100dvh - var(--h) - 1em); display: flex; flex-direction: column; width: var(--w);
   height: var(--h); overflow: hidden; background: var(--paper); border: 1px solid var(--line); border-radius: 1.1em;
   box-shadow: 0 2px 8px #0002, 0 16px 48px #0004; animation: rise .2s ease-out; }
 @keyframes rise { from { opacity: 0; translate: 0 12px; } }
-[data-corner^=bottom] .panel { bottom: min(var(--y), 100dvh - var(--h) - 1em); }
-[data-corner^=top] .panel { top: min(var(--y), 100dvh - var(--h) - 1em); }
-[data-corner$=right] .panel { right: min(var(--x), 100vw - var(--w) - 1em); }
-[data-corner$=left] .panel { left: min(var(--x), 100vw - var(--w) - 1em); }
-[data-layout=bottom-bar] .panel { --w: min(44em, 100vw - 2em); --h: min(30em, 100dvh - 2em); left: 0; right: 0;
-  top: auto; bottom: min(var(--y), 100dvh - var(--h) - 1em); margin: 0 auto; }
-[data-layout=side-panel] .panel { --w: 26em; top: 0; bottom: 0; height: auto; border-width: 0 1px; border-radius: 0; }
-[data-layout=side-panel][data-corner$=right] .panel { right: 0; }
-[data-layout=side-panel][data-corner$=left] .panel { left: 0; }
-.bar { display: flex; align-items: center; gap: .25em; padding: .5em .6em .5em 1em; border-bottom: 1px solid var(--rim); }
-.bar img { width: 2em; height: 2em; margin-inline-end: .4em; border-radius: .4em; object-fit: contain; background: #fff; }
+[data-layout=bottom-bar] .panel { --w: min(44em, 100vw - 2em); --h: min(30em, 100dvh - 2em); }
+[data-layout=side-panel] .panel { --x: 0px; --y: 0px; --w: 26em; --h: 100dvh; border-width: 0 1px; border-radius: 0; }
+.bar { display: flex; align-items: center; gap: .25em; padding: .5em .6em .5em 1em;
+  border-bottom: 1px solid var(--rim); }
+.bar img { width: 2em; height: 2em; margin-inline-end: .4em; border-radius: .4em; object-fit: contain;
+  background: #fff; }
 h2 { flex: 1; min-width: 0; margin: 0; font-size: 1.06em; line-height: 1.3; overflow: hidden; overflow-wrap: anywhere;
   display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; }
 h2, h3 { font-family: var(--heading-font, inherit); font-weight: var(--heading-weight, 600); }
-.bar button { padding: .6em; }
-.bar button:hover { background: var(--shade); }
+.bar button { padding: .6em; } .bar button:hover { background: var(--shade); }
 .bar button:focus-visible { outline-color: currentColor; outline-offset: -3px; }
-.banner { display: flex; align-items: center; justify-content: space-between; gap: .8em; padding: .5em 1em; font-size: .9em;
-  background: var(--tint); border-bottom: 1px solid var(--line); }
-.log { flex: 1; overflow-y: auto; overscroll-behavior: contain; padding: 1em; display: flex; flex-direction: column;
-  gap: .6em; }
+.banner { display: flex; align-items: center; justify-content: space-between; gap: .8em; padding: .5em 1em;
+  font-size: .9em; background: var(--tint); border-bottom: 1px solid var(--line); }
+.log { flex: 1; display: flex; flex-direction: column; gap: .6em; padding: 1em; overflow-y: auto;
+  overscroll-behavior: contain; }
 .log, pre, textarea { scrollbar-width: thin; scrollbar-color: var(--edge) transparent; }
 .log:focus-visible, pre:focus-visible { outline-offset: -2px; }
 .log > * { flex: none; max-width: 88%; overflow-wrap: anywhere; }
@@ -685,7 +677,7 @@ form { display: flex; align-items: flex-end; gap: .25em; margin: 0 .75em .75em; 
   border: 1px solid var(--edge); border-radius: 1.1em; }
 form:focus-within { outline: 2px solid var(--accent-ink); outline-offset: -1px; }
 .field { flex: 1; min-width: 0; }
-textarea { display: block; width: 100%; max-height: min(9em, 25dvh); font: inherit; font-size: max(16px, 1em); line-height: 1.5;
+textarea { display: block; width: 100%; max-height: min(9em, 25dvh); font: inherit; font-size: max(16px, 1em);
   color: inherit; resize: none; background: none; border: 0; padding: .45em .6em; }
 textarea:focus-visible { outline: 0; }
 textarea::placeholder { color: var(--soft); opacity: 1; }
@@ -698,11 +690,12 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
 
 @media (prefers-color-scheme: dark) {
   .root { --paper: #1c1c20; --ink: #f2f2f5; --soft: #b3b3bd; --line: #3b3b43; --edge: #82828e; --bubble: #2b2b31;
-    --bad: #ffb4ab; --bad-paper: #47201d; --accent-ink: var(--dark-ink); --tint: var(--dark-tint); --rim: var(--dark-rim);
-    color-scheme: dark; }
+    --bad: #ffb4ab; --bad-paper: #47201d; --accent-ink: var(--dark-ink); --tint: var(--dark-tint);
+    --rim: var(--dark-rim); color-scheme: dark; }
 }
 @media (max-width: 640px), (max-height: 420px) {
-  .root .panel { inset: var(--top, 0) 0 auto; width: auto; height: var(--viewport, 100dvh); border: 0; border-radius: 0; }
+  .root .panel { inset: var(--top, 0) 0 auto; width: auto; height: var(--viewport, 100dvh); border: 0;
+    border-radius: 0; }
   .root .acting { inset: auto 0 0; height: 50dvh; border-top: 1px solid var(--line); }
   form { margin-bottom: max(.75em, env(safe-area-inset-bottom)); }
 }
@@ -721,13 +714,12 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     stop: "M7 7h10v10H7z",
   };
   function icon(name) {
-    const make = (tag, attributes) => {
-      const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-      for (const attribute of Object.entries(attributes)) node.setAttribute(...attribute);
-      return node;
-    };
-    const svg = make("svg", { viewBox: "0 0 24 24", "aria-hidden": "true" });
-    svg.append(make("path", { d: ICONS[name] }));
+    const [svg, path] = ["svg", "path"]
+      .map((tag) => document.createElementNS("http://www.w3.org/2000/svg", tag));
+    svg.setAttribute("viewBox", "0 0 24 24");
+    svg.setAttribute("aria-hidden", "true");
+    path.setAttribute("d", ICONS[name]);
+    svg.append(path);
     return svg;
   }
   const button = (name, onclick, ...children) => h(name, { type: "button", onclick }, ...children);
@@ -735,7 +727,6 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     const attributes = { "aria-label": WORDS[word], title: WORDS[word], onclick };
     return h(name, { type: onclick ? "button" : "submit", ...attributes }, icon(picture));
   }
-  const px = (value) => (typeof value === "number" ? `${value}px` : value);
 
   const view = {};
 
@@ -747,17 +738,19 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     sheet.replaceSync(STYLE);
     shadow.adoptedStyleSheets = [sheet];
 
-    view.launcher = button("button.launcher.accent", () => open());
+    view.launcher = button("button.launcher", () => open());
     view.launcher.setAttribute("aria-haspopup", "dialog");
     view.nudge = h("div.nudge", { role: "status", hidden: true });
     view.logo = h("img", { alt: "", onerror: () => { view.logo.hidden = true; } });
     view.title = h("h2", { dir: "auto" });
     view.banner = h("div.banner", { role: "status", hidden: true });
-    view.log = h("div.log", { role: "log", "aria-live": "off", "aria-label": WORDS.log, tabindex: 0 });
+    const log = { role: "log", "aria-live": "off", "aria-label": WORDS.log, tabindex: 0 };
+    view.log = h("div.log", log);
     view.chips = h("div.chips");
     view.input = h("textarea", {
-      rows: 1, dir: "auto", autocomplete: "off", enterkeyhint: "send", placeholder: WORDS.placeholder,
-      "aria-label": WORDS.input, "aria-describedby": "counter", oninput: measure, onkeydown: sendOnEnter,
+      rows: 1, dir: "auto", autocomplete: "off", enterkeyhint: "send",
+      placeholder: WORDS.placeholder, "aria-label": WORDS.input, "aria-describedby": "counter",
+      oninput: measure, onkeydown: sendOnEnter,
     });
     view.counter = h("div.counter", { id: "counter", hidden: true });
     view.stop = iconButton("button.stop", "stop", stop);
@@ -765,7 +758,8 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     view.send = iconButton("button.accent", "send");
     view.form = h("form", { onsubmit: submit },
       h("div.field", {}, view.input, view.counter), view.stop, view.send);
-    view.panel = h("div.panel", { role: "dialog", tabindex: -1, hidden: true, onkeydown: keyInPanel },
+    const dialog = { role: "dialog", tabindex: -1, hidden: true, onkeydown: keyInPanel };
+    view.panel = h("div.panel", dialog,
       h("div.bar.accent", {}, view.logo, view.title,
         iconButton("button", "clear", () => LeFlux.clearConversation()),
         iconButton("button", "close", close)),
@@ -791,27 +785,35 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
   /** Make it look as the site's owner wants. */
   function dress(config) {
     const { launcher = {}, typography = {}, nudge = {} } = config;
-    const set = (name, value) => (value == null ? null : view.root.style.setProperty(name, value));
     const accent = rgb(config.primaryColor || "#a855f7");
     const isDark = contrast(accent, WHITE) >= 4.5;
-    set("--accent", css(accent));
-    set("--on-accent", css(isDark ? WHITE : BLACK));
-    set("--shade", isDark ? "#0003" : "#fff4"); // a touch of it takes nothing from the contrast
-    for (const [mode, paper, bubble] of [["light", "#fff", "#f2f2f5"], ["dark", "#1c1c20", "#2b2b31"]]) {
+    const looks = {
+      accent: css(accent),
+      "on-accent": css(isDark ? WHITE : BLACK),
+      shade: isDark ? "#0003" : "#fff4", // what is under the mouse; it adds to the contrast
+      glow: launcher.glow === false ? null : "0 0 24px -2px var(--accent)",
+      size: { sm: "46px", lg: "70px" }[launcher.size] || "58px",
+      "offset-x": `min(${launcher.offsetX ?? 20}px, 100vw - 12em)`, // never out of sight
+      "offset-y": `min(${launcher.offsetY ?? 20}px, 100dvh - 12em)`,
+      "body-font": typography.bodyFont,
+      "heading-font": typography.headingFont,
+      "heading-weight": typography.headingWeight,
+      radius: Number.isFinite(typography.buttonRadius)
+        ? `${typography.buttonRadius}px` : typography.buttonRadius,
+    };
+    for (const [mode, goal, paper, bubble] of [
+      ["light", BLACK, "#fff", "#f2f2f5"], ["dark", WHITE, "#1c1c20", "#2b2b31"],
+    ]) {
       const tint = mix(rgb(paper), accent, 0.12);
-      const ink = readable(accent, mode === "dark" ? WHITE : BLACK, rgb(bubble), tint);
-      set(`--${mode}-tint`, css(tint));
-      set(`--${mode}-ink`, css(ink));
-      set(`--${mode}-rim`, contrast(accent, rgb(paper)) < 1.5 ? "var(--edge)" : "transparent");
+      looks[`${mode}-tint`] = css(tint);
+      looks[`${mode}-ink`] = css(readable(accent, goal, rgb(bubble), tint));
+      const isLost = contrast(accent, rgb(paper)) < 1.5;
+      looks[`${mode}-rim`] = isLost ? "var(--edge)" : "transparent";
     }
-    if (launcher.glow !== false) set("--glow", "0 0 24px -2px var(--accent)");
-    set("--body-font", typography.bodyFont);
-    set("--heading-font", typography.headingFont);
-    set("--heading-weight", typography.headingWeight);
-    set("--radius", px(typography.buttonRadius));
-    set("--size", { sm: "46px", md: "58px", lg: "70px" }[launcher.size] || "58px");
-    set("--x", `min(${launcher.offsetX ?? 20}px, 100vw - 12em)`); // never out of sight
-    set("--y", `min(${launcher.offsetY ?? 20}px, 100dvh - 12em)`);
+    for (const [name, value] of Object.entries(looks)) {
+      if (value != null) view.root.style.setProperty(`--${name}`, value);
+    }
+    const isBar = config.layout === "bottom-bar";
     view.root.dataset.layout = config.layout || "floating";
     view.root.dataset.corner = launcher.position || config.position || "bottom-right";
 
@@ -821,15 +823,16 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     view.panel.setAttribute("aria-modal", PHONE.matches);
     view.logo.hidden = !config.logoUrl;
     if (config.logoUrl) view.logo.src = config.logoUrl;
-    view.launcher.classList.add(launcher.shape || "circle");
-    view.launcher.replaceChildren(icon(launcher.icon || "chat"));
-    if (config.layout === "bottom-bar") view.launcher.append(h("span", {}, WORDS.placeholder));
-    else if (launcher.shape === "pill") view.launcher.append(h("span", { dir: "auto" }, name));
+    view.badge = h("i.badge", { hidden: true });
+    view.launcher.classList.add(launcher.shape || "circle", isBar ? "line" : "accent");
+    view.launcher.append(icon(launcher.icon || "chat"), view.badge);
+    if (isBar || launcher.shape === "pill") {
+      view.badge.before(h("span", { dir: "auto" }, isBar ? WORDS.placeholder : name));
+    }
     view.isHidden = launcher.hidden === true;
-    view.badge = view.launcher.appendChild(h("span.badge", { hidden: true }));
     show(false);
 
-    view.chips.replaceChildren(...(config.quickChips || []).map(({ text, payload }) =>
+    view.chips.append(...(config.quickChips || []).map(({ text, payload }) =>
       button("button.plain", () => { send(payload || text); focusInput(); }, text)));
     if (nudge.enabled && nudge.message && Date.now() - (keptNudge.get() || 0) > KEEP_MS) {
       setTimeout(() => offerNudge(nudge), nudge.delay ?? 5000);
@@ -959,14 +962,15 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
       const body = [
         price && h("p.price", { dir: "auto" }, price),
         text && h("p", { dir: "auto" }, ...inline(text)),
-        points.length && h("ul", { dir: "auto" }, ...points.map((point) => h("li", {}, String(point)))),
+        points.length && h("ul", { dir: "auto" }, ...points.map((one) => h("li", {}, String(one)))),
       ].filter(Boolean);
       if (type === "faq_list") {
         return h("details.card", {}, h("summary", { dir: "auto" }, title), ...body);
       }
       const heading = h("h3", { dir: "auto" }, title);
       if (type !== "link_cards" || !safeUrl(url)) {
-        return h("div.card", {}, heading, ...body, url && h("p", {}, link(url, WORDS.link)));
+        const more = link(url, WORDS.link);
+        return h("div.card", {}, heading, ...body, url && h("p", { dir: "auto" }, more));
       }
       const card = link(url, heading, ...body);
       card.className = "card";
@@ -998,10 +1002,10 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
   function failed(error, again) {
     const { seconds, code, message } = error;
     const text = seconds ? WORDS.wait(seconds) : code ? message : WORDS.failed;
-    const retry = button("button.plain", () => { node.remove(); focusInput(); again(); }, WORDS.retry);
+    const retry = () => { node.remove(); focusInput(); again(); };
     const canRetry = again && !/^(budget_exceeded|invalid_message)$/.test(code);
-    const words = h("p", { dir: "auto", role: "alert" }, text);
-    const node = add("bot.error", words, canRetry ? retry : null);
+    const node = add("bot.error", h("p", { dir: "auto", role: "alert" }, text),
+      canRetry ? button("button.plain", retry, WORDS.retry) : null);
     if (!isOpen()) markUnread(true);
     emit("error", { code: code || "internal", message: text });
   }
@@ -1036,9 +1040,12 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     send(text);
   }
   function expect(kind) { // the keyboard that fits the answer to a question
-    const modes = { email: "email", tel: "tel", phone: "tel", url: "url", number: "decimal", integer: "numeric" };
-    view.input.inputMode = modes[kind] || "text";
-    view.input.autocomplete = { email: "email", tel: "tel", phone: "tel", name: "name" }[kind] || "off";
+    const [mode, fill] = {
+      email: ["email", "email"], tel: ["tel", "tel"], phone: ["tel", "tel"], url: ["url", "url"],
+      name: ["text", "name"], number: ["decimal"], integer: ["numeric"],
+    }[kind] || [];
+    view.input.inputMode = mode || "text";
+    view.input.autocomplete = fill || "off";
   }
 
   // ---------------------------------------------------------------------------------------------
