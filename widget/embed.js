@@ -206,9 +206,9 @@
   }
 
   // ---------------------------------------------------------------------------------------------
-  // What the page shows: its elements that can be used, numbered, and its text. A number is never
-  // used again, on no page of this site, so that a plan made on an older picture, or on the page
-  // before, never means another element.
+  // What the page shows: its elements that can be used, numbered, and its text. An element keeps
+  // its number for as long as the page lives, so that a plan made on an older picture never means
+  // another element.
 
   const ROLES = "button link checkbox radio switch tab menuitem menuitemcheckbox menuitemradio"
     + " option combobox textbox searchbox slider spinbutton treeitem";
@@ -230,9 +230,8 @@
     |\b(identity|id)\s?(card|number|no\b)|personalausweis|\bdni\b|\bnino\b|\bcpf\b|aadhaar
     |driver\w*\slicen[cs]e`.replace(/\n\s*/g, ""));
 
-  const keptNumber = keep("localStorage", "number"); // the last one given, by any tab
   const numbers = new WeakMap(); // element -> its number
-  const elements = new Map(); // number -> a weak reference to the element
+  const elements = new Map(); // number, from 1 -> a weak reference to the element
 
   /** closest(), out of shadow roots too. */
   function around(element, selector) {
@@ -356,21 +355,18 @@
       .sort(([one], [other]) => one - other)
       .slice(0, MAX_ELEMENTS)
       .map(([, element]) => element);
-    let number = keptNumber.get() || 0;
     for (const element of found) {
       if (numbers.has(element)) continue;
-      numbers.set(element, ++number);
-      elements.set(number, new WeakRef(element));
+      numbers.set(element, elements.size + 1);
+      elements.set(elements.size + 1, new WeakRef(element));
     }
-    keptNumber.set(number);
-    const known = Object.entries(visitorData || {});
     return {
       url: location.href,
       title: squeeze(document.title, 300),
       visibleText: visibleText(),
       indexedElements: found.map(describe),
       forms: [...document.forms].filter(isVisible).slice(0, 10).map(describeForm),
-      previouslyFilledFields: known.slice(0, 20).map(([name, value]) => ({ name, value })),
+      visitorData,
     };
   }
 
@@ -1053,7 +1049,7 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
   // behind the visitor's back: the server keeps the events of a turn, and lastSeq says from where.
 
   let config = {};
-  let visitorData = null;
+  let visitorData; // what the page's author knows of the visitor
   let session = null; // {id, wsUrl, at}
   let socket = null, joined = false, taken = false, wanted = false;
   let lastSeq = null; // of the last event seen; null: this page has seen none of the session
@@ -1499,7 +1495,7 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     toggle: later(() => (isOpen() ? close() : open())),
     send: later((text) => { open(); send(text); }),
     setVisitorData(data) {
-      visitorData = data && typeof data === "object" ? { ...data } : null;
+      visitorData = data ? JSON.parse(JSON.stringify({ ...data })) : undefined; // plain, or throws
     },
     clearConversation: later(() => {
       const { id } = session || {};

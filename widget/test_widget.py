@@ -287,7 +287,7 @@ async def test_streamed_answer(meet: Meet, serve: Serve, model: FakeModel, pages
     await expect(guest.see(".stop")).to_be_visible()
     model.gate.release()
     await expect(guest.see(".stop")).to_be_hidden()
-    html = await bubble.evaluate("node => node.innerHTML")
+    html = (await bubble.evaluate("node => node.innerHTML")).replace("</li>\n", "</li>")
     link = f'<a href="{pages.url}/prices" rel="noopener nofollow">a link</a>'
     assert "<strong>bold</strong>, <em>italic</em> and <code>code &lt;b&gt;</code>." in html
     assert link in html
