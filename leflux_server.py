@@ -3215,14 +3215,12 @@ async def answer(hub: Hub, session: Session, task: Task) -> None:
 
 
 def check_unchanged(action: Json, page: Page, seen: Json) -> None:
-    """Raise Refusal if a plan's elements are not those that the model has seen under their ids."""
+    """Raise Refusal if a plan is for another page, or other elements, than the model has seen."""
     plan = action.get("plan", action)
-    before = dataclasses.replace(page, context=seen)
-    if (
-        plan["type"] in PLANS
-        and page.context is not seen
-        and looks(plan, page) != looks(plan, before)
-    ):
+    if plan["type"] not in PLANS or page.context is seen:
+        return
+    here, there = (str(one.get("url")).partition("#")[0] for one in (page.context, seen))
+    if here != there or looks(plan, page) != looks(plan, dataclasses.replace(page, context=seen)):
         raise Refusal("the page has changed meanwhile")
 
 
