@@ -402,8 +402,8 @@ MARKDOWN = {
     "**b** *i* _i_ `**c**`": "<p><strong>b</strong> <em>i</em> <em>i</em> <code>**c**</code></p>",
     "one\ntwo\n\nthree": "<p>one\ntwo</p><p>three</p>",
     "# Plans\nall": "<p><strong>Plans</strong>\nall</p>",
-    "- a\n- b\n\n3. c\n4. d": "<ul><li>a</li>\n<li>b</li>\n</ul>"
-    '<ol start="3"><li>c</li>\n<li>d</li>\n</ol>',
+    "- a\n- b\n\n3. c\n4. d": "<ul><li>a</li><li>b</li></ul>"
+    '<ol start="3"><li>c</li><li>d</li></ol>',
     "```js\na < b\n**c**\n```\nx": "<pre><code>a &lt; b\n**c**\n</code></pre><p>x</p>",
     "[a](/b) https://c.example/d.": '<p><a href="/b">a</a> '
     '<a href="https://c.example/d" target="_blank">https://c.example/d</a>.</p>',
@@ -604,7 +604,7 @@ async def test_answers_are_read_out_once(visit: Visit, serve: Serve, model: Fake
         model.gate.release()
     model.gate.release()
     await expect(part(page, ".stop")).to_be_hidden()
-    assert await page.evaluate("said") == ["The Pro plan costs\n€18 a month.\n"]
+    assert await page.evaluate("said") == ["The Pro plan costs\n€18 a month."]
     assert await part(page, "[role=log]").get_attribute("aria-live") == "off"
 
 
