@@ -350,6 +350,7 @@ async def test_quick_chips(visit: Visit, serve: Serve, model: FakeModel) -> None
     await expect(part(page, ".user")).to_have_text("When are you open?")
     await expect(part(page, ".chips")).to_be_hidden()
     await expect(part(page, "textarea")).to_be_focused()
+    await part(page, ".bot").get_by_text("ok", exact=True).wait_for()
     await page.get_by_role("button", name="Start over").click()
     await page.get_by_role("button", name="Say hello").click()
     await expect(part(page, ".user")).to_have_text("Say hello")
