@@ -190,7 +190,7 @@
           list = h(kind, { start: item[1] > 1 ? item[1] : null, dir: "auto" });
           blocks.push(list);
         }
-        list.append(h("li", {}, ...inline(item[2])), "\n");
+        list.append(h("li", {}, ...inline(item[2])));
       } else if (line.trim()) {
         const last = blocks.at(-1);
         const heading = /^#{1,6}\s+(.*)/.exec(line);
@@ -579,7 +579,7 @@ svg { width: 1.25em; height: 1.25em; flex: none; display: block; fill: none; str
 .accent, .user { background: var(--accent); color: var(--on-accent); border-color: var(--rim); }
 button.accent:enabled:hover { background-image: linear-gradient(var(--shade) 0 0); }
 .plain { padding: .35em .9em; color: var(--accent-ink); border-color: currentColor; border-radius: var(--radius, 2em); }
-.plain.accent { color: var(--on-accent); border-color: var(--rim); }
+.strong { color: var(--on-accent); border-color: var(--rim); }
 .plain:not(.accent):enabled:hover { background: var(--tint); }
 
 .launcher, .nudge, .panel, .ring { position: fixed; z-index: 2147483000; --x: var(--offset-x); --y: var(--offset-y); }
@@ -921,8 +921,9 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     if (follow) scrollDown();
   }
   function announce(text) { // to screen readers, once it is whole, and without the marks
-    const spoken = markdown(text).map((block) => block.textContent).join("\n");
-    view.live.replaceChildren(h("div", {}, spoken));
+    const lines = markdown(text)
+      .flatMap((block) => (block.matches("ul, ol") ? [...block.children] : block));
+    view.live.replaceChildren(h("div", {}, lines.map((line) => line.textContent).join("\n")));
     if (!isOpen()) markUnread(true);
   }
   function setDots(on) {
@@ -983,7 +984,7 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
       setRunning(true);
       tell("confirmation_response", { confirmed });
     };
-    const yes = button("button.plain.accent", () => answer(true), confirm_label);
+    const yes = button("button.plain.strong.accent", () => answer(true), confirm_label);
     const no = button("button.plain", () => answer(false), cancel_label);
     const card = add("confirm", h("p", { dir: "auto" }, message), h("div.choices", {}, yes, no));
     card.setAttribute("role", "group");
