@@ -1082,7 +1082,7 @@ form button:disabled { opacity: .5; cursor: default; }
       const isLost = running && !sending;
       forget();
       banner("");
-      setRunning(false);
+      if (!sending) setRunning(false);
       if (isLost) failed({ code: "session_not_found", message: WORDS.lost });
     } else if (code === 4409) {
       taken = true;
@@ -1373,7 +1373,7 @@ form button:disabled { opacity: .5; cursor: default; }
     }
     node.classList.remove("pending");
     keptSession.set({ ...session, at: Date.now() });
-    if (wasTaken || isRetry) { // much may have happened: hear it all again
+    if (taken || wasTaken || isRetry) { // much may have happened: hear it all again
       takeBack();
       picture = true;
     }
