@@ -1149,7 +1149,7 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
       const isLost = running && !sending;
       forget();
       banner("");
-      setRunning(false);
+      if (!sending) setRunning(false);
       if (isLost) failed({ code: "session_not_found", message: WORDS.lost });
     } else if (code === 4409) {
       taken = true;
@@ -1440,7 +1440,7 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     }
     node.classList.remove("pending");
     keptSession.set({ ...session, at: Date.now() });
-    if (wasTaken || isRetry) { // much may have happened: hear it all again
+    if (taken || wasTaken || isRetry) { // much may have happened: hear it all again
       takeBack();
       picture = true;
     }

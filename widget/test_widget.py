@@ -608,14 +608,15 @@ async def test_session_is_kept(visit: Visit, serve: Serve, model: FakeModel, pag
     assert await guest.page.evaluate("replies") == 0  # it is no news
 
     lf.drop_session(server.hub, server.hub.sessions[kept])  # idle for too long, say
+    model.scripts.append(says("Yes, I am."))
     await guest.ask("Are you still there?")
-    await guest.hears("ok")
+    await guest.hears("Yes, I am.")
     assert (await guest.log())[-5:] == [
         "user: Remember me",
         "bot: ok",
         "note: The earlier chat has ended; what follows starts afresh.",
         "user: Are you still there?",
-        "bot: ok",
+        "bot: Yes, I am.",
     ]
     assert len(server.hub.sessions) == 1
 
