@@ -753,6 +753,11 @@ def json_text(value: Any) -> str:
     return orjson.dumps(value).decode()
 
 
+def kept_json(value: Any) -> bytes:
+    """Encode what will be kept: a result of orjson holds on to its whole buffer, 4 KiB or more."""
+    return b"%b" % orjson.dumps(value)
+
+
 def decode_json(raw: bytes | str) -> Any:
     """Parse strict JSON of bounded nesting; raise ValueError for everything else."""
     value = orjson.loads(raw)
@@ -892,7 +897,7 @@ class Session:
 
 
 def encode_event(event: str, data: Json, seq: int) -> bytes:
-    return orjson.dumps({"event": event, "data": data, "seq": seq})
+    return kept_json({"event": event, "data": data, "seq": seq})
 
 
 class Socket:
@@ -1494,7 +1499,7 @@ def restore_session(store: Store, raw: str, messages: list[Json], now: float) ->
     )
     if state.get("last"):
         session.first_seq = session.turn_seq = state["seq"] - 1
-        session.events = [orjson.dumps(state["last"])]
+        session.events = [kept_json(state["last"])]
     if state["open"]:
         # How much of the turn was sent when the process died is not known, only its bound.
         session.first_seq = session.turn_seq = state["seq"] + MAX_REPLY_CHARS
@@ -3454,7 +3459,8 @@ async def sweep(hub: Hub, now: float) -> None:
 
 
 def json_response(data: Any, status: int = 200) -> web.Response:
-    return web.json_bytes_response(data, status=status, dumps=orjson.dumps)
+    # aiohttp keeps a connection's last response, for as long as a socket that it may become.
+    return web.json_bytes_response(data, status=status, dumps=kept_json)
 
 
 def error_response(error: ApiError) -> web.Response:

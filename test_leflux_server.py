@@ -36,6 +36,7 @@ import sys
 import threading
 import time
 import tomllib
+import tracemalloc
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -1031,6 +1032,19 @@ def test_decode_json(raw: str, good: bool) -> None:
         else:
             with pytest.raises(ValueError, match=r"."):
                 lf.decode_json(value)
+
+
+def test_kept_events_take_no_more_memory_than_they_need() -> None:
+    """An encoded event is kept in its own length, not in the buffer it was written to."""
+    data = {"delta": "word ", "streamId": "stream-1700000000000", "chunkIndex": 3}
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        kept = [lf.encode_event("message_chunk", data, seq) for seq in range(200)]
+        used = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert used < 1.5 * (sys.getsizeof(kept) + sum(map(sys.getsizeof, kept)))
 
 
 # ---------------------------------------------------------------------------------------------
