@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import random
 import sys
@@ -17,14 +18,15 @@ from faulty_model import ACTIONS, WHOLE, reply_text
 from processes import ORIGIN
 
 Json = dict[str, Any]
+IDLE_MINUTES = 1.5  # so that abandoned sessions are swept in the run, too
 PATIENCE_SECONDS = 100  # for the end of a turn: longer than any time-out of the server
 LATE_SECONDS = 120  # so long before the end nothing begins that takes more than a few seconds
 TURN_ENDS = frozenset(
     "message_done message ui_block confirmation_required task_complete action_plan".split()
 )
 COMMON = (*WHOLE, *ACTIONS, "e500", "e503", "e429", "html", "gone", "cut", "error")
-RARE = ("flood", "flood", "endless")  # three turns in a hundred
-SLOW = ("mute", "stuck")  # one turn in a hundred: they wait for the server's time-outs
+RARE = ("flood", "flood", "endless")  # one turn in a hundred
+SLOW = ("mute", "stuck")  # another one: they wait for the server's time-outs
 HABITS = ("drop", "reload", "stall", "nonsense", "stop", "interrupt", "patient", "patient")
 WAYS = ("answer",) * 6 + ("reload",) * 3 + ("ignore", "ignore", "half")  # with a plan
 PAGE: Json = {
@@ -43,6 +45,17 @@ class Lost(Exception):
     """A session without a message is gone after a restart, as it may be."""
 
 
+@dataclasses.dataclass
+class Left:
+    """A session that a visitor went away from: what must be in it, and when it expires."""
+
+    session_id: str
+    sent: list[str]
+    heard: list[str]
+    active: float
+    since: float
+
+
 class Record:
     """What visitors and the one who kills the server know of the run, and what was wrong."""
 
@@ -51,6 +64,7 @@ class Record:
         self.began = time.monotonic()
         self.end = self.began + seconds
         self.up = asyncio.Event()  # the server runs and has not been told to stop
+        self.promised = asyncio.Event()  # a visitor was just told what must now be kept
         self.life = 0  # how often it has been started
         self.seen: Counter[str] = Counter()
         self.problems: list[str] = []
@@ -67,7 +81,7 @@ class Visitor:
         self.record, self.http, self.number, self.url = record, http, number, url
         self.choose = random.Random(f"{record.seed} {number}")
         self.count = 0
-        self.kept: list[tuple[str, list[str], list[str]]] = []  # to be looked at in the end
+        self.left: list[Left] = []  # sessions that were not deleted
         self.deleted: list[str] = []
 
     @property
@@ -84,9 +98,11 @@ class Visitor:
         self.sent: list[str] = []  # acknowledged messages
         self.heard: list[str] = []  # texts that ended a turn
         self.said: dict[str, list[str]] = {}  # the deltas of streams heard from their start
-        self.seq = self.life = 0  # the last event, and when it was heard
+        self.seq = self.life = 0  # the last event, and the life of the server that it came from
+        self.joined_life = 0
         self.provoked = self.unclear = False
         self.floods = 0
+        self.active = time.monotonic()  # when the server last had to hear of the session
         _, made = await self.call("POST", "/api/session/init", {"pageUrl": PAGE["url"]})
         self.id = made["sessionId"]
         await self.connect()
@@ -97,7 +113,7 @@ class Visitor:
         await self.ws.close()
         await self.check(self.id, self.sent, self.heard)
         if self.choose.random() < 0.2 or time.monotonic() > self.record.end:
-            self.kept.append((self.id, self.sent, self.heard))
+            self.left.append(Left(self.id, self.sent, self.heard, self.active, time.monotonic()))
             return
         await self.call("DELETE", f"/api/session/{self.id}", may_be_gone=True)
         status, _ = await self.call("GET", f"/api/session/{self.id}", may_be_gone=True)
@@ -139,24 +155,25 @@ class Visitor:
                 if first.type is WSMsgType.TEXT:
                     break
             await asyncio.sleep(0.05)
-        if self.life != self.record.life:
+        if self.joined_life != self.record.life:
             self.said.clear()  # the log starts anew: what was streamed before has no end in it
+        # In a new life numbers are passed over, and the middle of a turn is no more.
         self.exact = last_seq is not None and self.life == self.record.life
         self.next_seq = 0 if last_seq is None else last_seq + 1
-        self.life, self.provoked = self.record.life, False
+        self.joined_life, self.provoked = self.record.life, False
 
     async def event(self) -> Json:
-        """The next event of the conversation, on a new socket if this one ends."""
+        """The next event of the conversation; if the socket has ended, "joined" on a new one."""
         while True:
             message = None
             with contextlib.suppress(ConnectionError):  # from a pong to a socket that is gone
                 message = await self.ws.receive()
             if message is None or message.type is not WSMsgType.TEXT:
-                same_life = self.record.up.is_set() and self.life == self.record.life
+                same_life = self.record.up.is_set() and self.joined_life == self.record.life
                 if same_life and not self.provoked:
                     self.record.problem(f"a socket was closed with {self.ws.close_code}")
                 await self.connect(None if self.unclear else self.seq)
-                continue
+                return {"event": "joined", "seq": 0}
             frame: Json = json.loads(message.data)
             if frame["event"] == "error":
                 self.record.seen[frame["data"]["code"]] += 1
@@ -170,7 +187,7 @@ class Visitor:
         if seq < self.next_seq or (self.exact and seq != self.next_seq):
             self.record.problem(f"event {seq} came where {self.next_seq} was due")
         self.next_seq, self.exact = seq + 1, True
-        self.seq = max(self.seq, seq)
+        self.seq, self.life = max(self.seq, seq), self.joined_life
         if frame["event"] == "message_chunk":
             said = self.said.setdefault(data["streamId"], [])
             if data["chunkIndex"] == 0:
@@ -194,7 +211,10 @@ class Visitor:
         self.count += 1
         tag = f"m{self.number}-{self.count}"
         said = {"sessionId": self.id, "message": f"#{kind} {tag}", "clientMessageId": tag}
-        await self.call("POST", "/api/chat", {**said, "pageContext": PAGE})
+        for _ in range(1 if self.choose.random() < 0.9 else 2):  # the same again changes nothing
+            await self.call("POST", "/api/chat", {**said, "pageContext": PAGE})
+            self.record.promised.set()
+        self.active = time.monotonic()
         self.sent.append(said["message"])
         self.record.seen["turns"] += 1
         self.record.seen[kind] += 1
@@ -202,7 +222,7 @@ class Visitor:
 
     def kind(self) -> str:
         chance = self.choose.random()
-        kind = self.choose.choice(SLOW if chance < 0.01 else RARE if chance < 0.04 else COMMON)
+        kind = self.choose.choice(SLOW if chance < 0.01 else RARE if chance < 0.02 else COMMON)
         self.floods += kind == "flood"  # more than two, and the history is cut
         return "ok" if (self.late and kind in SLOW) or self.floods > 2 else kind
 
@@ -237,6 +257,7 @@ class Visitor:
 
     def note(self, frame: Json) -> None:
         """Remember what the end of a turn said: it must be in the history."""
+        self.record.promised.set()
         data = frame["data"]
         self.heard.append(data.get("text") or data.get("message") or data.get("summary") or "")
         self.record.seen[frame["event"]] += 1
@@ -254,7 +275,7 @@ class Visitor:
         elif habit == "stall":
             long = not self.late and self.choose.random() < 0.05
             self.provoked |= long  # the server may cut it off
-            await asyncio.sleep(45 if long else self.choose.uniform(0, 3))
+            await asyncio.sleep(42 if long else self.choose.uniform(0, 3))
         elif habit == "stop":
             await self.send("stop")
         elif habit == "nonsense":
@@ -290,26 +311,30 @@ class Visitor:
     async def go_on(self, frame: Json) -> None:
         """Answer what asks for an answer: all of it, half of it, or not at all."""
         while frame["event"] in ("action_plan", "confirmation_required"):
-            way = self.choose.choice(WAYS)
-            before = frame["seq"]
+            asked, way = frame, self.choose.choice(WAYS)
             if way == "ignore" or (way == "half" and self.late):
                 self.unclear = True
                 return
-            if frame["event"] == "confirmation_required":
-                await self.send("confirmation_response", confirmed=way == "answer")
-            elif way == "reload":
+            self.record.seen[f"{asked['event']}: {way}"] += 1
+            if way == "reload":
                 await self.reload()
-                await self.send("update_context", context=PAGE)
-            else:
-                action = frame["data"]["actions"][0]["id"]
-                result = {"success": self.choose.random() < 0.8}
-                await self.send("action_complete", actionId=action, result=result)
-                if way == "answer":
-                    await self.send("continue_task", context=PAGE)
-            self.record.seen[f"{frame['event']}: {way}"] += 1
-            while frame["event"] not in TURN_ENDS or frame["seq"] <= before:
+            await self.reply(asked, way)
+            while frame["event"] not in TURN_ENDS or frame["seq"] <= asked["seq"]:
                 frame = await self.event()
+                if frame["event"] == "joined":
+                    await self.reply(asked, way)  # the first one may have been lost
             self.note(frame)
+
+    async def reply(self, asked: Json, way: str) -> None:
+        if asked["event"] == "confirmation_required":
+            await self.send("confirmation_response", confirmed=way == "answer")
+        elif way == "reload":
+            await self.send("update_context", context=PAGE)
+        else:
+            action = asked["data"]["actions"][0]["id"]
+            await self.send("action_complete", actionId=action, result={"success": True})
+            if way == "answer":
+                await self.send("continue_task", context=PAGE)
 
     async def check(self, session_id: str, sent: list[str], heard: list[str]) -> None:
         """The history holds what was acknowledged and what was heard."""
@@ -325,11 +350,16 @@ class Visitor:
         self.record.seen["sessions checked"] += 1
 
     async def look_back(self) -> None:
-        """After the last restart: what was left is there, what was deleted is not."""
-        for session_id, sent, heard in self.kept:
-            self.sent = sent
-            await self.check(session_id, sent, heard)
-        for session_id in self.deleted[-50:]:
+        """After the last restart: what was left is there, what expired or was deleted is not."""
+        gone = self.deleted[-50:]
+        for left in self.left:
+            now = time.monotonic()
+            if now - left.active < IDLE_MINUTES * 60 - 10:
+                self.sent = left.sent
+                await self.check(left.session_id, left.sent, left.heard)
+            elif now - left.since > IDLE_MINUTES * 60 + 10:
+                gone.append(left.session_id)
+        for session_id in gone:
             status, _ = await self.call("GET", f"/api/session/{session_id}", may_be_gone=True)
             if status != 404:
-                self.record.problem("a deleted session is back")
+                self.record.problem("a deleted or expired session is back")

@@ -1,0 +1,74 @@
+"""The scripts beside this file still work: a quick benchmark, a few seconds of soak."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import HERE
+from run import ROWS
+from soak import Soak, verdict
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" and not os.environ.get("CI"), reason="the figures are Linux's /proc"
+)
+PATIENCE_SECONDS = 120  # on a busy machine; alone both take some 10 s
+
+
+async def run_script(name: str, *arguments: str) -> str:
+    """Run a script to its good end and return what it prints."""
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(HERE / name), *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        out, err = await asyncio.wait_for(child.communicate(), PATIENCE_SECONDS)
+    finally:
+        if child.returncode is None:
+            child.terminate()
+            await child.wait()
+    assert child.returncode == 0, out.decode() + err.decode()
+    return out.decode()
+
+
+async def test_quick_benchmark() -> None:
+    """Every row has a figure of the floor and one of leflux, with its ratio."""
+    printed = await run_script("run.py", "--quick")
+    for _, title, _ in ROWS:
+        row = re.escape(f"| {title} |") + r" [\d.,]+ \|.*\| [\d.,]+ \([\d.]+\) \|"
+        assert re.search(row, printed), title
+    assert printed.count("\n| 20 |") == 1
+
+
+async def test_short_soak() -> None:
+    """Nothing is lost in a few seconds with several kills."""
+    printed = await run_script("soak.py", "--minutes", "0.1", "--visitors", "8")
+    assert re.search(r"^problems +0$", printed, re.M)
+    assert re.search(r"^SIGKILL +[1-9]", printed, re.M)
+    assert re.search(r"^sessions checked +[1-9]", printed, re.M)
+
+
+@pytest.mark.parametrize(("leak", "problems"), [(2.0, 0), (8.0, 1)])
+async def test_growth_fails_the_soak(leak: float, problems: int, tmp_path: Path) -> None:
+    """Memory that grows with each turn is a problem; what stays in the noise is none."""
+    soak = Soak(tmp_path, 0, "1")
+    soak.life = 1
+    soak.samples = [(1, time.monotonic() + n, 60_000 + n * 20 * leak, n * 20) for n in range(300)]
+    (tmp_path / "server.log").write_text("INFO leflux: stopping\n")
+    verdict(soak)
+    assert len(soak.problems) == problems
+
+
+@pytest.mark.parametrize("line", ["ERROR leflux: a turn failed", "Traceback (most recent call"])
+async def test_errors_in_the_log_fail_the_soak(line: str, tmp_path: Path) -> None:
+    soak = Soak(tmp_path, 0, "1")
+    soak.life = 1
+    (tmp_path / "server.log").write_text(f"INFO leflux: stopping\n{line}\n")
+    verdict(soak)
+    assert len(soak.problems) == 1
