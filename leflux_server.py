@@ -320,12 +320,18 @@ def split_authority(authority: str) -> tuple[str, int | None]:
     return canonical_host(match[1]), int(match[2]) if match[2] else None
 
 
-def allowed_host(value: Any) -> tuple[str, int | None]:
-    """Check an entry of allowed_hosts: (host, port or None for every port)."""
+HostEntry = tuple[str, int | None]  # of allowed_hosts: (host, port or None for every port)
+
+
+def allowed_host(value: Any) -> HostEntry:
     host, port = split_authority(text(300, 1)(value))
     if host in SHARED_SUFFIXES or ("." not in host and host != "localhost" and not is_ip(host)):
         raise ValueError(f"{host} is shared by many sites and cannot be registered")
     return host, port
+
+
+def written_host(host: str, port: int | None) -> str:
+    return host if port is None else f"{host}:{port}"
 
 
 @functools.lru_cache(4096)
@@ -468,6 +474,9 @@ def merge_patch(target: Any, patch: Any) -> Any:
 # Configuration: config.toml becomes frozen dataclasses, once, strictly.
 
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
 class ConfigError(Exception):
     """One line that names the key and says what is wrong with it."""
 
@@ -476,11 +485,7 @@ def key(default: Any, check: Check) -> Any:
     return dataclasses.field(default=default, metadata={"check": check})
 
 
-def listen_host(value: Any) -> str:
-    return cast(str, text(255, 1, r"[^\s/@]+", "a host name or an address")(value))
-
-
-def network(value: Any) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+def network(value: Any) -> Network:
     try:
         return ipaddress.ip_network(text(50)(value), strict=False)
     except ValueError:
@@ -514,13 +519,11 @@ LOCAL_NETWORKS = (ipaddress.ip_network("127.0.0.1"), ipaddress.ip_network("::1")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServerConfig:
-    host: str = key("127.0.0.1", listen_host)
+    host: str = key("127.0.0.1", text(255, 1, r"[^\s/@]+", "a host name or an address"))
     port: int = key(3002, whole(0, 65535))
     public_url: str = key("", bare_url)
     cors_origins: tuple[str, ...] = key(("*",), list_of(cors_origin))
-    trusted_proxies: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = key(
-        LOCAL_NETWORKS, list_of(network)
-    )
+    trusted_proxies: tuple[Network, ...] = key(LOCAL_NETWORKS, list_of(network))
     state_dir: str = key("state", text(4000))
     signup_url: str = key("", web_url)
     demo: bool = key(True, flag)
@@ -569,7 +572,7 @@ class Site:
 
     id: str = key("", text(64, 1, r"[A-Za-z0-9_-]+", "letters, digits, - and _"))
     name: str = key("", text(80, 1))
-    allowed_hosts: tuple[tuple[str, int | None], ...] = key((), list_of(allowed_host))
+    allowed_hosts: tuple[HostEntry, ...] = key((), list_of(allowed_host))
     owners: tuple[str, ...] = key((), list_of(text(320, 1)))
     instructions: str = key("", text(20_000))
     knowledge: tuple[str, ...] = key((), list_of(text(4000, 1)))
@@ -1035,7 +1038,7 @@ class Hub:
     started: float
     store: Store
     sites: dict[str, Site] = dataclasses.field(default_factory=dict)
-    site_index: dict[tuple[str, int | None], Site] = dataclasses.field(default_factory=dict)
+    site_index: dict[HostEntry, Site] = dataclasses.field(default_factory=dict)
     site_patches: dict[str, Json] = dataclasses.field(default_factory=dict)  # over config.toml
     made_sites: dict[str, Json] = dataclasses.field(default_factory=dict)  # through the API
     usage: dict[str, Usage] = dataclasses.field(default_factory=dict)
@@ -1061,7 +1064,7 @@ HUB = web.AppKey("hub", Hub)
 # Sites and addresses: who is calling. Pure functions of a request's headers.
 
 
-def find_site(index: Mapping[tuple[str, int | None], Site], host: str, port: int) -> Site | None:
+def find_site(index: Mapping[HostEntry, Site], host: str, port: int) -> Site | None:
     """Return the site of a canonical host: itself, else its closest parent of two labels."""
     while True:
         site = index.get((host, port)) or index.get((host, None))
@@ -1088,22 +1091,19 @@ def caller_host(method: str, headers: Mapping[str, str], scheme: str) -> tuple[s
     return parse_origin(f"{scheme}://{hosts[0]}")
 
 
-Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]
-
-
-@functools.lru_cache(4096)
-def is_trusted(address: str, proxies: Networks) -> bool:
-    """Whether an address is one of the trusted proxies; raise ValueError if it is none at all."""
-    ip = parse_ip(address)
-    return any(ip in network for network in proxies)
-
-
 def parse_ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     ip = ipaddress.ip_address(address)
     return ip.ipv4_mapped or ip if isinstance(ip, ipaddress.IPv6Address) else ip
 
 
-def client_key(peer: str, forwarded_for: Sequence[str], proxies: Networks) -> str:
+@functools.lru_cache(4096)
+def is_trusted(address: str, proxies: Sequence[Network]) -> bool:
+    """Whether an address is one of the trusted proxies; raise ValueError if it is none at all."""
+    ip = parse_ip(address)
+    return any(ip in network for network in proxies)
+
+
+def client_key(peer: str, forwarded_for: Sequence[str], proxies: Sequence[Network]) -> str:
     """Return what identifies a client for its limits: an IPv4 address or an IPv6 /64."""
     address = peer
     try:
@@ -1810,7 +1810,7 @@ class Page:
     context: Json
     address: str  # its URL
     site: Site
-    site_index: Mapping[tuple[str, int | None], Site]
+    site_index: Mapping[HostEntry, Site]
 
     def element(self, element_id: Any) -> Json:
         """Return the enabled element of an id; raise Refusal."""
@@ -3985,7 +3985,7 @@ ADMIN_FIELDS = {
 def rebuild_sites(hub: Hub) -> None:
     """Put the patches over config.toml again: what the server goes by from now on."""
     sites: dict[str, Site] = {}
-    index: dict[tuple[str, int | None], Site] = {}
+    index: dict[HostEntry, Site] = {}
     file_sites = {site["id"]: site for site in hub.config.raw_sites}
     for site_id, base in {**file_sites, **hub.made_sites, **file_sites}.items():
         for table in (merge_patch(base, hub.site_patches.get(site_id, {})), base):
@@ -4032,12 +4032,9 @@ async def managed_site(request: web.Request) -> tuple[Hub, Caller, Site]:
     return hub, caller, owned_site(hub, caller, request.match_info["site_id"])
 
 
-def written_hosts(site: Site) -> list[str]:
-    return [host if port is None else f"{host}:{port}" for host, port in site.allowed_hosts]
-
-
 def site_summary(site: Site) -> Json:
-    return {"id": site.id, "name": site.name, "allowedHosts": written_hosts(site)}
+    hosts = [written_host(*entry) for entry in site.allowed_hosts]
+    return {"id": site.id, "name": site.name, "allowedHosts": hosts}
 
 
 def site_details(hub: Hub, site: Site) -> Json:
@@ -4079,9 +4076,7 @@ async def change_site(hub: Hub, caller: Caller, site: Site, change: Json) -> web
     return json_response(site_details(hub, hub.sites[site.id]))
 
 
-def refuse_taken_hosts(
-    hub: Hub, hosts: Sequence[tuple[str, int | None]], site_id: str, *, admin: bool
-) -> None:
+def refuse_taken_hosts(hub: Hub, hosts: Sequence[HostEntry], site_id: str, *, admin: bool) -> None:
     """Raise host_taken for a host of another site.
 
     Owners may not take a port or a subdomain of another site's host either; admins may.
@@ -4125,7 +4120,7 @@ async def create_site(request: web.Request) -> web.Response:
         for one in itertools.chain([slug], (f"{slug}-{n}" for n in itertools.count(2)))
         if one not in hub.sites
     )
-    entries = [one if port is None else f"{one}:{port}" for one in hosts]
+    entries = [written_host(one, port) for one in hosts]
     base = {"id": site_id, "name": clean["name"], "allowed_hosts": entries}
     try:
         parse_table(Site, base, "site")
@@ -4873,7 +4868,7 @@ async def check_address(http: aiohttp.ClientSession, url: str, config: Config) -
     return address_words(own, seen, believed == FORGED_ADDRESS, config.server.trusted_proxies)
 
 
-def address_words(own: str, seen: str, forgeable: bool, proxies: Networks) -> str:
+def address_words(own: str, seen: str, forgeable: bool, proxies: Sequence[Network]) -> str:
     """Judge whom the server takes us for, and whether a forged X-Forwarded-For is believed."""
     own_key = client_key(own, (), ())
     mend = (
@@ -4907,7 +4902,7 @@ async def check_widget(http: aiohttp.ClientSession, url: str) -> str:
 async def check_site(http: aiohttp.ClientSession, url: str, config: Config, site: Site) -> str:
     """Open a chat and its socket as a page of the site would; the chat is deleted again."""
     host, port = site.allowed_hosts[0]
-    origin = f"{'http' if host == 'localhost' else 'https'}://{host}" + (f":{port}" if port else "")
+    origin = f"{'http' if host == 'localhost' else 'https'}://{written_host(host, port)}"
     answer = await fetch(http, "POST", f"{url}/api/session/init", Origin=origin)
     session_id, ws_url = answer.body.get("sessionId"), answer.body.get("wsUrl")
     if answer.status != 200 or not isinstance(session_id, str) or not isinstance(ws_url, str):
