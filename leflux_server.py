@@ -697,6 +697,7 @@ def load_config(path: Path, environ: Mapping[str, str]) -> Config:
 
 # ---------------------------------------------------------------------------------------------
 # Errors: raised anywhere, shaped once. REST answers with them, the WebSocket sends them as events.
+# And the JSON of callers, which `decode_json` and `take` turn into clean values or such an error.
 
 
 class ApiError(Exception):
@@ -803,14 +804,16 @@ class Task:
     plans: int = 0
     refusals: int = 0  # since the last plan
     clicks: Counter[tuple[int, str]] = dataclasses.field(default_factory=Counter)
-    urls: list[str] = dataclasses.field(
-        default_factory=list
-    )  # that plans navigated to, "" for a plan without
+    urls: list[str] = dataclasses.field(default_factory=list)  # plans navigated to, "" for none
     did: list[str] = dataclasses.field(default_factory=list)  # the kinds of all steps so far
     scrolls: int = 0
     unchanged: int = 0  # plans in a row that left the page as it was
     reserved: int = 0  # tokens set aside for the first call
     usage: Usage | None = None  # where they are
+
+
+def encode_event(event: str, data: Json, seq: int) -> bytes:
+    return orjson.dumps({"event": event, "data": data, "seq": seq})
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -894,10 +897,7 @@ class Session:
             self.history_chars -= len(self.history.pop(PROMPT_FIRST)["content"])
 
 
-def encode_event(event: str, data: Json, seq: int) -> bytes:
-    return orjson.dumps({"event": event, "data": data, "seq": seq})
-
-
+@dataclasses.dataclass(slots=True, eq=False)
 class Socket:
     """A WebSocket connection: a cursor on its session's event log.
 
@@ -905,27 +905,19 @@ class Socket:
     something to send. Frames outside the log (`session_joined`, `error`) wait in the outbox.
     """
 
-    __slots__ = tuple(
-        "ws transport site_id session cursor joined outbox pump close_code frame_times sent"
-        " progress stalled_since".split()
-    )
-
-    def __init__(
-        self, ws: web.WebSocketResponse, transport: asyncio.Transport | None, site_id: str
-    ) -> None:
-        self.ws = ws
-        self.transport = transport
-        self.site_id = site_id
-        self.session: Session | None = None
-        self.cursor = 1  # the next event to send
-        self.joined: bytes | None = None  # a session_joined to send; only the last one counts
-        self.outbox: list[bytes] = []
-        self.pump: asyncio.Task[None] | None = None
-        self.close_code: int | None = None
-        self.frame_times: deque[float] | None = None
-        self.sent = 0  # frames that the transport has taken
-        self.progress = (-1, 0)  # frames sent and bytes unsent, as the last sweep saw them
-        self.stalled_since = 0.0
+    ws: web.WebSocketResponse
+    transport: asyncio.Transport | None
+    site_id: str
+    session: Session | None = None
+    cursor: int = 1  # the next event to send
+    joined: bytes | None = None  # a session_joined to send; only the last one counts
+    outbox: list[bytes] = dataclasses.field(default_factory=list)
+    pump: asyncio.Task[None] | None = None
+    close_code: int | None = None
+    frame_times: deque[float] | None = None
+    sent: int = 0  # frames that the transport has taken
+    progress: tuple[int, int] = (-1, 0)  # frames sent, bytes unsent, as the last sweep saw them
+    stalled_since: float = 0.0
 
     def push(self, event: str, data: Json) -> None:
         """Send a frame that is not part of the conversation; its seq is the last one sent."""
