@@ -1585,7 +1585,10 @@ def give_back(hub: Hub, site: Site, task: Task) -> None:
 # ---------------------------------------------------------------------------------------------
 # Page context: what the visitor's page shows, cut to its limits, of known types only.
 
+MAX_FIELD_CHARS = 300
+MAX_REMEMBERED_BYTES = 32 * 1024
 _LINE = text(1_000_000)
+_ITEMS = list_of(lambda item: item, MAX_BODY_BYTES)
 ELEMENT_FIELDS: dict[str, type[Any]] = {
     "id": int,
     **dict.fromkeys(("type", "text", "placeholder", "value", "href", "ariaLabel", "name"), str),
@@ -1594,11 +1597,27 @@ ELEMENT_FIELDS: dict[str, type[Any]] = {
     "options": list,
 }
 KIND_NAMES = {int: "a whole number", str: "a string", bool: "true or false", list: "a list"}
-MAX_FIELD_CHARS = 300
-MAX_REMEMBERED_BYTES = 32 * 1024
-
-
 NAMED = frozenset(("id", "type", "text"))  # these need no name in a line
+
+
+def clean_element(raw: Any, where: str) -> Json:
+    """Return an element of the page with its known fields, each of its type."""
+    if type(raw) is not dict:
+        raise invalid(where, "must be an object")
+    clean: Json = {}
+    for field, value in raw.items():
+        kind = ELEMENT_FIELDS.get(field)
+        if type(value) is not kind:
+            if kind is not None and value is not None:
+                raise invalid(f"{where}.{field}", f"must be {KIND_NAMES[kind]}")
+        elif kind is str:
+            clean[field] = value[:MAX_FIELD_CHARS]
+        elif kind is list:
+            labels = [o.get("text", o.get("value")) if type(o) is dict else o for o in value]
+            clean[field] = [label[:100] for label in labels[:30] if type(label) is str]
+        else:
+            clean[field] = value
+    return clean
 
 
 def describe_page(context: Json) -> str:
@@ -1628,30 +1647,14 @@ def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json
         "title": take(raw, "title", _LINE, "", path)[:MAX_FIELD_CHARS],
         "visibleText": take(raw, "visibleText", _LINE, "", path)[: limits.visible_text_chars],
     }
-    any_list = list_of(lambda item: item, MAX_BODY_BYTES)
-    elements = take(raw, "indexedElements", any_list, (), path)[: limits.indexed_elements]
-    context["indexedElements"] = []
-    where = path + "indexedElements"
-    for index, element in enumerate(elements):
-        if type(element) is not dict:
-            raise invalid(f"{where}[{index}]", "must be an object")
-        clean: Json = {}
-        for field, value in element.items():
-            kind = ELEMENT_FIELDS.get(field)
-            if type(value) is not kind:
-                if kind is not None and value is not None:
-                    raise invalid(f"{where}[{index}].{field}", f"must be {KIND_NAMES[kind]}")
-            elif kind is str:
-                clean[field] = value[:MAX_FIELD_CHARS]
-            elif kind is list:
-                labels = [o.get("text", o.get("value")) if type(o) is dict else o for o in value]
-                clean[field] = [label[:100] for label in labels[:30] if type(label) is str]
-            else:
-                clean[field] = value
-        context["indexedElements"].append(clean)
+    elements = take(raw, "indexedElements", _ITEMS, (), path)[: limits.indexed_elements]
+    context["indexedElements"] = [
+        clean_element(element, f"{path}indexedElements[{at}]")
+        for at, element in enumerate(elements)
+    ]
     for field in ("forms", "previouslyFilledFields"):
         # These are only ever shown to the model, so their inside is free.
-        items = [json_text(item)[:1000] for item in take(raw, field, any_list, (), path)[:20]]
+        items = [json_text(item)[:1000] for item in take(raw, field, _ITEMS, (), path)[:20]]
         if items:
             context[field] = items
     if known := take(raw, "visitorData", an_object, {}, path):  # by the page's author
@@ -1668,6 +1671,11 @@ def element_label(element: Json) -> str:
     return ""
 
 
+@functools.lru_cache(128)
+def remembered_context(encoded: bytes, limits: LimitsConfig, name: str) -> Json:
+    return clean_context(orjson.loads(encoded), limits, name)
+
+
 def page_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json:
     """clean_context with a memory: visitors of a page send the same picture of it over and over.
 
@@ -1677,11 +1685,6 @@ def page_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json:
     if len(encoded) > MAX_REMEMBERED_BYTES:
         return clean_context(raw, limits, name)
     return remembered_context(encoded, limits, name)
-
-
-@functools.lru_cache(128)
-def remembered_context(encoded: bytes, limits: LimitsConfig, name: str) -> Json:
-    return clean_context(orjson.loads(encoded), limits, name)
 
 
 # ---------------------------------------------------------------------------------------------
