@@ -1798,6 +1798,64 @@ class Refusal(Exception):
     """Why an action may not run, in words for the model."""
 
 
+def element_words(element: Json, *fields: str) -> str:
+    """What an element is called in its markup and on the page, as plain lower-case words."""
+    values = [str(element[field]) for field in fields if element.get(field)]
+    plain = unicodedata.normalize("NFKC", " | ".join(values))
+    plain = "".join(c for c in plain if unicodedata.category(c) != "Cf")  # unseen, such as U+00AD
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", plain)
+    words = re.sub(r"(?<=[a-zA-Z])(?=[0-9])", " ", words)
+    return re.sub(r"[\s_.\-/\[\]:]+", " ", words).lower()
+
+
+_NAMES = ("text", "ariaLabel", "label", "placeholder", "name")
+SENSITIVE = re.compile(
+    r"""
+    \bpass\s?(word|wd|code|phrase|wort)|\b(pass|pwd?|psw)\b|kennwort|contraseñ|mot\sde\spasse
+    |\bsenha\b|wachtwoord|\bone\s?time|\bt?otp\b|\b(2|m|t)\s?fa\b|two\sfactor|\bpin\b|digit\scode
+    |(verification|security|sms|auth\w*|tfa)\scode|digo\sde\s(seguridad|verif)|code\sde\ss[eé]curit
+    |\bcc\b|(credit|debit)\s?card|\bcard\s?(number|no\b|num|holder|code)|\|\scard(\s\||$)|^card$
+    |\b(cvv|cvc|csc|cvn)\b|expir(y|ation)|\bmm\s?yy|karten\s?nummer|kreditkarte|tarjeta|ro\sde\scarte
+    |\biban\b|\bbic\b|\bswift\b|rout(ing|e)\snumber|sort\scode|\bbank|account\s?(number|no\b|num)
+    |\bkonto|\bssn\b|social\s?security|national\s?(id|insurance)|passport|\btax\s?(id|number|payer)
+    |\btin\b|\b(identity|id)\s?(card|number|no\b)|personalausweis|\bdni\b|\bnino\b|\bcpf\b|aadhaar
+    |driver\w*\slicen[cs]e
+    """,
+    re.X,
+)
+# Clicks that cannot be taken back, in the languages whose sites we have met.
+IRREVERSIBLE = re.compile(
+    r"""
+    \b(deletes?|removes?|buy|pay|purchase|order|send|transfer|unsubscribe|check\s?out)\b|\bcancel\s+\w
+    |\b(löschen|entfernen|kaufen|bezahlen|bestellen|absenden|senden|überweisen|kündigen)\b
+    |\b(supprimer|acheter|payer|commander|envoyer|résilier)\b
+    |\b(eliminar|borrar|comprar|pagar|enviar|transferir)\b
+    """,
+    re.X,
+)
+
+
+def is_sensitive(element: Json) -> bool:
+    """Whether a field takes secrets that an agent has no business with."""
+    words = element_words(element, "type", "inputType", "autocomplete", *_NAMES)
+    return SENSITIVE.search(words) is not None
+
+
+def is_submit(element: Json) -> bool:
+    words = element_words(element, "type", "inputType", "role", *_NAMES, "value")
+    return re.search(r"\b(submit|send|absenden|senden|envoyer|enviar)\b", words) is not None
+
+
+def is_irreversible(element: Json, context: Json) -> bool:
+    """Whether a click on an element reads as one that cannot be taken back."""
+    if IRREVERSIBLE.search(element_words(element, *_NAMES, "value")):
+        return True
+    if not is_submit(element):
+        return False
+    form = [json_text(element.get("parent", "")), *context.get("forms", ())]
+    return any(IRREVERSIBLE.search(element_words({"form": words}, "form")) for words in form)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Page:
     """What an action is checked against: the latest page context and whose site it is."""
@@ -1860,64 +1918,6 @@ class Page:
             raise Refusal(f"the site's owner does not allow to {what}")
 
 
-def element_words(element: Json, *fields: str) -> str:
-    """What an element is called in its markup and on the page, as plain lower-case words."""
-    values = [str(element[field]) for field in fields if element.get(field)]
-    plain = unicodedata.normalize("NFKC", " | ".join(values))
-    plain = "".join(c for c in plain if unicodedata.category(c) != "Cf")  # unseen, such as U+00AD
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", plain)
-    words = re.sub(r"(?<=[a-zA-Z])(?=[0-9])", " ", words)
-    return re.sub(r"[\s_.\-/\[\]:]+", " ", words).lower()
-
-
-_NAMES = ("text", "ariaLabel", "label", "placeholder", "name")
-SENSITIVE = re.compile(
-    r"""
-    \bpass\s?(word|wd|code|phrase|wort)|\b(pass|pwd?|psw)\b|kennwort|contraseñ|mot\sde\spasse
-    |\bsenha\b|wachtwoord|\bone\s?time|\bt?otp\b|\b(2|m|t)\s?fa\b|two\sfactor|\bpin\b|digit\scode
-    |(verification|security|sms|auth\w*|tfa)\scode|digo\sde\s(seguridad|verif)|code\sde\ss[eé]curit
-    |\bcc\b|(credit|debit)\s?card|\bcard\s?(number|no\b|num|holder|code)|\|\scard(\s\||$)|^card$
-    |\b(cvv|cvc|csc|cvn)\b|expir(y|ation)|\bmm\s?yy|karten\s?nummer|kreditkarte|tarjeta|ro\sde\scarte
-    |\biban\b|\bbic\b|\bswift\b|rout(ing|e)\snumber|sort\scode|\bbank|account\s?(number|no\b|num)
-    |\bkonto|\bssn\b|social\s?security|national\s?(id|insurance)|passport|\btax\s?(id|number|payer)
-    |\btin\b|\b(identity|id)\s?(card|number|no\b)|personalausweis|\bdni\b|\bnino\b|\bcpf\b|aadhaar
-    |driver\w*\slicen[cs]e
-    """,
-    re.X,
-)
-# Clicks that cannot be taken back, in the languages whose sites we have met.
-IRREVERSIBLE = re.compile(
-    r"""
-    \b(deletes?|removes?|buy|pay|purchase|order|send|transfer|unsubscribe|check\s?out)\b|\bcancel\s+\w
-    |\b(löschen|entfernen|kaufen|bezahlen|bestellen|absenden|senden|überweisen|kündigen)\b
-    |\b(supprimer|acheter|payer|commander|envoyer|résilier)\b
-    |\b(eliminar|borrar|comprar|pagar|enviar|transferir)\b
-    """,
-    re.X,
-)
-
-
-def is_sensitive(element: Json) -> bool:
-    """Whether a field takes secrets that an agent has no business with."""
-    words = element_words(element, "type", "inputType", "autocomplete", *_NAMES)
-    return SENSITIVE.search(words) is not None
-
-
-def is_submit(element: Json) -> bool:
-    words = element_words(element, "type", "inputType", "role", *_NAMES, "value")
-    return re.search(r"\b(submit|send|absenden|senden|envoyer|enviar)\b", words) is not None
-
-
-def is_irreversible(element: Json, context: Json) -> bool:
-    """Whether a click on an element reads as one that cannot be taken back."""
-    if IRREVERSIBLE.search(element_words(element, *_NAMES, "value")):
-        return True
-    if not is_submit(element):
-        return False
-    form = [json_text(element.get("parent", "")), *context.get("forms", ())]
-    return any(IRREVERSIBLE.search(element_words({"form": words}, "form")) for words in form)
-
-
 def words_of(raw: Json, field: str, high: int = 280, default: str = "") -> str:
     """Return an optional text of the model's, cut to its limit; raise Refusal if it is no text."""
     value = raw.get(field)
@@ -1974,15 +1974,14 @@ def check_step(raw: Any, page: Page) -> Json:
     return step
 
 
-def check_single(plan_type: str, kind: str, raw: Json, page: Page) -> Json:
+SINGLE_STEPS = {"click_element": "click", "navigate": "navigate"}  # plans of one step: its kind
+
+
+def check_single(raw: Json, page: Page) -> Json:
     """Return a clean plan of one step."""
-    step = check_step({**raw, "action": kind}, page)
+    step = check_step({**raw, "action": SINGLE_STEPS[raw["type"]]}, page)
     del step["action"]
-    return {"type": plan_type, **step}
-
-
-check_click = functools.partial(check_single, "click_element", "click")
-check_navigate = functools.partial(check_single, "navigate", "navigate")
+    return {"type": raw["type"], **step}
 
 
 def check_sequence(raw: Json, page: Page) -> Json:
@@ -2010,9 +2009,9 @@ def check_sequence(raw: Json, page: Page) -> Json:
 
 def steps_of(plan: Json) -> list[Json]:
     """The steps of a clean plan, whatever its kind."""
-    if plan["type"] == "execute_generic_sequence":
-        return cast(list[Json], plan["actions"])
-    return [{**plan, "action": "click" if plan["type"] == "click_element" else "navigate"}]
+    if plan["type"] in SINGLE_STEPS:
+        return [{**plan, "action": SINGLE_STEPS[plan["type"]]}]
+    return cast(list[Json], plan["actions"])
 
 
 def irreversible_elements(plan: Json, page: Page) -> list[Json]:
@@ -2021,8 +2020,10 @@ def irreversible_elements(plan: Json, page: Page) -> list[Json]:
     return [element for element in clicked if is_irreversible(element, page.context)]
 
 
-def check_nothing(raw: Json, page: Page) -> Json:
-    return {"type": "none"}
+def check_texts(raw: Json, page: Page) -> Json:
+    """Return a clean action that has no more than texts."""
+    texts = {field: words_of(raw, field, 1000) for field in ACTIONS[raw["type"]].fields}
+    return {"type": raw["type"], **texts}
 
 
 def check_question(raw: Json, page: Page) -> Json:
@@ -2034,16 +2035,6 @@ def check_question(raw: Json, page: Page) -> Json:
 
 BLOCK_TYPES = ("pricing_cards", "feature_grid", "faq_list", "link_cards")
 MAX_BLOCK_ITEMS, MAX_BLOCK_DEPTH = 8, 5
-
-
-def check_block(raw: Json, page: Page) -> Json:
-    if raw.get("block_type") not in BLOCK_TYPES:
-        raise Refusal("block_type must be one of " + ", ".join(BLOCK_TYPES))
-    data = clean_block(raw.get("data"), page)
-    data = {"items": data} if isinstance(data, list) else data
-    if not isinstance(data, dict) or not any(isinstance(v, list) and v for v in data.values()):
-        raise Refusal("data must be an object with a list of items")
-    return {"type": "render_ui_block", "block_type": raw["block_type"], "data": data}
 
 
 def clean_block(value: Any, page: Page, depth: int = 1, name: str = "") -> Any:
@@ -2063,6 +2054,16 @@ def clean_block(value: Any, page: Page, depth: int = 1, name: str = "") -> Any:
     raise Refusal("data has values of an unknown type")
 
 
+def check_block(raw: Json, page: Page) -> Json:
+    if raw.get("block_type") not in BLOCK_TYPES:
+        raise Refusal("block_type must be one of " + ", ".join(BLOCK_TYPES))
+    data = clean_block(raw.get("data"), page)
+    data = {"items": data} if isinstance(data, list) else data
+    if not isinstance(data, dict) or not any(isinstance(v, list) and v for v in data.values()):
+        raise Refusal("data must be an object with a list of items")
+    return {"type": "render_ui_block", "block_type": raw["block_type"], "data": data}
+
+
 def check_confirmation(raw: Json, page: Page) -> Json:
     pending = raw.get("pending_action")
     if not isinstance(pending, dict) or pending.get("type") not in PLAN_TYPES:
@@ -2076,14 +2077,6 @@ def check_confirmation(raw: Json, page: Page) -> Json:
     }
 
 
-def check_completion(raw: Json, page: Page) -> Json:
-    return {"type": "task_complete", "summary": words_of(raw, "summary", 1000)}
-
-
-def check_abort(raw: Json, page: Page) -> Json:
-    return {"type": "abort_workflow", "reason": words_of(raw, "reason", 1000)}
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class ActionKind:
     """A type of action: what the model reads of it, its fields' JSON schemas, its validator."""
@@ -2093,11 +2086,8 @@ class ActionKind:
     check: Callable[[Json, Page], Json]
 
 
-def nullable(kind: str) -> Json:
-    return {"type": [kind, "null"]}
-
-
 STRING, INTEGER = {"type": "string"}, {"type": "integer"}
+MAYBE_STRING, MAYBE_INTEGER = {"type": ["string", "null"]}, {"type": ["integer", "null"]}
 
 
 def object_schema(fields: Json) -> Json:
@@ -2119,22 +2109,22 @@ def typed_schema(name: str, fields: Json) -> Json:
 
 STEP_FIELDS: Json = {
     "action": {"type": "string", "enum": list(STEP_KINDS)},
-    "elementId": nullable("integer"),
-    "inputData": nullable("string"),
-    "url": nullable("string"),
-    "waitDuration": nullable("integer"),
-    "description": nullable("string"),
+    "elementId": MAYBE_INTEGER,
+    "inputData": MAYBE_STRING,
+    "url": MAYBE_STRING,
+    "waitDuration": MAYBE_INTEGER,
+    "description": MAYBE_STRING,
 }
 BLOCK_ITEM: Json = {
     "title": STRING,
-    "text": nullable("string"),
-    "price": nullable("string"),
+    "text": MAYBE_STRING,
+    "price": MAYBE_STRING,
     "points": {"type": ["array", "null"], "items": STRING},
-    "url": nullable("string"),
+    "url": MAYBE_STRING,
 }
 PLANS: dict[str, ActionKind] = {
     "click_element": ActionKind(
-        "click one element of the page", {"elementId": INTEGER, "description": STRING}, check_click
+        "click one element of the page", {"elementId": INTEGER, "description": STRING}, check_single
     ),
     "execute_generic_sequence": ActionKind(
         "several steps in order, for forms above all: click, type and select (inputData),"
@@ -2143,12 +2133,12 @@ PLANS: dict[str, ActionKind] = {
         check_sequence,
     ),
     "navigate": ActionKind(
-        "go to another page of this website", {"url": STRING, "description": STRING}, check_navigate
+        "go to another page of this website", {"url": STRING, "description": STRING}, check_single
     ),
 }
 PLAN_TYPES = tuple(PLANS)
 ACTIONS: dict[str, ActionKind] = {
-    "none": ActionKind("only talk", {}, check_nothing),
+    "none": ActionKind("only talk", {}, check_texts),
     **PLANS,
     "ask_user": ActionKind(
         "ask for one thing that is missing; leave message empty",
@@ -2174,24 +2164,20 @@ ACTIONS: dict[str, ActionKind] = {
         check_confirmation,
     ),
     "task_complete": ActionKind(
-        "the page shows that what the visitor wanted is done", {"summary": STRING}, check_completion
+        "the page shows that what the visitor wanted is done", {"summary": STRING}, check_texts
     ),
-    "abort_workflow": ActionKind("it cannot be done here", {"reason": STRING}, check_abort),
+    "abort_workflow": ActionKind("it cannot be done here", {"reason": STRING}, check_texts),
+}
+REPLY_ACTION = {
+    "anyOf": [
+        {"type": "null"},
+        *(typed_schema(name, kind.fields) for name, kind in ACTIONS.items()),
+    ]
 }
 REPLY_SCHEMA: Json = {
     "name": "reply",
     "strict": True,
-    "schema": object_schema(
-        {
-            "message": STRING,
-            "action": {
-                "anyOf": [
-                    {"type": "null"},
-                    *(typed_schema(n, k.fields) for n, k in ACTIONS.items()),
-                ]
-            },
-        }
-    ),
+    "schema": object_schema({"message": STRING, "action": REPLY_ACTION}),
 }
 ACTION_HELP = "\n".join(
     f"- {name} {{{', '.join(kind.fields)}}}: {kind.help}" for name, kind in ACTIONS.items()
