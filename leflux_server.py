@@ -600,12 +600,14 @@ class Config:
         return not self.api_key and self.llm.base_url == LlmConfig().base_url
 
 
+def checks_of(cls: Any) -> Rules:
+    return {field.name: field.metadata["check"] for field in dataclasses.fields(cls)}
+
+
 def parse_table(cls: type[T], table: Any, path: str) -> T:
     """Build one of the dataclasses above from its TOML table; raise ConfigError."""
-    fields = dataclasses.fields(cast(Any, cls))
-    rules = {field.name: field.metadata["check"] for field in fields}
     errors: dict[str, str] = {}
-    values = check_table(table, rules, path, errors)
+    values = check_table(table, checks_of(cls), path, errors)
     for where, problem in errors.items():
         raise ConfigError(f"{where} {problem}")
     if cls is Site:
@@ -624,7 +626,7 @@ def parse_config(table: Json, environ: Mapping[str, str], folder: Path = HERE) -
         if value is not None and isinstance(server_table, dict):
             value = int(value) if name == "port" and re.fullmatch("[0-9]{1,9}", value) else value
             try:
-                ServerConfig.__dataclass_fields__[name].metadata["check"](value)
+                cast(Check, checks_of(ServerConfig)[name])(value)
             except ValueError as error:
                 raise ConfigError(f"{variable} {error}") from None
             server_table = {**server_table, name: value}
@@ -3954,12 +3956,8 @@ async def authenticate(request: web.Request) -> Caller:
 # (RFC 7396) over config.toml: what no patch covers is still the file's.
 
 ADMIN_FIELDS = {
-    "name": "name",
     "allowedHosts": "allowed_hosts",
-    "owners": "owners",
-    "instructions": "instructions",
-    "refusal": "refusal",
-    "restrictions": "restrictions",
+    **{name: name for name in ("name", "owners", "instructions", "refusal", "restrictions")},
 }
 
 
@@ -3987,6 +3985,14 @@ def rebuild_sites(hub: Hub) -> None:
 def invalid_config(errors: dict[str, str]) -> ApiError:
     message = "; ".join(f"{field} {problem}" for field, problem in list(errors.items())[:3])
     return ApiError(400, "invalid_config", message, errors=errors)
+
+
+def check_patch(body: Json, rules: Rules) -> None:
+    """Raise invalid_config for a merge patch with a key or a value that is wrong."""
+    errors: dict[str, str] = {}
+    check_table(body, rules, "", errors, null_ok=True)
+    if errors:
+        raise invalid_config(errors)
 
 
 def is_admin(hub: Hub, caller: Caller) -> bool:
@@ -4042,21 +4048,6 @@ async def save_site(hub: Hub, site_id: str, patch: Json, base: Json | None) -> N
     await hub.store.saved()
 
 
-async def change_site(hub: Hub, caller: Caller, site: Site, change: Json) -> web.Response:
-    """Apply a merge patch in config.toml's names if the site as a whole is then valid."""
-    base = hub.made_sites.get(site.id)
-    patch = merge_patch(hub.site_patches.get(site.id, {}), change)
-    file = base or next(raw for raw in hub.config.raw_sites if raw["id"] == site.id)
-    try:
-        new = parse_table(Site, merge_patch(file, patch), "site")
-    except ConfigError as error:
-        raise invalid_config({"": str(error)}) from None
-    added = [entry for entry in new.allowed_hosts if entry not in site.allowed_hosts]
-    refuse_taken_hosts(hub, added, site.id, admin=is_admin(hub, caller))
-    await save_site(hub, site.id, patch, base)
-    return json_response(site_details(hub, hub.sites[site.id]))
-
-
 def refuse_taken_hosts(hub: Hub, hosts: Sequence[HostEntry], site_id: str, *, admin: bool) -> None:
     """Raise host_taken for a host of another site.
 
@@ -4070,6 +4061,21 @@ def refuse_taken_hosts(hub: Hub, hosts: Sequence[HostEntry], site_id: str, *, ad
         if any(site is not None and site.id != site_id for site in theirs):
             message = f"The host {host} belongs to another site."
             raise ApiError(409, "host_taken", message, host=host)
+
+
+async def change_site(hub: Hub, caller: Caller, site: Site, change: Json) -> web.Response:
+    """Apply a merge patch in config.toml's names if the site as a whole is then valid."""
+    base = hub.made_sites.get(site.id)
+    patch = merge_patch(hub.site_patches.get(site.id, {}), change)
+    file = base or next(raw for raw in hub.config.raw_sites if raw["id"] == site.id)
+    try:
+        new = parse_table(Site, merge_patch(file, patch), "site")
+    except ConfigError as error:
+        raise invalid_config({"": str(error)}) from None
+    added = [entry for entry in new.allowed_hosts if entry not in site.allowed_hosts]
+    refuse_taken_hosts(hub, added, site.id, admin=is_admin(hub, caller))
+    await save_site(hub, site.id, patch, base)
+    return json_response(site_details(hub, hub.sites[site.id]))
 
 
 async def list_sites(request: web.Request) -> web.Response:
@@ -4122,12 +4128,8 @@ async def patch_site(request: web.Request) -> web.Response:
     site = owned_site(hub, caller, site.id)  # still, after the time that the body took
     if "owners" in body and not is_admin(hub, caller):
         raise standard_error(403)
-    checks = {field.name: field.metadata["check"] for field in dataclasses.fields(Site)}
-    rules = {name: checks[field] for name, field in ADMIN_FIELDS.items()}
-    errors: dict[str, str] = {}
-    check_table(body, rules, "", errors, null_ok=True)
-    if errors:
-        raise invalid_config(errors)
+    checks = checks_of(Site)
+    check_patch(body, {name: checks[field] for name, field in ADMIN_FIELDS.items()})
     return await change_site(hub, caller, site, {ADMIN_FIELDS[name]: body[name] for name in body})
 
 
@@ -4135,10 +4137,7 @@ async def patch_site_config(request: web.Request) -> web.Response:
     hub, caller, site = await managed_site(request)
     body = await read_object(request)
     site = owned_site(hub, caller, site.id)
-    errors: dict[str, str] = {}
-    check_table(body, SITE_CONFIG_RULES, "", errors, null_ok=True)
-    if errors:
-        raise invalid_config(errors)
+    check_patch(body, SITE_CONFIG_RULES)
     return await change_site(hub, caller, site, {"config": body})
 
 
