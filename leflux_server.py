@@ -2231,6 +2231,22 @@ def content_text(content: Any) -> str:
     return ""
 
 
+def identifier(error: Any) -> str:
+    """What of a provider's error may be logged: its code or type, never its texts."""
+    values = [error.get(k) for k in ("code", "type", "status")] if isinstance(error, dict) else []
+    found = [str(v) for v in values if re.fullmatch(r"[\w.-]{1,60}", str(v)) and v is not None]
+    return " ".join(found) or "no code"
+
+
+def raise_stream_error(event: Json) -> None:
+    """Raise the error that a stream reports with status 200; "error": null is none."""
+    error = event.get("error", event)
+    if error:
+        code = error.get("code") if isinstance(error, dict) else None
+        retry = isinstance(code, int) and (code == 429 or code >= 500)
+        raise ModelError(f"error in the stream ({identifier(error)})", retry=retry)
+
+
 def read_event(event: Any, completion: Completion) -> str:
     """Return the text of one stream event and note its usage; raise ModelError for an error.
 
@@ -2249,22 +2265,6 @@ def read_event(event: Any, completion: Completion) -> str:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError):
         return ""
     return content if type(content) is str else content_text(content)
-
-
-def raise_stream_error(event: Json) -> None:
-    """Raise the error that a stream reports with status 200; "error": null is none."""
-    error = event.get("error", event)
-    if error:
-        code = error.get("code") if isinstance(error, dict) else None
-        retry = isinstance(code, int) and (code == 429 or code >= 500)
-        raise ModelError(f"error in the stream ({identifier(error)})", retry=retry)
-
-
-def identifier(error: Any) -> str:
-    """What of a provider's error may be logged: its code or type, never its texts."""
-    values = [error.get(k) for k in ("code", "type", "status")] if isinstance(error, dict) else []
-    found = [str(v) for v in values if re.fullmatch(r"[\w.-]{1,60}", str(v)) and v is not None]
-    return " ".join(found) or "no code"
 
 
 class StreamParser:
@@ -2377,6 +2377,16 @@ class StreamParser:
         self._partial = whole if whole[:1] == b"{" and len(whole) < 65536 else b""
 
 
+PARAMETER_WORDS = {  # by which a complaint names a parameter
+    "response_format": "response_format|json_schema|json_object",
+    "stream_options": "stream_options|include_usage",
+    "max_tokens": "max_tokens",
+    "max_completion_tokens": "max_completion_tokens",
+    "temperature": "temperature",
+}
+OTHER_NAMES = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+
+
 def without_parameter(params: Json, complaint: str) -> Json | None:
     """Return the request parameters without the one that a 400 or 422 names, None if it names none.
 
@@ -2384,30 +2394,15 @@ def without_parameter(params: Json, complaint: str) -> Json | None:
     the other way round.
     """
 
-    def named(*names: str) -> bool:
-        return any(re.search(rf"\b{name}\b", complaint) for name in names)
-
-    fewer = dict(params)
-    if "response_format" in params and named("response_format", "json_schema", "json_object"):
-        kind = fewer.pop("response_format")["type"]
-        if kind == "json_schema":
-            fewer["response_format"] = {"type": "json_object"}
-        return fewer
-    if "stream_options" in params and named("stream_options", "include_usage"):
-        del fewer["stream_options"]
-        return fewer
-    for name, other in (
-        ("max_tokens", "max_completion_tokens"),
-        ("max_completion_tokens", "max_tokens"),
-    ):
-        if name in params and named(name):
+    for name, words in PARAMETER_WORDS.items():
+        if name in params and re.search(rf"\b({words})\b", complaint):
+            fewer = dict(params)
             value = fewer.pop(name)
-            if not fewer.get("swapped"):
-                fewer.update({other: value, "swapped": True})
+            if name == "response_format" and value["type"] == "json_schema":
+                fewer[name] = {"type": "json_object"}
+            elif name in OTHER_NAMES and not fewer.get("swapped"):
+                fewer.update({OTHER_NAMES[name]: value, "swapped": True})
             return fewer
-    if "temperature" in params and named("temperature"):
-        del fewer["temperature"]
-        return fewer
     return None
 
 
@@ -2423,6 +2418,22 @@ def retry_after_seconds(header: str | None) -> float | None:
         except (ValueError, TypeError):
             return None
     return min(max(seconds, 0.0), 10.0) if math.isfinite(seconds) else None
+
+
+def parse_object(raw: bytes) -> Json:
+    """Return a JSON object, {} for anything else."""
+    with contextlib.suppress(ValueError):
+        value = orjson.loads(raw)
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+async def read_some(content: aiohttp.StreamReader, limit: int = 65536) -> bytes:
+    """Read a body up to a limit."""
+    raw = b""
+    while len(raw) < limit and (data := await content.readany()):
+        raw += data
+    return raw[:limit]
 
 
 class Model:
@@ -2468,10 +2479,10 @@ class Model:
             except (aiohttp.ClientError, OSError) as error:
                 # The text of these can hold what the provider sent: log the name alone.
                 # A connection that timed out is a ClientError too; our own deadline is not.
-                retry = isinstance(error, aiohttp.ClientError) or not isinstance(
-                    error, TimeoutError
+                ours = isinstance(error, TimeoutError) and not isinstance(
+                    error, aiohttp.ClientError
                 )
-                failure = ModelError(type(error).__name__, retry=retry)
+                failure = ModelError(type(error).__name__, retry=not ours)
                 failure.__cause__ = error
             except ModelError as error:
                 failure = error
@@ -2501,10 +2512,7 @@ class Model:
         async with (
             asyncio.timeout(FIRST_TEXT_SECONDS) as deadline,
             self._http.post(
-                self._url,
-                data=orjson.dumps(body),
-                headers=self._headers,
-                allow_redirects=False,
+                self._url, data=orjson.dumps(body), headers=self._headers, allow_redirects=False
             ) as response,
         ):
             if response.status != 200:
@@ -2558,22 +2566,6 @@ class Model:
         )
 
 
-def parse_object(raw: bytes) -> Json:
-    """Return a JSON object, {} for anything else."""
-    with contextlib.suppress(ValueError):
-        value = orjson.loads(raw)
-        return value if isinstance(value, dict) else {}
-    return {}
-
-
-async def read_some(content: aiohttp.StreamReader, limit: int = 65536) -> bytes:
-    """Read a body up to a limit."""
-    raw = b""
-    while len(raw) < limit and (data := await content.readany()):
-        raw += data
-    return raw[:limit]
-
-
 # ---------------------------------------------------------------------------------------------
 # What the model says: small readers fed with pieces, cut anywhere.
 
@@ -2610,6 +2602,11 @@ class ThinkFilter:
     def finish(self) -> str:
         tail, self._tail = self._tail, ""
         return "" if self._thinking else tail
+
+
+def sendable(said: str) -> str:
+    """Join surrogate pairs, and replace lone ones, which cannot be sent on."""
+    return said.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class ReplyReader:
@@ -2652,13 +2649,8 @@ class ReplyReader:
             with contextlib.suppress(ValueError, RecursionError):
                 decoder = json.JSONDecoder(strict=False)  # line ends in strings are forgiven
                 reply = decoder.raw_decode(raw[raw.index("{") :])[0]
-                if re.search(
-                    r"\\u[dD][89a-fA-F]|[\ud800-\udfff]", raw
-                ):  # a lone surrogate cannot be sent on
-                    plain = json.dumps(reply, ensure_ascii=False)
-                    reply = json.loads(
-                        plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                    )
+                if re.search(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]", raw):
+                    reply = json.loads(sendable(json.dumps(reply, ensure_ascii=False)))
             if reply is None and not self._streamed and self._depth <= 0:
                 rest = raw  # it only looked like JSON
         elif self._mode == "start":
@@ -2754,7 +2746,7 @@ class ReplyReader:
         self._half = ""
         if "\ud800" <= said[-1:] <= "\udbff":
             said, self._half = said[:-1], said[-1]
-        return said.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return sendable(said)
 
 
 # ---------------------------------------------------------------------------------------------
