@@ -1133,7 +1133,11 @@ def new_limiter(per_minute: float) -> AsyncLimiter:
 
 
 # ---------------------------------------------------------------------------------------------
-# Sessions: found, made, swept.
+# Sessions: found, joined, dropped.
+
+
+def is_idle(hub: Hub, session: Session, now: float) -> bool:
+    return now - session.last_active >= hub.config.limits.idle_minutes * 60
 
 
 def find_session(hub: Hub, session_id: str, site_id: str, now: float) -> Session:
@@ -1142,10 +1146,6 @@ def find_session(hub: Hub, session_id: str, site_id: str, now: float) -> Session
     if session is None or session.site_id != site_id or is_idle(hub, session, now):
         raise no_session()
     return session
-
-
-def is_idle(hub: Hub, session: Session, now: float) -> bool:
-    return now - session.last_active >= hub.config.limits.idle_minutes * 60
 
 
 def drop_session(hub: Hub, session: Session) -> None:
@@ -3410,22 +3410,6 @@ def confirm(hub: Hub, session: Session, confirmed: bool) -> None:
     offer_plan(hub, session, task, plan)
 
 
-async def sweep(hub: Hub, now: float) -> None:
-    """Free what is idle: sessions, sockets that stopped reading, buckets that ran empty."""
-    for count, session in enumerate([s for s in hub.sessions.values() if is_idle(hub, s, now)]):
-        if count % 200 == 199:  # many at once must not hold up the loop
-            await asyncio.sleep(0)
-        drop_session(hub, session)
-    for session in list(hub.sessions.values()):
-        if session.task is not None and session.task.deadline <= now:
-            end_task(session, session.task, INTERRUPTED)
-    for sock in hub.sockets:
-        sock.cut_off_if_stalled(now)
-    limiters = hub.init_limiters
-    for address in [a for a, lim in limiters.items() if lim.has_capacity(lim.max_rate)]:
-        del limiters[address]
-
-
 # ---------------------------------------------------------------------------------------------
 # REST: middlewares and helpers, then the handlers in the order of the docstring.
 
@@ -4405,27 +4389,29 @@ async def persistence(app: web.Application) -> AsyncIterator[None]:
     await hub.store.close()
 
 
-@contextlib.asynccontextmanager
-async def background(work: Awaitable[None]) -> AsyncIterator[None]:
-    """Run endless work beside the block."""
-    task = asyncio.ensure_future(work)
-    yield
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+async def sweep(hub: Hub, now: float) -> None:
+    """Free what is idle: sessions, sockets that stopped reading, buckets that ran empty."""
+    for count, session in enumerate([s for s in hub.sessions.values() if is_idle(hub, s, now)]):
+        if count % 200 == 199:  # many at once must not hold up the loop
+            await asyncio.sleep(0)
+        drop_session(hub, session)
+    for session in list(hub.sessions.values()):
+        if session.task is not None and session.task.deadline <= now:
+            end_task(session, session.task, INTERRUPTED)
+    for sock in hub.sockets:
+        sock.cut_off_if_stalled(now)
+    limiters = hub.init_limiters
+    for address in [a for a, lim in limiters.items() if lim.has_capacity(lim.max_rate)]:
+        del limiters[address]
 
 
-async def sweeper(app: web.Application) -> AsyncIterator[None]:
-    async def run() -> None:
-        while True:
-            await asyncio.sleep(SWEEP_SECONDS)
-            try:
-                await sweep(app[HUB], time.monotonic())
-            except Exception:
-                log.exception("a sweep failed")
-
-    async with background(run()):
-        yield
+async def keep_swept(hub: Hub) -> None:
+    while True:
+        await asyncio.sleep(SWEEP_SECONDS)
+        try:
+            await sweep(hub, time.monotonic())
+        except Exception:
+            log.exception("a sweep failed")
 
 
 def notify_systemd(state: str) -> None:
@@ -4433,10 +4419,7 @@ def notify_systemd(state: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
-    with (
-        contextlib.suppress(OSError),
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender,
-    ):
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.connect("\0" + address[1:] if address.startswith("@") else address)
         sender.sendall(state.encode())
 
@@ -4450,16 +4433,22 @@ def watchdog_seconds(environ: Mapping[str, str]) -> float:
     return int(usec) / 1e6 if usec.isdecimal() and environ.get("WATCHDOG_PID", pid) == pid else 0
 
 
-async def watchdog(app: web.Application) -> AsyncIterator[None]:
+async def feed_watchdog(hub: Hub) -> None:
     """Feed systemd's watchdog from the event loop, so that a loop that hangs starves it."""
+    seconds = watchdog_seconds(os.environ)
+    while seconds:
+        notify_systemd("WATCHDOG=1")
+        await asyncio.sleep(seconds / 2)
 
-    async def run(seconds: float) -> None:
-        while seconds:
-            notify_systemd("WATCHDOG=1")
-            await asyncio.sleep(seconds / 2)
 
-    async with background(run(watchdog_seconds(os.environ))):
-        yield
+async def background(app: web.Application) -> AsyncIterator[None]:
+    """Run the endless work beside the handlers."""
+    hub = app[HUB]
+    tasks = [asyncio.create_task(work(hub)) for work in (keep_swept, feed_watchdog)]
+    yield
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
 
 
 async def close_knowledge(app: web.Application) -> AsyncIterator[None]:
@@ -4494,12 +4483,7 @@ async def drain(app: web.Application) -> None:
 def make_app(config: Config) -> web.Application:
     """Build the application; raise ConfigError if the knowledge cannot be read."""
     app = web.Application(middlewares=[shape_errors], client_max_size=MAX_BODY_BYTES)
-    app[HUB] = Hub(
-        config=config,
-        knowledge=load_knowledge(config),
-        started=time.monotonic(),
-        store=Store(None),
-    )
+    app[HUB] = Hub(config, load_knowledge(config), time.monotonic(), Store(None))
     cors = aiohttp_cors.setup(
         app,
         defaults={
@@ -4517,11 +4501,7 @@ def make_app(config: Config) -> web.Application:
         "/api/stats": {"GET": stats},
         "/health": {"GET": health},
         "/api/admin/sites": {"GET": list_sites, "POST": create_site},
-        "/api/admin/sites/{site_id}": {
-            "GET": get_site,
-            "PATCH": patch_site,
-            "DELETE": delete_site,
-        },
+        "/api/admin/sites/{site_id}": {"GET": get_site, "PATCH": patch_site, "DELETE": delete_site},
         "/api/admin/sites/{site_id}/config": {"PATCH": patch_site_config},
         "/api/admin/sites/{site_id}/sessions": {"GET": list_site_sessions},
         "/api/admin/sites/{site_id}/sessions/{session_id}": {"GET": get_site_session},
@@ -4539,7 +4519,7 @@ def make_app(config: Config) -> web.Application:
             resource.add_route(method, handler)
             if method == "GET":  # what uptime checks ask for
                 resource.add_route("HEAD", handler)
-    app.cleanup_ctx.extend([persistence, http_client, sweeper, watchdog, close_knowledge])
+    app.cleanup_ctx.extend([persistence, http_client, background, close_knowledge])
     app.on_shutdown.append(drain)
     return app
 
