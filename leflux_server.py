@@ -4581,20 +4581,25 @@ class Hint(Trouble):
     """What its owner may want to know; nothing is broken."""
 
 
+FAILURES: dict[type[Exception], str] = {
+    ssl.SSLError: "it does not speak TLS. Is it http instead of https, or another port?",
+    socket.gaierror: "DNS does not know its name. Is it spelled right, and does it have a record?",
+    ConnectionRefusedError: (
+        "the connection is refused, nothing listens there. Start it, or correct the port"
+    ),
+    TimeoutError: "it does not answer in time. Is it up, and is no firewall in between?",
+}
+
+
 def failure_words(error: BaseException) -> str:
     """Say why a connection failed."""
     cause = getattr(error, "os_error", error)
     if isinstance(cause, ssl.SSLCertVerificationError):
         reason = cause.verify_message.rstrip(".")
         return f"its TLS certificate is not valid: {reason}. Renew it, or use the name it is for"
-    if isinstance(cause, ssl.SSLError):
-        return "it does not speak TLS. Is it http instead of https, or another port?"
-    if isinstance(cause, socket.gaierror):
-        return "DNS does not know its name. Is it spelled right, and does it have a record?"
-    if isinstance(cause, ConnectionRefusedError):
-        return "the connection is refused, nothing listens there. Start it, or correct the port"
-    if isinstance(cause, TimeoutError):
-        return "it does not answer in time. Is it up, and is no firewall in between?"
+    for kind, words in FAILURES.items():
+        if isinstance(cause, kind):
+            return words
     if isinstance(cause, OSError) and cause.errno:
         return f"it failed: {os.strerror(cause.errno)}"
     return f"it failed ({type(cause).__name__})"
@@ -4607,19 +4612,6 @@ async def check_settings(config: Config) -> str:
         if not site.allowed_hosts:
             raise Hint(f"site {site.id} has no allowed_hosts: nobody can chat there")
     return f"{len(config.sites)} site(s)"
-
-
-async def check_state(config: Config) -> str:
-    if not config.server.state_dir:
-        raise Hint('server.state_dir is "": chats and changes are lost when the server stops')
-    folder = config.folder / config.server.state_dir
-    try:
-        if words := usable_folder(folder):
-            return words
-        return await try_copy(folder, config)
-    except OSError as error:
-        problem = f"{error.filename}: {error.strerror}"
-        raise Trouble(f"{problem}. Run the doctor as the server's user, or as root") from None
 
 
 def usable_folder(folder: Path) -> str:
@@ -4664,6 +4656,40 @@ async def try_copy(folder: Path, config: Config) -> str:
             raise Trouble(f"{problem}. Put a backup in its place, or move it away") from None
 
 
+async def check_state(config: Config) -> str:
+    if not config.server.state_dir:
+        raise Hint('server.state_dir is "": chats and changes are lost when the server stops')
+    folder = config.folder / config.server.state_dir
+    try:
+        if words := usable_folder(folder):
+            return words
+        return await try_copy(folder, config)
+    except OSError as error:
+        problem = f"{error.filename}: {error.strerror}"
+        raise Trouble(f"{problem}. Run the doctor as the server's user, or as root") from None
+
+
+def refusal_words(problem: str, config: Config) -> str:
+    """Say what the text of a ModelError means."""
+    variable = f"${config.llm.api_key_env}"
+    found = re.search(r"(?:HTTP |\()([3-5][0-9][0-9])\b", problem)
+    status = int(found[1]) if found else 0
+    if status == 402 or "insufficient_quota" in problem:
+        return "the account is out of credit. Add some at the provider, or lower llm.max_tokens"
+    if status in (401, 403):
+        if not config.api_key:
+            return f"it wants a key ({status}), and none is set. Put it into {variable}"
+        return f"the key is refused ({status}). Put one into {variable} that may use this model"
+    if 300 <= status < 429:
+        return (
+            f"it does not take the request ({status}). Either llm.model is not known there, or"
+            " llm.base_url is not what stands before /chat/completions; it often ends in /v1"
+        )
+    if status == 429:
+        return "too many requests for this key (429). Wait, or raise the limit at the provider"
+    return f"the provider has a problem ({status or 'in its stream'}). Try again later"
+
+
 async def check_model(http: aiohttp.ClientSession, config: Config) -> str:
     """Ask for one word, in the way the server asks."""
     llm = config.llm
@@ -4688,27 +4714,6 @@ async def check_model(http: aiohttp.ClientSession, config: Config) -> str:
             " must be what stands before /chat/completions, and often ends in /v1"
         )
     return f"{where} answered in {time.monotonic() - started:.1f} s"
-
-
-def refusal_words(problem: str, config: Config) -> str:
-    """Say what the text of a ModelError means."""
-    variable = f"${config.llm.api_key_env}"
-    found = re.search(r"(?:HTTP |\()([3-5][0-9][0-9])\b", problem)
-    status = int(found[1]) if found else 0
-    if status == 402 or "insufficient_quota" in problem:
-        return "the account is out of credit. Add some at the provider, or lower llm.max_tokens"
-    if status in (401, 403) and not config.api_key:
-        return f"it wants a key ({status}), and none is set. Put it into {variable}"
-    if status in (401, 403):
-        return f"the key is refused ({status}). Put one into {variable} that may use this model"
-    if 300 <= status < 429:
-        return (
-            f"it does not take the request ({status}). Either llm.model is not known there, or"
-            " llm.base_url is not what stands before /chat/completions; it often ends in /v1"
-        )
-    if status == 429:
-        return "too many requests for this key (429). Wait, or raise the limit at the provider"
-    return f"the provider has a problem ({status or 'in its stream'}). Try again later"
 
 
 async def check_sign_in(http: aiohttp.ClientSession, config: Config) -> str:
@@ -4792,15 +4797,6 @@ async def check_model_in_use(http: aiohttp.ClientSession, url: str, config: Conf
     return f"the server's is {theirs}, as the settings say"
 
 
-async def check_certificate(url: str) -> str:
-    writer = await connect(url, ssl=True)
-    ends = ssl.cert_time_to_seconds(writer.get_extra_info("peercert")["notAfter"])
-    days = int((ends - time.time()) / 86400)
-    if days < CERTIFICATE_DAYS:
-        raise Trouble(f"it ends in {days} day(s). Renew it, and see why that did not happen")
-    return f"valid for {days} more days"
-
-
 async def connect(url: str, **options: Any) -> asyncio.StreamWriter:
     """Return a connection that is closing; what it knows of itself stays."""
     host, port = cast(tuple[str, int], parse_origin(url))
@@ -4810,14 +4806,13 @@ async def connect(url: str, **options: Any) -> asyncio.StreamWriter:
     return writer
 
 
-async def check_address(http: aiohttp.ClientSession, url: str, config: Config) -> str:
-    own = (await connect(url)).get_extra_info("sockname")[0]
-    honest = await fetch(http, "GET", f"{url}/health?client")
-    forged = await fetch(http, "GET", f"{url}/health?client", X_Forwarded_For=FORGED_ADDRESS)
-    seen, believed = (answer.body.get("client") for answer in (honest, forged))
-    if not isinstance(seen, str):
-        raise Trouble(f"the server does not say whom it sees: {answer_words(honest)}")
-    return address_words(own, seen, believed == FORGED_ADDRESS, config.server.trusted_proxies)
+async def check_certificate(url: str) -> str:
+    writer = await connect(url, ssl=True)
+    ends = ssl.cert_time_to_seconds(writer.get_extra_info("peercert")["notAfter"])
+    days = int((ends - time.time()) / 86400)
+    if days < CERTIFICATE_DAYS:
+        raise Trouble(f"it ends in {days} day(s). Renew it, and see why that did not happen")
+    return f"valid for {days} more days"
 
 
 def address_words(own: str, seen: str, forgeable: bool, proxies: Sequence[Network]) -> str:
@@ -4844,33 +4839,21 @@ def address_words(own: str, seen: str, forgeable: bool, proxies: Sequence[Networ
     return f"the server sees {seen}; that should be this machine as the internet knows it"
 
 
+async def check_address(http: aiohttp.ClientSession, url: str, config: Config) -> str:
+    own = (await connect(url)).get_extra_info("sockname")[0]
+    honest = await fetch(http, "GET", f"{url}/health?client")
+    forged = await fetch(http, "GET", f"{url}/health?client", X_Forwarded_For=FORGED_ADDRESS)
+    seen, believed = (answer.body.get("client") for answer in (honest, forged))
+    if not isinstance(seen, str):
+        raise Trouble(f"the server does not say whom it sees: {answer_words(honest)}")
+    return address_words(own, seen, believed == FORGED_ADDRESS, config.server.trusted_proxies)
+
+
 async def check_widget(http: aiohttp.ClientSession, url: str) -> str:
     answer = await fetch(http, "GET", f"{url}/embed.js")
     if answer.status != 200 or "javascript" not in answer.headers.get("Content-Type", ""):
         raise Trouble(answer_words(answer))
     return "embed.js is served"
-
-
-async def check_site(http: aiohttp.ClientSession, url: str, config: Config, site: Site) -> str:
-    """Open a chat and its socket as a page of the site would; the chat is deleted again."""
-    host, port = site.allowed_hosts[0]
-    origin = f"{'http' if host == 'localhost' else 'https'}://{written_host(host, port)}"
-    answer = await fetch(http, "POST", f"{url}/api/session/init", Origin=origin)
-    session_id, ws_url = answer.body.get("sessionId"), answer.body.get("wsUrl")
-    if answer.status != 200 or not isinstance(session_id, str) or not isinstance(ws_url, str):
-        raise Trouble(answer_words(answer, origin))
-    deleted = None
-    try:
-        check_cors(answer, origin)
-        check_socket_url(ws_url, url, config)
-        await check_socket(http, ws_url, session_id, origin)
-    finally:
-        with contextlib.suppress(aiohttp.ClientError, OSError):
-            path = f"{url}/api/session/{session_id}"
-            deleted = await fetch(http, "DELETE", path, Origin=origin)
-    if deleted is None or deleted.status != 200:
-        raise Trouble("the chat could not be deleted again. Let the proxy pass DELETE on")
-    return f"{origin} can chat, over {ws_url}"
 
 
 def check_cors(answer: Fetched, origin: str) -> None:
@@ -4890,9 +4873,8 @@ def check_socket_url(ws_url: str, url: str, config: Config) -> None:
             f"pages are told {ws_url[:100]}, which browsers refuse from https. "
             + mend.format("X-Forwarded-Proto")
         )
-    if parse_origin(ws_url.replace("ws", "http", 1)) != parse_origin(
-        config.server.public_url or url
-    ):
+    told, meant = ws_url.replace("ws", "http", 1), config.server.public_url or url
+    if parse_origin(told) != parse_origin(meant):
         raise Trouble(
             f"pages are told {ws_url[:100]}, which is another address. "
             + mend.format("Host and X-Forwarded-Host")
@@ -4930,6 +4912,28 @@ async def check_socket(
         )
 
 
+async def check_site(http: aiohttp.ClientSession, url: str, config: Config, site: Site) -> str:
+    """Open a chat and its socket as a page of the site would; the chat is deleted again."""
+    host, port = site.allowed_hosts[0]
+    origin = f"{'http' if host == 'localhost' else 'https'}://{written_host(host, port)}"
+    answer = await fetch(http, "POST", f"{url}/api/session/init", Origin=origin)
+    session_id, ws_url = answer.body.get("sessionId"), answer.body.get("wsUrl")
+    if answer.status != 200 or not isinstance(session_id, str) or not isinstance(ws_url, str):
+        raise Trouble(answer_words(answer, origin))
+    deleted = None
+    try:
+        check_cors(answer, origin)
+        check_socket_url(ws_url, url, config)
+        await check_socket(http, ws_url, session_id, origin)
+    finally:
+        with contextlib.suppress(aiohttp.ClientError, OSError):
+            path = f"{url}/api/session/{session_id}"
+            deleted = await fetch(http, "DELETE", path, Origin=origin)
+    if deleted is None or deleted.status != 200:
+        raise Trouble("the chat could not be deleted again. Let the proxy pass DELETE on")
+    return f"{origin} can chat, over {ws_url}"
+
+
 async def look(what: str, check: Awaitable[str]) -> bool:
     """Print what a check found, in one line; return whether it is well."""
     mark = "ok"
@@ -4944,38 +4948,36 @@ async def look(what: str, check: Awaitable[str]) -> bool:
     return mark != "FAIL"
 
 
+async def look_at_server(http: aiohttp.ClientSession, url: str, config: Config) -> bool:
+    """Make the checks of a URL; return whether all is well."""
+    if not await look(url, check_health(http, url)):
+        return False  # the others would only say the same
+    well = not url.startswith("https:") or await look("certificate", check_certificate(url))
+    well &= await look("model in use", check_model_in_use(http, url, config))
+    well &= await look("address", check_address(http, url, config))
+    well &= await look("widget", check_widget(http, url))
+    for site in [site for site in config.sites if site.allowed_hosts][:DOCTOR_SITES]:
+        well &= await look(f"site {site.id}", check_site(http, url, config, site))
+    return well
+
+
 async def run_doctor(config: Config, url: str) -> int:
     """Make all checks, those of a URL too if there is one; return the exit code."""
     async with new_client() as http:
-        well = [
-            await look("config", check_settings(config)),
-            await look("state", check_state(config)),
-            await look("model", check_model(http, config)),
-            await look("sign-in", check_sign_in(http, config)),
-        ]
+        well = await look("config", check_settings(config))
+        well &= await look("state", check_state(config))
+        well &= await look("model", check_model(http, config))
+        well &= await look("sign-in", check_sign_in(http, config))
         if url:
-            well += [good async for good in look_at_server(http, url, config)]
+            well &= await look_at_server(http, url, config)
         else:
             public = config.server.public_url or "https://chat.example.com"
             print(f"hint  proxy: not checked. Add the URL that visitors use: --doctor {public}")
-    return 0 if all(well) else 1
+    return 0 if well else 1
 
 
-async def look_at_server(
-    http: aiohttp.ClientSession, url: str, config: Config
-) -> AsyncIterator[bool]:
-    """Make the checks of a URL; yield for each whether it is well."""
-    healthy = await look(url, check_health(http, url))
-    yield healthy
-    if not healthy:
-        return  # the others would only say the same
-    if url.startswith("https:"):
-        yield await look("certificate", check_certificate(url))
-    yield await look("model in use", check_model_in_use(http, url, config))
-    yield await look("address", check_address(http, url, config))
-    yield await look("widget", check_widget(http, url))
-    for site in [site for site in config.sites if site.allowed_hosts][:DOCTOR_SITES]:
-        yield await look(f"site {site.id}", check_site(http, url, config, site))
+# ---------------------------------------------------------------------------------------------
+# The command line.
 
 
 def doctor_url(value: str) -> str:
