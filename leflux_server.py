@@ -617,6 +617,32 @@ def parse_table(cls: type[T], table: Any, path: str) -> T:
     return cls(**values)
 
 
+def read_file(path: Path, name: str) -> str:
+    """Return the text of a UTF-8 file; a ConfigError names it as the caller does."""
+    try:
+        if path.stat().st_size > 16 * 1024 * 1024:
+            raise ConfigError(f"{name} is larger than 16 MiB")
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"{name} cannot be read: {reason}") from None
+
+
+def read_api_key(variable: str, environ: Mapping[str, str]) -> str:
+    """Return the key from its variable, else from systemd's credentials, else ""."""
+    where, value = variable, environ.get(variable, "")
+    if not value and (folder := environ.get("CREDENTIALS_DIRECTORY")):
+        path = Path(folder, "llm_api_key")
+        with contextlib.suppress(FileNotFoundError):
+            where, value = str(path), read_file(path, str(path))
+    value = value.strip()
+    if not re.fullmatch(r"[\x21-\x7e]*", value):
+        raise ConfigError(f"{where} must be printable ASCII without spaces")
+    return value
+
+
 def parse_config(table: Json, environ: Mapping[str, str], folder: Path = HERE) -> Config:
     """Build the Config of a parsed TOML file and the environment; raise ConfigError."""
     table = dict(table)
@@ -658,32 +684,6 @@ def parse_config(table: Json, environ: Mapping[str, str], folder: Path = HERE) -
     for name in table:
         raise ConfigError(f"{name} is not a known table")
     return config
-
-
-def read_api_key(variable: str, environ: Mapping[str, str]) -> str:
-    """Return the key from its variable, else from systemd's credentials, else ""."""
-    where, value = variable, environ.get(variable, "")
-    if not value and (folder := environ.get("CREDENTIALS_DIRECTORY")):
-        path = Path(folder, "llm_api_key")
-        with contextlib.suppress(FileNotFoundError):
-            where, value = str(path), read_file(path, str(path))
-    value = value.strip()
-    if not re.fullmatch(r"[\x21-\x7e]*", value):
-        raise ConfigError(f"{where} must be printable ASCII without spaces")
-    return value
-
-
-def read_file(path: Path, name: str) -> str:
-    """Return the text of a UTF-8 file; a ConfigError names it as the caller does."""
-    try:
-        if path.stat().st_size > 16 * 1024 * 1024:
-            raise ConfigError(f"{name} is larger than 16 MiB")
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(f"{name} cannot be read: {reason}") from None
 
 
 def load_config(path: Path, environ: Mapping[str, str]) -> Config:
@@ -1238,6 +1238,22 @@ def lock_folder(path: Path) -> int:
     return lock
 
 
+def prepare_database(db: sqlite3.Connection) -> sqlite3.Connection:
+    for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "secure_delete = ON"):
+        db.execute(f"PRAGMA {pragma}")
+    if (verdict := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+        raise sqlite3.DatabaseError(f"it is damaged ({verdict.splitlines()[0]})")
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > SCHEMA_VERSION:
+        raise sqlite3.DatabaseError("a newer leflux wrote it")
+    if version < SCHEMA_VERSION:
+        db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+    db.execute("BEGIN IMMEDIATE")  # fails now, not later, where nothing can be written
+    db.execute("UPDATE session SET state = state WHERE 0")
+    db.execute("ROLLBACK")
+    return db
+
+
 def open_database(path: Path) -> sqlite3.Connection:
     """Open or create the database, mode 0600; raise ConfigError with one line if that fails."""
     try:
@@ -1254,20 +1270,42 @@ def open_database(path: Path) -> sqlite3.Connection:
         raise ConfigError(f"{path} cannot be used as the database: {problem}") from None
 
 
-def prepare_database(db: sqlite3.Connection) -> sqlite3.Connection:
-    for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "secure_delete = ON"):
-        db.execute(f"PRAGMA {pragma}")
-    if (verdict := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-        raise sqlite3.DatabaseError(f"it is damaged ({verdict.splitlines()[0]})")
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version > SCHEMA_VERSION:
-        raise sqlite3.DatabaseError("a newer leflux wrote it")
-    if version < SCHEMA_VERSION:
-        db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-    db.execute("BEGIN IMMEDIATE")  # fails now, not later, where nothing can be written
-    db.execute("UPDATE session SET state = state WHERE 0")
-    db.execute("ROLLBACK")
-    return db
+def session_statements(sessions: Sequence[Session]) -> list[Statement]:
+    """The statements that bring the rows of sessions up to date."""
+    states, messages, trims = [], [], []
+    unix_of_monotonic = time.time() - time.monotonic()
+    for session in sessions:
+        count, history = session.message_count, session.history
+        state = {
+            "row": session.row,
+            "id": session.id,
+            "site": session.site_id,
+            "host": session.host,
+            "pageUrl": session.page_url,
+            "created": session.created_at,
+            "active": unix_of_monotonic + session.last_active,
+            "count": count,
+            "seq": session.next_seq,
+            "open": session.task is not None,
+            "answered": session.answered,
+        }
+        if session.task is None and session.events:
+            # The event that ended the turn, for a client that missed it in a crash.
+            state["last"] = orjson.Fragment(session.events[-1])
+        states.append(state)
+        cut = count - len(history)  # the middle of a long conversation is not kept
+        first = range(session.saved, min(PROMPT_FIRST, count))
+        last = range(max(PROMPT_FIRST, session.saved - cut), len(history))
+        for place in itertools.chain(first, last):
+            number = place if place < PROMPT_FIRST else place + cut
+            messages.append({"session": session.row, "number": number, **history[place]})
+        if cut:
+            trims.append((TRIM_MESSAGES, (session.row, PROMPT_FIRST, PROMPT_FIRST + cut)))
+    statements: list[Statement] = [*trims]
+    for sql, rows in ((SAVE_SESSIONS, states), (SAVE_MESSAGES, messages)):
+        if rows:
+            statements.append((sql, (json_text(rows),)))
+    return statements
 
 
 class Store:
@@ -1426,44 +1464,6 @@ class Store:
             self._db.close()
             self._db = None
             os.close(cast(int, self._lock))
-
-
-def session_statements(sessions: Sequence[Session]) -> list[Statement]:
-    """The statements that bring the rows of sessions up to date."""
-    states, messages, trims = [], [], []
-    unix_of_monotonic = time.time() - time.monotonic()
-    for session in sessions:
-        count, history = session.message_count, session.history
-        state = {
-            "row": session.row,
-            "id": session.id,
-            "site": session.site_id,
-            "host": session.host,
-            "pageUrl": session.page_url,
-            "created": session.created_at,
-            "active": unix_of_monotonic + session.last_active,
-            "count": count,
-            "seq": session.next_seq,
-            "open": session.task is not None,
-            "answered": session.answered,
-        }
-        if session.task is None and session.events:
-            # The event that ended the turn, for a client that missed it in a crash.
-            state["last"] = orjson.Fragment(session.events[-1])
-        states.append(state)
-        cut = count - len(history)  # the middle of a long conversation is not kept
-        first = range(session.saved, min(PROMPT_FIRST, count))
-        last = range(max(PROMPT_FIRST, session.saved - cut), len(history))
-        for place in itertools.chain(first, last):
-            number = place if place < PROMPT_FIRST else place + cut
-            messages.append({"session": session.row, "number": number, **history[place]})
-        if cut:
-            trims.append((TRIM_MESSAGES, (session.row, PROMPT_FIRST, PROMPT_FIRST + cut)))
-    statements: list[Statement] = [*trims]
-    for sql, rows in ((SAVE_SESSIONS, states), (SAVE_MESSAGES, messages)):
-        if rows:
-            statements.append((sql, (json_text(rows),)))
-    return statements
 
 
 def restore_session(store: Store, raw: str, messages: list[Json], now: float) -> Session:
@@ -2800,14 +2800,14 @@ def matches(question: str, candidate: str) -> int:
     return sum(any(word[:4] in found for word in words) for words in asked)
 
 
+def widened(question: str) -> str:
+    return " ".join([question, *(SYNONYMS.get(word, "") for word in keywords(question))])
+
+
 def best_of(question: str, texts: list[str]) -> int | None:
     """Return the index of the text that fits a question best, None if none does."""
     with contextlib.closing(Passages(texts)) as index:
         return next(iter(index.best(widened(question), 1)), None)
-
-
-def widened(question: str) -> str:
-    return " ".join([question, *(SYNONYMS.get(word, "") for word in keywords(question))])
 
 
 def is_field(element: Json) -> bool:
@@ -3069,34 +3069,6 @@ def build_prompt(
     return messages
 
 
-def start_task(hub: Hub, session: Session, task: Task) -> str:
-    """Take a visitor's message, settle what is running, answer in the background.
-
-    Returns the message's id.
-    """
-    settle_task(session)
-    hub.messages_processed += 1
-    session.last_active = time.monotonic()
-    session.remember("user", task.wish)
-    session.task = task
-    number = run_turn(hub, session, task)
-    session.store.touch(session)
-    return f"msg-{number}"
-
-
-def run_turn(hub: Hub, session: Session, task: Task) -> int:
-    """Start the model's next answer; returns the number that its ids carry."""
-    number = hub.next_id()
-    session.begin_turn()
-    task.phase, task.deadline, task.resumable = "running", math.inf, False
-    task.stream_id, task.said = f"stream-{number}", []
-    task.runner = asyncio.create_task(answer(hub, session, task))
-    if task.usage is not None:  # a cancelled task may not even begin
-        site = hub.sites[session.site_id]
-        task.runner.add_done_callback(lambda _: give_back(hub, site, task))
-    return number
-
-
 def first_call_tokens(hub: Hub, site: Site, session: Session, context: Json, message: str) -> int:
     """Estimate, on the safe side, what the first call of a task may cost."""
     if hub.model is None or not hub.config.limits.site_tokens_per_day:
@@ -3151,56 +3123,6 @@ def stop_task(session: Session, text: str, note: str = "") -> None:
     settle_task(session, note)
 
 
-async def answer(hub: Hub, session: Session, task: Task) -> None:
-    """One turn. Ends in exactly one event, whatever the model or the network does."""
-    try:
-        await session.store.saved()  # the visitor's message comes first
-        while True:
-            seen = session.context
-            completion, reply = await converse(hub, session, task)
-            if completion.cut_short or not reply:
-                break
-            try:
-                page = page_of(hub, session)
-                action = check_action(reply.get("action"), page)
-                check_unchanged(action, page, seen)
-                perform(hub, session, task, action, page)
-                return
-            except Refusal as refusal:
-                task.refusals += 1
-                log.info("an action was refused (%d)", task.refusals)
-                if task.refusals > MAX_REFUSALS:
-                    end_task(session, task, NOT_POSSIBLE)
-                    return
-                task.note = f"refused, it did not run: {refusal}. Do something else."
-                if task.said:
-                    say(session, task, "\n\n")
-    except ApiError as error:  # the budget is spent
-        end_task(session, task, error.message)
-        return
-    except ModelError:
-        completion = Completion(cut_short=bool(task.said))
-    except Exception:
-        log.exception("a turn failed")
-        completion = Completion(cut_short=bool(task.said))
-    if "".join(task.said).strip():
-        settle_task(session, CUT_SHORT if completion.cut_short else "")
-    else:
-        end_task(session, task, NO_ANSWER, isError=True)
-
-
-def check_unchanged(action: Json, page: Page, seen: Json) -> None:
-    """Raise Refusal if a plan's elements are not those that the model has seen under their ids."""
-    plan = action.get("plan", action)
-    before = dataclasses.replace(page, context=seen)
-    if (
-        plan["type"] in PLANS
-        and page.context is not seen
-        and looks(plan, page) != looks(plan, before)
-    ):
-        raise Refusal("the page has changed meanwhile")
-
-
 def page_of(hub: Hub, session: Session) -> Page:
     url = session.context.get("url") or session.page_url or f"http://{session.host}/"
     return Page(session.context, url, hub.sites[session.site_id], hub.site_index)
@@ -3252,64 +3174,26 @@ async def converse(hub: Hub, session: Session, task: Task) -> tuple[Completion, 
     return completion, reply
 
 
-def perform(hub: Hub, session: Session, task: Task, action: Json, page: Page) -> None:
-    """Turn a clean action into the event that ends the turn."""
-    said = "".join(task.said)
-    kind = action["type"]
-    if kind in (*PLAN_TYPES, "confirmation_required"):
-        plan = action if kind in PLAN_TYPES else action["plan"]
-        if risky := irreversible_elements(plan, page):
-            # In our words: the model's could make it look harmless.
-            names = ", ".join(f"“{element_label(element)[:60]}”" for element in risky)
-            label = element_label(risky[0])[:60] or "Yes"
-            ask_first(session, task, plan, page, f"Shall I click {names}?", label, "No")
-        elif plan is action:
-            offer_plan(hub, session, task, plan)
-        else:
-            question = action["message"] or said or f"Shall I do this: {plan['description']}?"
-            labels = action["confirm_label"], action["cancel_label"]
-            ask_first(session, task, plan, page, question, *labels)
-        return
-    if kind == "none" and not said.strip():
-        end_task(session, task, NO_ANSWER, isError=True)
-    elif kind == "none":
-        settle_task(session)
-    elif kind == "ask_user":
-        question = action["question"] or said or "?"
-        end_task(session, task, question, isQuestion=True, field=action["field"])
-    elif kind == "abort_workflow":
-        end_task(session, task, action["reason"] or said or NOT_POSSIBLE)
-    elif kind == "render_ui_block":
-        session.task = None
-        block = {"block_type": action["block_type"], "data": action["data"], "message": said}
-        end_turn(session, task, "ui_block", block, "" if said else action["block_type"])
-    elif kind == "task_complete":
-        session.task = None
-        summary = action["summary"] or said or "Done."
-        end_turn(
-            session,
-            task,
-            "task_complete",
-            {"summary": summary, "message": said or summary},
-            summary,
-        )
-
-
-def ask_first(
-    session: Session, task: Task, plan: Json, page: Page, question: str, yes: str, no: str
-) -> None:
-    """Keep a plan until the visitor agrees, together with what its elements were called."""
-    task.phase, task.plan = "confirming", plan
-    task.looks = looks(plan, page)
-    data = {"message": question, "confirm_label": yes, "cancel_label": no}
-    end_turn(session, task, "confirmation_required", data, question)
-
-
 def looks(plan: Json, page: Page) -> list[str]:
     """What the elements of a plan are called, to know them again."""
     steps = [step for step in steps_of(plan) if "elementId" in step]
     fields = ("type", "inputType", "href", *_NAMES)
     return [element_words(page.element(step["elementId"]), *fields) for step in steps]
+
+
+def check_unchanged(action: Json, page: Page, seen: Json) -> None:
+    """Raise Refusal if a plan's elements are not those that the model has seen under their ids."""
+    plan = action.get("plan", action)
+    if plan["type"] in PLANS and page.context is not seen:
+        before = dataclasses.replace(page, context=seen)
+        if looks(plan, page) != looks(plan, before):
+            raise Refusal("the page has changed meanwhile")
+
+
+def fingerprint(context: Json) -> tuple[str, int]:
+    """The URL of a page, and what tells whether its elements and text are the same."""
+    shown = [context.get(part) for part in ("indexedElements", "visibleText")]
+    return context.get("url", ""), hash(orjson.dumps(shown))
 
 
 def offer_plan(hub: Hub, session: Session, task: Task, plan: Json) -> None:
@@ -3346,20 +3230,122 @@ def offer_plan(hub: Hub, session: Session, task: Task, plan: Json) -> None:
     task.phase = "acting"
     waits = sum(step.get("waitDuration", 0) for step in steps) / 1000
     task.deadline = time.monotonic() + ACTION_SECONDS + waits
-    data = {
-        "actions": [task.plan],
-        "message": "".join(task.said),
-        "useUniversalIndexing": True,
-    }
+    data = {"actions": [task.plan], "message": "".join(task.said), "useUniversalIndexing": True}
     if plan.get("isSequence"):
         data["isSequence"] = True
     end_turn(session, task, "action_plan", data)
 
 
-def fingerprint(context: Json) -> tuple[str, int]:
-    """The URL of a page, and what tells whether its elements and text are the same."""
-    shown = [context.get(part) for part in ("indexedElements", "visibleText")]
-    return context.get("url", ""), hash(orjson.dumps(shown))
+def ask_first(
+    session: Session, task: Task, plan: Json, page: Page, question: str, yes: str, no: str
+) -> None:
+    """Keep a plan until the visitor agrees, together with what its elements were called."""
+    task.phase, task.plan = "confirming", plan
+    task.looks = looks(plan, page)
+    data = {"message": question, "confirm_label": yes, "cancel_label": no}
+    end_turn(session, task, "confirmation_required", data, question)
+
+
+def perform(hub: Hub, session: Session, task: Task, action: Json, page: Page) -> None:
+    """Turn a clean action into the event that ends the turn."""
+    said = "".join(task.said)
+    kind = action["type"]
+    plan = action.get("plan", action)
+    if plan["type"] in PLANS and (risky := irreversible_elements(plan, page)):
+        # In our words: the model's could make it look harmless.
+        names = ", ".join(f"“{element_label(element)[:60]}”" for element in risky)
+        label = element_label(risky[0])[:60] or "Yes"
+        ask_first(session, task, plan, page, f"Shall I click {names}?", label, "No")
+    elif kind in PLANS:
+        offer_plan(hub, session, task, plan)
+    elif kind == "confirmation_required":
+        question = action["message"] or said or f"Shall I do this: {plan['description']}?"
+        labels = action["confirm_label"], action["cancel_label"]
+        ask_first(session, task, plan, page, question, *labels)
+    elif kind == "none" and not said.strip():
+        end_task(session, task, NO_ANSWER, isError=True)
+    elif kind == "none":
+        settle_task(session)
+    elif kind == "ask_user":
+        question = action["question"] or said or "?"
+        end_task(session, task, question, isQuestion=True, field=action["field"])
+    elif kind == "abort_workflow":
+        end_task(session, task, action["reason"] or said or NOT_POSSIBLE)
+    elif kind == "render_ui_block":
+        session.task = None
+        block = {"block_type": action["block_type"], "data": action["data"], "message": said}
+        end_turn(session, task, "ui_block", block, "" if said else action["block_type"])
+    elif kind == "task_complete":
+        session.task = None
+        summary = action["summary"] or said or "Done."
+        data = {"summary": summary, "message": said or summary}
+        end_turn(session, task, "task_complete", data, summary)
+
+
+async def answer(hub: Hub, session: Session, task: Task) -> None:
+    """One turn. Ends in exactly one event, whatever the model or the network does."""
+    try:
+        await session.store.saved()  # the visitor's message comes first
+        while True:
+            seen = session.context
+            completion, reply = await converse(hub, session, task)
+            if completion.cut_short or not reply:
+                break
+            try:
+                page = page_of(hub, session)
+                action = check_action(reply.get("action"), page)
+                check_unchanged(action, page, seen)
+                perform(hub, session, task, action, page)
+                return
+            except Refusal as refusal:
+                task.refusals += 1
+                log.info("an action was refused (%d)", task.refusals)
+                if task.refusals > MAX_REFUSALS:
+                    end_task(session, task, NOT_POSSIBLE)
+                    return
+                task.note = f"refused, it did not run: {refusal}. Do something else."
+                if task.said:
+                    say(session, task, "\n\n")
+    except ApiError as error:  # the budget is spent
+        end_task(session, task, error.message)
+        return
+    except ModelError:
+        completion = Completion(cut_short=bool(task.said))
+    except Exception:
+        log.exception("a turn failed")
+        completion = Completion(cut_short=bool(task.said))
+    if "".join(task.said).strip():
+        settle_task(session, CUT_SHORT if completion.cut_short else "")
+    else:
+        end_task(session, task, NO_ANSWER, isError=True)
+
+
+def run_turn(hub: Hub, session: Session, task: Task) -> int:
+    """Start the model's next answer; returns the number that its ids carry."""
+    number = hub.next_id()
+    session.begin_turn()
+    task.phase, task.deadline, task.resumable = "running", math.inf, False
+    task.stream_id, task.said = f"stream-{number}", []
+    task.runner = asyncio.create_task(answer(hub, session, task))
+    if task.usage is not None:  # a cancelled task may not even begin
+        site = hub.sites[session.site_id]
+        task.runner.add_done_callback(lambda _: give_back(hub, site, task))
+    return number
+
+
+def start_task(hub: Hub, session: Session, task: Task) -> str:
+    """Take a visitor's message, settle what is running, answer in the background.
+
+    Returns the message's id.
+    """
+    settle_task(session)
+    hub.messages_processed += 1
+    session.last_active = time.monotonic()
+    session.remember("user", task.wish)
+    session.task = task
+    number = run_turn(hub, session, task)
+    session.store.touch(session)
+    return f"msg-{number}"
 
 
 def note_result(task: Task, action_id: str | None, result: Json, now: float) -> None:
@@ -3447,9 +3433,8 @@ async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResp
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        response = error_response(
-            standard_error(error.status if error.status in STATUS_CODES else 400)
-        )
+        status = error.status if error.status in STATUS_CODES else 400
+        response = error_response(standard_error(status))
         if "Allow" in error.headers:
             response.headers["Allow"] = error.headers["Allow"]
         return response
@@ -3613,13 +3598,12 @@ async def init_session(request: web.Request) -> web.Response:
         store=hub.store,
     )
     hub.sessions[session.id] = session
-    return json_response(
-        {
-            "sessionId": session.id,
-            "wsUrl": websocket_url(request, hub.config),
-            "siteConfig": site.config,
-        }
-    )
+    ws_url = websocket_url(request, hub.config)
+    return json_response({"sessionId": session.id, "wsUrl": ws_url, "siteConfig": site.config})
+
+
+def stripped(value: Any) -> Any:
+    return value.strip() if isinstance(value, str) else value
 
 
 async def chat(request: web.Request) -> web.Response:
@@ -3656,10 +3640,6 @@ async def chat(request: web.Request) -> web.Response:
     return json_response({"messageId": message_id, "status": "processing"})
 
 
-def stripped(value: Any) -> Any:
-    return value.strip() if isinstance(value, str) else value
-
-
 def session_of(request: web.Request) -> Session:
     site, _ = caller_site(request)
     session_id = request.match_info["session_id"]
@@ -3668,16 +3648,15 @@ def session_of(request: web.Request) -> Session:
 
 async def get_session(request: web.Request) -> web.Response:
     session = session_of(request)
-    return json_response(
-        {
-            "sessionId": session.id,
-            "exists": True,
-            "host": session.host,
-            "messageCount": session.message_count,
-            "siteConfig": request.app[HUB].sites[session.site_id].config,
-            "history": session.history,
-        }
-    )
+    body = {
+        "sessionId": session.id,
+        "exists": True,
+        "host": session.host,
+        "messageCount": session.message_count,
+        "siteConfig": request.app[HUB].sites[session.site_id].config,
+        "history": session.history,
+    }
+    return json_response(body)
 
 
 async def delete_session(request: web.Request) -> web.Response:
@@ -3690,15 +3669,13 @@ async def delete_session(request: web.Request) -> web.Response:
 async def stats(request: web.Request) -> web.Response:
     hub = request.app[HUB]
     now = time.monotonic()
-    active = sum(not is_idle(hub, session, now) for session in hub.sessions.values())
-    return json_response(
-        {
-            "uptimeSeconds": int(now - hub.started),
-            "activeSessions": active,
-            "messagesProcessed": hub.messages_processed,
-            "version": __version__,
-        }
-    )
+    body = {
+        "uptimeSeconds": int(now - hub.started),
+        "activeSessions": sum(not is_idle(hub, one, now) for one in hub.sessions.values()),
+        "messagesProcessed": hub.messages_processed,
+        "version": __version__,
+    }
+    return json_response(body)
 
 
 async def health(request: web.Request) -> web.Response:
@@ -3710,6 +3687,28 @@ async def health(request: web.Request) -> web.Response:
     if "client" in request.query:  # tells callers nothing but how their own request arrived
         body["client"] = client_of(request)
     return json_response(body)
+
+
+# Any page may load the widget; which of them may chat is decided when it asks for a session.
+EMBED_HEADERS = {"Access-Control-Allow-Origin": "*", "Cross-Origin-Resource-Policy": "cross-origin"}
+
+
+CONTENT_TYPES = {
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".md": "text/plain",
+}
+
+
+DEMO = {
+    "/": "widget/demo/index.html",
+    "/prices": "widget/demo/prices.html",
+    "/contact": "widget/demo/contact.html",
+    "/shop.css": "widget/demo/shop.css",
+    "/shop.js": "widget/demo/shop.js",
+    "/README.md": "README.md",
+}
 
 
 @functools.lru_cache(32)
@@ -3733,24 +3732,6 @@ def send_file(request: web.Request, name: str, headers: Mapping[str, str]) -> we
     return web.Response(body=content, headers=headers, content_type=kind, charset="utf-8")
 
 
-# Any page may load the widget; which of them may chat is decided when it asks for a session.
-EMBED_HEADERS = {"Access-Control-Allow-Origin": "*", "Cross-Origin-Resource-Policy": "cross-origin"}
-CONTENT_TYPES = {
-    ".css": "text/css",
-    ".html": "text/html",
-    ".js": "text/javascript",
-    ".md": "text/plain",
-}
-DEMO = {
-    "/": "widget/demo/index.html",
-    "/prices": "widget/demo/prices.html",
-    "/contact": "widget/demo/contact.html",
-    "/shop.css": "widget/demo/shop.css",
-    "/shop.js": "widget/demo/shop.js",
-    "/README.md": "README.md",
-}
-
-
 async def embed(request: web.Request) -> web.Response:
     return send_file(request, "widget/embed.js", EMBED_HEADERS)
 
@@ -3763,14 +3744,6 @@ async def demo(request: web.Request) -> web.Response:
         " object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'"
     )
     return send_file(request, DEMO[request.path], {"Content-Security-Policy": policy})
-
-
-async def root(request: web.Request) -> web.StreamResponse:
-    if request.method == "GET" and "websocket" in request.headers.get("Upgrade", "").lower():
-        return await serve_socket(request)
-    if request.path != "/" or not request.app[HUB].config.server.demo:
-        raise standard_error(404)
-    return await demo(request)
 
 
 async def no_such_route(request: web.Request) -> NoReturn:
@@ -4328,6 +4301,14 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
             if sock.transport is not None and sock.transport.get_write_buffer_size():
                 sock.transport.abort()  # a client that has stopped reading would hold it for ever
     return ws
+
+
+async def root(request: web.Request) -> web.StreamResponse:
+    if request.method == "GET" and "websocket" in request.headers.get("Upgrade", "").lower():
+        return await serve_socket(request)
+    if request.path != "/" or not request.app[HUB].config.server.demo:
+        raise standard_error(404)
+    return await demo(request)
 
 
 # ---------------------------------------------------------------------------------------------
