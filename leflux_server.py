@@ -40,10 +40,11 @@ WebSocket (text frames {"event": name, "data": {...}}; the server's carry "seq" 
     <- session_joined, message_chunk, message_done, message, action_plan, ui_block,
        confirmation_required, task_complete, error
 
-The file reads downwards: checks and config, errors, the state of a running server, origins,
-limits, sessions and their event log, the store and budgets, the page and the site's knowledge,
-actions, the model and what it says, the offline guide, the turn, then the handlers: REST, admin,
-WebSocket, and last the lifecycle and the doctor.
+The file reads downwards; what a function uses stands above it. Its sections: checks, hosts, the
+widget's configuration, the server's; errors; the state (hub, session with its event log, socket);
+addresses, limits, sessions; store, budgets; page context, knowledge; actions; the model client,
+what the model says, the offline guide; the turn; then the handlers: REST, tokens, admin,
+WebSocket; last the lifecycle, the doctor, the command line.
 """
 
 from __future__ import annotations
