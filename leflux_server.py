@@ -612,9 +612,8 @@ def parse_table(cls: type[T], table: Any, path: str) -> T:
     for where, problem in errors.items():
         raise ConfigError(f"{where} {problem}")
     if cls is Site:
-        values["config"] = merge_patch(
-            SITE_CONFIG_DEFAULTS, without_empty(values.get("config", {}))
-        )
+        config = without_empty(values.get("config", {}))
+        values["config"] = merge_patch(SITE_CONFIG_DEFAULTS, config)
     return cls(**values)
 
 
@@ -644,21 +643,28 @@ def read_api_key(variable: str, environ: Mapping[str, str]) -> str:
     return value
 
 
+def server_settings(environ: Mapping[str, str]) -> Json:
+    """Return what of [server] the environment has set; raise ConfigError."""
+    settings: Json = {}
+    for name, variable in (("host", "LEFLUX_HOST"), ("port", "LEFLUX_PORT")):
+        value: Any = environ.get(variable)
+        if value is not None:
+            value = int(value) if name == "port" and re.fullmatch("[0-9]{1,9}", value) else value
+            try:
+                settings[name] = cast(Check, checks_of(ServerConfig)[name])(value)
+            except ValueError as error:
+                raise ConfigError(f"{variable} {error}") from None
+    if (state := environ.get("STATE_DIRECTORY")) is not None:
+        settings["state_dir"] = state.partition(":")[0]
+    return settings
+
+
 def parse_config(table: Json, environ: Mapping[str, str], folder: Path = HERE) -> Config:
     """Build the Config of a parsed TOML file and the environment; raise ConfigError."""
     table = dict(table)
     server_table = table.pop("server", {})
-    for name, variable in (("host", "LEFLUX_HOST"), ("port", "LEFLUX_PORT")):
-        value: Any = environ.get(variable)
-        if value is not None and isinstance(server_table, dict):
-            value = int(value) if name == "port" and re.fullmatch("[0-9]{1,9}", value) else value
-            try:
-                cast(Check, checks_of(ServerConfig)[name])(value)
-            except ValueError as error:
-                raise ConfigError(f"{variable} {error}") from None
-            server_table = {**server_table, name: value}
-    if (state := environ.get("STATE_DIRECTORY")) is not None and isinstance(server_table, dict):
-        server_table = {**server_table, "state_dir": state.partition(":")[0]}
+    if isinstance(server_table, dict):
+        server_table = {**server_table, **server_settings(environ)}
     llm = parse_table(LlmConfig, table.pop("llm", {}), "llm")
     raw_sites = table.pop("sites", [])
     if not isinstance(raw_sites, list):
