@@ -1002,6 +1002,17 @@ class Socket:
         finally:
             self.pump = None
 
+    async def end(self) -> None:
+        """Let the pump say good-bye if the socket is closing, then free the connection."""
+        try:
+            if self.pump is not None and self.close_code is not None:
+                await asyncio.wait([self.pump], timeout=CLOSE_SECONDS)
+        finally:
+            if self.pump is not None:
+                self.pump.cancel()
+            if self.transport is not None and self.transport.get_write_buffer_size():
+                self.transport.abort()  # a client that has stopped reading would hold it for ever
+
     def flooded(self, now: float) -> bool:
         """Note a frame; true if more than 60 came within 10 s."""
         if self.frame_times is None:
@@ -4254,6 +4265,24 @@ def dispatch(hub: Hub, sock: Socket, frame: str) -> None:
     SOCKET_EVENTS[name](hub, session, data)
 
 
+def receive(hub: Hub, sock: Socket, frame: aiohttp.WSMessage) -> None:
+    """Act on a frame of any kind; what is wrong with it becomes an event or a close."""
+    if sock.close_code is not None:
+        return  # what a client says while it is shown out does not count
+    if sock.flooded(time.monotonic()):
+        sock.close(1008)
+    elif frame.type is web.WSMsgType.BINARY:
+        sock.close(1003)
+    elif frame.type is web.WSMsgType.TEXT:
+        try:
+            dispatch(hub, sock, frame.data)
+        except ApiError as error:
+            if error.status == 404:
+                sock.fail(error.code, error.message, 4404)
+            else:
+                sock.fail("invalid_event", error.message)
+
+
 async def serve_socket(request: web.Request) -> web.WebSocketResponse:
     hub = request.app[HUB]
     site, _ = caller_site(request)
@@ -4276,20 +4305,7 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
             known = re.fullmatch("[0-9]{1,15}", last_seq)
             join_by_id(hub, sock, session_id, int(last_seq) if known else None)
         async for frame in ws:
-            if sock.close_code is not None:
-                continue  # what a client says while it is shown out does not count
-            if sock.flooded(time.monotonic()):
-                sock.close(1008)
-            elif frame.type is web.WSMsgType.BINARY:
-                sock.close(1003)
-            elif frame.type is web.WSMsgType.TEXT:
-                try:
-                    dispatch(hub, sock, frame.data)
-                except ApiError as error:
-                    if error.status == 404:
-                        sock.fail(error.code, error.message, 4404)
-                    else:
-                        sock.fail("invalid_event", error.message)
+            receive(hub, sock, frame)
     except ConnectionError:
         pass  # the client is gone in the middle of a frame
     except Exception:
@@ -4299,14 +4315,7 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
         join_timer.cancel()
         hub.sockets.discard(sock)
         sock.leave()
-        try:
-            if sock.pump is not None and sock.close_code is not None:
-                await asyncio.wait([sock.pump], timeout=CLOSE_SECONDS)  # it says good-bye
-        finally:
-            if sock.pump is not None:
-                sock.pump.cancel()
-            if sock.transport is not None and sock.transport.get_write_buffer_size():
-                sock.transport.abort()  # a client that has stopped reading would hold it for ever
+        await sock.end()
     return ws
 
 
