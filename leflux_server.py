@@ -4739,13 +4739,12 @@ class Fetched:
     body: Json  # {} if it is no JSON object
 
 
-async def fetch(http: aiohttp.ClientSession, method: str, url: str, **headers: str) -> Fetched:
+async def fetch(
+    http: aiohttp.ClientSession, method: str, url: str, headers: Mapping[str, str] | None = None
+) -> Fetched:
+    timeout = aiohttp.ClientTimeout(total=DOCTOR_SECONDS)
     async with http.request(
-        method,
-        url,
-        headers={name.replace("_", "-"): value for name, value in headers.items()},
-        timeout=aiohttp.ClientTimeout(total=DOCTOR_SECONDS),
-        allow_redirects=False,
+        method, url, headers=headers, timeout=timeout, allow_redirects=False
     ) as response:
         raw = await read_some(response.content)
         return Fetched(response.status, response.headers, parse_object(raw))
@@ -4839,7 +4838,8 @@ def address_words(own: str, seen: str, forgeable: bool, proxies: Sequence[Networ
 async def check_address(http: aiohttp.ClientSession, url: str, config: Config) -> str:
     own = (await connect(url)).get_extra_info("sockname")[0]
     honest = await fetch(http, "GET", f"{url}/health?client")
-    forged = await fetch(http, "GET", f"{url}/health?client", X_Forwarded_For=FORGED_ADDRESS)
+    forgery = {"X-Forwarded-For": FORGED_ADDRESS}
+    forged = await fetch(http, "GET", f"{url}/health?client", forgery)
     seen, believed = (answer.body.get("client") for answer in (honest, forged))
     if not isinstance(seen, str):
         raise Trouble(f"the server does not say whom it sees: {answer_words(honest)}")
@@ -4913,7 +4913,7 @@ async def check_site(http: aiohttp.ClientSession, url: str, config: Config, site
     """Open a chat and its socket as a page of the site would; the chat is deleted again."""
     host, port = site.allowed_hosts[0]
     origin = f"{'http' if host == 'localhost' else 'https'}://{written_host(host, port)}"
-    answer = await fetch(http, "POST", f"{url}/api/session/init", Origin=origin)
+    answer = await fetch(http, "POST", f"{url}/api/session/init", {"Origin": origin})
     session_id, ws_url = answer.body.get("sessionId"), answer.body.get("wsUrl")
     if answer.status != 200 or not isinstance(session_id, str) or not isinstance(ws_url, str):
         raise Trouble(answer_words(answer, origin))
@@ -4925,7 +4925,7 @@ async def check_site(http: aiohttp.ClientSession, url: str, config: Config, site
     finally:
         with contextlib.suppress(aiohttp.ClientError, OSError):
             path = f"{url}/api/session/{session_id}"
-            deleted = await fetch(http, "DELETE", path, Origin=origin)
+            deleted = await fetch(http, "DELETE", path, {"Origin": origin})
     if deleted is None or deleted.status != 200:
         raise Trouble("the chat could not be deleted again. Let the proxy pass DELETE on")
     return f"{origin} can chat, over {ws_url}"
