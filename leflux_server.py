@@ -1737,8 +1737,8 @@ class Passages:
             "CREATE VIRTUAL TABLE passage USING "
             "fts5(text, tokenize='porter unicode61 remove_diacritics 2')"
         )
-        rows = ((index, one) for index, one in enumerate(texts))
-        self._db.executemany("INSERT INTO passage (rowid, text) VALUES (?, ?)", rows)
+        sql = "INSERT INTO passage (rowid, text) VALUES (?, ?)"
+        self._db.executemany(sql, enumerate(texts))
 
     def best(self, question: str, limit: int = 8) -> list[int]:
         """Return the indexes of the passages that answer a question, best first."""
@@ -2119,10 +2119,6 @@ def object_schema(fields: Json) -> Json:
     }
 
 
-def list_schema(item: Json) -> Json:
-    return {"type": "array", "items": item}
-
-
 def typed_schema(name: str, fields: Json) -> Json:
     return object_schema({"type": {"type": "string", "enum": [name]}, **fields})
 
@@ -2149,7 +2145,7 @@ PLANS: dict[str, ActionKind] = {
     "execute_generic_sequence": ActionKind(
         "several steps in order, for forms above all: click, type and select (inputData),"
         " scroll_to, navigate (url), wait (waitDuration in ms)",
-        {"steps": list_schema(object_schema(STEP_FIELDS)), "description": STRING},
+        {"steps": {"type": "array", "items": object_schema(STEP_FIELDS)}, "description": STRING},
         check_sequence,
     ),
     "navigate": ActionKind(
@@ -2169,7 +2165,7 @@ ACTIONS: dict[str, ActionKind] = {
         "show cards: at most 8 items with short texts",
         {
             "block_type": {"type": "string", "enum": list(BLOCK_TYPES)},
-            "data": object_schema({"items": list_schema(object_schema(BLOCK_ITEM))}),
+            "data": object_schema({"items": {"type": "array", "items": object_schema(BLOCK_ITEM)}}),
         },
         check_block,
     ),
@@ -2937,10 +2933,7 @@ def next_step(
         if at is not None:
             return click_on(links[at])
     if values and "type" not in task.did:
-        steps = [
-            {"action": "type", "elementId": field["id"], "inputData": value}
-            for field, value in values
-        ]
+        steps = [{"action": "type", "elementId": f["id"], "inputData": v} for f, v in values]
         action: Json = {"type": "execute_generic_sequence", "steps": steps}
         return {"message": "I fill in what you told me.", "action": action}
     wants_sent = wants_to_write or WANTS_SENT.search(wish.lower())
@@ -2992,9 +2985,8 @@ def guide(
 
     The history ends with the visitor's message, or with what was said in the task since.
     """
-    elements = [
-        e for e in context.get("indexedElements", ()) if "id" in e and not e.get("disabled")
-    ]
+    shown = context.get("indexedElements", ())
+    elements = [e for e in shown if "id" in e and not e.get("disabled")]
     fields = [e for e in elements if is_field(e) and not is_sensitive(e)]
     buttons = [element_label(e) for e in elements if not is_field(e)]
     wish, answers = wish_and_answers(task, history, fields, buttons)
@@ -3801,13 +3793,15 @@ class Caller:
 
 PublicKeys = Mapping[str, rsa.RSAPublicKey]
 LEEWAY_SECONDS = 10
+# What pyjwt raises for tokens of all sorts.
+UNREADABLE = (jwt.PyJWTError, ValueError, TypeError, AttributeError, RecursionError)
 
 
 def token_key_id(token: str) -> str:
     """Return the kid of a token that could be one of Google's; raise TokenError."""
     try:
         header = jwt.get_unverified_header(token)
-    except (jwt.PyJWTError, ValueError, TypeError, AttributeError, RecursionError):
+    except UNREADABLE:
         raise TokenError("invalid") from None
     if header.get("alg") != "RS256" or not isinstance(header.get("kid"), str):
         raise TokenError("invalid")
@@ -3823,12 +3817,10 @@ def verify_token(token: str, keys: PublicKeys, project: str, now: float) -> Call
     if key is None:
         raise TokenError("invalid")
     # pyjwt checks the signature; its claim checks let through what Firebase's rules do not.
-    unchecked = dict.fromkeys(
-        ("verify_exp", "verify_nbf", "verify_iat", "verify_aud", "verify_iss", "verify_sub"), False
-    )
+    unchecked: Any = {f"verify_{one}": False for one in ("exp", "nbf", "iat", "aud", "iss", "sub")}
     try:
-        claims = jwt.decode(token, key, algorithms=["RS256"], options=cast(Any, unchecked))
-    except (jwt.PyJWTError, ValueError, TypeError, AttributeError, RecursionError):
+        claims = jwt.decode(token, key, algorithms=["RS256"], options=unchecked)
+    except UNREADABLE:
         raise TokenError("invalid") from None
     subject, times = claims.get("sub"), [claims.get(name) for name in ("exp", "iat", "auth_time")]
     if (
@@ -4069,11 +4061,8 @@ async def create_site(request: web.Request) -> web.Response:
     hosts = [host] if is_ip(host) or host == "localhost" else [host, twin]
     refuse_taken_hosts(hub, [(one, port) for one in hosts], "", admin=True)
     slug = re.sub(r"[^a-z0-9]+", "-", host.removeprefix("www.")).strip("-")[:50]
-    site_id = next(
-        one
-        for one in itertools.chain([slug], (f"{slug}-{n}" for n in itertools.count(2)))
-        if one not in hub.sites
-    )
+    ids = itertools.chain([slug], (f"{slug}-{n}" for n in itertools.count(2)))
+    site_id = next(one for one in ids if one not in hub.sites)
     entries = [written_host(one, port) for one in hosts]
     base = {"id": site_id, "name": clean["name"], "allowed_hosts": entries}
     try:
