@@ -1290,7 +1290,8 @@ def open_database(path: Path) -> sqlite3.Connection:
 
 def session_statements(sessions: Sequence[Session]) -> list[Statement]:
     """The statements that bring the rows of sessions up to date."""
-    states, messages, trims = [], [], []
+    states, messages = [], []
+    trims: list[Statement] = []
     unix_of_monotonic = time.time() - time.monotonic()
     for session in sessions:
         count, history = session.message_count, session.history
@@ -1319,11 +1320,8 @@ def session_statements(sessions: Sequence[Session]) -> list[Statement]:
             messages.append({"session": session.row, "number": number, **history[place]})
         if cut:
             trims.append((TRIM_MESSAGES, (session.row, PROMPT_FIRST, PROMPT_FIRST + cut)))
-    statements: list[Statement] = [*trims]
-    for sql, rows in ((SAVE_SESSIONS, states), (SAVE_MESSAGES, messages)):
-        if rows:
-            statements.append((sql, (json_text(rows),)))
-    return statements
+    tables = ((SAVE_SESSIONS, states), (SAVE_MESSAGES, messages))
+    return trims + [(sql, (json_text(rows),)) for sql, rows in tables if rows]
 
 
 class Store:
@@ -1520,9 +1518,8 @@ def load_sessions(hub: Hub, now: float) -> list[Session]:
     messages: dict[int, list[Json]] = {}
     for row, body in hub.store.read("SELECT session, body FROM message ORDER BY session, number"):
         message = orjson.loads(body)
-        messages.setdefault(row, []).append(
-            {"role": message["role"], "content": message["content"]}
-        )
+        message = {"role": message["role"], "content": message["content"]}
+        messages.setdefault(row, []).append(message)
     cut_off = []
     for row, raw in hub.store.read("SELECT row, state FROM session"):
         session = restore_session(hub.store, raw, messages.get(row, []), now)
@@ -1685,10 +1682,8 @@ def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json
 
 def element_label(element: Json) -> str:
     """What a visitor would call an element."""
-    for field in ("text", "ariaLabel", "label", "placeholder", "value", "name"):
-        if element.get(field):
-            return str(element[field])
-    return ""
+    names = map(element.get, ("text", "ariaLabel", "label", "placeholder", "value", "name"))
+    return str(next(filter(None, names), ""))
 
 
 @functools.lru_cache(128)
@@ -3786,9 +3781,8 @@ class Caller:
     email: str = ""
 
     def is_one_of(self, names: Sequence[str]) -> bool:
-        return self.uid in names or (
-            self.email != "" and self.email in (name.casefold() for name in names)
-        )
+        has_email = self.email != "" and self.email in map(str.casefold, names)
+        return has_email or self.uid in names
 
 
 PublicKeys = Mapping[str, rsa.RSAPublicKey]
