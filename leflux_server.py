@@ -1412,8 +1412,8 @@ class Store:
                     # Most of all sqlite3.Error; but nothing may leave its waiters behind.
                     self._failing = True
                     self._complain(error)
-                    self._sessions = {**sessions, **self._sessions}
-                    self._sessions = {k: s for k, s in self._sessions.items() if not s.gone}
+                    marked = {**sessions, **self._sessions}
+                    self._sessions = {row: s for row, s in marked.items() if not s.gone}
                     self._gone |= gone
                     self._rows = {**rows, **self._rows}
                 else:
@@ -3972,6 +3972,13 @@ async def managed_site(request: web.Request) -> tuple[Hub, Caller, Site]:
     return hub, caller, owned_site(hub, caller, request.match_info["site_id"])
 
 
+async def managed_body(request: web.Request) -> tuple[Hub, Caller, Site, Json]:
+    """managed_site, and the body; who manages it is asked again after the time that this took."""
+    hub, caller, site = await managed_site(request)
+    body = await read_object(request)
+    return hub, caller, owned_site(hub, caller, site.id), body
+
+
 def site_summary(site: Site) -> Json:
     hosts = [written_host(*entry) for entry in site.allowed_hosts]
     return {"id": site.id, "name": site.name, "allowedHosts": hosts}
@@ -4073,9 +4080,7 @@ async def get_site(request: web.Request) -> web.Response:
 
 
 async def patch_site(request: web.Request) -> web.Response:
-    hub, caller, site = await managed_site(request)
-    body = await read_object(request)
-    site = owned_site(hub, caller, site.id)  # still, after the time that the body took
+    hub, caller, site, body = await managed_body(request)
     if "owners" in body and not is_admin(hub, caller):
         raise standard_error(403)
     checks = checks_of(Site)
@@ -4084,9 +4089,7 @@ async def patch_site(request: web.Request) -> web.Response:
 
 
 async def patch_site_config(request: web.Request) -> web.Response:
-    hub, caller, site = await managed_site(request)
-    body = await read_object(request)
-    site = owned_site(hub, caller, site.id)
+    hub, caller, site, body = await managed_body(request)
     check_patch(body, SITE_CONFIG_RULES)
     return await change_site(hub, caller, site, {"config": body})
 
