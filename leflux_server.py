@@ -766,6 +766,11 @@ def json_text(value: Any) -> str:
     return orjson.dumps(value).decode()
 
 
+def kept_json(value: Any) -> bytes:
+    """Encode what will be kept: a result of orjson holds on to its whole buffer, 4 KiB or more."""
+    return b"%b" % orjson.dumps(value)
+
+
 def decode_json(raw: bytes | str) -> Any:
     """Parse strict JSON of bounded nesting; raise ValueError for everything else."""
     value = orjson.loads(raw)
@@ -822,7 +827,7 @@ class Task:
 
 
 def encode_event(event: str, data: Json, seq: int) -> bytes:
-    return orjson.dumps({"event": event, "data": data, "seq": seq})
+    return kept_json({"event": event, "data": data, "seq": seq})
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -1504,7 +1509,7 @@ def restore_session(store: Store, raw: str, messages: list[Json], now: float) ->
     )
     if state.get("last"):
         session.first_seq = session.turn_seq = state["seq"] - 1
-        session.events = [orjson.dumps(state["last"])]
+        session.events = [kept_json(state["last"])]
     if state["open"]:
         # How much of the turn was sent when the process died is not known, only its bound.
         session.first_seq = session.turn_seq = state["seq"] + MAX_REPLY_CHARS
@@ -3187,12 +3192,13 @@ def looks(plan: Json, page: Page) -> list[str]:
 
 
 def check_unchanged(action: Json, page: Page, seen: Json) -> None:
-    """Raise Refusal if a plan's elements are not those that the model has seen under their ids."""
+    """Raise Refusal if a plan is for another page, or other elements, than the model has seen."""
     plan = action.get("plan", action)
-    if plan["type"] in PLANS and page.context is not seen:
-        before = dataclasses.replace(page, context=seen)
-        if looks(plan, page) != looks(plan, before):
-            raise Refusal("the page has changed meanwhile")
+    if plan["type"] not in PLANS or page.context is seen:
+        return
+    here, there = (str(one.get("url")).partition("#")[0] for one in (page.context, seen))
+    if here != there or looks(plan, page) != looks(plan, dataclasses.replace(page, context=seen)):
+        raise Refusal("the page has changed meanwhile")
 
 
 def fingerprint(context: Json) -> tuple[str, int]:
@@ -3406,7 +3412,8 @@ def confirm(hub: Hub, session: Session, confirmed: bool) -> None:
 
 
 def json_response(data: Any, status: int = 200) -> web.Response:
-    return web.json_bytes_response(data, status=status, dumps=orjson.dumps)
+    # aiohttp keeps a connection's last response, for as long as a socket that it may become.
+    return web.json_bytes_response(data, status=status, dumps=kept_json)
 
 
 def error_response(error: ApiError) -> web.Response:

@@ -190,7 +190,7 @@
           list = h(kind, { start: item[1] > 1 ? item[1] : null, dir: "auto" });
           blocks.push(list);
         }
-        list.append(h("li", {}, ...inline(item[2])), "\n");
+        list.append(h("li", {}, ...inline(item[2])));
       } else if (line.trim()) {
         const last = blocks.at(-1);
         const heading = /^#{1,6}\s+(.*)/.exec(line);
@@ -206,9 +206,9 @@
   }
 
   // ---------------------------------------------------------------------------------------------
-  // What the page shows: its elements that can be used, numbered, and its text. A number is never
-  // used again, on no page of this site, so that a plan made on an older picture, or on the page
-  // before, never means another element.
+  // What the page shows: its elements that can be used, numbered, and its text. An element keeps
+  // its number for as long as the page lives, so that a plan made on an older picture never means
+  // another element.
 
   const ROLES = "button link checkbox radio switch tab menuitem menuitemcheckbox menuitemradio"
     + " option combobox textbox searchbox slider spinbutton treeitem";
@@ -230,9 +230,8 @@
     |\b(identity|id)\s?(card|number|no\b)|personalausweis|\bdni\b|\bnino\b|\bcpf\b|aadhaar
     |driver\w*\slicen[cs]e`.replace(/\n\s*/g, ""));
 
-  const keptNumber = keep("localStorage", "number"); // the last one given, by any tab
   const numbers = new WeakMap(); // element -> its number
-  const elements = new Map(); // number -> a weak reference to the element
+  const elements = new Map(); // number, from 1 -> a weak reference to the element
 
   /** closest(), out of shadow roots too. */
   function around(element, selector) {
@@ -356,21 +355,18 @@
       .sort(([one], [other]) => one - other)
       .slice(0, MAX_ELEMENTS)
       .map(([, element]) => element);
-    let number = keptNumber.get() || 0;
     for (const element of found) {
       if (numbers.has(element)) continue;
-      numbers.set(element, ++number);
-      elements.set(number, new WeakRef(element));
+      numbers.set(element, elements.size + 1);
+      elements.set(elements.size + 1, new WeakRef(element));
     }
-    keptNumber.set(number);
-    const known = Object.entries(visitorData || {});
     return {
       url: location.href,
       title: squeeze(document.title, 300),
       visibleText: visibleText(),
       indexedElements: found.map(describe),
       forms: [...document.forms].filter(isVisible).slice(0, 10).map(describeForm),
-      previouslyFilledFields: known.slice(0, 20).map(([name, value]) => ({ name, value })),
+      visitorData,
     };
   }
 
@@ -583,7 +579,7 @@ svg { width: 1.25em; height: 1.25em; flex: none; display: block; fill: none; str
 .accent, .user { background: var(--accent); color: var(--on-accent); border-color: var(--rim); }
 button.accent:enabled:hover { background-image: linear-gradient(var(--shade) 0 0); }
 .plain { padding: .35em .9em; color: var(--accent-ink); border-color: currentColor; border-radius: var(--radius, 2em); }
-.plain.accent { color: var(--on-accent); border-color: var(--rim); }
+.strong { color: var(--on-accent); border-color: var(--rim); }
 .plain:not(.accent):enabled:hover { background: var(--tint); }
 
 .launcher, .nudge, .panel, .ring { position: fixed; z-index: 2147483000; --x: var(--offset-x); --y: var(--offset-y); }
@@ -925,8 +921,9 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     if (follow) scrollDown();
   }
   function announce(text) { // to screen readers, once it is whole, and without the marks
-    const spoken = markdown(text).map((block) => block.textContent).join("\n");
-    view.live.replaceChildren(h("div", {}, spoken));
+    const lines = markdown(text)
+      .flatMap((block) => (block.matches("ul, ol") ? [...block.children] : block));
+    view.live.replaceChildren(h("div", {}, lines.map((line) => line.textContent).join("\n")));
     if (!isOpen()) markUnread(true);
   }
   function setDots(on) {
@@ -987,7 +984,7 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
       setRunning(true);
       tell("confirmation_response", { confirmed });
     };
-    const yes = button("button.plain.accent", () => answer(true), confirm_label);
+    const yes = button("button.plain.strong.accent", () => answer(true), confirm_label);
     const no = button("button.plain", () => answer(false), cancel_label);
     const card = add("confirm", h("p", { dir: "auto" }, message), h("div.choices", {}, yes, no));
     card.setAttribute("role", "group");
@@ -1053,7 +1050,7 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
   // behind the visitor's back: the server keeps the events of a turn, and lastSeq says from where.
 
   let config = {};
-  let visitorData = null;
+  let visitorData; // what the page's author knows of the visitor
   let session = null; // {id, wsUrl, at}
   let socket = null, joined = false, taken = false, wanted = false;
   let lastSeq = null; // of the last event seen; null: this page has seen none of the session
@@ -1152,7 +1149,7 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
       const isLost = running && !sending;
       forget();
       banner("");
-      setRunning(false);
+      if (!sending) setRunning(false);
       if (isLost) failed({ code: "session_not_found", message: WORDS.lost });
     } else if (code === 4409) {
       taken = true;
@@ -1443,7 +1440,7 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     }
     node.classList.remove("pending");
     keptSession.set({ ...session, at: Date.now() });
-    if (wasTaken || isRetry) { // much may have happened: hear it all again
+    if (taken || wasTaken || isRetry) { // much may have happened: hear it all again
       takeBack();
       picture = true;
     }
@@ -1499,7 +1496,7 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     toggle: later(() => (isOpen() ? close() : open())),
     send: later((text) => { open(); send(text); }),
     setVisitorData(data) {
-      visitorData = data && typeof data === "object" ? { ...data } : null;
+      visitorData = data ? JSON.parse(JSON.stringify({ ...data })) : undefined; // plain, or throws
     },
     clearConversation: later(() => {
       const { id } = session || {};

@@ -350,6 +350,7 @@ async def test_quick_chips(visit: Visit, serve: Serve, model: FakeModel) -> None
     await expect(part(page, ".user")).to_have_text("When are you open?")
     await expect(part(page, ".chips")).to_be_hidden()
     await expect(part(page, "textarea")).to_be_focused()
+    await part(page, ".bot").get_by_text("ok", exact=True).wait_for()
     await page.get_by_role("button", name="Start over").click()
     await page.get_by_role("button", name="Say hello").click()
     await expect(part(page, ".user")).to_have_text("Say hello")
@@ -402,8 +403,8 @@ MARKDOWN = {
     "**b** *i* _i_ `**c**`": "<p><strong>b</strong> <em>i</em> <em>i</em> <code>**c**</code></p>",
     "one\ntwo\n\nthree": "<p>one\ntwo</p><p>three</p>",
     "# Plans\nall": "<p><strong>Plans</strong>\nall</p>",
-    "- a\n- b\n\n3. c\n4. d": "<ul><li>a</li>\n<li>b</li>\n</ul>"
-    '<ol start="3"><li>c</li>\n<li>d</li>\n</ol>',
+    "- a\n- b\n\n3. c\n4. d": "<ul><li>a</li><li>b</li></ul>"
+    '<ol start="3"><li>c</li><li>d</li></ol>',
     "```js\na < b\n**c**\n```\nx": "<pre><code>a &lt; b\n**c**\n</code></pre><p>x</p>",
     "[a](/b) https://c.example/d.": '<p><a href="/b">a</a> '
     '<a href="https://c.example/d" target="_blank">https://c.example/d</a>.</p>',
@@ -604,7 +605,7 @@ async def test_answers_are_read_out_once(visit: Visit, serve: Serve, model: Fake
         model.gate.release()
     model.gate.release()
     await expect(part(page, ".stop")).to_be_hidden()
-    assert await page.evaluate("said") == ["The Pro plan costs\n€18 a month.\n"]
+    assert await page.evaluate("said") == ["The Pro plan costs\n€18 a month."]
     assert await part(page, "[role=log]").get_attribute("aria-live") == "off"
 
 

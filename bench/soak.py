@@ -1,0 +1,212 @@
+"""Soak and faults: visitors who behave badly, a model that does, and a server that is killed.
+
+    python bench/soak.py [--minutes 15] [--visitors 40] [--seed 1]
+
+Visitors chat, drop their sockets, reload, stall, send nonsense and delete their sessions, while
+the model errs, stalls and floods (faulty_model.py). In the first two thirds of the time the
+server is killed (SIGKILL, at times SIGTERM) and started again. The exit code is 0 only if
+
+* every acknowledged message, and every answer a visitor saw the end of, is in the history, once
+  and in order, also after a restart; what was deleted stays deleted;
+* every turn of an acknowledged message ended visibly;
+* the server's memory and its open files are flat, its log has no error and no session id, and
+  its database is sound.
+
+Linux only; everything stays on 127.0.0.1. The seed repeats the visitors' choices, not the timing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import random
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+from aiohttp import web
+from faulty_model import answer
+from processes import ORIGIN, SERVER, Program, free_port, last_words, start, write_config
+from rude_visitors import Record, Visitor
+
+IDLE_MINUTES = 2  # so that abandoned sessions are swept in the run, too
+# A leak of one kibibyte in each turn is less than any of what a turn makes (its events, its
+# messages, its task), so a server that keeps one of them fails.
+LEAK_KIB_PER_TURN = 1.0
+JUDGED_MINUTES = 0.9  # a shorter time says nothing about growth
+FILES_OF_THE_STORE = 3  # opened with the first write: the log, its index, the reading end
+
+
+class Soak(Record):
+    """The run: the server in its successive lives, and what it takes of the machine."""
+
+    def __init__(self, folder: Path, seconds: float, seed: str) -> None:
+        super().__init__(seconds, seed)
+        self.folder = folder
+        self.program: Program
+        self.samples: list[tuple[int, float, float, int]] = []  # life, time, RSS in KiB, turns
+        self.longest_start = 0.0
+
+    async def start(self, config: Path, port: int) -> None:
+        asked = time.monotonic()
+        log = self.folder / "server.log"
+        self.program = await start(log, port, SERVER, "--config", str(config))
+        self.longest_start = max(self.longest_start, time.monotonic() - asked)
+        self.life += 1
+        self.up.set()
+
+    async def stop(self, signal_number: int) -> None:
+        """End the server and look at what it leaves on the disk."""
+        if self.program.child.returncode is not None:
+            self.problem("the server has ended by itself:\n" + last_words(self.program.log))
+        self.up.clear()
+        code = await self.program.end(signal_number)
+        if code != (0 if signal_number == signal.SIGTERM else -signal_number):
+            self.problem(f"the server ended with {code}")
+        self.seen[signal.Signals(signal_number).name] += 1
+        copy = self.folder / "copy"  # reading the database itself would change it
+        shutil.copytree(self.folder / "state", copy)
+        with contextlib.closing(sqlite3.connect(copy / "leflux.db")) as db:
+            if (verdict := db.execute("PRAGMA integrity_check").fetchone()[0]) != "ok":
+                self.problem(f"integrity_check: {verdict}")
+        shutil.rmtree(copy)
+
+    async def kill_at_times(self, config: Path, port: int) -> None:
+        """Restart the server again and again for two thirds of the time."""
+        choose = random.Random(f"{self.seed} kills")
+        last = self.began + (self.end - self.began) * 2 / 3
+        average = min(30, (last - self.began) / 3)
+        while (now := time.monotonic()) < last:
+            await asyncio.sleep(min(average * choose.uniform(0.3, 1.7), last - now))
+            await self.stop(choose.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)))
+            await self.start(config, port)
+
+    async def watch(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            if self.up.is_set():
+                row = time.monotonic(), self.program.rss_kib(), self.seen["turns"]
+                self.samples.append((self.life, *row))
+
+    async def expect_files(self, at_most: int) -> None:
+        """With all visitors gone, no file may be left open but those of the start."""
+        for _ in range(100):
+            if (found := self.program.open_files()) <= at_most:
+                break
+            await asyncio.sleep(0.2)
+        else:
+            self.problem(f"{found} files are open where {at_most} were expected")
+        self.seen["files open at the end"] = found
+
+    def slope(self, life: int) -> tuple[float, float, float] | None:
+        """KiB a minute, KiB a turn and minutes of a life, its first 40 % left out as warm-up."""
+        rows = [(at, rss, turns) for one, at, rss, turns in self.samples if one == life]
+        rows = rows[len(rows) * 2 // 5 :]
+        if len(rows) < 10:
+            return None
+        times, sizes, turns = zip(*rows, strict=True)
+        per_minute = statistics.linear_regression(times, sizes).slope * 60
+        minutes = (times[-1] - times[0]) / 60
+        return per_minute, per_minute * minutes / max(1, turns[-1] - turns[0]), minutes
+
+
+async def run(soak: Soak, count: int) -> None:
+    """The whole run, in the order in which it is checked."""
+    app = web.Application(client_max_size=2**26)
+    app.router.add_post("/v1/chat/completions", answer)
+    model = web.AppRunner(app, access_log=None, handler_cancellation=True, keepalive_timeout=1)
+    await model.setup()
+    await web.TCPSite(model, "127.0.0.1", 0).start()
+    model_url = f"http://127.0.0.1:{model.addresses[0][1]}"
+    config = write_config(soak.folder, model_url, store=True, idle_minutes=IDLE_MINUTES)
+    await soak.start(config, port := free_port())
+    quiet_files = soak.program.open_files()
+    watcher = asyncio.create_task(soak.watch())
+    try:
+        async with visitors_of(soak, count, f"http://127.0.0.1:{port}") as visitors:
+            killer = asyncio.create_task(soak.kill_at_times(config, port))
+            await asyncio.gather(*(visitor.live() for visitor in visitors))
+            await killer
+        await soak.expect_files(quiet_files + FILES_OF_THE_STORE)
+        watcher.cancel()
+        await soak.stop(signal.SIGKILL)
+        await soak.start(config, port)
+        async with visitors_of(soak, count, f"http://127.0.0.1:{port}") as last:
+            for one, then in zip(last, visitors, strict=True):
+                one.kept, one.deleted = then.kept, then.deleted
+                await one.look_back()
+        await soak.stop(signal.SIGTERM)
+    finally:
+        await soak.program.end(signal.SIGKILL)
+        await model.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def visitors_of(soak: Soak, count: int, url: str) -> AsyncIterator[list[Visitor]]:
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, socket_factory=small_socket),
+        timeout=aiohttp.ClientTimeout(total=60),
+        headers={"Origin": ORIGIN},
+    ) as http:
+        yield [Visitor(soak, http, number, url) for number in range(count)]
+
+
+def small_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """A socket that takes little unread, so that a visitor who stalls is soon felt."""
+    made = socket.socket(*address[:3])
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+    return made
+
+
+def verdict(soak: Soak) -> str:
+    """Look at the memory and the log, and say it all in a table."""
+    text = (soak.folder / "server.log").read_text(errors="replace")
+    for line in text.splitlines():
+        if re.search(r"ERROR|CRITICAL|Traceback|Unclosed|never (awaited|retrieved)|Warning:", line):
+            soak.problem(f"in the log: {line}")
+        if re.search(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab]", line):
+            soak.problem("a session id is in the log")
+    rows = [("seed", soak.seed), ("lives of the server", str(soak.life))]
+    longest = max(range(1, soak.life + 1), key=lambda life: sum(r[0] == life for r in soak.samples))
+    if slope := soak.slope(longest):
+        per_minute, per_turn, minutes = slope
+        rows.append(("memory, KiB a minute", f"{per_minute:+.0f} over {minutes:.1f} min"))
+        rows.append(("memory, KiB a turn", f"{per_turn:+.2f} (at most {LEAK_KIB_PER_TURN})"))
+        if minutes >= JUDGED_MINUTES and per_turn > LEAK_KIB_PER_TURN:
+            soak.problem(f"memory grows by {per_turn:.2f} KiB a turn")
+    sizes = [rss / 1024 for _, _, rss, _ in soak.samples]
+    rows.append(("memory, MiB", f"{min(sizes):.0f} to {max(sizes):.0f}"))
+    rows.append(("longest start, s", f"{soak.longest_start:.2f}"))
+    rows += [(name, str(number)) for name, number in sorted(soak.seen.items())]
+    rows.append(("problems", str(len(soak.problems))))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Soaks leflux in faults.")
+    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--visitors", type=int, default=40)
+    parser.add_argument("--seed", default="1")
+    options = parser.parse_args()
+    logging.getLogger("aiohttp").setLevel(logging.CRITICAL)  # of the model's cut connections
+    with tempfile.TemporaryDirectory() as folder:
+        soak = Soak(Path(folder), options.minutes * 60, options.seed)
+        asyncio.run(run(soak, options.visitors))
+        print(verdict(soak))
+    return 1 if soak.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
