@@ -40,10 +40,11 @@ WebSocket (text frames {"event": name, "data": {...}}; the server's carry "seq" 
     <- session_joined, message_chunk, message_done, message, action_plan, ui_block,
        confirmation_required, task_complete, error
 
-The file reads downwards: checks and config, errors, the state of a running server, origins,
-limits, sessions and their event log, the store and budgets, the page and the site's knowledge,
-actions, the model and what it says, the offline guide, the turn, then the handlers: REST, admin,
-WebSocket, and last the lifecycle and the doctor.
+The file reads downwards; what a function uses stands above it. Its sections: checks, hosts, the
+widget's configuration, the server's; errors; the state (hub, session with its event log, socket);
+addresses, limits, sessions; store, budgets; page context, knowledge; actions; the model client,
+what the model says, the offline guide; the turn; then the handlers: REST, tokens, admin,
+WebSocket; last the lifecycle, the doctor, the command line.
 """
 
 from __future__ import annotations
@@ -320,12 +321,18 @@ def split_authority(authority: str) -> tuple[str, int | None]:
     return canonical_host(match[1]), int(match[2]) if match[2] else None
 
 
-def allowed_host(value: Any) -> tuple[str, int | None]:
-    """Check an entry of allowed_hosts: (host, port or None for every port)."""
+HostEntry = tuple[str, int | None]  # of allowed_hosts: (host, port or None for every port)
+
+
+def allowed_host(value: Any) -> HostEntry:
     host, port = split_authority(text(300, 1)(value))
     if host in SHARED_SUFFIXES or ("." not in host and host != "localhost" and not is_ip(host)):
         raise ValueError(f"{host} is shared by many sites and cannot be registered")
     return host, port
+
+
+def written_host(host: str, port: int | None) -> str:
+    return host if port is None else f"{host}:{port}"
 
 
 @functools.lru_cache(4096)
@@ -468,6 +475,9 @@ def merge_patch(target: Any, patch: Any) -> Any:
 # Configuration: config.toml becomes frozen dataclasses, once, strictly.
 
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
 class ConfigError(Exception):
     """One line that names the key and says what is wrong with it."""
 
@@ -476,11 +486,7 @@ def key(default: Any, check: Check) -> Any:
     return dataclasses.field(default=default, metadata={"check": check})
 
 
-def listen_host(value: Any) -> str:
-    return cast(str, text(255, 1, r"[^\s/@]+", "a host name or an address")(value))
-
-
-def network(value: Any) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+def network(value: Any) -> Network:
     try:
         return ipaddress.ip_network(text(50)(value), strict=False)
     except ValueError:
@@ -514,13 +520,11 @@ LOCAL_NETWORKS = (ipaddress.ip_network("127.0.0.1"), ipaddress.ip_network("::1")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServerConfig:
-    host: str = key("127.0.0.1", listen_host)
+    host: str = key("127.0.0.1", text(255, 1, r"[^\s/@]+", "a host name or an address"))
     port: int = key(3002, whole(0, 65535))
     public_url: str = key("", bare_url)
     cors_origins: tuple[str, ...] = key(("*",), list_of(cors_origin))
-    trusted_proxies: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = key(
-        LOCAL_NETWORKS, list_of(network)
-    )
+    trusted_proxies: tuple[Network, ...] = key(LOCAL_NETWORKS, list_of(network))
     state_dir: str = key("state", text(4000))
     signup_url: str = key("", web_url)
     demo: bool = key(True, flag)
@@ -569,7 +573,7 @@ class Site:
 
     id: str = key("", text(64, 1, r"[A-Za-z0-9_-]+", "letters, digits, - and _"))
     name: str = key("", text(80, 1))
-    allowed_hosts: tuple[tuple[str, int | None], ...] = key((), list_of(allowed_host))
+    allowed_hosts: tuple[HostEntry, ...] = key((), list_of(allowed_host))
     owners: tuple[str, ...] = key((), list_of(text(320, 1)))
     instructions: str = key("", text(20_000))
     knowledge: tuple[str, ...] = key((), list_of(text(4000, 1)))
@@ -597,36 +601,70 @@ class Config:
         return not self.api_key and self.llm.base_url == LlmConfig().base_url
 
 
+def checks_of(cls: Any) -> Rules:
+    return {field.name: field.metadata["check"] for field in dataclasses.fields(cls)}
+
+
 def parse_table(cls: type[T], table: Any, path: str) -> T:
     """Build one of the dataclasses above from its TOML table; raise ConfigError."""
-    fields = dataclasses.fields(cast(Any, cls))
-    rules = {field.name: field.metadata["check"] for field in fields}
     errors: dict[str, str] = {}
-    values = check_table(table, rules, path, errors)
+    values = check_table(table, checks_of(cls), path, errors)
     for where, problem in errors.items():
         raise ConfigError(f"{where} {problem}")
     if cls is Site:
-        values["config"] = merge_patch(
-            SITE_CONFIG_DEFAULTS, without_empty(values.get("config", {}))
-        )
+        config = without_empty(values.get("config", {}))
+        values["config"] = merge_patch(SITE_CONFIG_DEFAULTS, config)
     return cls(**values)
+
+
+def read_file(path: Path, name: str) -> str:
+    """Return the text of a UTF-8 file; a ConfigError names it as the caller does."""
+    try:
+        if path.stat().st_size > 16 * 1024 * 1024:
+            raise ConfigError(f"{name} is larger than 16 MiB")
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"{name} cannot be read: {reason}") from None
+
+
+def read_api_key(variable: str, environ: Mapping[str, str]) -> str:
+    """Return the key from its variable, else from systemd's credentials, else ""."""
+    where, value = variable, environ.get(variable, "")
+    if not value and (folder := environ.get("CREDENTIALS_DIRECTORY")):
+        path = Path(folder, "llm_api_key")
+        with contextlib.suppress(FileNotFoundError):
+            where, value = str(path), read_file(path, str(path))
+    value = value.strip()
+    if not re.fullmatch(r"[\x21-\x7e]*", value):
+        raise ConfigError(f"{where} must be printable ASCII without spaces")
+    return value
+
+
+def server_settings(environ: Mapping[str, str]) -> Json:
+    """Return what of [server] the environment has set; raise ConfigError."""
+    settings: Json = {}
+    for name, variable in (("host", "LEFLUX_HOST"), ("port", "LEFLUX_PORT")):
+        value: Any = environ.get(variable)
+        if value is not None:
+            value = int(value) if name == "port" and re.fullmatch("[0-9]{1,9}", value) else value
+            try:
+                settings[name] = cast(Check, checks_of(ServerConfig)[name])(value)
+            except ValueError as error:
+                raise ConfigError(f"{variable} {error}") from None
+    if (state := environ.get("STATE_DIRECTORY")) is not None:
+        settings["state_dir"] = state.partition(":")[0]
+    return settings
 
 
 def parse_config(table: Json, environ: Mapping[str, str], folder: Path = HERE) -> Config:
     """Build the Config of a parsed TOML file and the environment; raise ConfigError."""
     table = dict(table)
     server_table = table.pop("server", {})
-    for name, variable in (("host", "LEFLUX_HOST"), ("port", "LEFLUX_PORT")):
-        value: Any = environ.get(variable)
-        if value is not None and isinstance(server_table, dict):
-            value = int(value) if name == "port" and re.fullmatch("[0-9]{1,9}", value) else value
-            try:
-                ServerConfig.__dataclass_fields__[name].metadata["check"](value)
-            except ValueError as error:
-                raise ConfigError(f"{variable} {error}") from None
-            server_table = {**server_table, name: value}
-    if (state := environ.get("STATE_DIRECTORY")) is not None and isinstance(server_table, dict):
-        server_table = {**server_table, "state_dir": state.partition(":")[0]}
+    if isinstance(server_table, dict):
+        server_table = {**server_table, **server_settings(environ)}
     llm = parse_table(LlmConfig, table.pop("llm", {}), "llm")
     raw_sites = table.pop("sites", [])
     if not isinstance(raw_sites, list):
@@ -655,32 +693,6 @@ def parse_config(table: Json, environ: Mapping[str, str], folder: Path = HERE) -
     return config
 
 
-def read_api_key(variable: str, environ: Mapping[str, str]) -> str:
-    """Return the key from its variable, else from systemd's credentials, else ""."""
-    where, value = variable, environ.get(variable, "")
-    if not value and (folder := environ.get("CREDENTIALS_DIRECTORY")):
-        path = Path(folder, "llm_api_key")
-        with contextlib.suppress(FileNotFoundError):
-            where, value = str(path), read_file(path, str(path))
-    value = value.strip()
-    if not re.fullmatch(r"[\x21-\x7e]*", value):
-        raise ConfigError(f"{where} must be printable ASCII without spaces")
-    return value
-
-
-def read_file(path: Path, name: str) -> str:
-    """Return the text of a UTF-8 file; a ConfigError names it as the caller does."""
-    try:
-        if path.stat().st_size > 16 * 1024 * 1024:
-            raise ConfigError(f"{name} is larger than 16 MiB")
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(f"{name} cannot be read: {reason}") from None
-
-
 def load_config(path: Path, environ: Mapping[str, str]) -> Config:
     """Read and check a TOML file; raise ConfigError with one line."""
     try:
@@ -694,6 +706,7 @@ def load_config(path: Path, environ: Mapping[str, str]) -> Config:
 
 # ---------------------------------------------------------------------------------------------
 # Errors: raised anywhere, shaped once. REST answers with them, the WebSocket sends them as events.
+# And the JSON of callers, which `decode_json` and `take` turn into clean values or such an error.
 
 
 class ApiError(Exception):
@@ -805,14 +818,16 @@ class Task:
     plans: int = 0
     refusals: int = 0  # since the last plan
     clicks: Counter[tuple[int, str]] = dataclasses.field(default_factory=Counter)
-    urls: list[str] = dataclasses.field(
-        default_factory=list
-    )  # that plans navigated to, "" for a plan without
+    urls: list[str] = dataclasses.field(default_factory=list)  # plans navigated to, "" for none
     did: list[str] = dataclasses.field(default_factory=list)  # the kinds of all steps so far
     scrolls: int = 0
     unchanged: int = 0  # plans in a row that left the page as it was
     reserved: int = 0  # tokens set aside for the first call
     usage: Usage | None = None  # where they are
+
+
+def encode_event(event: str, data: Json, seq: int) -> bytes:
+    return kept_json({"event": event, "data": data, "seq": seq})
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -896,10 +911,7 @@ class Session:
             self.history_chars -= len(self.history.pop(PROMPT_FIRST)["content"])
 
 
-def encode_event(event: str, data: Json, seq: int) -> bytes:
-    return kept_json({"event": event, "data": data, "seq": seq})
-
-
+@dataclasses.dataclass(slots=True, eq=False)
 class Socket:
     """A WebSocket connection: a cursor on its session's event log.
 
@@ -907,27 +919,19 @@ class Socket:
     something to send. Frames outside the log (`session_joined`, `error`) wait in the outbox.
     """
 
-    __slots__ = tuple(
-        "ws transport site_id session cursor joined outbox pump close_code frame_times sent"
-        " progress stalled_since".split()
-    )
-
-    def __init__(
-        self, ws: web.WebSocketResponse, transport: asyncio.Transport | None, site_id: str
-    ) -> None:
-        self.ws = ws
-        self.transport = transport
-        self.site_id = site_id
-        self.session: Session | None = None
-        self.cursor = 1  # the next event to send
-        self.joined: bytes | None = None  # a session_joined to send; only the last one counts
-        self.outbox: list[bytes] = []
-        self.pump: asyncio.Task[None] | None = None
-        self.close_code: int | None = None
-        self.frame_times: deque[float] | None = None
-        self.sent = 0  # frames that the transport has taken
-        self.progress = (-1, 0)  # frames sent and bytes unsent, as the last sweep saw them
-        self.stalled_since = 0.0
+    ws: web.WebSocketResponse
+    transport: asyncio.Transport | None
+    site_id: str
+    session: Session | None = None
+    cursor: int = 1  # the next event to send
+    joined: bytes | None = None  # a session_joined to send; only the last one counts
+    outbox: list[bytes] = dataclasses.field(default_factory=list)
+    pump: asyncio.Task[None] | None = None
+    close_code: int | None = None
+    frame_times: deque[float] | None = None
+    sent: int = 0  # frames that the transport has taken
+    progress: tuple[int, int] = (-1, 0)  # frames sent, bytes unsent, as the last sweep saw them
+    stalled_since: float = 0.0
 
     def push(self, event: str, data: Json) -> None:
         """Send a frame that is not part of the conversation; its seq is the last one sent."""
@@ -1003,6 +1007,17 @@ class Socket:
         finally:
             self.pump = None
 
+    async def end(self) -> None:
+        """Let the pump say good-bye if the socket is closing, then free the connection."""
+        try:
+            if self.pump is not None and self.close_code is not None:
+                await asyncio.wait([self.pump], timeout=CLOSE_SECONDS)
+        finally:
+            if self.pump is not None:
+                self.pump.cancel()
+            if self.transport is not None and self.transport.get_write_buffer_size():
+                self.transport.abort()  # a client that has stopped reading would hold it for ever
+
     def flooded(self, now: float) -> bool:
         """Note a frame; true if more than 60 came within 10 s."""
         if self.frame_times is None:
@@ -1040,7 +1055,7 @@ class Hub:
     started: float
     store: Store
     sites: dict[str, Site] = dataclasses.field(default_factory=dict)
-    site_index: dict[tuple[str, int | None], Site] = dataclasses.field(default_factory=dict)
+    site_index: dict[HostEntry, Site] = dataclasses.field(default_factory=dict)
     site_patches: dict[str, Json] = dataclasses.field(default_factory=dict)  # over config.toml
     made_sites: dict[str, Json] = dataclasses.field(default_factory=dict)  # through the API
     usage: dict[str, Usage] = dataclasses.field(default_factory=dict)
@@ -1066,7 +1081,7 @@ HUB = web.AppKey("hub", Hub)
 # Sites and addresses: who is calling. Pure functions of a request's headers.
 
 
-def find_site(index: Mapping[tuple[str, int | None], Site], host: str, port: int) -> Site | None:
+def find_site(index: Mapping[HostEntry, Site], host: str, port: int) -> Site | None:
     """Return the site of a canonical host: itself, else its closest parent of two labels."""
     while True:
         site = index.get((host, port)) or index.get((host, None))
@@ -1093,22 +1108,19 @@ def caller_host(method: str, headers: Mapping[str, str], scheme: str) -> tuple[s
     return parse_origin(f"{scheme}://{hosts[0]}")
 
 
-Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]
-
-
-@functools.lru_cache(4096)
-def is_trusted(address: str, proxies: Networks) -> bool:
-    """Whether an address is one of the trusted proxies; raise ValueError if it is none at all."""
-    ip = parse_ip(address)
-    return any(ip in network for network in proxies)
-
-
 def parse_ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     ip = ipaddress.ip_address(address)
     return ip.ipv4_mapped or ip if isinstance(ip, ipaddress.IPv6Address) else ip
 
 
-def client_key(peer: str, forwarded_for: Sequence[str], proxies: Networks) -> str:
+@functools.lru_cache(4096)
+def is_trusted(address: str, proxies: Sequence[Network]) -> bool:
+    """Whether an address is one of the trusted proxies; raise ValueError if it is none at all."""
+    ip = parse_ip(address)
+    return any(ip in network for network in proxies)
+
+
+def client_key(peer: str, forwarded_for: Sequence[str], proxies: Sequence[Network]) -> str:
     """Return what identifies a client for its limits: an IPv4 address or an IPv6 /64."""
     address = peer
     try:
@@ -1144,7 +1156,11 @@ def new_limiter(per_minute: float) -> AsyncLimiter:
 
 
 # ---------------------------------------------------------------------------------------------
-# Sessions: found, made, swept.
+# Sessions: found, joined, dropped.
+
+
+def is_idle(hub: Hub, session: Session, now: float) -> bool:
+    return now - session.last_active >= hub.config.limits.idle_minutes * 60
 
 
 def find_session(hub: Hub, session_id: str, site_id: str, now: float) -> Session:
@@ -1153,10 +1169,6 @@ def find_session(hub: Hub, session_id: str, site_id: str, now: float) -> Session
     if session is None or session.site_id != site_id or is_idle(hub, session, now):
         raise no_session()
     return session
-
-
-def is_idle(hub: Hub, session: Session, now: float) -> bool:
-    return now - session.last_active >= hub.config.limits.idle_minutes * 60
 
 
 def drop_session(hub: Hub, session: Session) -> None:
@@ -1249,6 +1261,22 @@ def lock_folder(path: Path) -> int:
     return lock
 
 
+def prepare_database(db: sqlite3.Connection) -> sqlite3.Connection:
+    for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "secure_delete = ON"):
+        db.execute(f"PRAGMA {pragma}")
+    if (verdict := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+        raise sqlite3.DatabaseError(f"it is damaged ({verdict.splitlines()[0]})")
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > SCHEMA_VERSION:
+        raise sqlite3.DatabaseError("a newer leflux wrote it")
+    if version < SCHEMA_VERSION:
+        db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+    db.execute("BEGIN IMMEDIATE")  # fails now, not later, where nothing can be written
+    db.execute("UPDATE session SET state = state WHERE 0")
+    db.execute("ROLLBACK")
+    return db
+
+
 def open_database(path: Path) -> sqlite3.Connection:
     """Open or create the database, mode 0600; raise ConfigError with one line if that fails."""
     try:
@@ -1265,20 +1293,40 @@ def open_database(path: Path) -> sqlite3.Connection:
         raise ConfigError(f"{path} cannot be used as the database: {problem}") from None
 
 
-def prepare_database(db: sqlite3.Connection) -> sqlite3.Connection:
-    for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "secure_delete = ON"):
-        db.execute(f"PRAGMA {pragma}")
-    if (verdict := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-        raise sqlite3.DatabaseError(f"it is damaged ({verdict.splitlines()[0]})")
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version > SCHEMA_VERSION:
-        raise sqlite3.DatabaseError("a newer leflux wrote it")
-    if version < SCHEMA_VERSION:
-        db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-    db.execute("BEGIN IMMEDIATE")  # fails now, not later, where nothing can be written
-    db.execute("UPDATE session SET state = state WHERE 0")
-    db.execute("ROLLBACK")
-    return db
+def session_statements(sessions: Sequence[Session]) -> list[Statement]:
+    """The statements that bring the rows of sessions up to date."""
+    states, messages = [], []
+    trims: list[Statement] = []
+    unix_of_monotonic = time.time() - time.monotonic()
+    for session in sessions:
+        count, history = session.message_count, session.history
+        state = {
+            "row": session.row,
+            "id": session.id,
+            "site": session.site_id,
+            "host": session.host,
+            "pageUrl": session.page_url,
+            "created": session.created_at,
+            "active": unix_of_monotonic + session.last_active,
+            "count": count,
+            "seq": session.next_seq,
+            "open": session.task is not None,
+            "answered": session.answered,
+        }
+        if session.task is None and session.events:
+            # The event that ended the turn, for a client that missed it in a crash.
+            state["last"] = orjson.Fragment(session.events[-1])
+        states.append(state)
+        cut = count - len(history)  # the middle of a long conversation is not kept
+        first = range(session.saved, min(PROMPT_FIRST, count))
+        last = range(max(PROMPT_FIRST, session.saved - cut), len(history))
+        for place in itertools.chain(first, last):
+            number = place if place < PROMPT_FIRST else place + cut
+            messages.append({"session": session.row, "number": number, **history[place]})
+        if cut:
+            trims.append((TRIM_MESSAGES, (session.row, PROMPT_FIRST, PROMPT_FIRST + cut)))
+    tables = ((SAVE_SESSIONS, states), (SAVE_MESSAGES, messages))
+    return trims + [(sql, (json_text(rows),)) for sql, rows in tables if rows]
 
 
 class Store:
@@ -1369,8 +1417,8 @@ class Store:
                     # Most of all sqlite3.Error; but nothing may leave its waiters behind.
                     self._failing = True
                     self._complain(error)
-                    self._sessions = {**sessions, **self._sessions}
-                    self._sessions = {k: s for k, s in self._sessions.items() if not s.gone}
+                    marked = {**sessions, **self._sessions}
+                    self._sessions = {row: s for row, s in marked.items() if not s.gone}
                     self._gone |= gone
                     self._rows = {**rows, **self._rows}
                 else:
@@ -1439,44 +1487,6 @@ class Store:
             os.close(cast(int, self._lock))
 
 
-def session_statements(sessions: Sequence[Session]) -> list[Statement]:
-    """The statements that bring the rows of sessions up to date."""
-    states, messages, trims = [], [], []
-    unix_of_monotonic = time.time() - time.monotonic()
-    for session in sessions:
-        count, history = session.message_count, session.history
-        state = {
-            "row": session.row,
-            "id": session.id,
-            "site": session.site_id,
-            "host": session.host,
-            "pageUrl": session.page_url,
-            "created": session.created_at,
-            "active": unix_of_monotonic + session.last_active,
-            "count": count,
-            "seq": session.next_seq,
-            "open": session.task is not None,
-            "answered": session.answered,
-        }
-        if session.task is None and session.events:
-            # The event that ended the turn, for a client that missed it in a crash.
-            state["last"] = orjson.Fragment(session.events[-1])
-        states.append(state)
-        cut = count - len(history)  # the middle of a long conversation is not kept
-        first = range(session.saved, min(PROMPT_FIRST, count))
-        last = range(max(PROMPT_FIRST, session.saved - cut), len(history))
-        for place in itertools.chain(first, last):
-            number = place if place < PROMPT_FIRST else place + cut
-            messages.append({"session": session.row, "number": number, **history[place]})
-        if cut:
-            trims.append((TRIM_MESSAGES, (session.row, PROMPT_FIRST, PROMPT_FIRST + cut)))
-    statements: list[Statement] = [*trims]
-    for sql, rows in ((SAVE_SESSIONS, states), (SAVE_MESSAGES, messages)):
-        if rows:
-            statements.append((sql, (json_text(rows),)))
-    return statements
-
-
 def restore_session(store: Store, raw: str, messages: list[Json], now: float) -> Session:
     """Build a session from its rows; now is monotonic."""
     state = orjson.loads(raw)
@@ -1513,9 +1523,8 @@ def load_sessions(hub: Hub, now: float) -> list[Session]:
     messages: dict[int, list[Json]] = {}
     for row, body in hub.store.read("SELECT session, body FROM message ORDER BY session, number"):
         message = orjson.loads(body)
-        messages.setdefault(row, []).append(
-            {"role": message["role"], "content": message["content"]}
-        )
+        message = {"role": message["role"], "content": message["content"]}
+        messages.setdefault(row, []).append(message)
     cut_off = []
     for row, raw in hub.store.read("SELECT row, state FROM session"):
         session = restore_session(hub.store, raw, messages.get(row, []), now)
@@ -1598,7 +1607,10 @@ def give_back(hub: Hub, site: Site, task: Task) -> None:
 # ---------------------------------------------------------------------------------------------
 # Page context: what the visitor's page shows, cut to its limits, of known types only.
 
+MAX_FIELD_CHARS = 300
+MAX_REMEMBERED_BYTES = 32 * 1024
 _LINE = text(1_000_000)
+_ITEMS = list_of(lambda item: item, MAX_BODY_BYTES)
 ELEMENT_FIELDS: dict[str, type[Any]] = {
     "id": int,
     **dict.fromkeys(("type", "text", "placeholder", "value", "href", "ariaLabel", "name"), str),
@@ -1607,11 +1619,27 @@ ELEMENT_FIELDS: dict[str, type[Any]] = {
     "options": list,
 }
 KIND_NAMES = {int: "a whole number", str: "a string", bool: "true or false", list: "a list"}
-MAX_FIELD_CHARS = 300
-MAX_REMEMBERED_BYTES = 32 * 1024
-
-
 NAMED = frozenset(("id", "type", "text"))  # these need no name in a line
+
+
+def clean_element(raw: Any, where: str) -> Json:
+    """Return an element of the page with its known fields, each of its type."""
+    if type(raw) is not dict:
+        raise invalid(where, "must be an object")
+    clean: Json = {}
+    for field, value in raw.items():
+        kind = ELEMENT_FIELDS.get(field)
+        if type(value) is not kind:
+            if kind is not None and value is not None:
+                raise invalid(f"{where}.{field}", f"must be {KIND_NAMES[kind]}")
+        elif kind is str:
+            clean[field] = value[:MAX_FIELD_CHARS]
+        elif kind is list:
+            labels = [o.get("text", o.get("value")) if type(o) is dict else o for o in value]
+            clean[field] = [label[:100] for label in labels[:30] if type(label) is str]
+        else:
+            clean[field] = value
+    return clean
 
 
 def describe_page(context: Json) -> str:
@@ -1641,30 +1669,14 @@ def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json
         "title": take(raw, "title", _LINE, "", path)[:MAX_FIELD_CHARS],
         "visibleText": take(raw, "visibleText", _LINE, "", path)[: limits.visible_text_chars],
     }
-    any_list = list_of(lambda item: item, MAX_BODY_BYTES)
-    elements = take(raw, "indexedElements", any_list, (), path)[: limits.indexed_elements]
-    context["indexedElements"] = []
-    where = path + "indexedElements"
-    for index, element in enumerate(elements):
-        if type(element) is not dict:
-            raise invalid(f"{where}[{index}]", "must be an object")
-        clean: Json = {}
-        for field, value in element.items():
-            kind = ELEMENT_FIELDS.get(field)
-            if type(value) is not kind:
-                if kind is not None and value is not None:
-                    raise invalid(f"{where}[{index}].{field}", f"must be {KIND_NAMES[kind]}")
-            elif kind is str:
-                clean[field] = value[:MAX_FIELD_CHARS]
-            elif kind is list:
-                labels = [o.get("text", o.get("value")) if type(o) is dict else o for o in value]
-                clean[field] = [label[:100] for label in labels[:30] if type(label) is str]
-            else:
-                clean[field] = value
-        context["indexedElements"].append(clean)
+    elements = take(raw, "indexedElements", _ITEMS, (), path)[: limits.indexed_elements]
+    context["indexedElements"] = [
+        clean_element(element, f"{path}indexedElements[{at}]")
+        for at, element in enumerate(elements)
+    ]
     for field in ("forms", "previouslyFilledFields"):
         # These are only ever shown to the model, so their inside is free.
-        items = [json_text(item)[:1000] for item in take(raw, field, any_list, (), path)[:20]]
+        items = [json_text(item)[:1000] for item in take(raw, field, _ITEMS, (), path)[:20]]
         if items:
             context[field] = items
     if known := take(raw, "visitorData", an_object, {}, path):  # by the page's author
@@ -1675,10 +1687,13 @@ def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json
 
 def element_label(element: Json) -> str:
     """What a visitor would call an element."""
-    for field in ("text", "ariaLabel", "label", "placeholder", "value", "name"):
-        if element.get(field):
-            return str(element[field])
-    return ""
+    names = map(element.get, ("text", "ariaLabel", "label", "placeholder", "value", "name"))
+    return str(next(filter(None, names), ""))
+
+
+@functools.lru_cache(128)
+def remembered_context(encoded: bytes, limits: LimitsConfig, name: str) -> Json:
+    return clean_context(orjson.loads(encoded), limits, name)
 
 
 def page_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json:
@@ -1690,11 +1705,6 @@ def page_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json:
     if len(encoded) > MAX_REMEMBERED_BYTES:
         return clean_context(raw, limits, name)
     return remembered_context(encoded, limits, name)
-
-
-@functools.lru_cache(128)
-def remembered_context(encoded: bytes, limits: LimitsConfig, name: str) -> Json:
-    return clean_context(orjson.loads(encoded), limits, name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1727,8 +1737,8 @@ class Passages:
             "CREATE VIRTUAL TABLE passage USING "
             "fts5(text, tokenize='porter unicode61 remove_diacritics 2')"
         )
-        rows = ((index, one) for index, one in enumerate(texts))
-        self._db.executemany("INSERT INTO passage (rowid, text) VALUES (?, ?)", rows)
+        sql = "INSERT INTO passage (rowid, text) VALUES (?, ?)"
+        self._db.executemany(sql, enumerate(texts))
 
     def best(self, question: str, limit: int = 8) -> list[int]:
         """Return the indexes of the passages that answer a question, best first."""
@@ -1808,68 +1818,6 @@ class Refusal(Exception):
     """Why an action may not run, in words for the model."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Page:
-    """What an action is checked against: the latest page context and whose site it is."""
-
-    context: Json
-    address: str  # its URL
-    site: Site
-    site_index: Mapping[tuple[str, int | None], Site]
-
-    def element(self, element_id: Any) -> Json:
-        """Return the enabled element of an id; raise Refusal."""
-        if type(element_id) is not int:
-            raise Refusal("elementId must be a whole number")
-        for element in self.context.get("indexedElements", ()):
-            if element.get("id") == element_id:
-                if element.get("disabled"):
-                    raise Refusal(f"element {element_id} is disabled")
-                return cast(Json, element)
-        raise Refusal(f"element {element_id} is not on the page")
-
-    def url(self, value: Any) -> str:
-        """Return the absolute URL of a page of this site; raise Refusal."""
-        if not isinstance(value, str) or not 0 < len(value) <= 2000:
-            raise Refusal("url must be a string")
-        # Browsers drop tabs and line ends, read a backslash as a slash and any number of slashes
-        # as two; we do not guess.
-        if re.search(r"[\x00-\x20\x7f-\x9f\\]|^///", value):
-            raise Refusal("url has characters that no URL has")
-        if re.match(r"[^/?#]*:", value) and not re.match(r"https?://[^/?#]", value, re.I):
-            raise Refusal("url must be http(s) or relative")
-        url = self._resolve(value)
-        if not self._is_ours(url):
-            raise Refusal("url leaves this website")
-        return url.geturl()
-
-    def _resolve(self, value: str) -> urllib.parse.SplitResult:
-        try:
-            return urllib.parse.urlsplit(urllib.parse.urljoin(self.address, value))
-        except ValueError:
-            raise Refusal("url is malformed") from None
-
-    def _is_ours(self, url: urllib.parse.SplitResult) -> bool:
-        origin = parse_origin(f"{url.scheme}://{url.netloc}")
-        return origin is not None and find_site(self.site_index, *origin) is self.site
-
-    def may_click(self, element: Json) -> None:
-        """Raise Refusal for a link that leads away, or anywhere if the owner forbids that."""
-        href = re.sub(r"[\x00-\x20]", "", element.get("href", "")).replace("\\", "/")
-        href = re.sub(r"^(https?:)?/{2,}", r"\1//", href, flags=re.I)
-        if href and not href.startswith("#"):
-            self.allow("navigate")
-            url = self._resolve(href)
-            if url.scheme in ("http", "https") and not self._is_ours(url):
-                raise Refusal(f"element {element['id']} is a link that leaves this website")
-        if is_submit(element):
-            self.allow("submit")
-
-    def allow(self, what: str) -> None:
-        if what in self.site.restrictions:
-            raise Refusal(f"the site's owner does not allow to {what}")
-
-
 def element_words(element: Json, *fields: str) -> str:
     """What an element is called in its markup and on the page, as plain lower-case words."""
     values = [str(element[field]) for field in fields if element.get(field)]
@@ -1928,6 +1876,68 @@ def is_irreversible(element: Json, context: Json) -> bool:
     return any(IRREVERSIBLE.search(element_words({"form": words}, "form")) for words in form)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Page:
+    """What an action is checked against: the latest page context and whose site it is."""
+
+    context: Json
+    address: str  # its URL
+    site: Site
+    site_index: Mapping[HostEntry, Site]
+
+    def element(self, element_id: Any) -> Json:
+        """Return the enabled element of an id; raise Refusal."""
+        if type(element_id) is not int:
+            raise Refusal("elementId must be a whole number")
+        for element in self.context.get("indexedElements", ()):
+            if element.get("id") == element_id:
+                if element.get("disabled"):
+                    raise Refusal(f"element {element_id} is disabled")
+                return cast(Json, element)
+        raise Refusal(f"element {element_id} is not on the page")
+
+    def url(self, value: Any) -> str:
+        """Return the absolute URL of a page of this site; raise Refusal."""
+        if not isinstance(value, str) or not 0 < len(value) <= 2000:
+            raise Refusal("url must be a string")
+        # Browsers drop tabs and line ends, read a backslash as a slash and any number of slashes
+        # as two; we do not guess.
+        if re.search(r"[\x00-\x20\x7f-\x9f\\]|^///", value):
+            raise Refusal("url has characters that no URL has")
+        if re.match(r"[^/?#]*:", value) and not re.match(r"https?://[^/?#]", value, re.I):
+            raise Refusal("url must be http(s) or relative")
+        url = self._resolve(value)
+        if not self._is_ours(url):
+            raise Refusal("url leaves this website")
+        return url.geturl()
+
+    def _resolve(self, value: str) -> urllib.parse.SplitResult:
+        try:
+            return urllib.parse.urlsplit(urllib.parse.urljoin(self.address, value))
+        except ValueError:
+            raise Refusal("url is malformed") from None
+
+    def _is_ours(self, url: urllib.parse.SplitResult) -> bool:
+        origin = parse_origin(f"{url.scheme}://{url.netloc}")
+        return origin is not None and find_site(self.site_index, *origin) is self.site
+
+    def may_click(self, element: Json) -> None:
+        """Raise Refusal for a link that leads away, or anywhere if the owner forbids that."""
+        href = re.sub(r"[\x00-\x20]", "", element.get("href", "")).replace("\\", "/")
+        href = re.sub(r"^(https?:)?/{2,}", r"\1//", href, flags=re.I)
+        if href and not href.startswith("#"):
+            self.allow("navigate")
+            url = self._resolve(href)
+            if url.scheme in ("http", "https") and not self._is_ours(url):
+                raise Refusal(f"element {element['id']} is a link that leaves this website")
+        if is_submit(element):
+            self.allow("submit")
+
+    def allow(self, what: str) -> None:
+        if what in self.site.restrictions:
+            raise Refusal(f"the site's owner does not allow to {what}")
+
+
 def words_of(raw: Json, field: str, high: int = 280, default: str = "") -> str:
     """Return an optional text of the model's, cut to its limit; raise Refusal if it is no text."""
     value = raw.get(field)
@@ -1984,15 +1994,14 @@ def check_step(raw: Any, page: Page) -> Json:
     return step
 
 
-def check_single(plan_type: str, kind: str, raw: Json, page: Page) -> Json:
+SINGLE_STEPS = {"click_element": "click", "navigate": "navigate"}  # plans of one step: its kind
+
+
+def check_single(raw: Json, page: Page) -> Json:
     """Return a clean plan of one step."""
-    step = check_step({**raw, "action": kind}, page)
+    step = check_step({**raw, "action": SINGLE_STEPS[raw["type"]]}, page)
     del step["action"]
-    return {"type": plan_type, **step}
-
-
-check_click = functools.partial(check_single, "click_element", "click")
-check_navigate = functools.partial(check_single, "navigate", "navigate")
+    return {"type": raw["type"], **step}
 
 
 def check_sequence(raw: Json, page: Page) -> Json:
@@ -2020,9 +2029,9 @@ def check_sequence(raw: Json, page: Page) -> Json:
 
 def steps_of(plan: Json) -> list[Json]:
     """The steps of a clean plan, whatever its kind."""
-    if plan["type"] == "execute_generic_sequence":
-        return cast(list[Json], plan["actions"])
-    return [{**plan, "action": "click" if plan["type"] == "click_element" else "navigate"}]
+    if plan["type"] in SINGLE_STEPS:
+        return [{**plan, "action": SINGLE_STEPS[plan["type"]]}]
+    return cast(list[Json], plan["actions"])
 
 
 def irreversible_elements(plan: Json, page: Page) -> list[Json]:
@@ -2031,8 +2040,10 @@ def irreversible_elements(plan: Json, page: Page) -> list[Json]:
     return [element for element in clicked if is_irreversible(element, page.context)]
 
 
-def check_nothing(raw: Json, page: Page) -> Json:
-    return {"type": "none"}
+def check_texts(raw: Json, page: Page) -> Json:
+    """Return a clean action that has no more than texts."""
+    texts = {field: words_of(raw, field, 1000) for field in ACTIONS[raw["type"]].fields}
+    return {"type": raw["type"], **texts}
 
 
 def check_question(raw: Json, page: Page) -> Json:
@@ -2044,16 +2055,6 @@ def check_question(raw: Json, page: Page) -> Json:
 
 BLOCK_TYPES = ("pricing_cards", "feature_grid", "faq_list", "link_cards")
 MAX_BLOCK_ITEMS, MAX_BLOCK_DEPTH = 8, 5
-
-
-def check_block(raw: Json, page: Page) -> Json:
-    if raw.get("block_type") not in BLOCK_TYPES:
-        raise Refusal("block_type must be one of " + ", ".join(BLOCK_TYPES))
-    data = clean_block(raw.get("data"), page)
-    data = {"items": data} if isinstance(data, list) else data
-    if not isinstance(data, dict) or not any(isinstance(v, list) and v for v in data.values()):
-        raise Refusal("data must be an object with a list of items")
-    return {"type": "render_ui_block", "block_type": raw["block_type"], "data": data}
 
 
 def clean_block(value: Any, page: Page, depth: int = 1, name: str = "") -> Any:
@@ -2073,6 +2074,16 @@ def clean_block(value: Any, page: Page, depth: int = 1, name: str = "") -> Any:
     raise Refusal("data has values of an unknown type")
 
 
+def check_block(raw: Json, page: Page) -> Json:
+    if raw.get("block_type") not in BLOCK_TYPES:
+        raise Refusal("block_type must be one of " + ", ".join(BLOCK_TYPES))
+    data = clean_block(raw.get("data"), page)
+    data = {"items": data} if isinstance(data, list) else data
+    if not isinstance(data, dict) or not any(isinstance(v, list) and v for v in data.values()):
+        raise Refusal("data must be an object with a list of items")
+    return {"type": "render_ui_block", "block_type": raw["block_type"], "data": data}
+
+
 def check_confirmation(raw: Json, page: Page) -> Json:
     pending = raw.get("pending_action")
     if not isinstance(pending, dict) or pending.get("type") not in PLAN_TYPES:
@@ -2086,14 +2097,6 @@ def check_confirmation(raw: Json, page: Page) -> Json:
     }
 
 
-def check_completion(raw: Json, page: Page) -> Json:
-    return {"type": "task_complete", "summary": words_of(raw, "summary", 1000)}
-
-
-def check_abort(raw: Json, page: Page) -> Json:
-    return {"type": "abort_workflow", "reason": words_of(raw, "reason", 1000)}
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class ActionKind:
     """A type of action: what the model reads of it, its fields' JSON schemas, its validator."""
@@ -2103,11 +2106,8 @@ class ActionKind:
     check: Callable[[Json, Page], Json]
 
 
-def nullable(kind: str) -> Json:
-    return {"type": [kind, "null"]}
-
-
 STRING, INTEGER = {"type": "string"}, {"type": "integer"}
+MAYBE_STRING, MAYBE_INTEGER = {"type": ["string", "null"]}, {"type": ["integer", "null"]}
 
 
 def object_schema(fields: Json) -> Json:
@@ -2119,46 +2119,42 @@ def object_schema(fields: Json) -> Json:
     }
 
 
-def list_schema(item: Json) -> Json:
-    return {"type": "array", "items": item}
-
-
 def typed_schema(name: str, fields: Json) -> Json:
     return object_schema({"type": {"type": "string", "enum": [name]}, **fields})
 
 
 STEP_FIELDS: Json = {
     "action": {"type": "string", "enum": list(STEP_KINDS)},
-    "elementId": nullable("integer"),
-    "inputData": nullable("string"),
-    "url": nullable("string"),
-    "waitDuration": nullable("integer"),
-    "description": nullable("string"),
+    "elementId": MAYBE_INTEGER,
+    "inputData": MAYBE_STRING,
+    "url": MAYBE_STRING,
+    "waitDuration": MAYBE_INTEGER,
+    "description": MAYBE_STRING,
 }
 BLOCK_ITEM: Json = {
     "title": STRING,
-    "text": nullable("string"),
-    "price": nullable("string"),
+    "text": MAYBE_STRING,
+    "price": MAYBE_STRING,
     "points": {"type": ["array", "null"], "items": STRING},
-    "url": nullable("string"),
+    "url": MAYBE_STRING,
 }
 PLANS: dict[str, ActionKind] = {
     "click_element": ActionKind(
-        "click one element of the page", {"elementId": INTEGER, "description": STRING}, check_click
+        "click one element of the page", {"elementId": INTEGER, "description": STRING}, check_single
     ),
     "execute_generic_sequence": ActionKind(
         "several steps in order, for forms above all: click, type and select (inputData),"
         " scroll_to, navigate (url), wait (waitDuration in ms)",
-        {"steps": list_schema(object_schema(STEP_FIELDS)), "description": STRING},
+        {"steps": {"type": "array", "items": object_schema(STEP_FIELDS)}, "description": STRING},
         check_sequence,
     ),
     "navigate": ActionKind(
-        "go to another page of this website", {"url": STRING, "description": STRING}, check_navigate
+        "go to another page of this website", {"url": STRING, "description": STRING}, check_single
     ),
 }
 PLAN_TYPES = tuple(PLANS)
 ACTIONS: dict[str, ActionKind] = {
-    "none": ActionKind("only talk", {}, check_nothing),
+    "none": ActionKind("only talk", {}, check_texts),
     **PLANS,
     "ask_user": ActionKind(
         "ask for one thing that is missing; leave message empty",
@@ -2169,7 +2165,7 @@ ACTIONS: dict[str, ActionKind] = {
         "show cards: at most 8 items with short texts",
         {
             "block_type": {"type": "string", "enum": list(BLOCK_TYPES)},
-            "data": object_schema({"items": list_schema(object_schema(BLOCK_ITEM))}),
+            "data": object_schema({"items": {"type": "array", "items": object_schema(BLOCK_ITEM)}}),
         },
         check_block,
     ),
@@ -2184,24 +2180,20 @@ ACTIONS: dict[str, ActionKind] = {
         check_confirmation,
     ),
     "task_complete": ActionKind(
-        "the page shows that what the visitor wanted is done", {"summary": STRING}, check_completion
+        "the page shows that what the visitor wanted is done", {"summary": STRING}, check_texts
     ),
-    "abort_workflow": ActionKind("it cannot be done here", {"reason": STRING}, check_abort),
+    "abort_workflow": ActionKind("it cannot be done here", {"reason": STRING}, check_texts),
+}
+REPLY_ACTION = {
+    "anyOf": [
+        {"type": "null"},
+        *(typed_schema(name, kind.fields) for name, kind in ACTIONS.items()),
+    ]
 }
 REPLY_SCHEMA: Json = {
     "name": "reply",
     "strict": True,
-    "schema": object_schema(
-        {
-            "message": STRING,
-            "action": {
-                "anyOf": [
-                    {"type": "null"},
-                    *(typed_schema(n, k.fields) for n, k in ACTIONS.items()),
-                ]
-            },
-        }
-    ),
+    "schema": object_schema({"message": STRING, "action": REPLY_ACTION}),
 }
 ACTION_HELP = "\n".join(
     f"- {name} {{{', '.join(kind.fields)}}}: {kind.help}" for name, kind in ACTIONS.items()
@@ -2253,6 +2245,22 @@ def content_text(content: Any) -> str:
     return ""
 
 
+def identifier(error: Any) -> str:
+    """What of a provider's error may be logged: its code or type, never its texts."""
+    values = [error.get(k) for k in ("code", "type", "status")] if isinstance(error, dict) else []
+    found = [str(v) for v in values if re.fullmatch(r"[\w.-]{1,60}", str(v)) and v is not None]
+    return " ".join(found) or "no code"
+
+
+def raise_stream_error(event: Json) -> None:
+    """Raise the error that a stream reports with status 200; "error": null is none."""
+    error = event.get("error", event)
+    if error:
+        code = error.get("code") if isinstance(error, dict) else None
+        retry = isinstance(code, int) and (code == 429 or code >= 500)
+        raise ModelError(f"error in the stream ({identifier(error)})", retry=retry)
+
+
 def read_event(event: Any, completion: Completion) -> str:
     """Return the text of one stream event and note its usage; raise ModelError for an error.
 
@@ -2271,22 +2279,6 @@ def read_event(event: Any, completion: Completion) -> str:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError):
         return ""
     return content if type(content) is str else content_text(content)
-
-
-def raise_stream_error(event: Json) -> None:
-    """Raise the error that a stream reports with status 200; "error": null is none."""
-    error = event.get("error", event)
-    if error:
-        code = error.get("code") if isinstance(error, dict) else None
-        retry = isinstance(code, int) and (code == 429 or code >= 500)
-        raise ModelError(f"error in the stream ({identifier(error)})", retry=retry)
-
-
-def identifier(error: Any) -> str:
-    """What of a provider's error may be logged: its code or type, never its texts."""
-    values = [error.get(k) for k in ("code", "type", "status")] if isinstance(error, dict) else []
-    found = [str(v) for v in values if re.fullmatch(r"[\w.-]{1,60}", str(v)) and v is not None]
-    return " ".join(found) or "no code"
 
 
 class StreamParser:
@@ -2399,6 +2391,16 @@ class StreamParser:
         self._partial = whole if whole[:1] == b"{" and len(whole) < 65536 else b""
 
 
+PARAMETER_WORDS = {  # by which a complaint names a parameter
+    "response_format": "response_format|json_schema|json_object",
+    "stream_options": "stream_options|include_usage",
+    "max_tokens": "max_tokens",
+    "max_completion_tokens": "max_completion_tokens",
+    "temperature": "temperature",
+}
+OTHER_NAMES = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+
+
 def without_parameter(params: Json, complaint: str) -> Json | None:
     """Return the request parameters without the one that a 400 or 422 names, None if it names none.
 
@@ -2406,30 +2408,15 @@ def without_parameter(params: Json, complaint: str) -> Json | None:
     the other way round.
     """
 
-    def named(*names: str) -> bool:
-        return any(re.search(rf"\b{name}\b", complaint) for name in names)
-
-    fewer = dict(params)
-    if "response_format" in params and named("response_format", "json_schema", "json_object"):
-        kind = fewer.pop("response_format")["type"]
-        if kind == "json_schema":
-            fewer["response_format"] = {"type": "json_object"}
-        return fewer
-    if "stream_options" in params and named("stream_options", "include_usage"):
-        del fewer["stream_options"]
-        return fewer
-    for name, other in (
-        ("max_tokens", "max_completion_tokens"),
-        ("max_completion_tokens", "max_tokens"),
-    ):
-        if name in params and named(name):
+    for name, words in PARAMETER_WORDS.items():
+        if name in params and re.search(rf"\b({words})\b", complaint):
+            fewer = dict(params)
             value = fewer.pop(name)
-            if not fewer.get("swapped"):
-                fewer.update({other: value, "swapped": True})
+            if name == "response_format" and value["type"] == "json_schema":
+                fewer[name] = {"type": "json_object"}
+            elif name in OTHER_NAMES and not fewer.get("swapped"):
+                fewer.update({OTHER_NAMES[name]: value, "swapped": True})
             return fewer
-    if "temperature" in params and named("temperature"):
-        del fewer["temperature"]
-        return fewer
     return None
 
 
@@ -2445,6 +2432,22 @@ def retry_after_seconds(header: str | None) -> float | None:
         except (ValueError, TypeError):
             return None
     return min(max(seconds, 0.0), 10.0) if math.isfinite(seconds) else None
+
+
+def parse_object(raw: bytes) -> Json:
+    """Return a JSON object, {} for anything else."""
+    with contextlib.suppress(ValueError):
+        value = orjson.loads(raw)
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+async def read_some(content: aiohttp.StreamReader, limit: int = 65536) -> bytes:
+    """Read a body up to a limit."""
+    raw = b""
+    while len(raw) < limit and (data := await content.readany()):
+        raw += data
+    return raw[:limit]
 
 
 class Model:
@@ -2490,10 +2493,10 @@ class Model:
             except (aiohttp.ClientError, OSError) as error:
                 # The text of these can hold what the provider sent: log the name alone.
                 # A connection that timed out is a ClientError too; our own deadline is not.
-                retry = isinstance(error, aiohttp.ClientError) or not isinstance(
-                    error, TimeoutError
+                ours = isinstance(error, TimeoutError) and not isinstance(
+                    error, aiohttp.ClientError
                 )
-                failure = ModelError(type(error).__name__, retry=retry)
+                failure = ModelError(type(error).__name__, retry=not ours)
                 failure.__cause__ = error
             except ModelError as error:
                 failure = error
@@ -2523,10 +2526,7 @@ class Model:
         async with (
             asyncio.timeout(FIRST_TEXT_SECONDS) as deadline,
             self._http.post(
-                self._url,
-                data=orjson.dumps(body),
-                headers=self._headers,
-                allow_redirects=False,
+                self._url, data=orjson.dumps(body), headers=self._headers, allow_redirects=False
             ) as response,
         ):
             if response.status != 200:
@@ -2580,22 +2580,6 @@ class Model:
         )
 
 
-def parse_object(raw: bytes) -> Json:
-    """Return a JSON object, {} for anything else."""
-    with contextlib.suppress(ValueError):
-        value = orjson.loads(raw)
-        return value if isinstance(value, dict) else {}
-    return {}
-
-
-async def read_some(content: aiohttp.StreamReader, limit: int = 65536) -> bytes:
-    """Read a body up to a limit."""
-    raw = b""
-    while len(raw) < limit and (data := await content.readany()):
-        raw += data
-    return raw[:limit]
-
-
 # ---------------------------------------------------------------------------------------------
 # What the model says: small readers fed with pieces, cut anywhere.
 
@@ -2632,6 +2616,11 @@ class ThinkFilter:
     def finish(self) -> str:
         tail, self._tail = self._tail, ""
         return "" if self._thinking else tail
+
+
+def sendable(said: str) -> str:
+    """Join surrogate pairs, and replace lone ones, which cannot be sent on."""
+    return said.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class ReplyReader:
@@ -2674,13 +2663,8 @@ class ReplyReader:
             with contextlib.suppress(ValueError, RecursionError):
                 decoder = json.JSONDecoder(strict=False)  # line ends in strings are forgiven
                 reply = decoder.raw_decode(raw[raw.index("{") :])[0]
-                if re.search(
-                    r"\\u[dD][89a-fA-F]|[\ud800-\udfff]", raw
-                ):  # a lone surrogate cannot be sent on
-                    plain = json.dumps(reply, ensure_ascii=False)
-                    reply = json.loads(
-                        plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                    )
+                if re.search(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]", raw):
+                    reply = json.loads(sendable(json.dumps(reply, ensure_ascii=False)))
             if reply is None and not self._streamed and self._depth <= 0:
                 rest = raw  # it only looked like JSON
         elif self._mode == "start":
@@ -2776,7 +2760,7 @@ class ReplyReader:
         self._half = ""
         if "\ud800" <= said[-1:] <= "\udbff":
             said, self._half = said[:-1], said[-1]
-        return said.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return sendable(said)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2830,14 +2814,14 @@ def matches(question: str, candidate: str) -> int:
     return sum(any(word[:4] in found for word in words) for words in asked)
 
 
+def widened(question: str) -> str:
+    return " ".join([question, *(SYNONYMS.get(word, "") for word in keywords(question))])
+
+
 def best_of(question: str, texts: list[str]) -> int | None:
     """Return the index of the text that fits a question best, None if none does."""
     with contextlib.closing(Passages(texts)) as index:
         return next(iter(index.best(widened(question), 1)), None)
-
-
-def widened(question: str) -> str:
-    return " ".join([question, *(SYNONYMS.get(word, "") for word in keywords(question))])
 
 
 def is_field(element: Json) -> bool:
@@ -2949,10 +2933,7 @@ def next_step(
         if at is not None:
             return click_on(links[at])
     if values and "type" not in task.did:
-        steps = [
-            {"action": "type", "elementId": field["id"], "inputData": value}
-            for field, value in values
-        ]
+        steps = [{"action": "type", "elementId": f["id"], "inputData": v} for f, v in values]
         action: Json = {"type": "execute_generic_sequence", "steps": steps}
         return {"message": "I fill in what you told me.", "action": action}
     wants_sent = wants_to_write or WANTS_SENT.search(wish.lower())
@@ -3004,9 +2985,8 @@ def guide(
 
     The history ends with the visitor's message, or with what was said in the task since.
     """
-    elements = [
-        e for e in context.get("indexedElements", ()) if "id" in e and not e.get("disabled")
-    ]
+    shown = context.get("indexedElements", ())
+    elements = [e for e in shown if "id" in e and not e.get("disabled")]
     fields = [e for e in elements if is_field(e) and not is_sensitive(e)]
     buttons = [element_label(e) for e in elements if not is_field(e)]
     wish, answers = wish_and_answers(task, history, fields, buttons)
@@ -3099,34 +3079,6 @@ def build_prompt(
     return messages
 
 
-def start_task(hub: Hub, session: Session, task: Task) -> str:
-    """Take a visitor's message, settle what is running, answer in the background.
-
-    Returns the message's id.
-    """
-    settle_task(session)
-    hub.messages_processed += 1
-    session.last_active = time.monotonic()
-    session.remember("user", task.wish)
-    session.task = task
-    number = run_turn(hub, session, task)
-    session.store.touch(session)
-    return f"msg-{number}"
-
-
-def run_turn(hub: Hub, session: Session, task: Task) -> int:
-    """Start the model's next answer; returns the number that its ids carry."""
-    number = hub.next_id()
-    session.begin_turn()
-    task.phase, task.deadline, task.resumable = "running", math.inf, False
-    task.stream_id, task.said = f"stream-{number}", []
-    task.runner = asyncio.create_task(answer(hub, session, task))
-    if task.usage is not None:  # a cancelled task may not even begin
-        site = hub.sites[session.site_id]
-        task.runner.add_done_callback(lambda _: give_back(hub, site, task))
-    return number
-
-
 def first_call_tokens(hub: Hub, site: Site, session: Session, context: Json, message: str) -> int:
     """Estimate, on the safe side, what the first call of a task may cost."""
     if hub.model is None or not hub.config.limits.site_tokens_per_day:
@@ -3181,54 +3133,6 @@ def stop_task(session: Session, text: str, note: str = "") -> None:
     settle_task(session, note)
 
 
-async def answer(hub: Hub, session: Session, task: Task) -> None:
-    """One turn. Ends in exactly one event, whatever the model or the network does."""
-    try:
-        await session.store.saved()  # the visitor's message comes first
-        while True:
-            seen = session.context
-            completion, reply = await converse(hub, session, task)
-            if completion.cut_short or not reply:
-                break
-            try:
-                page = page_of(hub, session)
-                action = check_action(reply.get("action"), page)
-                check_unchanged(action, page, seen)
-                perform(hub, session, task, action, page)
-                return
-            except Refusal as refusal:
-                task.refusals += 1
-                log.info("an action was refused (%d)", task.refusals)
-                if task.refusals > MAX_REFUSALS:
-                    end_task(session, task, NOT_POSSIBLE)
-                    return
-                task.note = f"refused, it did not run: {refusal}. Do something else."
-                if task.said:
-                    say(session, task, "\n\n")
-    except ApiError as error:  # the budget is spent
-        end_task(session, task, error.message)
-        return
-    except ModelError:
-        completion = Completion(cut_short=bool(task.said))
-    except Exception:
-        log.exception("a turn failed")
-        completion = Completion(cut_short=bool(task.said))
-    if "".join(task.said).strip():
-        settle_task(session, CUT_SHORT if completion.cut_short else "")
-    else:
-        end_task(session, task, NO_ANSWER, isError=True)
-
-
-def check_unchanged(action: Json, page: Page, seen: Json) -> None:
-    """Raise Refusal if a plan is for another page, or other elements, than the model has seen."""
-    plan = action.get("plan", action)
-    if plan["type"] not in PLANS or page.context is seen:
-        return
-    here, there = (str(one.get("url")).partition("#")[0] for one in (page.context, seen))
-    if here != there or looks(plan, page) != looks(plan, dataclasses.replace(page, context=seen)):
-        raise Refusal("the page has changed meanwhile")
-
-
 def page_of(hub: Hub, session: Session) -> Page:
     url = session.context.get("url") or session.page_url or f"http://{session.host}/"
     return Page(session.context, url, hub.sites[session.site_id], hub.site_index)
@@ -3280,64 +3184,27 @@ async def converse(hub: Hub, session: Session, task: Task) -> tuple[Completion, 
     return completion, reply
 
 
-def perform(hub: Hub, session: Session, task: Task, action: Json, page: Page) -> None:
-    """Turn a clean action into the event that ends the turn."""
-    said = "".join(task.said)
-    kind = action["type"]
-    if kind in (*PLAN_TYPES, "confirmation_required"):
-        plan = action if kind in PLAN_TYPES else action["plan"]
-        if risky := irreversible_elements(plan, page):
-            # In our words: the model's could make it look harmless.
-            names = ", ".join(f"“{element_label(element)[:60]}”" for element in risky)
-            label = element_label(risky[0])[:60] or "Yes"
-            ask_first(session, task, plan, page, f"Shall I click {names}?", label, "No")
-        elif plan is action:
-            offer_plan(hub, session, task, plan)
-        else:
-            question = action["message"] or said or f"Shall I do this: {plan['description']}?"
-            labels = action["confirm_label"], action["cancel_label"]
-            ask_first(session, task, plan, page, question, *labels)
-        return
-    if kind == "none" and not said.strip():
-        end_task(session, task, NO_ANSWER, isError=True)
-    elif kind == "none":
-        settle_task(session)
-    elif kind == "ask_user":
-        question = action["question"] or said or "?"
-        end_task(session, task, question, isQuestion=True, field=action["field"])
-    elif kind == "abort_workflow":
-        end_task(session, task, action["reason"] or said or NOT_POSSIBLE)
-    elif kind == "render_ui_block":
-        session.task = None
-        block = {"block_type": action["block_type"], "data": action["data"], "message": said}
-        end_turn(session, task, "ui_block", block, "" if said else action["block_type"])
-    elif kind == "task_complete":
-        session.task = None
-        summary = action["summary"] or said or "Done."
-        end_turn(
-            session,
-            task,
-            "task_complete",
-            {"summary": summary, "message": said or summary},
-            summary,
-        )
-
-
-def ask_first(
-    session: Session, task: Task, plan: Json, page: Page, question: str, yes: str, no: str
-) -> None:
-    """Keep a plan until the visitor agrees, together with what its elements were called."""
-    task.phase, task.plan = "confirming", plan
-    task.looks = looks(plan, page)
-    data = {"message": question, "confirm_label": yes, "cancel_label": no}
-    end_turn(session, task, "confirmation_required", data, question)
-
-
 def looks(plan: Json, page: Page) -> list[str]:
     """What the elements of a plan are called, to know them again."""
     steps = [step for step in steps_of(plan) if "elementId" in step]
     fields = ("type", "inputType", "href", *_NAMES)
     return [element_words(page.element(step["elementId"]), *fields) for step in steps]
+
+
+def check_unchanged(action: Json, page: Page, seen: Json) -> None:
+    """Raise Refusal if a plan is for another page, or other elements, than the model has seen."""
+    plan = action.get("plan", action)
+    if plan["type"] not in PLANS or page.context is seen:
+        return
+    here, there = (str(one.get("url")).partition("#")[0] for one in (page.context, seen))
+    if here != there or looks(plan, page) != looks(plan, dataclasses.replace(page, context=seen)):
+        raise Refusal("the page has changed meanwhile")
+
+
+def fingerprint(context: Json) -> tuple[str, int]:
+    """The URL of a page, and what tells whether its elements and text are the same."""
+    shown = [context.get(part) for part in ("indexedElements", "visibleText")]
+    return context.get("url", ""), hash(orjson.dumps(shown))
 
 
 def offer_plan(hub: Hub, session: Session, task: Task, plan: Json) -> None:
@@ -3374,20 +3241,122 @@ def offer_plan(hub: Hub, session: Session, task: Task, plan: Json) -> None:
     task.phase = "acting"
     waits = sum(step.get("waitDuration", 0) for step in steps) / 1000
     task.deadline = time.monotonic() + ACTION_SECONDS + waits
-    data = {
-        "actions": [task.plan],
-        "message": "".join(task.said),
-        "useUniversalIndexing": True,
-    }
+    data = {"actions": [task.plan], "message": "".join(task.said), "useUniversalIndexing": True}
     if plan.get("isSequence"):
         data["isSequence"] = True
     end_turn(session, task, "action_plan", data)
 
 
-def fingerprint(context: Json) -> tuple[str, int]:
-    """The URL of a page, and what tells whether its elements and text are the same."""
-    shown = [context.get(part) for part in ("indexedElements", "visibleText")]
-    return context.get("url", ""), hash(orjson.dumps(shown))
+def ask_first(
+    session: Session, task: Task, plan: Json, page: Page, question: str, yes: str, no: str
+) -> None:
+    """Keep a plan until the visitor agrees, together with what its elements were called."""
+    task.phase, task.plan = "confirming", plan
+    task.looks = looks(plan, page)
+    data = {"message": question, "confirm_label": yes, "cancel_label": no}
+    end_turn(session, task, "confirmation_required", data, question)
+
+
+def perform(hub: Hub, session: Session, task: Task, action: Json, page: Page) -> None:
+    """Turn a clean action into the event that ends the turn."""
+    said = "".join(task.said)
+    kind = action["type"]
+    plan = action.get("plan", action)
+    if plan["type"] in PLANS and (risky := irreversible_elements(plan, page)):
+        # In our words: the model's could make it look harmless.
+        names = ", ".join(f"“{element_label(element)[:60]}”" for element in risky)
+        label = element_label(risky[0])[:60] or "Yes"
+        ask_first(session, task, plan, page, f"Shall I click {names}?", label, "No")
+    elif kind in PLANS:
+        offer_plan(hub, session, task, plan)
+    elif kind == "confirmation_required":
+        question = action["message"] or said or f"Shall I do this: {plan['description']}?"
+        labels = action["confirm_label"], action["cancel_label"]
+        ask_first(session, task, plan, page, question, *labels)
+    elif kind == "none" and not said.strip():
+        end_task(session, task, NO_ANSWER, isError=True)
+    elif kind == "none":
+        settle_task(session)
+    elif kind == "ask_user":
+        question = action["question"] or said or "?"
+        end_task(session, task, question, isQuestion=True, field=action["field"])
+    elif kind == "abort_workflow":
+        end_task(session, task, action["reason"] or said or NOT_POSSIBLE)
+    elif kind == "render_ui_block":
+        session.task = None
+        block = {"block_type": action["block_type"], "data": action["data"], "message": said}
+        end_turn(session, task, "ui_block", block, "" if said else action["block_type"])
+    elif kind == "task_complete":
+        session.task = None
+        summary = action["summary"] or said or "Done."
+        data = {"summary": summary, "message": said or summary}
+        end_turn(session, task, "task_complete", data, summary)
+
+
+async def answer(hub: Hub, session: Session, task: Task) -> None:
+    """One turn. Ends in exactly one event, whatever the model or the network does."""
+    try:
+        await session.store.saved()  # the visitor's message comes first
+        while True:
+            seen = session.context
+            completion, reply = await converse(hub, session, task)
+            if completion.cut_short or not reply:
+                break
+            try:
+                page = page_of(hub, session)
+                action = check_action(reply.get("action"), page)
+                check_unchanged(action, page, seen)
+                perform(hub, session, task, action, page)
+                return
+            except Refusal as refusal:
+                task.refusals += 1
+                log.info("an action was refused (%d)", task.refusals)
+                if task.refusals > MAX_REFUSALS:
+                    end_task(session, task, NOT_POSSIBLE)
+                    return
+                task.note = f"refused, it did not run: {refusal}. Do something else."
+                if task.said:
+                    say(session, task, "\n\n")
+    except ApiError as error:  # the budget is spent
+        end_task(session, task, error.message)
+        return
+    except ModelError:
+        completion = Completion(cut_short=bool(task.said))
+    except Exception:
+        log.exception("a turn failed")
+        completion = Completion(cut_short=bool(task.said))
+    if "".join(task.said).strip():
+        settle_task(session, CUT_SHORT if completion.cut_short else "")
+    else:
+        end_task(session, task, NO_ANSWER, isError=True)
+
+
+def run_turn(hub: Hub, session: Session, task: Task) -> int:
+    """Start the model's next answer; returns the number that its ids carry."""
+    number = hub.next_id()
+    session.begin_turn()
+    task.phase, task.deadline, task.resumable = "running", math.inf, False
+    task.stream_id, task.said = f"stream-{number}", []
+    task.runner = asyncio.create_task(answer(hub, session, task))
+    if task.usage is not None:  # a cancelled task may not even begin
+        site = hub.sites[session.site_id]
+        task.runner.add_done_callback(lambda _: give_back(hub, site, task))
+    return number
+
+
+def start_task(hub: Hub, session: Session, task: Task) -> str:
+    """Take a visitor's message, settle what is running, answer in the background.
+
+    Returns the message's id.
+    """
+    settle_task(session)
+    hub.messages_processed += 1
+    session.last_active = time.monotonic()
+    session.remember("user", task.wish)
+    session.task = task
+    number = run_turn(hub, session, task)
+    session.store.touch(session)
+    return f"msg-{number}"
 
 
 def note_result(task: Task, action_id: str | None, result: Json, now: float) -> None:
@@ -3438,22 +3407,6 @@ def confirm(hub: Hub, session: Session, confirmed: bool) -> None:
     offer_plan(hub, session, task, plan)
 
 
-async def sweep(hub: Hub, now: float) -> None:
-    """Free what is idle: sessions, sockets that stopped reading, buckets that ran empty."""
-    for count, session in enumerate([s for s in hub.sessions.values() if is_idle(hub, s, now)]):
-        if count % 200 == 199:  # many at once must not hold up the loop
-            await asyncio.sleep(0)
-        drop_session(hub, session)
-    for session in list(hub.sessions.values()):
-        if session.task is not None and session.task.deadline <= now:
-            end_task(session, session.task, INTERRUPTED)
-    for sock in hub.sockets:
-        sock.cut_off_if_stalled(now)
-    limiters = hub.init_limiters
-    for address in [a for a, lim in limiters.items() if lim.has_capacity(lim.max_rate)]:
-        del limiters[address]
-
-
 # ---------------------------------------------------------------------------------------------
 # REST: middlewares and helpers, then the handlers in the order of the docstring.
 
@@ -3492,9 +3445,8 @@ async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResp
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        response = error_response(
-            standard_error(error.status if error.status in STATUS_CODES else 400)
-        )
+        status = error.status if error.status in STATUS_CODES else 400
+        response = error_response(standard_error(status))
         if "Allow" in error.headers:
             response.headers["Allow"] = error.headers["Allow"]
         return response
@@ -3658,13 +3610,12 @@ async def init_session(request: web.Request) -> web.Response:
         store=hub.store,
     )
     hub.sessions[session.id] = session
-    return json_response(
-        {
-            "sessionId": session.id,
-            "wsUrl": websocket_url(request, hub.config),
-            "siteConfig": site.config,
-        }
-    )
+    ws_url = websocket_url(request, hub.config)
+    return json_response({"sessionId": session.id, "wsUrl": ws_url, "siteConfig": site.config})
+
+
+def stripped(value: Any) -> Any:
+    return value.strip() if isinstance(value, str) else value
 
 
 async def chat(request: web.Request) -> web.Response:
@@ -3701,10 +3652,6 @@ async def chat(request: web.Request) -> web.Response:
     return json_response({"messageId": message_id, "status": "processing"})
 
 
-def stripped(value: Any) -> Any:
-    return value.strip() if isinstance(value, str) else value
-
-
 def session_of(request: web.Request) -> Session:
     site, _ = caller_site(request)
     session_id = request.match_info["session_id"]
@@ -3713,16 +3660,15 @@ def session_of(request: web.Request) -> Session:
 
 async def get_session(request: web.Request) -> web.Response:
     session = session_of(request)
-    return json_response(
-        {
-            "sessionId": session.id,
-            "exists": True,
-            "host": session.host,
-            "messageCount": session.message_count,
-            "siteConfig": request.app[HUB].sites[session.site_id].config,
-            "history": session.history,
-        }
-    )
+    body = {
+        "sessionId": session.id,
+        "exists": True,
+        "host": session.host,
+        "messageCount": session.message_count,
+        "siteConfig": request.app[HUB].sites[session.site_id].config,
+        "history": session.history,
+    }
+    return json_response(body)
 
 
 async def delete_session(request: web.Request) -> web.Response:
@@ -3735,15 +3681,13 @@ async def delete_session(request: web.Request) -> web.Response:
 async def stats(request: web.Request) -> web.Response:
     hub = request.app[HUB]
     now = time.monotonic()
-    active = sum(not is_idle(hub, session, now) for session in hub.sessions.values())
-    return json_response(
-        {
-            "uptimeSeconds": int(now - hub.started),
-            "activeSessions": active,
-            "messagesProcessed": hub.messages_processed,
-            "version": __version__,
-        }
-    )
+    body = {
+        "uptimeSeconds": int(now - hub.started),
+        "activeSessions": sum(not is_idle(hub, one, now) for one in hub.sessions.values()),
+        "messagesProcessed": hub.messages_processed,
+        "version": __version__,
+    }
+    return json_response(body)
 
 
 async def health(request: web.Request) -> web.Response:
@@ -3755,6 +3699,28 @@ async def health(request: web.Request) -> web.Response:
     if "client" in request.query:  # tells callers nothing but how their own request arrived
         body["client"] = client_of(request)
     return json_response(body)
+
+
+# Any page may load the widget; which of them may chat is decided when it asks for a session.
+EMBED_HEADERS = {"Access-Control-Allow-Origin": "*", "Cross-Origin-Resource-Policy": "cross-origin"}
+
+
+CONTENT_TYPES = {
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".md": "text/plain",
+}
+
+
+DEMO = {
+    "/": "widget/demo/index.html",
+    "/prices": "widget/demo/prices.html",
+    "/contact": "widget/demo/contact.html",
+    "/shop.css": "widget/demo/shop.css",
+    "/shop.js": "widget/demo/shop.js",
+    "/README.md": "README.md",
+}
 
 
 @functools.lru_cache(32)
@@ -3778,24 +3744,6 @@ def send_file(request: web.Request, name: str, headers: Mapping[str, str]) -> we
     return web.Response(body=content, headers=headers, content_type=kind, charset="utf-8")
 
 
-# Any page may load the widget; which of them may chat is decided when it asks for a session.
-EMBED_HEADERS = {"Access-Control-Allow-Origin": "*", "Cross-Origin-Resource-Policy": "cross-origin"}
-CONTENT_TYPES = {
-    ".css": "text/css",
-    ".html": "text/html",
-    ".js": "text/javascript",
-    ".md": "text/plain",
-}
-DEMO = {
-    "/": "widget/demo/index.html",
-    "/prices": "widget/demo/prices.html",
-    "/contact": "widget/demo/contact.html",
-    "/shop.css": "widget/demo/shop.css",
-    "/shop.js": "widget/demo/shop.js",
-    "/README.md": "README.md",
-}
-
-
 async def embed(request: web.Request) -> web.Response:
     return send_file(request, "widget/embed.js", EMBED_HEADERS)
 
@@ -3808,14 +3756,6 @@ async def demo(request: web.Request) -> web.Response:
         " object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'"
     )
     return send_file(request, DEMO[request.path], {"Content-Security-Policy": policy})
-
-
-async def root(request: web.Request) -> web.StreamResponse:
-    if request.method == "GET" and "websocket" in request.headers.get("Upgrade", "").lower():
-        return await serve_socket(request)
-    if request.path != "/" or not request.app[HUB].config.server.demo:
-        raise standard_error(404)
-    return await demo(request)
 
 
 async def no_such_route(request: web.Request) -> NoReturn:
@@ -3848,20 +3788,21 @@ class Caller:
     email: str = ""
 
     def is_one_of(self, names: Sequence[str]) -> bool:
-        return self.uid in names or (
-            self.email != "" and self.email in (name.casefold() for name in names)
-        )
+        has_email = self.email != "" and self.email in map(str.casefold, names)
+        return has_email or self.uid in names
 
 
 PublicKeys = Mapping[str, rsa.RSAPublicKey]
 LEEWAY_SECONDS = 10
+# What pyjwt raises for tokens of all sorts.
+UNREADABLE = (jwt.PyJWTError, ValueError, TypeError, AttributeError, RecursionError)
 
 
 def token_key_id(token: str) -> str:
     """Return the kid of a token that could be one of Google's; raise TokenError."""
     try:
         header = jwt.get_unverified_header(token)
-    except (jwt.PyJWTError, ValueError, TypeError, AttributeError, RecursionError):
+    except UNREADABLE:
         raise TokenError("invalid") from None
     if header.get("alg") != "RS256" or not isinstance(header.get("kid"), str):
         raise TokenError("invalid")
@@ -3877,12 +3818,10 @@ def verify_token(token: str, keys: PublicKeys, project: str, now: float) -> Call
     if key is None:
         raise TokenError("invalid")
     # pyjwt checks the signature; its claim checks let through what Firebase's rules do not.
-    unchecked = dict.fromkeys(
-        ("verify_exp", "verify_nbf", "verify_iat", "verify_aud", "verify_iss", "verify_sub"), False
-    )
+    unchecked: Any = {f"verify_{one}": False for one in ("exp", "nbf", "iat", "aud", "iss", "sub")}
     try:
-        claims = jwt.decode(token, key, algorithms=["RS256"], options=cast(Any, unchecked))
-    except (jwt.PyJWTError, ValueError, TypeError, AttributeError, RecursionError):
+        claims = jwt.decode(token, key, algorithms=["RS256"], options=unchecked)
+    except UNREADABLE:
         raise TokenError("invalid") from None
     subject, times = claims.get("sub"), [claims.get(name) for name in ("exp", "iat", "auth_time")]
     if (
@@ -3977,19 +3916,15 @@ async def authenticate(request: web.Request) -> Caller:
 # (RFC 7396) over config.toml: what no patch covers is still the file's.
 
 ADMIN_FIELDS = {
-    "name": "name",
     "allowedHosts": "allowed_hosts",
-    "owners": "owners",
-    "instructions": "instructions",
-    "refusal": "refusal",
-    "restrictions": "restrictions",
+    **{name: name for name in ("name", "owners", "instructions", "refusal", "restrictions")},
 }
 
 
 def rebuild_sites(hub: Hub) -> None:
     """Put the patches over config.toml again: what the server goes by from now on."""
     sites: dict[str, Site] = {}
-    index: dict[tuple[str, int | None], Site] = {}
+    index: dict[HostEntry, Site] = {}
     file_sites = {site["id"]: site for site in hub.config.raw_sites}
     for site_id, base in {**file_sites, **hub.made_sites, **file_sites}.items():
         for table in (merge_patch(base, hub.site_patches.get(site_id, {})), base):
@@ -4010,6 +3945,14 @@ def rebuild_sites(hub: Hub) -> None:
 def invalid_config(errors: dict[str, str]) -> ApiError:
     message = "; ".join(f"{field} {problem}" for field, problem in list(errors.items())[:3])
     return ApiError(400, "invalid_config", message, errors=errors)
+
+
+def check_patch(body: Json, rules: Rules) -> None:
+    """Raise invalid_config for a merge patch with a key or a value that is wrong."""
+    errors: dict[str, str] = {}
+    check_table(body, rules, "", errors, null_ok=True)
+    if errors:
+        raise invalid_config(errors)
 
 
 def is_admin(hub: Hub, caller: Caller) -> bool:
@@ -4036,12 +3979,16 @@ async def managed_site(request: web.Request) -> tuple[Hub, Caller, Site]:
     return hub, caller, owned_site(hub, caller, request.match_info["site_id"])
 
 
-def written_hosts(site: Site) -> list[str]:
-    return [host if port is None else f"{host}:{port}" for host, port in site.allowed_hosts]
+async def managed_body(request: web.Request) -> tuple[Hub, Caller, Site, Json]:
+    """managed_site, and the body; who manages it is asked again after the time that this took."""
+    hub, caller, site = await managed_site(request)
+    body = await read_object(request)
+    return hub, caller, owned_site(hub, caller, site.id), body
 
 
 def site_summary(site: Site) -> Json:
-    return {"id": site.id, "name": site.name, "allowedHosts": written_hosts(site)}
+    hosts = [written_host(*entry) for entry in site.allowed_hosts]
+    return {"id": site.id, "name": site.name, "allowedHosts": hosts}
 
 
 def site_details(hub: Hub, site: Site) -> Json:
@@ -4068,6 +4015,21 @@ async def save_site(hub: Hub, site_id: str, patch: Json, base: Json | None) -> N
     await hub.store.saved()
 
 
+def refuse_taken_hosts(hub: Hub, hosts: Sequence[HostEntry], site_id: str, *, admin: bool) -> None:
+    """Raise host_taken for a host of another site.
+
+    Owners may not take a port or a subdomain of another site's host either; admins may.
+    """
+    for host, port in hosts:
+        theirs = [hub.site_index.get((host, port))]
+        if not admin:
+            theirs.append(find_site(hub.site_index, host, port or 0))
+            theirs += [site for (name, _), site in hub.site_index.items() if name == host]
+        if any(site is not None and site.id != site_id for site in theirs):
+            message = f"The host {host} belongs to another site."
+            raise ApiError(409, "host_taken", message, host=host)
+
+
 async def change_site(hub: Hub, caller: Caller, site: Site, change: Json) -> web.Response:
     """Apply a merge patch in config.toml's names if the site as a whole is then valid."""
     base = hub.made_sites.get(site.id)
@@ -4081,23 +4043,6 @@ async def change_site(hub: Hub, caller: Caller, site: Site, change: Json) -> web
     refuse_taken_hosts(hub, added, site.id, admin=is_admin(hub, caller))
     await save_site(hub, site.id, patch, base)
     return json_response(site_details(hub, hub.sites[site.id]))
-
-
-def refuse_taken_hosts(
-    hub: Hub, hosts: Sequence[tuple[str, int | None]], site_id: str, *, admin: bool
-) -> None:
-    """Raise host_taken for a host of another site.
-
-    Owners may not take a port or a subdomain of another site's host either; admins may.
-    """
-    for host, port in hosts:
-        theirs = [hub.site_index.get((host, port))]
-        if not admin:
-            theirs.append(find_site(hub.site_index, host, port or 0))
-            theirs += [site for (name, _), site in hub.site_index.items() if name == host]
-        if any(site is not None and site.id != site_id for site in theirs):
-            message = f"The host {host} belongs to another site."
-            raise ApiError(409, "host_taken", message, host=host)
 
 
 async def list_sites(request: web.Request) -> web.Response:
@@ -4124,12 +4069,9 @@ async def create_site(request: web.Request) -> web.Response:
     hosts = [host] if is_ip(host) or host == "localhost" else [host, twin]
     refuse_taken_hosts(hub, [(one, port) for one in hosts], "", admin=True)
     slug = re.sub(r"[^a-z0-9]+", "-", host.removeprefix("www.")).strip("-")[:50]
-    site_id = next(
-        one
-        for one in itertools.chain([slug], (f"{slug}-{n}" for n in itertools.count(2)))
-        if one not in hub.sites
-    )
-    entries = [one if port is None else f"{one}:{port}" for one in hosts]
+    ids = itertools.chain([slug], (f"{slug}-{n}" for n in itertools.count(2)))
+    site_id = next(one for one in ids if one not in hub.sites)
+    entries = [written_host(one, port) for one in hosts]
     base = {"id": site_id, "name": clean["name"], "allowed_hosts": entries}
     try:
         parse_table(Site, base, "site")
@@ -4145,28 +4087,17 @@ async def get_site(request: web.Request) -> web.Response:
 
 
 async def patch_site(request: web.Request) -> web.Response:
-    hub, caller, site = await managed_site(request)
-    body = await read_object(request)
-    site = owned_site(hub, caller, site.id)  # still, after the time that the body took
+    hub, caller, site, body = await managed_body(request)
     if "owners" in body and not is_admin(hub, caller):
         raise standard_error(403)
-    checks = {field.name: field.metadata["check"] for field in dataclasses.fields(Site)}
-    rules = {name: checks[field] for name, field in ADMIN_FIELDS.items()}
-    errors: dict[str, str] = {}
-    check_table(body, rules, "", errors, null_ok=True)
-    if errors:
-        raise invalid_config(errors)
+    checks = checks_of(Site)
+    check_patch(body, {name: checks[field] for name, field in ADMIN_FIELDS.items()})
     return await change_site(hub, caller, site, {ADMIN_FIELDS[name]: body[name] for name in body})
 
 
 async def patch_site_config(request: web.Request) -> web.Response:
-    hub, caller, site = await managed_site(request)
-    body = await read_object(request)
-    site = owned_site(hub, caller, site.id)
-    errors: dict[str, str] = {}
-    check_table(body, SITE_CONFIG_RULES, "", errors, null_ok=True)
-    if errors:
-        raise invalid_config(errors)
+    hub, caller, site, body = await managed_body(request)
+    check_patch(body, SITE_CONFIG_RULES)
     return await change_site(hub, caller, site, {"config": body})
 
 
@@ -4327,6 +4258,24 @@ def dispatch(hub: Hub, sock: Socket, frame: str) -> None:
     SOCKET_EVENTS[name](hub, session, data)
 
 
+def receive(hub: Hub, sock: Socket, frame: aiohttp.WSMessage) -> None:
+    """Act on a frame of any kind; what is wrong with it becomes an event or a close."""
+    if sock.close_code is not None:
+        return  # what a client says while it is shown out does not count
+    if sock.flooded(time.monotonic()):
+        sock.close(1008)
+    elif frame.type is web.WSMsgType.BINARY:
+        sock.close(1003)
+    elif frame.type is web.WSMsgType.TEXT:
+        try:
+            dispatch(hub, sock, frame.data)
+        except ApiError as error:
+            if error.status == 404:
+                sock.fail(error.code, error.message, 4404)
+            else:
+                sock.fail("invalid_event", error.message)
+
+
 async def serve_socket(request: web.Request) -> web.WebSocketResponse:
     hub = request.app[HUB]
     site, _ = caller_site(request)
@@ -4349,20 +4298,7 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
             known = re.fullmatch("[0-9]{1,15}", last_seq)
             join_by_id(hub, sock, session_id, int(last_seq) if known else None)
         async for frame in ws:
-            if sock.close_code is not None:
-                continue  # what a client says while it is shown out does not count
-            if sock.flooded(time.monotonic()):
-                sock.close(1008)
-            elif frame.type is web.WSMsgType.BINARY:
-                sock.close(1003)
-            elif frame.type is web.WSMsgType.TEXT:
-                try:
-                    dispatch(hub, sock, frame.data)
-                except ApiError as error:
-                    if error.status == 404:
-                        sock.fail(error.code, error.message, 4404)
-                    else:
-                        sock.fail("invalid_event", error.message)
+            receive(hub, sock, frame)
     except ConnectionError:
         pass  # the client is gone in the middle of a frame
     except Exception:
@@ -4372,15 +4308,16 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
         join_timer.cancel()
         hub.sockets.discard(sock)
         sock.leave()
-        try:
-            if sock.pump is not None and sock.close_code is not None:
-                await asyncio.wait([sock.pump], timeout=CLOSE_SECONDS)  # it says good-bye
-        finally:
-            if sock.pump is not None:
-                sock.pump.cancel()
-            if sock.transport is not None and sock.transport.get_write_buffer_size():
-                sock.transport.abort()  # a client that has stopped reading would hold it for ever
+        await sock.end()
     return ws
+
+
+async def root(request: web.Request) -> web.StreamResponse:
+    if request.method == "GET" and "websocket" in request.headers.get("Upgrade", "").lower():
+        return await serve_socket(request)
+    if request.path != "/" or not request.app[HUB].config.server.demo:
+        raise standard_error(404)
+    return await demo(request)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4442,27 +4379,29 @@ async def persistence(app: web.Application) -> AsyncIterator[None]:
     await hub.store.close()
 
 
-@contextlib.asynccontextmanager
-async def background(work: Awaitable[None]) -> AsyncIterator[None]:
-    """Run endless work beside the block."""
-    task = asyncio.ensure_future(work)
-    yield
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+async def sweep(hub: Hub, now: float) -> None:
+    """Free what is idle: sessions, sockets that stopped reading, buckets that ran empty."""
+    for count, session in enumerate([s for s in hub.sessions.values() if is_idle(hub, s, now)]):
+        if count % 200 == 199:  # many at once must not hold up the loop
+            await asyncio.sleep(0)
+        drop_session(hub, session)
+    for session in list(hub.sessions.values()):
+        if session.task is not None and session.task.deadline <= now:
+            end_task(session, session.task, INTERRUPTED)
+    for sock in hub.sockets:
+        sock.cut_off_if_stalled(now)
+    limiters = hub.init_limiters
+    for address in [a for a, lim in limiters.items() if lim.has_capacity(lim.max_rate)]:
+        del limiters[address]
 
 
-async def sweeper(app: web.Application) -> AsyncIterator[None]:
-    async def run() -> None:
-        while True:
-            await asyncio.sleep(SWEEP_SECONDS)
-            try:
-                await sweep(app[HUB], time.monotonic())
-            except Exception:
-                log.exception("a sweep failed")
-
-    async with background(run()):
-        yield
+async def keep_swept(hub: Hub) -> None:
+    while True:
+        await asyncio.sleep(SWEEP_SECONDS)
+        try:
+            await sweep(hub, time.monotonic())
+        except Exception:
+            log.exception("a sweep failed")
 
 
 def notify_systemd(state: str) -> None:
@@ -4470,10 +4409,7 @@ def notify_systemd(state: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
-    with (
-        contextlib.suppress(OSError),
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender,
-    ):
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.connect("\0" + address[1:] if address.startswith("@") else address)
         sender.sendall(state.encode())
 
@@ -4487,16 +4423,22 @@ def watchdog_seconds(environ: Mapping[str, str]) -> float:
     return int(usec) / 1e6 if usec.isdecimal() and environ.get("WATCHDOG_PID", pid) == pid else 0
 
 
-async def watchdog(app: web.Application) -> AsyncIterator[None]:
+async def feed_watchdog(hub: Hub) -> None:
     """Feed systemd's watchdog from the event loop, so that a loop that hangs starves it."""
+    seconds = watchdog_seconds(os.environ)
+    while seconds:
+        notify_systemd("WATCHDOG=1")
+        await asyncio.sleep(seconds / 2)
 
-    async def run(seconds: float) -> None:
-        while seconds:
-            notify_systemd("WATCHDOG=1")
-            await asyncio.sleep(seconds / 2)
 
-    async with background(run(watchdog_seconds(os.environ))):
-        yield
+async def background(app: web.Application) -> AsyncIterator[None]:
+    """Run the endless work beside the handlers."""
+    hub = app[HUB]
+    tasks = [asyncio.create_task(work(hub)) for work in (keep_swept, feed_watchdog)]
+    yield
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
 
 
 async def close_knowledge(app: web.Application) -> AsyncIterator[None]:
@@ -4531,12 +4473,7 @@ async def drain(app: web.Application) -> None:
 def make_app(config: Config) -> web.Application:
     """Build the application; raise ConfigError if the knowledge cannot be read."""
     app = web.Application(middlewares=[shape_errors], client_max_size=MAX_BODY_BYTES)
-    app[HUB] = Hub(
-        config=config,
-        knowledge=load_knowledge(config),
-        started=time.monotonic(),
-        store=Store(None),
-    )
+    app[HUB] = Hub(config, load_knowledge(config), time.monotonic(), Store(None))
     cors = aiohttp_cors.setup(
         app,
         defaults={
@@ -4554,11 +4491,7 @@ def make_app(config: Config) -> web.Application:
         "/api/stats": {"GET": stats},
         "/health": {"GET": health},
         "/api/admin/sites": {"GET": list_sites, "POST": create_site},
-        "/api/admin/sites/{site_id}": {
-            "GET": get_site,
-            "PATCH": patch_site,
-            "DELETE": delete_site,
-        },
+        "/api/admin/sites/{site_id}": {"GET": get_site, "PATCH": patch_site, "DELETE": delete_site},
         "/api/admin/sites/{site_id}/config": {"PATCH": patch_site_config},
         "/api/admin/sites/{site_id}/sessions": {"GET": list_site_sessions},
         "/api/admin/sites/{site_id}/sessions/{session_id}": {"GET": get_site_session},
@@ -4576,7 +4509,7 @@ def make_app(config: Config) -> web.Application:
             resource.add_route(method, handler)
             if method == "GET":  # what uptime checks ask for
                 resource.add_route("HEAD", handler)
-    app.cleanup_ctx.extend([persistence, http_client, sweeper, watchdog, close_knowledge])
+    app.cleanup_ctx.extend([persistence, http_client, background, close_knowledge])
     app.on_shutdown.append(drain)
     return app
 
@@ -4638,20 +4571,25 @@ class Hint(Trouble):
     """What its owner may want to know; nothing is broken."""
 
 
+FAILURES: dict[type[Exception], str] = {
+    ssl.SSLError: "it does not speak TLS. Is it http instead of https, or another port?",
+    socket.gaierror: "DNS does not know its name. Is it spelled right, and does it have a record?",
+    ConnectionRefusedError: (
+        "the connection is refused, nothing listens there. Start it, or correct the port"
+    ),
+    TimeoutError: "it does not answer in time. Is it up, and is no firewall in between?",
+}
+
+
 def failure_words(error: BaseException) -> str:
     """Say why a connection failed."""
     cause = getattr(error, "os_error", error)
     if isinstance(cause, ssl.SSLCertVerificationError):
         reason = cause.verify_message.rstrip(".")
         return f"its TLS certificate is not valid: {reason}. Renew it, or use the name it is for"
-    if isinstance(cause, ssl.SSLError):
-        return "it does not speak TLS. Is it http instead of https, or another port?"
-    if isinstance(cause, socket.gaierror):
-        return "DNS does not know its name. Is it spelled right, and does it have a record?"
-    if isinstance(cause, ConnectionRefusedError):
-        return "the connection is refused, nothing listens there. Start it, or correct the port"
-    if isinstance(cause, TimeoutError):
-        return "it does not answer in time. Is it up, and is no firewall in between?"
+    for kind, words in FAILURES.items():
+        if isinstance(cause, kind):
+            return words
     if isinstance(cause, OSError) and cause.errno:
         return f"it failed: {os.strerror(cause.errno)}"
     return f"it failed ({type(cause).__name__})"
@@ -4664,19 +4602,6 @@ async def check_settings(config: Config) -> str:
         if not site.allowed_hosts:
             raise Hint(f"site {site.id} has no allowed_hosts: nobody can chat there")
     return f"{len(config.sites)} site(s)"
-
-
-async def check_state(config: Config) -> str:
-    if not config.server.state_dir:
-        raise Hint('server.state_dir is "": chats and changes are lost when the server stops')
-    folder = config.folder / config.server.state_dir
-    try:
-        if words := usable_folder(folder):
-            return words
-        return await try_copy(folder, config)
-    except OSError as error:
-        problem = f"{error.filename}: {error.strerror}"
-        raise Trouble(f"{problem}. Run the doctor as the server's user, or as root") from None
 
 
 def usable_folder(folder: Path) -> str:
@@ -4721,6 +4646,40 @@ async def try_copy(folder: Path, config: Config) -> str:
             raise Trouble(f"{problem}. Put a backup in its place, or move it away") from None
 
 
+async def check_state(config: Config) -> str:
+    if not config.server.state_dir:
+        raise Hint('server.state_dir is "": chats and changes are lost when the server stops')
+    folder = config.folder / config.server.state_dir
+    try:
+        if words := usable_folder(folder):
+            return words
+        return await try_copy(folder, config)
+    except OSError as error:
+        problem = f"{error.filename}: {error.strerror}"
+        raise Trouble(f"{problem}. Run the doctor as the server's user, or as root") from None
+
+
+def refusal_words(problem: str, config: Config) -> str:
+    """Say what the text of a ModelError means."""
+    variable = f"${config.llm.api_key_env}"
+    found = re.search(r"(?:HTTP |\()([3-5][0-9][0-9])\b", problem)
+    status = int(found[1]) if found else 0
+    if status == 402 or "insufficient_quota" in problem:
+        return "the account is out of credit. Add some at the provider, or lower llm.max_tokens"
+    if status in (401, 403):
+        if not config.api_key:
+            return f"it wants a key ({status}), and none is set. Put it into {variable}"
+        return f"the key is refused ({status}). Put one into {variable} that may use this model"
+    if 300 <= status < 429:
+        return (
+            f"it does not take the request ({status}). Either llm.model is not known there, or"
+            " llm.base_url is not what stands before /chat/completions; it often ends in /v1"
+        )
+    if status == 429:
+        return "too many requests for this key (429). Wait, or raise the limit at the provider"
+    return f"the provider has a problem ({status or 'in its stream'}). Try again later"
+
+
 async def check_model(http: aiohttp.ClientSession, config: Config) -> str:
     """Ask for one word, in the way the server asks."""
     llm = config.llm
@@ -4745,27 +4704,6 @@ async def check_model(http: aiohttp.ClientSession, config: Config) -> str:
             " must be what stands before /chat/completions, and often ends in /v1"
         )
     return f"{where} answered in {time.monotonic() - started:.1f} s"
-
-
-def refusal_words(problem: str, config: Config) -> str:
-    """Say what the text of a ModelError means."""
-    variable = f"${config.llm.api_key_env}"
-    found = re.search(r"(?:HTTP |\()([3-5][0-9][0-9])\b", problem)
-    status = int(found[1]) if found else 0
-    if status == 402 or "insufficient_quota" in problem:
-        return "the account is out of credit. Add some at the provider, or lower llm.max_tokens"
-    if status in (401, 403) and not config.api_key:
-        return f"it wants a key ({status}), and none is set. Put it into {variable}"
-    if status in (401, 403):
-        return f"the key is refused ({status}). Put one into {variable} that may use this model"
-    if 300 <= status < 429:
-        return (
-            f"it does not take the request ({status}). Either llm.model is not known there, or"
-            " llm.base_url is not what stands before /chat/completions; it often ends in /v1"
-        )
-    if status == 429:
-        return "too many requests for this key (429). Wait, or raise the limit at the provider"
-    return f"the provider has a problem ({status or 'in its stream'}). Try again later"
 
 
 async def check_sign_in(http: aiohttp.ClientSession, config: Config) -> str:
@@ -4794,13 +4732,12 @@ class Fetched:
     body: Json  # {} if it is no JSON object
 
 
-async def fetch(http: aiohttp.ClientSession, method: str, url: str, **headers: str) -> Fetched:
+async def fetch(
+    http: aiohttp.ClientSession, method: str, url: str, headers: Mapping[str, str] | None = None
+) -> Fetched:
+    timeout = aiohttp.ClientTimeout(total=DOCTOR_SECONDS)
     async with http.request(
-        method,
-        url,
-        headers={name.replace("_", "-"): value for name, value in headers.items()},
-        timeout=aiohttp.ClientTimeout(total=DOCTOR_SECONDS),
-        allow_redirects=False,
+        method, url, headers=headers, timeout=timeout, allow_redirects=False
     ) as response:
         raw = await read_some(response.content)
         return Fetched(response.status, response.headers, parse_object(raw))
@@ -4849,15 +4786,6 @@ async def check_model_in_use(http: aiohttp.ClientSession, url: str, config: Conf
     return f"the server's is {theirs}, as the settings say"
 
 
-async def check_certificate(url: str) -> str:
-    writer = await connect(url, ssl=True)
-    ends = ssl.cert_time_to_seconds(writer.get_extra_info("peercert")["notAfter"])
-    days = int((ends - time.time()) / 86400)
-    if days < CERTIFICATE_DAYS:
-        raise Trouble(f"it ends in {days} day(s). Renew it, and see why that did not happen")
-    return f"valid for {days} more days"
-
-
 async def connect(url: str, **options: Any) -> asyncio.StreamWriter:
     """Return a connection that is closing; what it knows of itself stays."""
     host, port = cast(tuple[str, int], parse_origin(url))
@@ -4867,17 +4795,16 @@ async def connect(url: str, **options: Any) -> asyncio.StreamWriter:
     return writer
 
 
-async def check_address(http: aiohttp.ClientSession, url: str, config: Config) -> str:
-    own = (await connect(url)).get_extra_info("sockname")[0]
-    honest = await fetch(http, "GET", f"{url}/health?client")
-    forged = await fetch(http, "GET", f"{url}/health?client", X_Forwarded_For=FORGED_ADDRESS)
-    seen, believed = (answer.body.get("client") for answer in (honest, forged))
-    if not isinstance(seen, str):
-        raise Trouble(f"the server does not say whom it sees: {answer_words(honest)}")
-    return address_words(own, seen, believed == FORGED_ADDRESS, config.server.trusted_proxies)
+async def check_certificate(url: str) -> str:
+    writer = await connect(url, ssl=True)
+    ends = ssl.cert_time_to_seconds(writer.get_extra_info("peercert")["notAfter"])
+    days = int((ends - time.time()) / 86400)
+    if days < CERTIFICATE_DAYS:
+        raise Trouble(f"it ends in {days} day(s). Renew it, and see why that did not happen")
+    return f"valid for {days} more days"
 
 
-def address_words(own: str, seen: str, forgeable: bool, proxies: Networks) -> str:
+def address_words(own: str, seen: str, forgeable: bool, proxies: Sequence[Network]) -> str:
     """Judge whom the server takes us for, and whether a forged X-Forwarded-For is believed."""
     own_key = client_key(own, (), ())
     mend = (
@@ -4901,33 +4828,22 @@ def address_words(own: str, seen: str, forgeable: bool, proxies: Networks) -> st
     return f"the server sees {seen}; that should be this machine as the internet knows it"
 
 
+async def check_address(http: aiohttp.ClientSession, url: str, config: Config) -> str:
+    own = (await connect(url)).get_extra_info("sockname")[0]
+    honest = await fetch(http, "GET", f"{url}/health?client")
+    forgery = {"X-Forwarded-For": FORGED_ADDRESS}
+    forged = await fetch(http, "GET", f"{url}/health?client", forgery)
+    seen, believed = (answer.body.get("client") for answer in (honest, forged))
+    if not isinstance(seen, str):
+        raise Trouble(f"the server does not say whom it sees: {answer_words(honest)}")
+    return address_words(own, seen, believed == FORGED_ADDRESS, config.server.trusted_proxies)
+
+
 async def check_widget(http: aiohttp.ClientSession, url: str) -> str:
     answer = await fetch(http, "GET", f"{url}/embed.js")
     if answer.status != 200 or "javascript" not in answer.headers.get("Content-Type", ""):
         raise Trouble(answer_words(answer))
     return "embed.js is served"
-
-
-async def check_site(http: aiohttp.ClientSession, url: str, config: Config, site: Site) -> str:
-    """Open a chat and its socket as a page of the site would; the chat is deleted again."""
-    host, port = site.allowed_hosts[0]
-    origin = f"{'http' if host == 'localhost' else 'https'}://{host}" + (f":{port}" if port else "")
-    answer = await fetch(http, "POST", f"{url}/api/session/init", Origin=origin)
-    session_id, ws_url = answer.body.get("sessionId"), answer.body.get("wsUrl")
-    if answer.status != 200 or not isinstance(session_id, str) or not isinstance(ws_url, str):
-        raise Trouble(answer_words(answer, origin))
-    deleted = None
-    try:
-        check_cors(answer, origin)
-        check_socket_url(ws_url, url, config)
-        await check_socket(http, ws_url, session_id, origin)
-    finally:
-        with contextlib.suppress(aiohttp.ClientError, OSError):
-            path = f"{url}/api/session/{session_id}"
-            deleted = await fetch(http, "DELETE", path, Origin=origin)
-    if deleted is None or deleted.status != 200:
-        raise Trouble("the chat could not be deleted again. Let the proxy pass DELETE on")
-    return f"{origin} can chat, over {ws_url}"
 
 
 def check_cors(answer: Fetched, origin: str) -> None:
@@ -4947,9 +4863,8 @@ def check_socket_url(ws_url: str, url: str, config: Config) -> None:
             f"pages are told {ws_url[:100]}, which browsers refuse from https. "
             + mend.format("X-Forwarded-Proto")
         )
-    if parse_origin(ws_url.replace("ws", "http", 1)) != parse_origin(
-        config.server.public_url or url
-    ):
+    told, meant = ws_url.replace("ws", "http", 1), config.server.public_url or url
+    if parse_origin(told) != parse_origin(meant):
         raise Trouble(
             f"pages are told {ws_url[:100]}, which is another address. "
             + mend.format("Host and X-Forwarded-Host")
@@ -4987,6 +4902,28 @@ async def check_socket(
         )
 
 
+async def check_site(http: aiohttp.ClientSession, url: str, config: Config, site: Site) -> str:
+    """Open a chat and its socket as a page of the site would; the chat is deleted again."""
+    host, port = site.allowed_hosts[0]
+    origin = f"{'http' if host == 'localhost' else 'https'}://{written_host(host, port)}"
+    answer = await fetch(http, "POST", f"{url}/api/session/init", {"Origin": origin})
+    session_id, ws_url = answer.body.get("sessionId"), answer.body.get("wsUrl")
+    if answer.status != 200 or not isinstance(session_id, str) or not isinstance(ws_url, str):
+        raise Trouble(answer_words(answer, origin))
+    deleted = None
+    try:
+        check_cors(answer, origin)
+        check_socket_url(ws_url, url, config)
+        await check_socket(http, ws_url, session_id, origin)
+    finally:
+        with contextlib.suppress(aiohttp.ClientError, OSError):
+            path = f"{url}/api/session/{session_id}"
+            deleted = await fetch(http, "DELETE", path, {"Origin": origin})
+    if deleted is None or deleted.status != 200:
+        raise Trouble("the chat could not be deleted again. Let the proxy pass DELETE on")
+    return f"{origin} can chat, over {ws_url}"
+
+
 async def look(what: str, check: Awaitable[str]) -> bool:
     """Print what a check found, in one line; return whether it is well."""
     mark = "ok"
@@ -5001,38 +4938,36 @@ async def look(what: str, check: Awaitable[str]) -> bool:
     return mark != "FAIL"
 
 
+async def look_at_server(http: aiohttp.ClientSession, url: str, config: Config) -> bool:
+    """Make the checks of a URL; return whether all is well."""
+    if not await look(url, check_health(http, url)):
+        return False  # the others would only say the same
+    well = not url.startswith("https:") or await look("certificate", check_certificate(url))
+    well &= await look("model in use", check_model_in_use(http, url, config))
+    well &= await look("address", check_address(http, url, config))
+    well &= await look("widget", check_widget(http, url))
+    for site in [site for site in config.sites if site.allowed_hosts][:DOCTOR_SITES]:
+        well &= await look(f"site {site.id}", check_site(http, url, config, site))
+    return well
+
+
 async def run_doctor(config: Config, url: str) -> int:
     """Make all checks, those of a URL too if there is one; return the exit code."""
     async with new_client() as http:
-        well = [
-            await look("config", check_settings(config)),
-            await look("state", check_state(config)),
-            await look("model", check_model(http, config)),
-            await look("sign-in", check_sign_in(http, config)),
-        ]
+        well = await look("config", check_settings(config))
+        well &= await look("state", check_state(config))
+        well &= await look("model", check_model(http, config))
+        well &= await look("sign-in", check_sign_in(http, config))
         if url:
-            well += [good async for good in look_at_server(http, url, config)]
+            well &= await look_at_server(http, url, config)
         else:
             public = config.server.public_url or "https://chat.example.com"
             print(f"hint  proxy: not checked. Add the URL that visitors use: --doctor {public}")
-    return 0 if all(well) else 1
+    return 0 if well else 1
 
 
-async def look_at_server(
-    http: aiohttp.ClientSession, url: str, config: Config
-) -> AsyncIterator[bool]:
-    """Make the checks of a URL; yield for each whether it is well."""
-    healthy = await look(url, check_health(http, url))
-    yield healthy
-    if not healthy:
-        return  # the others would only say the same
-    if url.startswith("https:"):
-        yield await look("certificate", check_certificate(url))
-    yield await look("model in use", check_model_in_use(http, url, config))
-    yield await look("address", check_address(http, url, config))
-    yield await look("widget", check_widget(http, url))
-    for site in [site for site in config.sites if site.allowed_hosts][:DOCTOR_SITES]:
-        yield await look(f"site {site.id}", check_site(http, url, config, site))
+# ---------------------------------------------------------------------------------------------
+# The command line.
 
 
 def doctor_url(value: str) -> str:
