@@ -335,11 +335,15 @@ def written_host(host: str, port: int | None) -> str:
     return host if port is None else f"{host}:{port}"
 
 
-@functools.lru_cache(4096)
 def parse_origin(origin: str) -> tuple[str, int] | None:
     """Return (host, port) of an exact http(s)://host[:port], else None (RFC 6454)."""
+    return split_origin(origin) if len(origin) <= 300 else None
+
+
+@functools.lru_cache(4096)
+def split_origin(origin: str) -> tuple[str, int] | None:
     scheme, separator, authority = origin.partition("://")
-    if len(origin) > 300 or not separator or scheme.lower() not in ("http", "https"):
+    if not separator or scheme.lower() not in ("http", "https"):
         return None
     try:
         host, port = split_authority(authority)
@@ -504,7 +508,7 @@ def bare_url(value: Any) -> str:
     value = text(300)(value).removesuffix("/")
     if value and parse_origin(value) is None:
         raise ValueError("must be http(s)://host[:port] without a path")
-    return cast(str, value)
+    return cast(str, value).lower()
 
 
 def endpoint(value: Any) -> str:
@@ -4345,9 +4349,10 @@ async def http_client(app: web.Application) -> AsyncIterator[None]:
 
 def bring_back(hub: Hub) -> None:
     """Take from the store what the last process left there."""
+    in_file = {site["id"] for site in hub.config.raw_sites}
     for site_id, base, patch in hub.store.read("SELECT id, base, patch FROM site"):
         hub.site_patches[site_id] = orjson.loads(patch)
-        if base is not None:
+        if base is not None and site_id not in in_file:  # the file has taken the name since
             hub.made_sites[site_id] = orjson.loads(base)
     rebuild_sites(hub)
     today = usage_today(hub, "", time.time()).day

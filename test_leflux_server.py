@@ -2007,6 +2007,7 @@ async def test_init(serve: Serve) -> None:
             "wss://chat.example.com",
         ),
         ({"public_url": "http://c.example:81/"}, {"Host": "x.example"}, "ws://c.example:81"),
+        ({"public_url": "HTTPS://Chat.Example"}, {"Host": "x.example"}, "wss://chat.example"),
     ],
 )
 async def test_ws_url(settings: Json, headers: dict[str, str], expected: str, serve: Serve) -> None:
@@ -7671,6 +7672,20 @@ async def test_sites_that_cannot_be_made(
     assert answer.error == (400, "invalid_config")
     assert answer.body["details"]["errors"].keys() == wrong
     assert len(server.hub.sites) == 2
+
+
+async def test_a_file_that_takes_a_made_sites_id(key_server: KeyServer, tmp_path: Path) -> None:
+    """From then on it is a site of config.toml: it is not deleted, and patches go over the file."""
+    state = office(key_server, server=on_disk(tmp_path))
+    async with running(make_config(**state)) as server:
+        made = await manage(server, "POST", "", {"name": "New", "host": "new.example"}, "admin")
+        path = f"/{made.body['id']}"
+    site = {"id": made.body["id"], "name": "Filed", "allowed_hosts": ["filed.example"]}
+    async with running(make_config(**{**state, "sites": [site]})) as server:
+        assert (await manage(server, "DELETE", path, who="admin")).error == (409, "invalid_config")
+        changed = await manage(server, "PATCH", path, {"refusal": "No."}, "admin")
+        assert changed.body["allowedHosts"] == ["filed.example"]
+        assert (changed.body["name"], changed.body["refusal"]) == ("Filed", "No.")
 
 
 async def test_made_sites_are_kept_and_changed(key_server: KeyServer, tmp_path: Path) -> None:
