@@ -120,7 +120,7 @@ MAX_SSE_LINE_BYTES = 8 * 1024 * 1024
 BURST_BYTES = 2048  # many deltas at once, in one read
 MAX_FRAMES = 20  # a stream whose events differ more often is read line by line
 MAX_HISTORY = 500  # messages kept in a session: the first 2 and the last ones
-MAX_HISTORY_CHARS = 1_000_000
+MAX_HISTORY_CHARS = 400_000
 PROMPT_FIRST, PROMPT_LAST = 2, 50  # messages of the conversation that the model sees
 KNOWLEDGE_CHARS = 2500  # of passages in one prompt
 MAX_LIMITERS = 20_000
@@ -1612,6 +1612,7 @@ def give_back(hub: Hub, site: Site, task: Task) -> None:
 # Page context: what the visitor's page shows, cut to its limits, of known types only.
 
 MAX_FIELD_CHARS = 300
+MAX_ELEMENTS_CHARS = 40_000  # of all elements: real pages have less, and each call pays for them
 MAX_REMEMBERED_BYTES = 32 * 1024
 _LINE = text(1_000_000)
 _ITEMS = list_of(lambda item: item, MAX_BODY_BYTES)
@@ -1674,10 +1675,14 @@ def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json
         "visibleText": take(raw, "visibleText", _LINE, "", path)[: limits.visible_text_chars],
     }
     elements = take(raw, "indexedElements", _ITEMS, (), path)[: limits.indexed_elements]
-    context["indexedElements"] = [
-        clean_element(element, f"{path}indexedElements[{at}]")
-        for at, element in enumerate(elements)
-    ]
+    context["indexedElements"] = []
+    chars = 0
+    for at, element in enumerate(elements):
+        clean = clean_element(element, f"{path}indexedElements[{at}]")
+        chars += sum(len(str(value)) for value in clean.values())
+        if chars > MAX_ELEMENTS_CHARS:
+            break
+        context["indexedElements"].append(clean)
     for field in ("forms", "previouslyFilledFields"):
         # These are only ever shown to the model, so their inside is free.
         items = [json_text(item)[:1000] for item in take(raw, field, _ITEMS, (), path)[:20]]
@@ -1921,6 +1926,11 @@ class Page:
         except ValueError:
             raise Refusal("url is malformed") from None
 
+    def leads_to(self, href: str, urls: Sequence[str]) -> bool:
+        with contextlib.suppress(Refusal):
+            return self._resolve(href).geturl() in urls
+        return False
+
     def _is_ours(self, url: urllib.parse.SplitResult) -> bool:
         origin = parse_origin(f"{url.scheme}://{url.netloc}")
         return origin is not None and find_site(self.site_index, *origin) is self.site
@@ -2039,8 +2049,12 @@ def steps_of(plan: Json) -> list[Json]:
 
 
 def irreversible_elements(plan: Json, page: Page) -> list[Json]:
-    """The elements that a plan clicks and that the visitor must agree to."""
-    clicked = [page.element(s["elementId"]) for s in steps_of(plan) if s["action"] == "click"]
+    """The elements that a plan clicks, or whose address it goes to, and that need a yes first."""
+    steps = steps_of(plan)
+    clicked = [page.element(step["elementId"]) for step in steps if step["action"] == "click"]
+    urls = [step["url"] for step in steps if step["action"] == "navigate"]
+    links = page.context.get("indexedElements", ()) if urls else ()
+    clicked += [link for link in links if link.get("href") and page.leads_to(link["href"], urls)]
     return [element for element in clicked if is_irreversible(element, page.context)]
 
 
@@ -2083,8 +2097,15 @@ def check_block(raw: Json, page: Page) -> Json:
         raise Refusal("block_type must be one of " + ", ".join(BLOCK_TYPES))
     data = clean_block(raw.get("data"), page)
     data = {"items": data} if isinstance(data, list) else data
-    if not isinstance(data, dict) or not any(isinstance(v, list) and v for v in data.values()):
+    if not isinstance(data, dict):
         raise Refusal("data must be an object with a list of items")
+    lists = {name: items for name, items in data.items() if isinstance(items, list)}
+    for name, items in lists.items():
+        cards = [{"title": item} if isinstance(item, str) else item for item in items]
+        lists[name] = [card for card in cards if isinstance(card, dict) and any(card.values())]
+    if not any(lists.values()):
+        raise Refusal("data must be an object with a list of items, each with a title")
+    data |= lists
     return {"type": "render_ui_block", "block_type": raw["block_type"], "data": data}
 
 

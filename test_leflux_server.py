@@ -1932,6 +1932,14 @@ async def test_long_page_is_cut(serve: Serve, model: FakeModel) -> None:
     assert "EDGE-OF-TEXT" not in model.prompt()
 
 
+def test_a_bloated_page_is_cut() -> None:
+    """However much a program sends as a page, what is kept and paid for has a bound."""
+    fields = dict.fromkeys((f for f, kind in lf.ELEMENT_FIELDS.items() if kind is str), "x" * 300)
+    context = lf.clean_context({"indexedElements": [{"id": 1, **fields}] * 50}, lf.LimitsConfig())
+    assert 1 < len(context["indexedElements"]) < 20
+    assert len(context["described"]) < 1.5 * lf.MAX_ELEMENTS_CHARS
+
+
 async def test_limits_of_a_message_can_be_configured(serve: Serve, model: FakeModel) -> None:
     """message_chars, indexed_elements and visible_text_chars are settings."""
     limits = {"message_chars": 5, "indexed_elements": 2, "visible_text_chars": 10}
@@ -4045,6 +4053,15 @@ def test_a_block_is_cut_to_its_limits() -> None:
     }
 
 
+def test_a_block_shows_something() -> None:
+    """Bare words become titles; items that show nothing are left out."""
+    raw = {"type": "render_ui_block", "block_type": "feature_grid"}
+    block = lf.check_action({**raw, "data": ["Fast", 5, {}, {"title": ""}, "Cheap"]}, page_of())
+    assert block["data"] == {"items": [{"title": "Fast"}, {"title": "Cheap"}]}
+    with pytest.raises(lf.Refusal):
+        lf.check_action({**raw, "data": {"items": [{"title": ""}, 5]}}, page_of())
+
+
 def test_the_vocabulary_comes_from_one_list() -> None:
     """Schema, prompt and validator know the same types of action."""
     options = lf.REPLY_SCHEMA["schema"]["properties"]["action"]["anyOf"]
@@ -4318,6 +4335,26 @@ async def test_an_irreversible_click_waits_for_the_visitor(
     await page.visitor.expect_open()
     plans = [f for f in page.visitor.frames if f["event"] == "action_plan"]
     assert len(plans) == int(confirmed)
+
+
+@pytest.mark.parametrize("url", ["/account/delete", "https://acme.com/account/delete"])
+async def test_going_where_an_irreversible_link_leads(
+    serve: Serve, model: FakeModel, url: str
+) -> None:
+    """To navigate is no way around the question that a click on the link would raise."""
+    links: list[Json] = [
+        {"id": 1, "type": "link", "text": "Delete my account", "href": "/account/delete"},
+        {"id": 2, "type": "link", "text": "Ada", "href": "/users/5"},
+        {"id": 3, "type": "link", "text": "Buy", "href": "http://[broken"},
+    ]
+    go = {"type": "navigate", "url": url}
+    model.scripts += [act("", go), act("", {**go, "url": "/users/5"})]
+    page = await open_page(serve, model)
+    page.context = at("/", *links)
+    asked = await page.ask()
+    assert asked["event"] == "confirmation_required"
+    assert "Delete my account" in asked["data"]["message"]
+    assert (await page.ask())["event"] == "action_plan"
 
 
 async def test_the_model_may_ask_for_confirmation_itself(serve: Serve, model: FakeModel) -> None:
