@@ -37,7 +37,6 @@
     retry: "Try again",
     dismiss: "Dismiss",
     working: "The assistant is working",
-    done: "Done",
     link: "Have a look",
     reconnecting: "Reconnecting…",
     taken: "This chat is open in another tab.",
@@ -47,7 +46,6 @@
     expired: "The earlier chat has ended; what follows starts afresh.",
     unreachable: "The server cannot be reached just now.",
     failed: "That did not work.",
-    wait: (seconds) => `That was a lot at once. Please wait ${seconds} s.`,
   };
   const MAX_CHARS = 5000; // of a message
   const MAX_ELEMENTS = 50;
@@ -98,7 +96,7 @@
   const keptSession = keep("localStorage", "session"); // {id, wsUrl, at}
   const keptNudge = keep("localStorage", "nudge"); // when it was dismissed
   const keptOpen = keep("sessionStorage", "open"); // whether this tab's panel is open
-  const keptActing = keep("sessionStorage", "acting"); // {id, results, total}: see carryOut
+  const keptActing = keep("sessionStorage", "acting"); // {id, results}: see carryOut
 
   // ---------------------------------------------------------------------------------------------
   // Colours: any CSS colour may be the site's own; text on and of it must stay readable (WCAG AA).
@@ -531,8 +529,7 @@
   async function carryOut(action, isCancelled) {
     const steps = stepsOf(action);
     const results = [];
-    const note = (...more) =>
-      keptActing.set({ id: action.id, results: [...results, ...more], total: steps.length });
+    const note = (...more) => keptActing.set({ id: action.id, results: [...results, ...more] });
     const leave = () => { leftAt = Date.now(); };
     leftAt = 0;
     window.addEventListener("beforeunload", leave); // only now: it can cost the page its bfcache
@@ -871,7 +868,8 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     if (isOpen()) return;
     focusBefore = document.activeElement;
     show(true);
-    if (!taken) connect();
+    wanted = true;
+    wakeUp();
     if (focus) focusInput();
     else if (PHONE.matches) view.panel.focus();
     scrollDown();
@@ -996,15 +994,14 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
   function retireCards() { // what they ask is no longer asked
     for (const button of view.log.querySelectorAll(".confirm button")) button.disabled = true;
   }
-  function failed(error, again) {
-    const { seconds, code, message } = error;
-    const text = seconds ? WORDS.wait(seconds) : code ? message : WORDS.failed;
+  function failed({ code = "internal", message }, again) {
+    const text = code === "internal" ? WORDS.failed : message;
     const retry = () => { node.remove(); focusInput(); again(); };
     const canRetry = again && !/^(budget_exceeded|invalid_message)$/.test(code);
     const node = add("bot.error", h("p", { dir: "auto", role: "alert" }, text),
       canRetry ? button("button.plain", retry, WORDS.retry) : null);
     if (!isOpen()) markUnread(true);
-    emit("error", { code: code || "internal", message: text });
+    emit("error", { code, message: text });
   }
 
   // The line to write in.
@@ -1071,20 +1068,17 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
   const encode = (data) => JSON.stringify(data, (_, value) => value?.toWellFormed?.() ?? value);
 
   async function call(method, path, data) {
+    const body = data && encode(data); // text/plain: no preflight; a small one outlives the page
+    const options = { method, body, credentials: "omit", keepalive: !(body?.length > 20_000) };
     let response, answer;
-    try { // a string body is text/plain: no preflight; a small one outlives the page
-      const body = data && encode(data);
-      const options = { method, body, credentials: "omit", keepalive: !(body?.length > 20_000) };
+    try {
       response = await fetch(SERVER + path, { ...options, signal: AbortSignal.timeout(20_000) });
       answer = await response.json();
     } catch {
-      const error = new Error(WORDS.unreachable);
-      throw Object.assign(error, { code: "network", status: response?.status });
+      throw Object.assign(new Error(WORDS.unreachable), { code: "network" });
     }
     if (response.ok) return answer;
-    const { error: code, message, details } = answer;
-    const seconds = code === "rate_limit_exceeded" && details?.retryAfterSeconds;
-    throw Object.assign(new Error(message), { code, status: response.status, seconds });
+    throw Object.assign(new Error(answer.message), { code: answer.error });
   }
 
   /** The session that this or another tab has left in the store, if it may still live. */
@@ -1133,13 +1127,9 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
       return;
     }
     socket = ws;
-    const patience = setTimeout(() => ws.close(), 10_000);
-    ws.onopen = () => clearTimeout(patience);
+    heardAt = Date.now();
     ws.onmessage = ({ data }) => { if (ws === socket) receive(JSON.parse(data)); };
-    ws.onclose = ({ code }) => {
-      clearTimeout(patience);
-      if (ws === socket) onClosed(code);
-    };
+    ws.onclose = ({ code }) => { if (ws === socket) onClosed(code); };
   }
   function onClosed(code) {
     debug("closed", code);
@@ -1209,6 +1199,7 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     if (event !== "message_chunk") {
       unanswered = [];
       retireCards();
+      setRunning(event === "action_plan"); // with all others a turn, or its part, is at an end
     }
     return ON[event]?.(data);
   }
@@ -1241,33 +1232,32 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
    * for the page before: if that one carried it out, say so, and go on from here.
    */
   function introduce() {
-    if (!early) {
-      showPage();
-      return;
-    }
+    if (!early) return showPage();
     picture = true;
-    const { id, results, total } = keptActing.get() || {};
+    const { id, results } = keptActing.get() || {};
     const done = id === early.id ? results : [];
-    if (done.length < (total ?? 1)) {
+    if (done.length < stepsOf(early).length) {
       done.push({ success: false, error: "another page was loaded before this was done" });
     }
-    report(early, done, total);
-    early = null;
-    tell("continue_task", { context: scan() });
+    return report(early, done);
   }
 
-  function report(action, results, total = stepsOf(action).length) {
-    const { success, error, ...more } = results.at(-1);
-    if (action.isSequence) {
+  /** Say what became of a plan, and go on from what the page shows now. */
+  function report(action, results) {
+    acting = early = null;
+    keptActing.set(null);
+    const { id: actionId, description, isSequence } = action;
+    if (isSequence) {
+      const totalSteps = stepsOf(action).length;
       const completedSteps = results.filter((one) => one.success).length;
-      const isDone = completedSteps === total;
-      const result = { success: isDone, results, completedSteps, totalSteps: total };
-      tell("sequence_complete", { actionId: action.id, result });
+      const success = completedSteps === totalSteps;
+      const result = { success, results, completedSteps, totalSteps };
+      tell("sequence_complete", { actionId, result });
     } else {
-      const { description } = action;
-      const result = { success, error, ...more, description, url: location.href };
-      tell("action_complete", { actionId: action.id, result });
+      const result = { ...results.at(-1), description, url: location.href };
+      tell("action_complete", { actionId, result });
     }
+    tell("continue_task", { context: scan() });
   }
 
   async function act(action) {
@@ -1275,15 +1265,9 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     lastPlan = action.id;
     acting = action;
     typing ||= document.activeElement === view.host;
-    view.panel.classList.add("acting");
     emit("action", action);
     const results = await carryOut(action, () => acting !== action);
-    if (!acting || acting === action) view.panel.classList.remove("acting");
-    if (!results) return;
-    acting = null;
-    keptActing.set(null);
-    report(action, results);
-    tell("continue_task", { context: scan() });
+    if (results) report(action, results);
   }
 
   function restore(history) {
@@ -1304,7 +1288,7 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     }
     view.log.append(...unsent);
     view.chips.hidden = true;
-    scrollDown(true);
+    scrollDown();
   }
 
   function setRunning(on) {
@@ -1312,9 +1296,10 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     view.stop.hidden = !on;
     view.log.setAttribute("aria-busy", on);
     setDots(on);
-    if (on || !typing) return;
+    if (on) return;
+    view.panel.classList.remove("acting");
+    if (typing && isOpen() && !PHONE.matches) view.input.focus({ preventScroll: true });
     typing = false;
-    if (isOpen() && !PHONE.matches) view.input.focus({ preventScroll: true });
   }
 
   /** End the answer that was being written; returns whether it already says a text. */
@@ -1331,6 +1316,9 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     }
     return said.includes(text);
   }
+  function say(text = "", kind = "bot") {
+    if (!endAnswer(text)) addBot(text, kind);
+  }
 
   const ON = {
     message_chunk({ delta, streamId, chunkIndex }) {
@@ -1340,11 +1328,10 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
         stream = { id: streamId, next: 0, text: "", node: addBot("") };
       }
       if (chunkIndex < stream.next) return;
-      stream.next = chunkIndex + 1;
-      stream.text += delta;
-      if (stream.drawing) return; // many chunks, one drawing
       const mine = stream;
-      mine.drawing = requestAnimationFrame(() => {
+      mine.next = chunkIndex + 1;
+      mine.text += delta;
+      mine.drawing ||= requestAnimationFrame(() => { // many chunks, one drawing
         mine.drawing = 0;
         if (mine === stream) setText(mine.node, mine.text);
       });
@@ -1353,33 +1340,27 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
       if (stream) stream.text = text;
       else if (text) stream = { text, node: addBot(text) };
       endAnswer("");
-      setRunning(false);
     },
     message({ text, isQuestion, isError, field }) {
-      if (!endAnswer(text)) addBot(text, isError ? "bot.error" : "bot");
-      setRunning(false);
+      say(text, isError ? "bot.error" : "bot");
       if (!isQuestion) return;
       expect(field?.type);
       if (isOpen()) view.input.focus();
     },
     ui_block({ block_type, data, message }) {
-      if (!endAnswer(message || "")) addBot(message);
+      say(message);
       addBlock(block_type, data);
-      setRunning(false);
     },
     confirmation_required(data) {
       endAnswer(data.message);
-      setRunning(false);
       askToConfirm(data);
     },
     task_complete({ summary }) {
-      const hasSaid = stream !== null;
-      if (!endAnswer(summary)) hasSaid ? add("note", summary) : addBot(summary);
-      setRunning(false);
+      say(summary);
     },
     action_plan({ actions: [action], message }) {
-      if (!endAnswer(message || "")) addBot(message);
-      setRunning(true);
+      say(message);
+      view.panel.classList.add("acting"); // on a phone the sheet makes room for the page
       if (picture) act(action);
       else early = action;
     },
@@ -1462,9 +1443,9 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
   // Every now and then: has a router changed the page, is the socket still there?
   let address = location.href, timer = 0;
   async function look() {
-    if (running && joined && !acting && Date.now() - heardAt > 60_000) {
-      heardAt = Date.now(); // the server is never silent so long
-      disconnect();
+    const mustSpeak = !joined || (running && !acting);
+    if (socket && mustSpeak && Date.now() - heardAt > (joined ? 60_000 : 10_000)) {
+      disconnect(); // the server is never silent so long
       connect();
     }
     if (location.href === address) return;
@@ -1551,8 +1532,8 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
       } catch (error) {
         debug("no session", error);
         if (error.code === "session_not_found") keptSession.set(null);
-        else if (error.status === 403) break;
-        else await pause(error.seconds * 1000 || Math.min(60_000, 1000 * 2 ** tries));
+        else if (error.code === "host_not_registered") break;
+        else await pause(Math.min(60_000, 1000 * 2 ** tries));
       }
     }
     return null;
@@ -1575,10 +1556,10 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     listen(window, "online", wakeUp);
     listen(window, "pageshow", comeBack);
     listen(window, "pagehide", () => { acting = null; }); // the next page reports what was done
-    listen(window, "popstate hashchange", look);
     timer = setInterval(look, 500);
     wanted = history.length > 0; // a task may go on
     wakeUp();
+    if (keptActing.get()) view.panel.classList.add("acting"); // the agent has come here
     if (wasOpen) open(false);
     ready.resolve();
     emit("ready");
