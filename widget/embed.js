@@ -240,7 +240,7 @@
   function* everything(root) { // open shadow roots of the page included
     for (const element of root.querySelectorAll("*")) {
       yield element;
-      if (element.shadowRoot && element !== view.host) yield* everything(element.shadowRoot);
+      if (element.shadowRoot) yield* everything(element.shadowRoot);
     }
   }
   function byIds(element, attribute) {
@@ -287,7 +287,7 @@
     const isWritten = isField(element) && !checkable && element.type !== "file";
     const value = tag === "select" ? element.selectedOptions[0]?.text : element.value;
     const submits = tag === "button" && element.form && element.type === "submit";
-    const options = tag === "select" && [...element.options].slice(0, 30);
+    const options = tag === "select" ? [...element.options].slice(0, 30) : undefined;
     return {
       id: numbers.get(element),
       type,
@@ -300,7 +300,7 @@
       autocomplete: (isField(element) && element.autocomplete) || undefined,
       href: tag === "a" ? (element.href.baseVal ?? element.href).slice(0, 300) : undefined, // SVG
       ariaLabel: said("aria-label"),
-      options: options ? options.map((option) => squeeze(option.text, 60)) : undefined,
+      options: options?.map((option) => squeeze(option.text, 60)),
       checked: checkable ? element.checked : { true: true, false: false }[element.ariaChecked],
       required: element.matches(":required") || element.ariaRequired === "true" || undefined,
       disabled: isDisabled(element) || undefined,
@@ -312,9 +312,9 @@
   function describeForm(form) { // by getAttribute: a field called "name" hides the form's own name
     const fields = [...form.elements].filter((field) => isField(field) && isUsable(field));
     const submits = [...form.elements].filter((field) => field.type === "submit");
+    const names = ["aria-label", "name", "id"].map((name) => form.getAttribute(name));
     return {
-      name: form.getAttribute("aria-label") || form.getAttribute("name")
-        || form.getAttribute("id") || undefined,
+      name: names.find(Boolean),
       fields: fields.map((field) => labelOf(field) || field.name).slice(0, 20),
       submit: submits.map(labelOf).join(", "),
     };
@@ -442,18 +442,17 @@
     },
 
     async navigate({ url }) {
-      const target = new URL(url, location.href);
-      need(target.origin === location.origin, "the address is not on this website");
+      const { href, origin } = new URL(url, location.href), before = location.href;
+      need(origin === location.origin, "the address is not on this website");
       // A click on a link lets the page's own router take it. Where nothing does, the browser
       // loads the page.
-      const before = location.href, { href } = target;
       const own = [...document.links].find((a) => a.href === href && !a.target && isUsable(a));
       const anchor = own || document.body.appendChild(h("a", { href, hidden: true }));
       anchor.click();
       if (!own) anchor.remove();
       const hasBegun = () => leftAt || location.href !== before;
       for (let tries = 0; tries < 20 && !hasBegun(); tries++) await pause(50);
-      if (!hasBegun()) location.assign(target);
+      if (!hasBegun()) location.assign(href);
     },
 
     wait: ({ waitDuration }) => pause(waitDuration),
@@ -554,8 +553,8 @@ button.accent:enabled:hover { background-image: linear-gradient(var(--shade) 0 0
   height: var(--size); border-radius: 50%; box-shadow: var(--glow, 0 0), 0 1px 4px #0003, 0 6px 20px #0003; }
 .launcher:focus-visible { outline: 3px solid var(--accent-ink); box-shadow: 0 0 0 7px var(--paper); }
 .launcher svg { width: calc(var(--size) * .46); height: calc(var(--size) * .46); }
-.launcher:is(.pill, .line) { width: auto; max-width: calc(99vw - var(--x)); padding: 0 1em; border-radius: 99em; }
-.launcher:is(.pill, .line) { gap: .6em; } .launcher:is(.pill, .line) svg { width: 1.5em; height: 1.5em; }
+.pill, .line { width: auto; max-width: calc(99vw - var(--x)); padding: 0 1em; gap: .6em; border-radius: 99em; }
+.launcher:is(.pill, .line) svg { width: 1.5em; height: 1.5em; }
 .launcher.squircle { border-radius: 30%; }
 .launcher.line { width: min(36em, 100vw - 2em); justify-content: space-between; flex-direction: row-reverse;
   border: 2px solid var(--accent-ink); background: var(--paper); color: var(--soft); }
@@ -1042,13 +1041,12 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     const url = new URL(session.wsUrl);
     url.searchParams.set("sessionId", session.id);
     if (lastSeq !== null) url.searchParams.set("lastSeq", lastSeq);
-    let ws;
-    try { ws = new WebSocket(url); } catch (error) { // such as ws: on a page of https:
+    try { socket = new WebSocket(url); } catch (error) { // such as ws: on a page of https:
       console.warn(`leflux: ${session.wsUrl} cannot be used here (see server.public_url).`, error);
       setRunning(false);
       return;
     }
-    socket = ws;
+    const ws = socket;
     heardAt = Date.now();
     ws.onmessage = ({ data }) => { if (ws === socket) receive(JSON.parse(data)); };
     ws.onclose = ({ code }) => { if (ws === socket) onClosed(code); };
@@ -1116,11 +1114,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     debug("<-", event, seq, data);
     heardAt = Date.now();
     if (event === "session_joined") return onJoined(data, seq);
-    if (event === "error") { // what matters is followed by a close
-      if (data.code === "invalid_event") console.warn("leflux:", data.message);
-      return undefined;
-    }
-    if (seq <= lastSeq) return undefined;
+    if (event === "error" || seq <= lastSeq) return undefined; // errors that matter close it, too
     lastSeq = seq;
     acting = early = null; // the server has moved on: nobody waits for these any more
     if (event !== "message_chunk") {
@@ -1149,7 +1143,6 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     });
   }
   function showPage() {
-    picture = true;
     const data = { sessionId: session.id, context: scan() };
     socket.send(encode({ event: "update_context", data }));
   }
@@ -1159,8 +1152,8 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
    * for the page before: if that one carried it out, say so, and go on from here.
    */
   function introduce() {
-    if (!early) return showPage();
     picture = true;
+    if (!early) return showPage();
     const { id, results } = keptActing.get() || {};
     const done = id === early.id ? results : [];
     if (done.length < stepsOf(early).length) {
