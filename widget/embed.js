@@ -24,21 +24,11 @@
   const DEBUG = script.hasAttribute("data-debug");
 
   const WORDS = {
-    title: "Chat",
-    open: "Open the chat",
-    unread: "Open the chat, new message",
-    close: "Close the chat",
-    clear: "Start over",
-    log: "Conversation",
-    input: "Your message",
-    placeholder: "Write a message…",
-    send: "Send",
-    stop: "Stop",
-    retry: "Try again",
-    dismiss: "Dismiss",
-    working: "The assistant is working",
-    done: "Done",
+    title: "Chat", log: "Conversation", input: "Your message", placeholder: "Write a message…",
+    open: "Open the chat", unread: "Open the chat, new message", close: "Close the chat",
+    clear: "Start over", send: "Send", stop: "Stop", retry: "Try again", dismiss: "Dismiss",
     link: "Have a look",
+    working: "The assistant is working",
     reconnecting: "Reconnecting…",
     taken: "This chat is open in another tab.",
     takeBack: "Use it here",
@@ -47,34 +37,31 @@
     expired: "The earlier chat has ended; what follows starts afresh.",
     unreachable: "The server cannot be reached just now.",
     failed: "That did not work.",
-    wait: (seconds) => `That was a lot at once. Please wait ${seconds} s.`,
   };
   const MAX_CHARS = 5000; // of a message
   const MAX_ELEMENTS = 50;
   const KEEP_MS = 24 * 3600 * 1000; // how long a session id and a dismissed nudge are remembered
   const PHONE = matchMedia("(max-width: 640px), (max-height: 420px)");
-  const CALM = matchMedia("(prefers-reduced-motion: reduce)");
   const TOUCH = matchMedia("(pointer: coarse)");
 
   const debug = (...what) => { if (DEBUG) console.debug("leflux:", ...what); };
   const pause = (ms) => new Promise((resume) => setTimeout(resume, ms));
   const squeeze = (text, max) => (text || "").replace(/\s+/g, " ").trim().slice(0, max);
   const over = new AbortController(); // aborted by destroy(): every listener hangs on it
-  const listen = (target, names, heard) => {
-    for (const name of names.split(" ")) target.addEventListener(name, heard, { signal: over.signal });
-  };
+  const listen = (target, name, heard) =>
+    target.addEventListener(name, heard, { signal: over.signal });
 
   /** Make an element: attributes, "class" and on… handlers by name, then children (nodes, text). */
   function h(name, attributes = {}, ...children) {
     const [tag, ...classes] = name.split(".");
-    const element = document.createElement(tag);
+    const space = tag === "svg" || tag === "path" ? "2000/svg" : "1999/xhtml";
+    const element = document.createElementNS(`http://www.w3.org/${space}`, tag);
     for (const [key, value] of Object.entries(attributes)) {
-      if (key.startsWith("on")) element[key] = value;
-      else if (value === true) element.setAttribute(key, "");
-      else if (value !== false && value != null) element.setAttribute(key, value);
+      if (key.startsWith("on") || key === "hidden") element[key] = value;
+      else if (value !== null) element.setAttribute(key, value);
     }
     if (classes.length) element.className = classes.join(" ");
-    element.append(...children.filter((child) => child != null && child !== ""));
+    element.append(...children.filter(Boolean));
     return element;
   }
 
@@ -88,17 +75,14 @@
       },
       set(value) {
         memory = value;
-        try {
-          if (value === null) window[area].removeItem(key);
-          else window[area].setItem(key, JSON.stringify(value));
-        } catch { /* memory has it */ }
+        try { window[area].setItem(key, JSON.stringify(value)); } catch { /* memory has it */ }
       },
     };
   }
   const keptSession = keep("localStorage", "session"); // {id, wsUrl, at}
   const keptNudge = keep("localStorage", "nudge"); // when it was dismissed
   const keptOpen = keep("sessionStorage", "open"); // whether this tab's panel is open
-  const keptActing = keep("sessionStorage", "acting"); // {id, results, total}: see carryOut
+  const keptActing = keep("sessionStorage", "acting"); // {id, results}: see carryOut
 
   // ---------------------------------------------------------------------------------------------
   // Colours: any CSS colour may be the site's own; text on and of it must stay readable (WCAG AA).
@@ -156,8 +140,7 @@
   function link(href, ...children) {
     const url = safeUrl(href);
     if (!url) return h("span", {}, ...children);
-    const inside = url.startsWith(location.origin + "/");
-    const target = inside ? null : "_blank";
+    const target = url.startsWith(location.origin + "/") ? null : "_blank";
     return h("a", { href: url, rel: "noopener nofollow", target }, ...children);
   }
   function inline(text) {
@@ -175,31 +158,31 @@
   }
   function markdown(text) {
     const blocks = [];
-    let list = null, code = null;
+    let block = null; // that the next line may belong to
+    const begin = (kind, attributes, ...children) => {
+      block = h(kind, attributes, ...children);
+      blocks.push(block);
+    };
     for (const line of text.split("\n")) {
       const item = /^\s{0,8}(?:[-*•]|(\d{1,3})[.)])\s+(.*)/.exec(line);
       if (/^\s*```/.test(line)) {
-        code = code ? null : h("code");
-        if (code) blocks.push(h("pre", { tabindex: 0 }, code));
-        list = null;
-      } else if (code) {
-        code.append(`${line}\n`);
+        if (block?.localName === "pre") block = null;
+        else begin("pre", { tabindex: 0 }, h("code"));
+      } else if (block?.localName === "pre") {
+        block.firstChild.append(`${line}\n`);
       } else if (item) {
-        const kind = item[1] ? "ol" : "ul";
-        if (list?.localName !== kind) {
-          list = h(kind, { start: item[1] > 1 ? item[1] : null, dir: "auto" });
-          blocks.push(list);
-        }
-        list.append(h("li", {}, ...inline(item[2])));
+        const [, start, words] = item;
+        const kind = start ? "ol" : "ul";
+        const from = start > 1 ? start : null;
+        if (block?.localName !== kind) begin(kind, { start: from, dir: "auto" });
+        block.append(h("li", {}, ...inline(words)));
       } else if (line.trim()) {
-        const last = blocks.at(-1);
         const heading = /^#{1,6}\s+(.*)/.exec(line);
-        const words = heading ? [h("strong", {}, ...inline(heading[1]))] : inline(line);
-        if (last?.localName === "p" && !last.ended) last.append("\n", ...words);
-        else blocks.push(h("p", { dir: "auto" }, ...words));
-        list = null;
-      } else if (blocks.length) {
-        blocks.at(-1).ended = true;
+        if (block?.localName === "p") block.append("\n");
+        else begin("p", { dir: "auto" });
+        block.append(...(heading ? [h("strong", {}, ...inline(heading[1]))] : inline(line)));
+      } else if (block?.localName === "p") {
+        block = null; // a list may go on after an empty line
       }
     }
     return blocks;
@@ -231,7 +214,7 @@
     |driver\w*\slicen[cs]e`.replace(/\n\s*/g, ""));
 
   const numbers = new WeakMap(); // element -> its number
-  const elements = new Map(); // number, from 1 -> a weak reference to the element
+  const elements = []; // number - 1 -> a weak reference to the element
 
   /** closest(), out of shadow roots too. */
   function around(element, selector) {
@@ -257,7 +240,7 @@
   function* everything(root) { // open shadow roots of the page included
     for (const element of root.querySelectorAll("*")) {
       yield element;
-      if (element.shadowRoot && element !== view.host) yield* everything(element.shadowRoot);
+      if (element.shadowRoot) yield* everything(element.shadowRoot);
     }
   }
   function byIds(element, attribute) {
@@ -304,7 +287,7 @@
     const isWritten = isField(element) && !checkable && element.type !== "file";
     const value = tag === "select" ? element.selectedOptions[0]?.text : element.value;
     const submits = tag === "button" && element.form && element.type === "submit";
-    const options = tag === "select" && [...element.options].slice(0, 30);
+    const options = tag === "select" ? [...element.options].slice(0, 30) : undefined;
     return {
       id: numbers.get(element),
       type,
@@ -317,7 +300,7 @@
       autocomplete: (isField(element) && element.autocomplete) || undefined,
       href: tag === "a" ? (element.href.baseVal ?? element.href).slice(0, 300) : undefined, // SVG
       ariaLabel: said("aria-label"),
-      options: options ? options.map((option) => squeeze(option.text, 60)) : undefined,
+      options: options?.map((option) => squeeze(option.text, 60)),
       checked: checkable ? element.checked : { true: true, false: false }[element.ariaChecked],
       required: element.matches(":required") || element.ariaRequired === "true" || undefined,
       disabled: isDisabled(element) || undefined,
@@ -329,9 +312,9 @@
   function describeForm(form) { // by getAttribute: a field called "name" hides the form's own name
     const fields = [...form.elements].filter((field) => isField(field) && isUsable(field));
     const submits = [...form.elements].filter((field) => field.type === "submit");
+    const names = ["aria-label", "name", "id"].map((name) => form.getAttribute(name));
     return {
-      name: form.getAttribute("aria-label") || form.getAttribute("name")
-        || form.getAttribute("id") || undefined,
+      name: names.find(Boolean),
       fields: fields.map((field) => labelOf(field) || field.name).slice(0, 20),
       submit: submits.map(labelOf).join(", "),
     };
@@ -356,9 +339,7 @@
       .slice(0, MAX_ELEMENTS)
       .map(([, element]) => element);
     for (const element of found) {
-      if (numbers.has(element)) continue;
-      numbers.set(element, elements.size + 1);
-      elements.set(elements.size + 1, new WeakRef(element));
+      if (!numbers.has(element)) numbers.set(element, elements.push(new WeakRef(element)));
     }
     return {
       url: location.href,
@@ -376,11 +357,14 @@
 
   let leftAt = 0; // when the page began to be left, in the current plan
 
+  function need(condition, otherwise) {
+    if (!condition) throw new Error(otherwise);
+  }
   function elementOf({ elementId }) {
-    const element = elements.get(elementId)?.deref();
-    if (!element?.isConnected) throw new Error("the element is no longer on the page");
-    if (!isUsable(element)) throw new Error("the element cannot be seen");
-    if (isDisabled(element)) throw new Error("the element is disabled");
+    const element = elements[elementId - 1]?.deref();
+    need(element?.isConnected, "the element is no longer on the page");
+    need(isUsable(element), "the element cannot be seen");
+    need(!isDisabled(element), "the element is disabled");
     return element;
   }
   function fire(element, ...events) {
@@ -388,14 +372,6 @@
   }
   const bubbling = { bubbles: true, cancelable: true, composed: true };
 
-  /** Set a property as the browser does, behind the back of frameworks that watch it. */
-  function setNatively(element, property, value) {
-    let owner = Object.getPrototypeOf(element);
-    while (!Object.hasOwn(owner, property)) owner = Object.getPrototypeOf(owner);
-    Object.getOwnPropertyDescriptor(owner, property).set.call(element, value);
-    fire(element, new InputEvent("input", { ...bubbling, inputType: "insertText", data: value }),
-      new Event("change", bubbling));
-  }
 
   const DO = {
     async click(step) {
@@ -403,39 +379,36 @@
       const press = { ...bubbling, button: 0, isPrimary: true, pointerType: "mouse", view: window };
       fire(element, new PointerEvent("pointerdown", press), new MouseEvent("mousedown", press));
       element.focus({ preventScroll: true });
-      fire(element, new PointerEvent("pointerup", press), new MouseEvent("mouseup", press));
-      if (element.click) element.click();
-      else fire(element, new MouseEvent("click", press)); // SVG
+      fire(element, new PointerEvent("pointerup", press), new MouseEvent("mouseup", press),
+        new MouseEvent("click", press));
     },
 
     async type(step) {
       const element = elementOf(step);
       const text = step.inputData;
       const editable = element.isContentEditable;
-      if (!editable && !element.matches("input, textarea")) {
-        throw new Error("text cannot be typed there");
-      }
-      if (/^(checkbox|radio|file|submit|button|reset|image|range|color)$/.test(element.type)) {
-        throw new Error(`a ${element.type} takes no text`);
-      }
-      if (isSecret(element)) throw new Error("only the visitor fills this field");
-      if (element.readOnly) throw new Error("the field is read-only");
-      if (element.maxLength >= 0 && text.length > element.maxLength) {
-        throw new Error("the text is too long");
-      }
+      need(editable || element.matches("input, textarea"), "text cannot be typed there");
+      need(!/^(checkbox|radio|file|submit|button|reset|image|range|color)$/.test(element.type),
+        `a ${element.type} takes no text`);
+      need(!isSecret(element), "only the visitor fills this field");
+      need(!element.readOnly, "the field is read-only");
+      need(!(element.maxLength >= 0 && text.length > element.maxLength), "the text is too long");
       element.focus({ preventScroll: true });
       if (editable) {
         getSelection().selectAllChildren(element);
         document.execCommand("insertText", false, text); // the one way that rich editors hear of
       } else {
-        setNatively(element, "value", text);
+        // As the browser does it, behind the back of frameworks that watch the property.
+        const kind = element.localName === "input" ? HTMLInputElement : HTMLTextAreaElement;
+        Object.getOwnPropertyDescriptor(kind.prototype, "value").set.call(element, text);
+        fire(element, new InputEvent("input", { ...bubbling, inputType: "insertText", data: text }),
+          new Event("change", bubbling));
       }
       await pause(60);
       const plain = (written) => written.replace(/[^\p{L}\p{N}]/gu, "").toLowerCase(); // of a mask
       const now = editable ? element.innerText : element.value;
-      if (squeeze(now) !== squeeze(text) && (!plain(now) || plain(now) !== plain(text))) {
-        throw new Error("the field did not take the text");
-      }
+      need(squeeze(now) === squeeze(text) || (plain(now) && plain(now) === plain(text)),
+        "the field did not take the text");
       return { text: squeeze(now, 200) };
     },
 
@@ -446,75 +419,64 @@
         const on = element.type === "radio" || !/^(false|no|off|unchecked)$/.test(wish);
         if (element.checked !== on) element.click();
         await pause(60);
-        if (element.checked !== on) throw new Error("it did not take the choice");
+        need(element.checked === on, "it did not take the choice");
         return {};
       }
-      if (element.localName !== "select") throw new Error("this is no list; click it instead");
+      need(element.localName === "select", "this is no list; click it instead");
       const options = [...element.options].filter((option) => !option.disabled);
       const plain = (name) => squeeze(name).toLowerCase();
       const option = options.find((one) => plain(one.text) === wish || plain(one.value) === wish)
         || options.find((one) => wish && plain(one.text).startsWith(wish));
-      if (!option) throw new Error("the list has no such option");
-      if (element.multiple) {
-        option.selected = true;
-        fire(element, new Event("input", bubbling), new Event("change", bubbling));
-      } else {
-        setNatively(element, "value", option.value);
-      }
+      need(option, "the list has no such option");
+      option.selected = true;
+      fire(element, new Event("input", bubbling), new Event("change", bubbling));
       await pause(60);
-      if (!option.selected) throw new Error("the list did not take the choice");
+      need(option.selected, "the list did not take the choice");
       return { text: squeeze(option.text, 200) };
     },
 
     async scroll_to(step) {
       const element = elementOf(step);
-      element.scrollIntoView({ block: "center", behavior: CALM.matches ? "auto" : "smooth" });
-      for (let tries = 0; tries < 20 && !isInViewport(element); tries++) await pause(50);
-      if (!isInViewport(element)) throw new Error("it could not be scrolled to");
+      element.scrollIntoView({ block: "center", behavior: "instant" });
+      need(isInViewport(element), "it could not be scrolled to");
     },
 
     async navigate({ url }) {
-      const target = new URL(url, location.href);
-      if (target.origin !== location.origin) throw new Error("the address is not on this website");
+      const { href, origin } = new URL(url, location.href), before = location.href;
+      need(origin === location.origin, "the address is not on this website");
       // A click on a link lets the page's own router take it. Where nothing does, the browser
       // loads the page.
-      const before = location.href;
-      const { href } = target;
       const own = [...document.links].find((a) => a.href === href && !a.target && isUsable(a));
       const anchor = own || document.body.appendChild(h("a", { href, hidden: true }));
       anchor.click();
       if (!own) anchor.remove();
       const hasBegun = () => leftAt || location.href !== before;
       for (let tries = 0; tries < 20 && !hasBegun(); tries++) await pause(50);
-      if (!hasBegun()) location.assign(target);
+      if (!hasBegun()) location.assign(href);
     },
 
-    async wait({ waitDuration }) {
-      await pause(Math.min(Math.max(0, waitDuration || 0), 10_000));
-    },
+    wait: ({ waitDuration }) => pause(waitDuration),
   };
 
   /** Wait until the page has reacted: no change for a while, or it never rests. */
-  function settled(quietMs) {
-    return new Promise((resume) => {
-      let timer = 0;
-      const done = () => { observer.disconnect(); clearTimeout(limit); resume(); };
-      const calm = () => { clearTimeout(timer); timer = setTimeout(done, quietMs); };
-      const observer = new MutationObserver(calm);
-      const limit = setTimeout(done, 7 * quietMs);
-      const all = { subtree: true, childList: true, attributes: true, characterData: true };
-      observer.observe(document.body, all);
-      calm();
-    });
+  async function settled(quietMs) {
+    let isCalm = false;
+    const observer = new MutationObserver(() => { isCalm = false; });
+    const all = { subtree: true, childList: true, attributes: true, characterData: true };
+    observer.observe(document.body, all);
+    for (let tries = 0; tries < 7 && !isCalm; tries++) {
+      isCalm = true;
+      await pause(quietMs);
+    }
+    observer.disconnect();
   }
 
   /** Show for a moment which element is meant. */
   async function pointAt(element) {
     if (!isInViewport(element)) element.scrollIntoView({ block: "center", behavior: "instant" });
-    const box = element.getBoundingClientRect();
-    const ring = view.ring.style;
-    Object.assign(ring, { left: `${box.left - 6}px`, top: `${box.top - 6}px` });
-    Object.assign(ring, { width: `${box.width + 12}px`, height: `${box.height + 12}px` });
+    const { left, top, width, height } = element.getBoundingClientRect();
+    const place = { left: left - 6, top: top - 6, width: width + 12, height: height + 12 };
+    for (const [name, value] of Object.entries(place)) view.ring.style[name] = `${value}px`;
     view.ring.hidden = false;
     await pause(document.hidden ? 0 : 350);
     view.ring.hidden = true;
@@ -531,8 +493,7 @@
   async function carryOut(action, isCancelled) {
     const steps = stepsOf(action);
     const results = [];
-    const note = (...more) =>
-      keptActing.set({ id: action.id, results: [...results, ...more], total: steps.length });
+    const note = (...more) => keptActing.set({ id: action.id, results: [...results, ...more] });
     const leave = () => { leftAt = Date.now(); };
     leftAt = 0;
     window.addEventListener("beforeunload", leave); // only now: it can cost the page its bfcache
@@ -565,7 +526,7 @@
 :host { all: initial !important; }
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
-.root { font: medium/1.5 var(--body-font, system-ui), sans-serif; color: var(--ink); color-scheme: light;
+.root { font: medium/1.5 var(--body-font, system-ui), sans-serif; color: var(--ink); color-scheme: light dark;
   --paper: #fff; --ink: #1b1b1f; --soft: #5b5b66; --line: #dedee4; --edge: #85858f; --bubble: #f2f2f5; --bad: #a3140c;
   --bad-paper: #fdeceb; --accent-ink: var(--light-ink); --tint: var(--light-tint); --rim: var(--light-rim); }
 button { font: inherit; color: inherit; background: none; border: 1px solid transparent; margin: 0; padding: 0;
@@ -578,9 +539,9 @@ svg { width: 1.25em; height: 1.25em; flex: none; display: block; fill: none; str
 .quiet { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 .accent, .user { background: var(--accent); color: var(--on-accent); border-color: var(--rim); }
 button.accent:enabled:hover { background-image: linear-gradient(var(--shade) 0 0); }
-.plain { padding: .35em .9em; color: var(--accent-ink); border-color: currentColor; border-radius: var(--radius, 2em); }
-.strong { color: var(--on-accent); border-color: var(--rim); }
-.plain:not(.accent):enabled:hover { background: var(--tint); }
+.plain { padding: .35em .9em; border-radius: var(--radius, 2em); }
+.plain:not(.accent) { color: var(--accent-ink); border-color: currentColor; }
+.plain:not(.accent):enabled:hover, a.card:hover { background: var(--tint); }
 
 .launcher, .nudge, .panel, .ring { position: fixed; z-index: 2147483000; --x: var(--offset-x); --y: var(--offset-y); }
 [data-corner$=right] :is(.launcher, .nudge, .panel) { right: var(--x); }
@@ -588,33 +549,24 @@ button.accent:enabled:hover { background-image: linear-gradient(var(--shade) 0 0
 [data-corner^=bottom] :is(.launcher, .nudge, .panel) { bottom: var(--y); }
 [data-corner^=top] :is(.launcher, .nudge, .panel) { top: var(--y); }
 [data-layout=bottom-bar] :is(.launcher, .nudge, .panel) { inset: auto 0 var(--y); margin: 0 auto; }
-.launcher { display: flex; align-items: center; justify-content: center; gap: .6em; width: var(--size);
-  height: var(--size); border-radius: 50%; box-shadow: var(--glow, 0 0), 0 1px 4px #0003, 0 6px 20px #0003;
-  transition: scale .15s; }
-.launcher:hover { scale: 1.04; } .launcher:active { scale: .97; }
+.launcher { display: flex; align-items: center; justify-content: center; width: var(--size);
+  height: var(--size); border-radius: 50%; box-shadow: var(--glow, 0 0), 0 1px 4px #0003, 0 6px 20px #0003; }
 .launcher:focus-visible { outline: 3px solid var(--accent-ink); box-shadow: 0 0 0 7px var(--paper); }
 .launcher svg { width: calc(var(--size) * .46); height: calc(var(--size) * .46); }
+.pill, .line { width: auto; max-width: calc(99vw - var(--x)); padding: 0 1em; gap: .6em; border-radius: 99em; }
+.launcher:is(.pill, .line) svg { width: 1.5em; height: 1.5em; }
 .launcher.squircle { border-radius: 30%; }
-.launcher.pill { width: auto; max-width: calc(100vw - var(--x) - 1em); padding: 0 1.3em 0 1.1em; border-radius: 99em;
-  font-weight: 600; }
-.launcher.pill svg, .launcher.line svg { width: 1.5em; height: 1.5em; }
+.launcher.line { width: min(36em, 100vw - 2em); justify-content: space-between; flex-direction: row-reverse;
+  border: 2px solid var(--accent-ink); background: var(--paper); color: var(--soft); }
 .launcher span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.badge { position: absolute; top: 0; right: 0; width: 1em; height: 1em; border: 2px solid #fff; border-radius: 50%;
-  background: #d3180c; }
-.launcher.line { width: min(36em, 100vw - 2em); padding: 0 1.3em; justify-content: space-between;
-  flex-direction: row-reverse; font-weight: 400; border: 2px solid var(--accent-ink);
-  background: var(--paper); color: var(--soft); }
-.launcher.line:not(.squircle) { border-radius: 99em; }
-.launcher.line svg { color: var(--accent-ink); }
+.badge { position: absolute; top: 0; right: 0; border: 8px solid #d3180c; border-radius: 8px; outline: 2px solid #fff; }
 
 .nudge { --y: calc(var(--offset-y) + var(--size) + 12px); display: flex; align-items: flex-start; width: max-content;
   max-width: min(19em, 100vw - var(--x) - 1em); font-size: .94em; overflow-wrap: anywhere; background: var(--paper);
   border: 1px solid var(--line); border-radius: 1.1em; box-shadow: 0 4px 18px #0003; animation: rise .2s ease-out; }
 .nudge button { padding: .7em 1em; text-align: start; min-width: 0; border-radius: inherit; }
-.nudge button + button { padding: .75em; }
 .nudge.card { border-top: 4px solid var(--accent-ink); border-radius: .5em; padding: .3em; }
 .nudge.minimal { background: var(--accent); color: var(--on-accent); border-color: var(--rim); }
-.nudge.minimal :focus-visible { outline-color: currentColor; outline-offset: -4px; }
 
 .panel { --w: min(24em, 100vw - 2em); --h: min(40em, 100dvh - 2em); --x: min(var(--offset-x), 100vw - var(--w) - 1em);
   --y: min(var(--offset-y), 100dvh - var(--h) - 1em); display: flex; flex-direction: column; width: var(--w);
@@ -623,31 +575,26 @@ button.accent:enabled:hover { background-image: linear-gradient(var(--shade) 0 0
 @keyframes rise { from { opacity: 0; translate: 0 12px; } }
 [data-layout=bottom-bar] .panel { --w: min(44em, 100vw - 2em); --h: min(30em, 100dvh - 2em); }
 [data-layout=side-panel] .panel { --x: 0px; --y: 0px; --w: 26em; --h: 100dvh; border-width: 0 1px; border-radius: 0; }
-.bar { display: flex; align-items: center; gap: .25em; padding: .5em .6em .5em 1em;
-  border-bottom: 1px solid var(--rim); }
-.bar img { width: 2em; height: 2em; margin-inline-end: .4em; border-radius: .4em; object-fit: contain;
-  background: #fff; }
+.bar { display: flex; align-items: center; gap: .25em; padding: .5em .6em; border-bottom: 1px solid var(--rim); }
+.bar img { width: 2em; height: 2em; border-radius: .4em; object-fit: contain; background: #fff; }
 h2 { flex: 1; min-width: 0; margin: 0; font-size: 1.06em; line-height: 1.3; overflow: hidden; overflow-wrap: anywhere;
   display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; }
 h2, h3 { font-family: var(--heading-font, inherit); font-weight: var(--heading-weight, 600); }
 .bar button { padding: .6em; } .bar button:hover { background: var(--shade); }
-.bar button:focus-visible { outline-color: currentColor; outline-offset: -3px; }
+:is(.bar, .minimal) :focus-visible { outline-color: currentColor; outline-offset: -3px; }
 .banner { display: flex; align-items: center; justify-content: space-between; gap: .8em; padding: .5em 1em;
   font-size: .9em; background: var(--tint); border-bottom: 1px solid var(--line); }
 .log { flex: 1; display: flex; flex-direction: column; gap: .6em; padding: 1em; overflow-y: auto;
-  overscroll-behavior: contain; }
-.log, pre, textarea { scrollbar-width: thin; scrollbar-color: var(--edge) transparent; }
-.log:focus-visible, pre:focus-visible { outline-offset: -2px; }
+  overscroll-behavior: contain; scrollbar-width: thin; }
+:is(.log, pre):focus-visible { outline-offset: -2px; }
 .log > * { flex: none; max-width: 88%; overflow-wrap: anywhere; }
 .bot, .user { padding: .55em .9em; border: 1px solid transparent; border-radius: 1.1em; }
 .bot { background: var(--bubble); align-self: flex-start; border-end-start-radius: .3em; }
 .user { align-self: flex-end; border-end-end-radius: .3em; border-color: var(--rim); white-space: pre-wrap; }
 .user, .note { unicode-bidi: plaintext; }
-.greeting { background: var(--tint); }
-.greeting :is(strong, em) { color: var(--accent-ink); }
+.greeting { background: var(--tint); } .greeting :is(strong, em) { color: var(--accent-ink); }
 .bot > *, .confirm p { margin: 0 0 .6em; } .bot > :last-child { margin-bottom: 0; }
-p { white-space: pre-line; }
-ul, ol { padding-inline-start: 1.4em; }
+p { white-space: pre-line; } ul, ol { padding-inline-start: 1.4em; }
 code { font: .9em/1.5 ui-monospace, monospace; padding: .1em .3em; border-radius: .3em; background: var(--paper); }
 pre { overflow-x: auto; padding: .5em .7em; border-radius: .5em; background: var(--paper); } pre code { padding: 0; }
 .error { background: var(--bad-paper); color: var(--bad); } .error .plain { color: inherit; background: none; }
@@ -658,44 +605,38 @@ pre { overflow-x: auto; padding: .5em .7em; border-radius: .5em; background: var
 .dots i:nth-child(2) { animation-delay: .2s; } .dots i:nth-child(3) { animation-delay: .4s; }
 @keyframes dots { to { opacity: .25; translate: 0 -2px; } }
 .log > .cards, .log > .chips { max-width: 100%; }
-.cards, .choices, .chips { display: flex; flex-wrap: wrap; gap: .5em; align-items: stretch; align-self: stretch; }
+.cards, .choices, .chips { display: flex; flex-wrap: wrap; gap: .5em; align-self: stretch; }
 .cards .card { flex: 1 0 9em; max-width: 100%; border: 1px solid var(--line); border-radius: .9em; padding: .7em .9em; }
 .list .card { flex-basis: 100%; }
 .card > :is(h3, p, ul) { margin: 0 0 .25em; } h3, summary { font-size: 1em; font-weight: 600; }
 .card .price { font-size: 1.15em; font-weight: 600; color: var(--accent-ink); }
 a.card { color: inherit; text-decoration: none; } a.card h3 { color: var(--accent-ink); text-decoration: underline; }
-a.card:hover { background: var(--tint); }
-summary { cursor: pointer; } details[open] summary { margin-bottom: .25em; }
+summary { cursor: pointer; }
 .confirm { align-self: stretch; border: 2px solid var(--accent-ink); border-radius: 1.1em; padding: .8em .9em; }
 .yes .plain:not(.accent), .no .accent { display: none; }
-.chips .plain { font-size: .94em; }
 form { display: flex; align-items: flex-end; gap: .25em; margin: 0 .75em .75em; padding: .25em;
   border: 1px solid var(--edge); border-radius: 1.1em; }
 form:focus-within { outline: 2px solid var(--accent-ink); outline-offset: -1px; }
 .field { flex: 1; min-width: 0; }
 textarea { display: block; width: 100%; max-height: min(9em, 25dvh); font: inherit; font-size: max(16px, 1em);
   color: inherit; resize: none; background: none; border: 0; padding: .45em .6em; }
-textarea:focus-visible { outline: 0; }
-textarea::placeholder { color: var(--soft); opacity: 1; }
+textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft); opacity: 1; }
 .counter { padding: 0 .7em; font-size: .8em; color: var(--soft); } .over { color: var(--bad); font-weight: 600; }
-form button { padding: .6em; } .stop:hover { background: var(--line); }
-.stop { background: var(--bubble); } .stop svg { fill: currentColor; }
+form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { fill: currentColor; }
 .ring { border: 3px solid var(--accent); border-radius: 10px; box-shadow: 0 0 0 2px #fff, 0 0 0 9999px #0002;
-  pointer-events: none; animation: ring .3s; }
-@keyframes ring { from { opacity: 0; scale: 1.1; } }
+  pointer-events: none; }
 
 @media (prefers-color-scheme: dark) {
   .root { --paper: #1c1c20; --ink: #f2f2f5; --soft: #b3b3bd; --line: #3b3b43; --edge: #82828e; --bubble: #2b2b31;
     --bad: #ffb4ab; --bad-paper: #47201d; --accent-ink: var(--dark-ink); --tint: var(--dark-tint);
-    --rim: var(--dark-rim); color-scheme: dark; }
+    --rim: var(--dark-rim); }
 }
 @media (max-width: 640px), (max-height: 420px) {
-  .root .panel { inset: var(--top, 0) 0 auto; width: auto; height: var(--viewport, 100dvh); border: 0;
-    border-radius: 0; }
+  .root .panel { inset: var(--top, 0) 0 auto; width: auto; height: var(--height, 100dvh); border-radius: 0; border: 0; }
   .root .acting { inset: auto 0 0; height: 50dvh; border-top: 1px solid var(--line); }
   form { margin-bottom: max(.75em, env(safe-area-inset-bottom)); }
 }
-@media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
+@media (prefers-reduced-motion: reduce) { * { animation: none !important; } }
 @media print { .root { display: none; } }
 `;
   const ICONS = { // strokes on a grid of 24
@@ -709,22 +650,15 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     send: "M12 19V5M6 11l6-6 6 6",
     stop: "M7 7h10v10H7z",
   };
-  function icon(name) {
-    const [svg, path] = ["svg", "path"]
-      .map((tag) => document.createElementNS("http://www.w3.org/2000/svg", tag));
-    svg.setAttribute("viewBox", "0 0 24 24");
-    svg.setAttribute("aria-hidden", "true");
-    path.setAttribute("d", ICONS[name]);
-    svg.append(path);
-    return svg;
-  }
+  const icon = (name) =>
+    h("svg", { viewBox: "0 0 24 24", "aria-hidden": true }, h("path", { d: ICONS[name] }));
   const button = (name, onclick, ...children) => h(name, { type: "button", onclick }, ...children);
   function iconButton(name, word, onclick, picture = word) {
-    const attributes = { "aria-label": WORDS[word], title: WORDS[word], onclick };
-    return h(name, { type: onclick ? "button" : "submit", ...attributes }, icon(picture));
+    const type = onclick ? "button" : "submit";
+    return h(name, { "aria-label": WORDS[word], title: WORDS[word], type, onclick }, icon(picture));
   }
 
-  const view = {};
+  const view = { dots: null };
 
   /** Build everything, once, hidden but for the launcher. */
   function mount() {
@@ -734,21 +668,20 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     sheet.replaceSync(STYLE);
     shadow.adoptedStyleSheets = [sheet];
 
-    view.launcher = button("button.launcher", () => open());
-    view.launcher.setAttribute("aria-haspopup", "dialog");
+    view.launcher = h("button.launcher", { onclick: () => open(), "aria-haspopup": "dialog" });
     view.nudge = h("div.nudge", { role: "status", hidden: true });
     view.logo = h("img", { alt: "", onerror: () => { view.logo.hidden = true; } });
     view.title = h("h2", { dir: "auto" });
     view.banner = h("div.banner", { role: "status", hidden: true });
-    const log = { role: "log", "aria-live": "off", "aria-label": WORDS.log, tabindex: 0 };
-    view.log = h("div.log", log);
+    view.log = h("div.log",
+      { role: "log", "aria-live": "off", "aria-label": WORDS.log, tabindex: 0 });
     view.chips = h("div.chips");
     view.input = h("textarea", {
       rows: 1, dir: "auto", autocomplete: "off", enterkeyhint: "send",
       placeholder: WORDS.placeholder, "aria-label": WORDS.input, "aria-describedby": "counter",
       oninput: measure, onkeydown: sendOnEnter,
     });
-    view.counter = h("div.counter", { id: "counter", hidden: true });
+    view.counter = h("div.counter", { id: "counter" });
     view.stop = iconButton("button.stop", "stop", stop);
     view.stop.hidden = true;
     view.send = iconButton("button.accent", "send");
@@ -770,17 +703,18 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     }
     document.documentElement.append(view.host); // outside of body, which some frameworks replace
     listen(PHONE, "change", () => view.panel.setAttribute("aria-modal", PHONE.matches));
-    if (window.visualViewport) listen(visualViewport, "resize scroll", fitToKeyboard);
+    listen(visualViewport, "resize", fitToKeyboard);
+    listen(visualViewport, "scroll", fitToKeyboard);
   }
   function fitToKeyboard() { // the on-screen one: the sheet fills what it leaves
     if (visualViewport.scale > 1.01) return; // the visitor zooms
-    view.root.style.setProperty("--viewport", `${visualViewport.height}px`);
+    view.root.style.setProperty("--height", `${visualViewport.height}px`);
     view.root.style.setProperty("--top", `${visualViewport.offsetTop}px`);
   }
 
   /** Make it look as the site's owner wants. */
-  function dress(config) {
-    const { launcher = {}, typography = {}, nudge = {} } = config;
+  function dress({ launcher = {}, typography = {}, nudge = {}, ...config }) {
+    const { bodyFont, headingFont, headingWeight, buttonRadius } = typography;
     const accent = rgb(config.primaryColor || "#a855f7");
     const isDark = contrast(accent, WHITE) >= 4.5;
     const looks = {
@@ -791,11 +725,10 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
       size: { sm: "46px", lg: "70px" }[launcher.size] || "58px",
       "offset-x": `min(${launcher.offsetX ?? 20}px, 100vw - 12em)`, // never out of sight
       "offset-y": `min(${launcher.offsetY ?? 20}px, 100dvh - 12em)`,
-      "body-font": typography.bodyFont,
-      "heading-font": typography.headingFont,
-      "heading-weight": typography.headingWeight,
-      radius: Number.isFinite(typography.buttonRadius)
-        ? `${typography.buttonRadius}px` : typography.buttonRadius,
+      "body-font": bodyFont,
+      "heading-font": headingFont,
+      "heading-weight": headingWeight,
+      radius: Number.isFinite(buttonRadius) ? `${buttonRadius}px` : buttonRadius,
     };
     for (const [mode, goal, paper, bubble] of [
       ["light", BLACK, "#fff", "#f2f2f5"], ["dark", WHITE, "#1c1c20", "#2b2b31"],
@@ -809,7 +742,6 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     for (const [name, value] of Object.entries(looks)) {
       if (value != null) view.root.style.setProperty(`--${name}`, value);
     }
-    const isBar = config.layout === "bottom-bar";
     view.root.dataset.layout = config.layout || "floating";
     view.root.dataset.corner = launcher.position || config.position || "bottom-right";
 
@@ -819,12 +751,12 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     view.panel.setAttribute("aria-modal", PHONE.matches);
     view.logo.hidden = !config.logoUrl;
     if (config.logoUrl) view.logo.src = config.logoUrl;
+    const isBar = config.layout === "bottom-bar";
+    const isPill = launcher.shape === "pill";
     view.badge = h("i.badge", { hidden: true });
     view.launcher.classList.add(launcher.shape || "circle", isBar ? "line" : "accent");
-    view.launcher.append(icon(launcher.icon || "chat"), view.badge);
-    if (isBar || launcher.shape === "pill") {
-      view.badge.before(h("span", { dir: "auto" }, isBar ? WORDS.placeholder : name));
-    }
+    const words = h("span", { dir: "auto" }, isBar ? WORDS.placeholder : isPill && name);
+    view.launcher.append(icon(launcher.icon || "chat"), words, view.badge);
     view.isHidden = launcher.hidden === true;
     show(false);
 
@@ -840,9 +772,7 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     const dismiss = () => { settleNudge(); view.launcher.focus(); };
     view.nudge.className = `nudge ${style || "bubble"}`;
     view.nudge.replaceChildren(button("button", () => open(), h("span", { dir: "auto" }, message)));
-    if (dismissable !== false) {
-      view.nudge.append(iconButton("button", "dismiss", dismiss, "close"));
-    }
+    if (dismissable !== false) view.nudge.append(iconButton("button", "dismiss", dismiss, "close"));
     view.nudge.hidden = false;
   }
   function settleNudge() { // dismissed, or followed
@@ -871,7 +801,8 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     if (isOpen()) return;
     focusBefore = document.activeElement;
     show(true);
-    if (!taken) connect();
+    wanted = true;
+    wakeUp();
     if (focus) focusInput();
     else if (PHONE.matches) view.panel.focus();
     scrollDown();
@@ -907,19 +838,19 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
   function scrollDown() {
     view.log.scrollTop = view.log.scrollHeight;
   }
-  function add(kind, ...children) {
-    const follow = isAtEnd() || kind.startsWith("user");
-    const node = h(`div.${kind}`, {}, ...children);
-    view.log.insertBefore(node, view.dots || null);
+  function following(change) {
+    const follow = isAtEnd();
+    change();
     if (follow) scrollDown();
+  }
+  function add(kind, ...children) {
+    const node = h(`div.${kind}`, {}, ...children);
+    following(() => view.log.insertBefore(node, view.dots));
+    if (kind.startsWith("user")) scrollDown();
     return node;
   }
   const addBot = (text, kind = "bot") => add(kind, ...markdown(text));
-  function setText(node, text) {
-    const follow = isAtEnd();
-    node.replaceChildren(...markdown(text));
-    if (follow) scrollDown();
-  }
+  const setText = (node, text) => following(() => node.replaceChildren(...markdown(text)));
   function announce(text) { // to screen readers, once it is whole, and without the marks
     const lines = markdown(text)
       .flatMap((block) => (block.matches("ul, ol") ? [...block.children] : block));
@@ -932,10 +863,10 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     if (on) view.dots = add("bot.dots", h("i"), h("i"), h("i"), h("span.quiet", {}, WORDS.working));
   }
   function banner(text, label, act) {
-    const follow = isAtEnd();
-    view.banner.hidden = !text;
-    view.banner.replaceChildren(text || "", label ? button("button.plain", act, label) : "");
-    if (follow) scrollDown(); // there is less room now
+    following(() => { // there is less room with it
+      view.banner.hidden = !text;
+      view.banner.replaceChildren(text, label ? button("button.plain", act, label) : "");
+    });
   }
   function greet() {
     if (config.greeting) addBot(config.greeting, "bot.greeting");
@@ -956,20 +887,16 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
       const url = words(item, "url", "href", "link");
       const price = words(item, "price");
       const points = [item.points, item.features].find(Array.isArray) || [];
+      const isLink = type === "link_cards" && safeUrl(url);
+      const [whole, heading] = type === "faq_list" ? ["details", "summary"] : ["div", "h3"];
       const body = [
+        h(heading, { dir: "auto" }, title),
         price && h("p.price", { dir: "auto" }, price),
         text && h("p", { dir: "auto" }, ...inline(text)),
         points.length && h("ul", { dir: "auto" }, ...points.map((one) => h("li", {}, String(one)))),
-      ].filter(Boolean);
-      if (type === "faq_list") {
-        return h("details.card", {}, h("summary", { dir: "auto" }, title), ...body);
-      }
-      const heading = h("h3", { dir: "auto" }, title);
-      if (type !== "link_cards" || !safeUrl(url)) {
-        const more = link(url, WORDS.link);
-        return h("div.card", {}, heading, ...body, url && h("p", { dir: "auto" }, more));
-      }
-      const card = link(url, heading, ...body);
+        url && !isLink && h("p", { dir: "auto" }, link(url, WORDS.link)),
+      ];
+      const card = isLink ? link(url, ...body) : h(whole, {}, ...body);
       card.className = "card";
       return card;
     });
@@ -984,7 +911,7 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
       setRunning(true);
       tell("confirmation_response", { confirmed });
     };
-    const yes = button("button.plain.strong.accent", () => answer(true), confirm_label);
+    const yes = button("button.plain.accent", () => answer(true), confirm_label);
     const no = button("button.plain", () => answer(false), cancel_label);
     const card = add("confirm", h("p", { dir: "auto" }, message), h("div.choices", {}, yes, no));
     card.setAttribute("role", "group");
@@ -996,15 +923,14 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
   function retireCards() { // what they ask is no longer asked
     for (const button of view.log.querySelectorAll(".confirm button")) button.disabled = true;
   }
-  function failed(error, again) {
-    const { seconds, code, message } = error;
-    const text = seconds ? WORDS.wait(seconds) : code ? message : WORDS.failed;
+  function failed({ code = "internal", message }, again) {
+    const text = code === "internal" ? WORDS.failed : message;
     const retry = () => { node.remove(); focusInput(); again(); };
     const canRetry = again && !/^(budget_exceeded|invalid_message)$/.test(code);
     const node = add("bot.error", h("p", { dir: "auto", role: "alert" }, text),
       canRetry ? button("button.plain", retry, WORDS.retry) : null);
     if (!isOpen()) markUnread(true);
-    emit("error", { code: code || "internal", message: text });
+    emit("error", { code, message: text });
   }
 
   // The line to write in.
@@ -1013,10 +939,9 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
   function measure() {
     view.input.style.height = "auto";
     view.input.style.height = `${view.input.scrollHeight}px`;
-    const length = view.input.value.length > 4000 ? lengthOf(view.input.value.trim()) : 0;
+    const length = lengthOf(view.input.value.trim());
     const isOver = length > MAX_CHARS;
-    view.counter.hidden = length < MAX_CHARS * 0.9;
-    view.counter.textContent = view.counter.hidden ? "" : `${length} / ${MAX_CHARS}`;
+    view.counter.textContent = length < MAX_CHARS * 0.9 ? "" : `${length} / ${MAX_CHARS}`;
     view.counter.classList.toggle("over", isOver);
     view.input.setAttribute("aria-invalid", isOver);
     view.send.disabled = isOver;
@@ -1071,20 +996,17 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
   const encode = (data) => JSON.stringify(data, (_, value) => value?.toWellFormed?.() ?? value);
 
   async function call(method, path, data) {
+    const body = data && encode(data); // text/plain: no preflight; a small one outlives the page
+    const options = { method, body, credentials: "omit", keepalive: !(body?.length > 20_000) };
     let response, answer;
-    try { // a string body is text/plain: no preflight; a small one outlives the page
-      const body = data && encode(data);
-      const options = { method, body, credentials: "omit", keepalive: !(body?.length > 20_000) };
+    try {
       response = await fetch(SERVER + path, { ...options, signal: AbortSignal.timeout(20_000) });
       answer = await response.json();
     } catch {
-      const error = new Error(WORDS.unreachable);
-      throw Object.assign(error, { code: "network", status: response?.status });
+      throw Object.assign(new Error(WORDS.unreachable), { code: "network" });
     }
     if (response.ok) return answer;
-    const { error: code, message, details } = answer;
-    const seconds = code === "rate_limit_exceeded" && details?.retryAfterSeconds;
-    throw Object.assign(new Error(message), { code, status: response.status, seconds });
+    throw Object.assign(new Error(answer.message), { code: answer.error });
   }
 
   /** The session that this or another tab has left in the store, if it may still live. */
@@ -1104,13 +1026,6 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     config = siteConfig;
     keptSession.set(session);
   }
-  function forget() {
-    if (keptSession.get()?.id === session?.id) keptSession.set(null);
-    disconnect();
-    session = lastSeq = acting = stream = early = null;
-    unanswered = [];
-    tails = [];
-  }
 
   function disconnect() {
     clearTimeout(retryTimer);
@@ -1126,20 +1041,15 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     const url = new URL(session.wsUrl);
     url.searchParams.set("sessionId", session.id);
     if (lastSeq !== null) url.searchParams.set("lastSeq", lastSeq);
-    let ws;
-    try { ws = new WebSocket(url); } catch (error) { // such as ws: on a page of https:
+    try { socket = new WebSocket(url); } catch (error) { // such as ws: on a page of https:
       console.warn(`leflux: ${session.wsUrl} cannot be used here (see server.public_url).`, error);
       setRunning(false);
       return;
     }
-    socket = ws;
-    const patience = setTimeout(() => ws.close(), 10_000);
-    ws.onopen = () => clearTimeout(patience);
+    const ws = socket;
+    heardAt = Date.now();
     ws.onmessage = ({ data }) => { if (ws === socket) receive(JSON.parse(data)); };
-    ws.onclose = ({ code }) => {
-      clearTimeout(patience);
-      if (ws === socket) onClosed(code);
-    };
+    ws.onclose = ({ code }) => { if (ws === socket) onClosed(code); };
   }
   function onClosed(code) {
     debug("closed", code);
@@ -1148,7 +1058,6 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     if (code === 4404) { // the next message begins a new session, below what is shown
       const isLost = running && !sending;
       forget();
-      banner("");
       if (!sending) setRunning(false);
       if (isLost) failed({ code: "session_not_found", message: WORDS.lost });
     } else if (code === 4409) {
@@ -1170,6 +1079,12 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     unanswered = [];
     banner("");
     connect();
+  }
+  function forget() {
+    if (keptSession.get()?.id === session?.id) keptSession.set(null);
+    session = stream = null;
+    tails = [];
+    takeBack(); // with no session, this only clears up
   }
   function wakeUp({ type } = {}) { // the tab is visible again, or the network is back
     if (document.visibilityState === "hidden" || taken || !wanted) return;
@@ -1199,16 +1114,13 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     debug("<-", event, seq, data);
     heardAt = Date.now();
     if (event === "session_joined") return onJoined(data, seq);
-    if (event === "error") { // what matters is followed by a close
-      if (data.code === "invalid_event") console.warn("leflux:", data.message);
-      return undefined;
-    }
-    if (seq <= lastSeq) return undefined;
+    if (event === "error" || seq <= lastSeq) return undefined; // errors that matter close it, too
     lastSeq = seq;
     acting = early = null; // the server has moved on: nobody waits for these any more
     if (event !== "message_chunk") {
       unanswered = [];
       retireCards();
+      setRunning(event === "action_plan"); // with all others a turn, or its part, is at an end
     }
     return ON[event]?.(data);
   }
@@ -1231,7 +1143,6 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     });
   }
   function showPage() {
-    picture = true;
     const data = { sessionId: session.id, context: scan() };
     socket.send(encode({ event: "update_context", data }));
   }
@@ -1241,33 +1152,32 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
    * for the page before: if that one carried it out, say so, and go on from here.
    */
   function introduce() {
-    if (!early) {
-      showPage();
-      return;
-    }
     picture = true;
-    const { id, results, total } = keptActing.get() || {};
+    if (!early) return showPage();
+    const { id, results } = keptActing.get() || {};
     const done = id === early.id ? results : [];
-    if (done.length < (total ?? 1)) {
+    if (done.length < stepsOf(early).length) {
       done.push({ success: false, error: "another page was loaded before this was done" });
     }
-    report(early, done, total);
-    early = null;
-    tell("continue_task", { context: scan() });
+    return report(early, done);
   }
 
-  function report(action, results, total = stepsOf(action).length) {
-    const { success, error, ...more } = results.at(-1);
-    if (action.isSequence) {
+  /** Say what became of a plan, and go on from what the page shows now. */
+  function report(action, results) {
+    acting = early = null;
+    keptActing.set(null);
+    const { id: actionId, description, isSequence } = action;
+    if (isSequence) {
+      const totalSteps = stepsOf(action).length;
       const completedSteps = results.filter((one) => one.success).length;
-      const isDone = completedSteps === total;
-      const result = { success: isDone, results, completedSteps, totalSteps: total };
-      tell("sequence_complete", { actionId: action.id, result });
+      const success = completedSteps === totalSteps;
+      const result = { success, results, completedSteps, totalSteps };
+      tell("sequence_complete", { actionId, result });
     } else {
-      const { description } = action;
-      const result = { success, error, ...more, description, url: location.href };
-      tell("action_complete", { actionId: action.id, result });
+      const result = { ...results.at(-1), description, url: location.href };
+      tell("action_complete", { actionId, result });
     }
+    tell("continue_task", { context: scan() });
   }
 
   async function act(action) {
@@ -1275,15 +1185,9 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     lastPlan = action.id;
     acting = action;
     typing ||= document.activeElement === view.host;
-    view.panel.classList.add("acting");
     emit("action", action);
     const results = await carryOut(action, () => acting !== action);
-    if (!acting || acting === action) view.panel.classList.remove("acting");
-    if (!results) return;
-    acting = null;
-    keptActing.set(null);
-    report(action, results);
-    tell("continue_task", { context: scan() });
+    if (results) report(action, results);
   }
 
   function restore(history) {
@@ -1304,7 +1208,7 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     }
     view.log.append(...unsent);
     view.chips.hidden = true;
-    scrollDown(true);
+    scrollDown();
   }
 
   function setRunning(on) {
@@ -1312,9 +1216,10 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     view.stop.hidden = !on;
     view.log.setAttribute("aria-busy", on);
     setDots(on);
-    if (on || !typing) return;
+    if (on) return;
+    view.panel.classList.remove("acting");
+    if (typing && isOpen() && !PHONE.matches) view.input.focus({ preventScroll: true });
     typing = false;
-    if (isOpen() && !PHONE.matches) view.input.focus({ preventScroll: true });
   }
 
   /** End the answer that was being written; returns whether it already says a text. */
@@ -1331,6 +1236,9 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     }
     return said.includes(text);
   }
+  function say(text = "", kind = "bot") {
+    if (!endAnswer(text)) addBot(text, kind);
+  }
 
   const ON = {
     message_chunk({ delta, streamId, chunkIndex }) {
@@ -1340,11 +1248,10 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
         stream = { id: streamId, next: 0, text: "", node: addBot("") };
       }
       if (chunkIndex < stream.next) return;
-      stream.next = chunkIndex + 1;
-      stream.text += delta;
-      if (stream.drawing) return; // many chunks, one drawing
       const mine = stream;
-      mine.drawing = requestAnimationFrame(() => {
+      mine.next = chunkIndex + 1;
+      mine.text += delta;
+      mine.drawing ||= requestAnimationFrame(() => { // many chunks, one drawing
         mine.drawing = 0;
         if (mine === stream) setText(mine.node, mine.text);
       });
@@ -1353,33 +1260,27 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
       if (stream) stream.text = text;
       else if (text) stream = { text, node: addBot(text) };
       endAnswer("");
-      setRunning(false);
     },
     message({ text, isQuestion, isError, field }) {
-      if (!endAnswer(text)) addBot(text, isError ? "bot.error" : "bot");
-      setRunning(false);
+      say(text, isError ? "bot.error" : "bot");
       if (!isQuestion) return;
       expect(field?.type);
       if (isOpen()) view.input.focus();
     },
     ui_block({ block_type, data, message }) {
-      if (!endAnswer(message || "")) addBot(message);
+      say(message);
       addBlock(block_type, data);
-      setRunning(false);
     },
     confirmation_required(data) {
       endAnswer(data.message);
-      setRunning(false);
       askToConfirm(data);
     },
     task_complete({ summary }) {
-      const hasSaid = stream !== null;
-      if (!endAnswer(summary)) hasSaid ? add("note", summary) : addBot(summary);
-      setRunning(false);
+      say(summary);
     },
     action_plan({ actions: [action], message }) {
-      if (!endAnswer(message || "")) addBot(message);
-      setRunning(true);
+      say(message);
+      view.panel.classList.add("acting"); // on a phone the sheet makes room for the page
       if (picture) act(action);
       else early = action;
     },
@@ -1462,9 +1363,9 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
   // Every now and then: has a router changed the page, is the socket still there?
   let address = location.href, timer = 0;
   async function look() {
-    if (running && joined && !acting && Date.now() - heardAt > 60_000) {
-      heardAt = Date.now(); // the server is never silent so long
-      disconnect();
+    const mustSpeak = !joined || (running && !acting);
+    if (socket && mustSpeak && Date.now() - heardAt > (joined ? 60_000 : 10_000)) {
+      disconnect(); // the server is never silent so long
       connect();
     }
     if (location.href === address) return;
@@ -1484,10 +1385,10 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     }
   }
 
-  const ready = {};
-  ready.promise = new Promise((resolve) => { ready.resolve = resolve; });
+  let beReady;
+  const ready = new Promise((resolve) => { beReady = resolve; });
   const later = (act) => (...args) => {
-    ready.promise.then(() => { if (!over.signal.aborted) act(...args); });
+    ready.then(() => { if (!over.signal.aborted) act(...args); });
   };
 
   const LeFlux = {
@@ -1503,21 +1404,16 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
       forget();
       keptSession.set(null);
       keptActing.set(null);
-      taken = false;
-      banner("");
       setRunning(false);
       view.log.replaceChildren();
       view.chips.hidden = false;
       greet();
       if (id) call("DELETE", `/api/session/${id}`).catch(() => {}); // else it ends by itself
     }),
-    getState: () => ({
-      ready: Boolean(view.host),
-      open: Boolean(view.host) && isOpen(),
-      connected: joined,
-      running,
-      taken,
-    }),
+    getState() {
+      const isReady = Boolean(view.host);
+      return { ready: isReady, open: isReady && isOpen(), connected: joined, running, taken };
+    },
     on(name, heard) {
       hearers.set(name, (hearers.get(name) || new Set()).add(heard));
       return LeFlux;
@@ -1551,8 +1447,8 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
       } catch (error) {
         debug("no session", error);
         if (error.code === "session_not_found") keptSession.set(null);
-        else if (error.status === 403) break;
-        else await pause(error.seconds * 1000 || Math.min(60_000, 1000 * 2 ** tries));
+        else if (error.code === "host_not_registered") break;
+        else await pause(Math.min(60_000, 1000 * 2 ** tries));
       }
     }
     return null;
@@ -1575,12 +1471,12 @@ form button { padding: .6em; } .stop:hover { background: var(--line); }
     listen(window, "online", wakeUp);
     listen(window, "pageshow", comeBack);
     listen(window, "pagehide", () => { acting = null; }); // the next page reports what was done
-    listen(window, "popstate hashchange", look);
     timer = setInterval(look, 500);
     wanted = history.length > 0; // a task may go on
     wakeUp();
+    if (keptActing.get()) view.panel.classList.add("acting"); // the agent has come here
     if (wasOpen) open(false);
-    ready.resolve();
+    beReady();
     emit("ready");
   }
 

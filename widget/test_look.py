@@ -558,7 +558,7 @@ async def test_sheet_keeps_the_focus(visit: Visit, serve: Serve) -> None:
     assert await part(page, ".panel").get_attribute("aria-modal") == "true"
     for key in ("Tab", "Shift+Tab"):
         seen = []
-        for _ in range(9):
+        for _ in range(12):
             await page.keyboard.press(key)
             seen.append(await page.evaluate(FOCUSED))
         assert None not in seen
@@ -641,7 +641,7 @@ async def test_long_message(visit: Visit, serve: Serve, model: FakeModel) -> Non
     """Near the limit a counter counts code points; above it, sending waits."""
     page = await opened(await visit(await shop(serve, model)))
     field, counter = part(page, "textarea"), part(page, ".counter")
-    send = page.get_by_role("button", name="Send")
+    send = page.get_by_role("button", name="Send", exact=True)
     for length, shown, can_send in (
         (4000, "", True),
         (4990, "4990 / 5000", True),

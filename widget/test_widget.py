@@ -481,7 +481,7 @@ async def test_errors_and_retry(meet: Meet, serve: Serve, model: FakeModel, page
     await guest.ask("Another")
     await guest.hears("ok")
     await guest.ask("One too many")
-    await guest.see(".error", re.compile(r"Please wait \d+ s\.")).wait_for()
+    await guest.see(".error", re.compile(r"Please try again in \d+ s\.")).wait_for()
     await guest.see(".error button", "Try again").wait_for()
     [session] = server.hub.sessions.values()
     session.limiter = None
@@ -789,6 +789,39 @@ async def test_two_tabs(visit: Visit, serve: Serve, model: FakeModel, pages: Pag
     assert (await two.log())[-2:] == ["user: Third", "bot: Third answer"]
     await one.see(".banner", "open in another tab").wait_for()
     assert not one.results()
+
+
+HIDDEN = """Object.defineProperty(document, "visibilityState",
+    { configurable: true, get: () => window.isShown ? "visible" : "hidden" });"""
+
+
+async def test_tab_in_the_background(
+    visit: Visit, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """A tab that is opened in the background takes the chat over when it becomes visible."""
+    await chat_server(serve, pages, model)
+    url = pages.add("/", "<main>Hello</main>")
+    one = await Guest(await visit(url)).open()
+    await one.ask("First")
+    await one.hears("ok")
+    two = Guest(await one.page.context.new_page())
+    await two.page.goto(url)
+    await two.open()
+    await one.see(".banner button", "Use it here").click()
+    await two.see(".banner", "open in another tab").wait_for()
+
+    await two.page.add_init_script(HIDDEN)
+    count = len(two.joins)
+    await two.page.reload()
+    await two.page.wait_for_function("LeFlux?.getState().ready")
+    await two.see(".bot", "ok").wait_for()  # its panel is open, as before
+    await one.ask("Second")
+    await one.hears("ok")
+    assert len(two.joins) == count
+    assert await one.page.evaluate("LeFlux.getState().taken") is False
+    await two.page.evaluate("isShown = true, document.dispatchEvent(new Event('visibilitychange'))")
+    await one.see(".banner", "open in another tab").wait_for()
+    await two.see(".user", "Second").wait_for()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1244,6 +1277,26 @@ async def test_task_over_pages(meet: Meet, serve: Serve, model: FakeModel, pages
     await guest.ask("Where am I?")
     await guest.hears("ok")
     assert (await guest.log())[-3:] == ["bot: There.", "user: Where am I?", "bot: ok"]
+
+
+async def test_sheet_makes_room(visit: Visit, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """On a phone the sheet is half as high while the agent acts, on the next page too."""
+    await chat_server(serve, pages, model)
+    pages.add("/next", "<main><h1>Next</h1></main>")
+    page = await visit(pages.add("/", "<main><a href='/next'>Next</a></main>"), 390, 844)
+    guest = await Guest(page).open()
+    height = "node => node.offsetHeight"
+    assert await guest.see(".panel").evaluate(height) == 844
+    model.scripts.append(does(click("Next"), message="To the next."))
+    there = says("", type="task_complete", summary="There.")
+    model.scripts.append([model.at_gate, *there])
+    await guest.ask("Go on")
+    await page.wait_for_url("**/next")
+    await until(guest.results)
+    assert await guest.see(".panel").evaluate(height) == 422
+    model.gate.release()
+    await guest.hears("There.")
+    assert await guest.see(".panel").evaluate(height) == 844
 
 
 async def test_leaving_in_the_middle(
