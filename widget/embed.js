@@ -68,14 +68,14 @@
   /** A small JSON store that works, for the visit, where the browser forbids storage. */
   function keep(area, name) {
     const key = `leflux ${SERVER} ${name}`;
-    let memory = null;
+    let memory; // of what could not be stored
     return {
       get() {
-        try { return JSON.parse(window[area].getItem(key)); } catch { return memory; }
+        try { return memory ?? JSON.parse(window[area].getItem(key)); } catch { return null; }
       },
       set(value) {
-        memory = value;
-        try { window[area].setItem(key, JSON.stringify(value)); } catch { /* memory has it */ }
+        memory = undefined;
+        try { window[area].setItem(key, JSON.stringify(value)); } catch { memory = value; }
       },
     };
   }
@@ -216,6 +216,11 @@
   const numbers = new WeakMap(); // element -> its number
   const elements = []; // number - 1 -> a weak reference to the element
 
+  // Fields of a form hide its properties of the same name: <input name="parentElement">.
+  const parentOf = Object.getOwnPropertyDescriptor(Node.prototype, "parentElement").get;
+  /** What can be said of an element, or null if its page makes that impossible. */
+  const attempt = (say) => (element) => { try { return say(element); } catch { return null; } };
+
   /** closest(), out of shadow roots too. */
   function around(element, selector) {
     for (let at = element; at; at = at.getRootNode().host) {
@@ -240,7 +245,7 @@
   function* everything(root) { // open shadow roots of the page included
     for (const element of root.querySelectorAll("*")) {
       yield element;
-      if (element.shadowRoot) yield* everything(element.shadowRoot);
+      if (element.shadowRoot && element !== view.host) yield* everything(element.shadowRoot);
     }
   }
   function byIds(element, attribute) {
@@ -259,10 +264,11 @@
       : element.innerText ?? element.textContent; // SVG has no innerText
     return squeeze(own, 120) || squeeze(byIds(element, "aria-labelledby"), 120)
       || (isField(element) ? "" : squeeze(element.title || element.querySelector("[alt]")?.alt
-        || element.querySelector("[aria-label]")?.ariaLabel, 120));
+        || element.querySelector("[aria-label]")?.ariaLabel
+        || element.querySelector("svg title")?.textContent, 120));
   }
   function headingOf(element) {
-    for (let group = element; (group = group.parentElement?.closest(GROUP));) {
+    for (let group = element; (group = parentOf.call(group)?.closest(GROUP));) {
       const name = squeeze(group.getAttribute("aria-label") || byIds(group, "aria-labelledby")
         || group.querySelector("h1, h2, h3, h4, h5, h6, legend")?.textContent, 80);
       if (name) return name;
@@ -271,7 +277,8 @@
   }
   function isSecret(element) {
     const words = [element.type, element.autocomplete, element.name, element.id,
-      element.placeholder, element.ariaLabel, labelOf(element)].filter(Boolean).join(" | ");
+      element.placeholder, element.ariaLabel, byIds(element, "aria-describedby"),
+      labelOf(element)].filter(Boolean).join(" | ");
     return SECRET.test(words.normalize("NFKC").replace(/\p{Cf}/gu, "")
       .replace(/(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[a-zA-Z])(?=[0-9])/g, " ")
       .replace(/[\s_.\-/[\]:]+/g, " ").toLowerCase());
@@ -300,7 +307,7 @@
       autocomplete: (isField(element) && element.autocomplete) || undefined,
       href: tag === "a" ? (element.href.baseVal ?? element.href).slice(0, 300) : undefined, // SVG
       ariaLabel: said("aria-label"),
-      options: options?.map((option) => squeeze(option.text, 60)),
+      options: options?.map((option) => squeeze(option.text, 40)),
       checked: checkable ? element.checked : { true: true, false: false }[element.ariaChecked],
       required: element.matches(":required") || element.ariaRequired === "true" || undefined,
       disabled: isDisabled(element) || undefined,
@@ -309,9 +316,10 @@
       inViewport: isInViewport(element) || undefined,
     };
   }
-  function describeForm(form) { // by getAttribute: a field called "name" hides the form's own name
-    const fields = [...form.elements].filter((field) => isField(field) && isUsable(field));
-    const submits = [...form.elements].filter((field) => field.type === "submit");
+  function describeForm(form) {
+    const inside = [...form.querySelectorAll("input, select, textarea, button")];
+    const fields = inside.filter((field) => isField(field) && isUsable(field));
+    const submits = inside.filter((field) => field.type === "submit");
     const names = ["aria-label", "name", "id"].map((name) => form.getAttribute(name));
     return {
       name: names.find(Boolean),
@@ -333,11 +341,12 @@
   function scan() {
     const rank = (element) => (around(element, MODAL) ? 0 : isInViewport(element) ? 1 : 2);
     const found = [...everything(document.body)]
-      .filter((element) => element.matches(INTERACTIVE) && isUsable(element))
+      .filter(attempt((element) => element.matches(INTERACTIVE) && isUsable(element)))
       .map((element) => [rank(element), element])
       .sort(([one], [other]) => one - other)
       .slice(0, MAX_ELEMENTS)
       .map(([, element]) => element);
+    elements.forEach((reference, at) => { if (!reference.deref()) delete elements[at]; });
     for (const element of found) {
       if (!numbers.has(element)) numbers.set(element, elements.push(new WeakRef(element)));
     }
@@ -345,8 +354,9 @@
       url: location.href,
       title: squeeze(document.title, 300),
       visibleText: visibleText(),
-      indexedElements: found.map(describe),
-      forms: [...document.forms].filter(isVisible).slice(0, 10).map(describeForm),
+      indexedElements: found.map(attempt(describe)).filter(Boolean),
+      forms: [...document.querySelectorAll("form")].filter(attempt(isVisible)).slice(0, 10)
+        .map(attempt(describeForm)).filter(Boolean),
       visitorData,
     };
   }
@@ -379,8 +389,9 @@
       const press = { ...bubbling, button: 0, isPrimary: true, pointerType: "mouse", view: window };
       fire(element, new PointerEvent("pointerdown", press), new MouseEvent("mousedown", press));
       element.focus({ preventScroll: true });
-      fire(element, new PointerEvent("pointerup", press), new MouseEvent("mouseup", press),
-        new MouseEvent("click", press));
+      fire(element, new PointerEvent("pointerup", press), new MouseEvent("mouseup", press));
+      if (element.click) element.click();
+      else fire(element, new MouseEvent("click", press)); // SVG
     },
 
     async type(step) {
@@ -444,19 +455,34 @@
     async navigate({ url }) {
       const { href, origin } = new URL(url, location.href), before = location.href;
       need(origin === location.origin, "the address is not on this website");
-      // A click on a link lets the page's own router take it. Where nothing does, the browser
-      // loads the page.
-      const own = [...document.links].find((a) => a.href === href && !a.target && isUsable(a));
+      // A click on a link lets the page's own router take it, if that is all that the link does.
+      // Where nothing takes it, the browser loads the page.
+      const own = [...document.links].find((a) => a.href === href && !a.target && isUsable(a)
+        && !a.matches("[role=button], [onclick]") && !/method|confirm/.test(Object.keys(a.dataset)));
       const anchor = own || document.body.appendChild(h("a", { href, hidden: true }));
       anchor.click();
       if (!own) anchor.remove();
-      const hasBegun = () => leftAt || location.href !== before;
-      for (let tries = 0; tries < 20 && !hasBegun(); tries++) await pause(50);
-      if (!hasBegun()) location.assign(href);
+      if (await isUnderWay(before)) return;
+      if (href.split("#")[0] !== before.split("#")[0]) leftAt = Date.now();
+      location.assign(href);
     },
 
     wait: ({ waitDuration }) => pause(waitDuration),
   };
+
+  /** Whether the page is being left, or a router has changed its address; waits a little for it. */
+  async function isUnderWay(before, tries = 20) {
+    while (tries-- > 0 && !leftAt && location.href === before) await pause(50);
+    return leftAt > 0 || location.href !== before;
+  }
+  /** Whether the browser, and not the page, follows a click or sends a form. */
+  function leaves({ type, target, defaultPrevented }) {
+    const link = type === "click" ? target.closest?.("a[href]:not([download])") : target;
+    if (defaultPrevented || !link || /_blank/.test(link.target)) return false;
+    return type === "submit" || isElsewhere(link);
+  }
+  const isElsewhere = ({ href }) => /^https?:/.test(href)
+    && href.split("#")[0] !== location.href.split("#")[0];
 
   /** Wait until the page has reacted: no change for a while, or it never rests. */
   async function settled(quietMs) {
@@ -494,9 +520,13 @@
     const steps = stepsOf(action);
     const results = [];
     const note = (...more) => keptActing.set({ id: action.id, results: [...results, ...more] });
-    const leave = () => { leftAt = Date.now(); };
+    const leave = (event) => {
+      if (event.type === "beforeunload" || leaves(event)) leftAt = Date.now();
+    };
+    const signs = ["beforeunload", "click", "submit"]; // no single one comes in every browser
     leftAt = 0;
-    window.addEventListener("beforeunload", leave); // only now: it can cost the page its bfcache
+    // Only now: it can cost the page its place in the back/forward cache.
+    for (const sign of signs) window.addEventListener(sign, leave);
     for (const step of steps) {
       const result = { success: true, elementId: step.elementId };
       try {
@@ -504,7 +534,10 @@
         if (step.elementId !== undefined) await pointAt(elementOf(step));
         if (isCancelled()) break;
         note(result);
+        const before = location.href;
+        const link = step.action === "click" && elementOf(step).closest("a[href]");
         Object.assign(result, await DO[step.action](step));
+        if (link && isElsewhere(link) && !link.target) await isUnderWay(before, 30);
       } catch (error) {
         Object.assign(result, { success: false, error: squeeze(error.message, 300) });
       }
@@ -514,7 +547,7 @@
       while (Date.now() - leftAt < 10_000) await pause(100); // longer: it was a download
       if (isCancelled()) break;
     }
-    window.removeEventListener("beforeunload", leave);
+    for (const sign of signs) window.removeEventListener(sign, leave);
     return isCancelled() ? null : results;
   }
 
@@ -693,7 +726,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
         iconButton("button", "clear", () => LeFlux.clearConversation()),
         iconButton("button", "close", close)),
       view.banner, view.log, view.form);
-    view.live = h("div.quiet", { "aria-live": "polite" });
+    view.live = h("div.quiet", { "aria-live": "polite", lang: "" }); // in whatever language
     view.ring = h("div.ring", { hidden: true });
     view.root = h("div.root", {}, view.launcher, view.nudge, view.panel, view.live, view.ring);
     shadow.append(view.root);
@@ -765,6 +798,15 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (nudge.enabled && nudge.message && Date.now() - (keptNudge.get() || 0) > KEEP_MS) {
       setTimeout(() => offerNudge(nudge), nudge.delay ?? 5000);
     }
+  }
+
+  /** A modal dialog of the page makes all else inert: the chat moves into it, and out again. */
+  function stayOnTop() {
+    const home = [...document.querySelectorAll("dialog:modal")].at(-1) || document.documentElement;
+    if (view.host.parentNode === home) return;
+    const { scrollTop } = view.log;
+    home.append(view.host);
+    view.log.scrollTop = scrollTop;
   }
 
   function offerNudge({ message, style, dismissable }) {
@@ -874,8 +916,8 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   }
 
   // Cards: few words, or the model's slips for them; whatever is no text is left out.
+  const isText = (value) => ["string", "number"].includes(typeof value);
   function words(item, ...names) {
-    const isText = (value) => ["string", "number"].includes(typeof value);
     return String(names.map((name) => item[name]).find(isText) ?? "");
   }
   const BLOCKS = ["pricing_cards", "feature_grid", "faq_list", "link_cards"];
@@ -886,21 +928,21 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
       const text = words(item, "text", "description", "answer", "subtitle");
       const url = words(item, "url", "href", "link");
       const price = words(item, "price");
-      const points = [item.points, item.features].find(Array.isArray) || [];
+      const points = ([item.points, item.features].find(Array.isArray) || []).filter(isText);
       const isLink = type === "link_cards" && safeUrl(url);
       const [whole, heading] = type === "faq_list" ? ["details", "summary"] : ["div", "h3"];
       const body = [
         h(heading, { dir: "auto" }, title),
         price && h("p.price", { dir: "auto" }, price),
         text && h("p", { dir: "auto" }, ...inline(text)),
-        points.length && h("ul", { dir: "auto" }, ...points.map((one) => h("li", {}, String(one)))),
+        points.length && h("ul", { dir: "auto" }, ...points.map((one) => h("li", {}, `${one}`))),
         url && !isLink && h("p", { dir: "auto" }, link(url, WORDS.link)),
       ];
       const card = isLink ? link(url, ...body) : h(whole, {}, ...body);
       card.className = "card";
       return card;
     });
-    add(/faq|link/.test(type) ? "cards.list" : "cards", ...cards);
+    return add(/faq|link/.test(type) ? "cards.list" : "cards", ...cards);
   }
 
   function askToConfirm({ message, confirm_label, cancel_label }) {
@@ -916,9 +958,13 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     const card = add("confirm", h("p", { dir: "auto" }, message), h("div.choices", {}, yes, no));
     card.setAttribute("role", "group");
     card.setAttribute("aria-label", message);
-    if (isOpen()) no.focus();
+    stayOnTop();
+    if (isOpen() && isIdle()) no.focus();
     scrollDown();
   }
+
+  /** Whether the visitor's focus is nowhere on the page, and may be moved. */
+  const isIdle = () => [view.host, document.body, null].includes(document.activeElement);
 
   function retireCards() { // what they ask is no longer asked
     for (const button of view.log.querySelectorAll(".confirm button")) button.disabled = true;
@@ -926,7 +972,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   function failed({ code = "internal", message }, again) {
     const text = code === "internal" ? WORDS.failed : message;
     const retry = () => { node.remove(); focusInput(); again(); };
-    const canRetry = again && !/^(budget_exceeded|invalid_message)$/.test(code);
+    const canRetry = again && !/^(budget_exceeded|invalid_message|payload_too_large)$/.test(code);
     const node = add("bot.error", h("p", { dir: "auto", role: "alert" }, text),
       canRetry ? button("button.plain", retry, WORDS.retry) : null);
     if (!isOpen()) markUnread(true);
@@ -1038,12 +1084,14 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     clearTimeout(retryTimer);
     wanted = true;
     if (!session || socket || over.signal.aborted) return;
-    const url = new URL(session.wsUrl);
+    // One that never worked may be from before the server was put right.
+    const other = retries % 2 && !session.worked;
+    const url = new URL(other ? SERVER.replace("http", "ws") : session.wsUrl);
     url.searchParams.set("sessionId", session.id);
     if (lastSeq !== null) url.searchParams.set("lastSeq", lastSeq);
     try { socket = new WebSocket(url); } catch (error) { // such as ws: on a page of https:
-      console.warn(`leflux: ${session.wsUrl} cannot be used here (see server.public_url).`, error);
-      setRunning(false);
+      console.warn(`leflux: ${url.origin} cannot be used here (see server.public_url).`, error);
+      onClosed(0);
       return;
     }
     const ws = socket;
@@ -1064,8 +1112,10 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
       taken = true;
       acting = early = null;
       setRunning(false);
+      retireCards();
       banner(WORDS.taken, WORDS.takeBack, takeBack);
     } else {
+      if (code === 1009) unanswered = []; // it would be too large again
       if (running || isOpen()) banner(WORDS.reconnecting);
       const most = Math.min(30_000, 500 * 2 ** retries++);
       retryTimer = setTimeout(connect, most * (0.5 + Math.random() / 2));
@@ -1126,7 +1176,8 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   }
 
   function onJoined({ history }, seq) {
-    joined = true;
+    joined = session.worked = true;
+    taken = false;
     retries = 0;
     banner("");
     if (history.length && (lastSeq === null || seq > lastSeq)) { // this page has missed something
@@ -1265,11 +1316,12 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
       say(text, isError ? "bot.error" : "bot");
       if (!isQuestion) return;
       expect(field?.type);
-      if (isOpen()) view.input.focus();
+      if (isOpen() && isIdle()) view.input.focus();
     },
     ui_block({ block_type, data, message }) {
       say(message);
-      addBlock(block_type, data);
+      const block = addBlock(block_type, data);
+      if (!message) announce(block.innerText);
     },
     confirmation_required(data) {
       endAnswer(data.message);
@@ -1286,6 +1338,9 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     },
   };
 
+  function enqueue(act) {
+    queue = queue.then(act).catch((error) => console.error("leflux:", error));
+  }
   function send(text) {
     const message = String(text ?? "").trim();
     if (!message) return;
@@ -1299,7 +1354,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     retireCards();
     emit("message", { text: message });
     const id = crypto.randomUUID?.() || `${Date.now()}-${Math.random()}`;
-    queue = queue.then(() => deliver(message, id, node));
+    enqueue(() => deliver(message, id, node));
   }
 
   /** Send a message until the server has it. The same id again is no second message. */
@@ -1317,6 +1372,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
           if (view.log.querySelector(".user:not(.pending)")) add("note", WORDS.expired);
           view.log.insertBefore(node, view.dots);
           await begin();
+          if (!node.isConnected) break;
         }
         const body = { sessionId: session.id, message, clientMessageId, pageContext: scan() };
         sent = await call("POST", "/api/chat", body);
@@ -1336,7 +1392,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
       taken = wasTaken;
       setRunning(false);
       const again = () => deliver(message, clientMessageId, node, true);
-      failed(problem, () => { queue = queue.then(again); });
+      failed(problem, () => enqueue(again));
       return;
     }
     node.classList.remove("pending");
@@ -1357,21 +1413,22 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     acting = null;
     view.ring.hidden = true;
     setRunning(false);
-    queue = queue.then(() => tell("stop", {})); // after a message that is on its way
+    enqueue(() => tell("stop", {})); // after a message that is on its way
   }
 
   // Every now and then: has a router changed the page, is the socket still there?
   let address = location.href, timer = 0;
   async function look() {
+    stayOnTop();
     const mustSpeak = !joined || (running && !acting);
     if (socket && mustSpeak && Date.now() - heardAt > (joined ? 60_000 : 10_000)) {
       disconnect(); // the server is never silent so long
       connect();
     }
     if (location.href === address) return;
-    address = location.href;
+    const here = address = location.href;
     await settled(200);
-    if (joined && picture && !acting) showPage();
+    if (here === address && joined && picture && !acting) showPage();
   }
 
   // ---------------------------------------------------------------------------------------------
@@ -1415,6 +1472,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
       return { ready: isReady, open: isReady && isOpen(), connected: joined, running, taken };
     },
     on(name, heard) {
+      if (name === "ready" && view.host) later(heard)({}); // it has been, already
       hearers.set(name, (hearers.get(name) || new Set()).add(heard));
       return LeFlux;
     },
