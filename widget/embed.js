@@ -377,9 +377,7 @@
     need(!isDisabled(element), "the element is disabled");
     return element;
   }
-  function fire(element, ...events) {
-    for (const event of events) element.dispatchEvent(event);
-  }
+  const fire = (element, ...events) => events.forEach((event) => element.dispatchEvent(event));
   const bubbling = { bubbles: true, cancelable: true, composed: true };
 
 
@@ -877,9 +875,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   // Messages. Whoever reads at the bottom stays there, whoever scrolled up is left alone.
 
   const isAtEnd = () => view.log.scrollHeight - view.log.scrollTop - view.log.clientHeight < 80;
-  function scrollDown() {
-    view.log.scrollTop = view.log.scrollHeight;
-  }
+  const scrollDown = () => { view.log.scrollTop = view.log.scrollHeight; };
   function following(change) {
     const follow = isAtEnd();
     change();
@@ -1327,9 +1323,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
       endAnswer(data.message);
       askToConfirm(data);
     },
-    task_complete({ summary }) {
-      say(summary);
-    },
+    task_complete: ({ summary }) => say(summary),
     action_plan({ actions: [action], message }) {
       say(message);
       view.panel.classList.add("acting"); // on a phone the sheet makes room for the page
@@ -1495,13 +1489,13 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     for (let tries = 0; !over.signal.aborted; tries++) {
       try {
         session = kept();
-        if (session) {
-          const { history, siteConfig } = await call("GET", `/api/session/${session.id}`);
-          config = siteConfig;
-          return history;
+        if (!session) {
+          await begin();
+          return [];
         }
-        await begin();
-        return [];
+        const { history, siteConfig } = await call("GET", `/api/session/${session.id}`);
+        config = siteConfig;
+        return history;
       } catch (error) {
         debug("no session", error);
         if (error.code === "session_not_found") keptSession.set(null);
@@ -1532,7 +1526,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     timer = setInterval(look, 500);
     wanted = history.length > 0; // a task may go on
     wakeUp();
-    if (keptActing.get()) view.panel.classList.add("acting"); // the agent has come here
+    if (keptActing.get()) view.panel.classList.add("acting"); // the agent has brought us here
     if (wasOpen) open(false);
     beReady();
     emit("ready");
