@@ -477,7 +477,7 @@
   function leaves({ type, target, defaultPrevented }) {
     const link = type === "click" ? target.closest?.("a[href]:not([download])") : target;
     if (defaultPrevented || !link || /_blank/.test(link.target)) return false;
-    return type === "submit" || isElsewhere(link);
+    return type === "submit" ? link.method !== "dialog" : isElsewhere(link);
   }
   const isElsewhere = ({ href }) => /^https?:/.test(href)
     && href.split("#")[0] !== location.href.split("#")[0];
@@ -1019,7 +1019,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   let config = {};
   let visitorData; // what the page's author knows of the visitor
   let session = null; // {id, wsUrl, at}
-  let socket = null, joined = false, taken = false, wanted = false;
+  let socket = null, joined = false, worked = false, taken = false, wanted = false;
   let lastSeq = null; // of the last event seen; null: this page has seen none of the session
   let retries = 0, retryTimer = 0, heardAt = 0;
   let unanswered = []; // frames that no event has answered: a broken connection may have lost them
@@ -1081,7 +1081,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     wanted = true;
     if (!session || socket || over.signal.aborted) return;
     // One that never worked may be from before the server was put right.
-    const other = retries % 2 && !session.worked;
+    const other = retries % 2 && !worked;
     const url = new URL(other ? SERVER.replace("http", "ws") : session.wsUrl);
     url.searchParams.set("sessionId", session.id);
     if (lastSeq !== null) url.searchParams.set("lastSeq", lastSeq);
@@ -1172,7 +1172,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   }
 
   function onJoined({ history }, seq) {
-    joined = session.worked = true;
+    joined = worked = true;
     taken = false;
     retries = 0;
     banner("");

@@ -1348,6 +1348,191 @@ async def test_leaving_in_the_middle(
 
 
 # ---------------------------------------------------------------------------------------------
+# Pages that make it hard
+
+
+MAIN = "<main><h1>Hi</h1>%s</main>"
+
+
+async def test_navigate_presses_nothing(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """To go to an address is not to click a link that does something else with it."""
+    await chat_server(serve, pages, model)
+    pages.add("/users/5", "<p>Ada</p>")
+    press = 'onclick="localStorage.gone = 1; event.preventDefault()"'
+    links = f"<a href='/users/5' data-turbo-method='delete' {press}>Remote</a>"
+    guest = await meet(pages.add("/", MAIN % links))
+    model.scripts.append(does({"action": "navigate", "url": f"{pages.url}/users/5"}))
+    await guest.ask("Show me Ada")
+    await guest.page.wait_for_url("**/users/5")
+    assert await guest.page.evaluate("localStorage.gone") is None
+
+
+async def test_modal_dialog(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """A modal dialog of the page makes all else inert, but not the chat that is asked for a yes."""
+    await chat_server(serve, pages, model)
+    form = "<form method=dialog onsubmit='window.sent = 1'><button>Send message</button></form>"
+    body = f"<button onclick='d.showModal()'>Write to us</button><dialog id=d>{form}</dialog>"
+    guest = await meet(pages.add("/", MAIN % body))
+    model.scripts += [does(click("Write to us")), does(click("Send message"))]
+    await guest.ask("Send it")
+    await guest.see(".confirm button", "Send message").click()
+    await guest.page.wait_for_function("window.sent")
+    await guest.hears("ok")
+    await guest.ask("Thank you")  # the dialog is closed
+    await until(lambda: len(guest.posts) == 2)
+    assert "Hi" in guest.context["visibleText"]
+
+
+@pytest.mark.parametrize("way", ["delayed click", "click", "navigate"])
+async def test_late_leaving(
+    way: str, meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """A page that is left slowly, or without "beforeunload", is not reported as unchanged."""
+    await chat_server(serve, pages, model)
+    deaf = """<script>const add = window.addEventListener;
+        window.addEventListener = function(name, ...more) {
+          if (name !== "beforeunload") add.call(this, name, ...more); };</script>"""
+    fade = "event.preventDefault(); setTimeout(() => location.href = this.href, 900)"
+    link = {"delayed click": f'<a href="/next" onclick="{fade}">Onwards</a>', "navigate": ""}
+    body = MAIN % link.get(way, '<a href="/next">Onwards</a>')
+    pages.add("/next", "<main>The next page</main>")
+    guest = await meet(pages.add("/", body if way == "delayed click" else deaf + body))
+
+    async def slow(route: Route) -> None:
+        await asyncio.sleep(1.5)
+        await route.continue_()
+
+    await guest.page.route("**/next", slow)
+    go = {"action": "navigate", "url": f"{pages.url}/next"}
+    model.scripts += [does(go if way == "navigate" else click("Onwards")), says("There we are.")]
+    await guest.ask("Go on")
+    await guest.hears("There we are.")
+    assert len(model.requests) == 2
+    assert "The next page" in model.prompt()
+
+
+async def test_forms_that_hide_their_own_names(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """Fields called like what a form is asked for cost their own form at most."""
+    await chat_server(serve, pages, model)
+    names = (
+        "elements parentElement getAttribute closest matches querySelectorAll shadowRoot".split()
+    )
+    forms = "".join(f"<form><input name='{name}' aria-label='{name}'></form>" for name in names)
+    body = forms + "<img name='forms' src='data:,'><button>Fine</button>"
+    guest = await meet(pages.add("/", MAIN % body))
+    await guest.ask("Hello")
+    await guest.hears("ok")
+    assert "Fine" in [element["text"] for element in guest.context["indexedElements"]]
+
+
+async def test_button_named_by_its_picture(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """An icon's title is the name of its button, so that a click on it asks first."""
+    await chat_server(serve, pages, model)
+    icon = "<svg width=20 height=20 role=img><title>Delete account</title></svg>"
+    guest = await meet(pages.add("/", MAIN % f"<button onclick='gone = 1'>{icon}</button>"))
+    model.scripts.append(does(click("Delete account")))
+    await guest.ask("Clean up")
+    await guest.see(".confirm").wait_for()
+    assert not await guest.page.evaluate("window.gone")
+
+
+async def test_blocks_are_read_out(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """A block without a message is announced; what is no text in it is left out."""
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", MAIN % ""))
+    data = {"items": ["Fast", {"title": "Cheap", "points": ["Free", None]}]}
+    model.scripts.append(says("", type="render_ui_block", block_type="feature_grid", data=data))
+    await guest.ask("Why you?")
+    await guest.see(".cards", "Cheap").wait_for()
+    await expect(guest.see(".quiet[aria-live]")).to_contain_text("Fast")
+    await expect(guest.see(".cards li")).to_have_text(["Free"])
+
+
+async def test_socket_address_from_before(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """A chat that began while public_url was wrong finds the socket once that is mended."""
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", MAIN % ""))
+    await guest.ask("Hi")
+    await guest.hears("ok")
+    await guest.page.evaluate(
+        """() => { const key = Object.keys(localStorage).find((name) => name.endsWith("session"));
+            const kept = JSON.parse(localStorage[key]);
+            localStorage[key] = JSON.stringify({ ...kept, wsUrl: "ws://localhost:1" }); }"""
+    )
+    await guest.page.reload()
+    model.scripts.append(says("Still here."))
+    await guest.ask("And now?")
+    await guest.hears("Still here.")
+
+
+async def test_focus_stays_on_the_page(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """Who types into the page while a question or a card arrives goes on typing there."""
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", MAIN % "<input id=note><button>Send order</button>"))
+    question = says("", type="ask_user", question="Which one?", field_name="x", field_type="text")
+    for script, seen in ((question, ".bot >> text=Which one?"), (None, ".confirm")):
+        model.scripts.append([model.at_gate, *question] if script else does(click("Send order")))
+        await guest.ask("Hello")
+        await guest.page.focus("#note")
+        model.gate.release()
+        await guest.see(seen).wait_for()
+        await guest.page.keyboard.type("abc")
+    assert await guest.page.input_value("#note") == "abcabc"
+
+
+async def test_card_in_a_tab_that_lost_the_chat(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """What is asked there can no longer be answered there, until the chat is taken back."""
+    await chat_server(serve, pages, model)
+    url = pages.add("/", MAIN % "<button>Send order</button>")
+    guest = await meet(url)
+    model.scripts.append(does(click("Send order")))
+    await guest.ask("Order")
+    await expect(guest.see(".confirm button").first).to_be_enabled()
+    other = await guest.page.context.new_page()
+    await other.goto(url)
+    await guest.see(".banner", "another tab").wait_for()
+    await expect(guest.see(".confirm button").first).to_be_disabled()
+
+
+async def test_clearing_while_a_session_begins(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """What was cleared before it went out does not go out."""
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", MAIN % ""))
+    await guest.page.evaluate("LeFlux.clearConversation()")
+    begun, gate = asyncio.Event(), asyncio.Event()
+
+    async def slow(route: Route) -> None:
+        begun.set()
+        await gate.wait()
+        await route.continue_()
+
+    await guest.page.route("**/api/session/init", slow)
+    await guest.ask("A secret")
+    await begun.wait()
+    await guest.page.evaluate("LeFlux.clearConversation()")
+    gate.set()
+    await guest.ask("Hello")
+    await guest.hears("ok")
+    assert [post["message"] for post in guest.posts] == ["Hello"]
+
+
+# ---------------------------------------------------------------------------------------------
 # For the page's author
 
 
