@@ -4,10 +4,11 @@
 A script on the page opens a chat. What the visitor writes and what the page shows reach this
 server; it asks a language model and streams the answer back over a WebSocket.
 
-    python leflux_server.py [--config FILE] [--check]
+    python leflux_server.py [--config FILE] [--check | --doctor [URL]]
 
 Without an API key the built-in offline guide answers, so that everything can be tried at once.
 Settings are in config.toml beside this file; the model's key is in $LEFLUX_LLM_API_KEY.
+--check reads them and exits; --doctor looks at a whole deployment and says what is wrong with it.
 
 REST (JSON in, JSON out; a caller is the site whose allowed_hosts contains its Origin):
 
@@ -17,8 +18,10 @@ REST (JSON in, JSON out; a caller is the site whose allowed_hosts contains its O
     GET    /api/session/{id}    -> {sessionId, exists, host, messageCount, siteConfig, history}
     DELETE /api/session/{id}    -> {deleted}
     GET    /api/stats           -> {uptimeSeconds, activeSessions, messagesProcessed, version}
-    GET    /health              -> {status, timestamp, llm}
-    GET    /                    the demo page (server.demo), or with an Upgrade the WebSocket
+    GET    /health              -> {status, timestamp, llm}; with ?client also {client}: the
+                                caller's own address, as the limits count it
+    GET    /embed.js            the widget: <script src="https://.../embed.js" async></script>
+    GET    /                    the demo (server.demo), or with an Upgrade the WebSocket
     GET    /ws                  the WebSocket
 
 Admin (Authorization: Bearer <Firebase ID token> of a site's owner or an admin):
@@ -37,10 +40,11 @@ WebSocket (text frames {"event": name, "data": {...}}; the server's carry "seq" 
     <- session_joined, message_chunk, message_done, message, action_plan, ui_block,
        confirmation_required, task_complete, error
 
-The file reads downwards: checks and config, errors, the state of a running server, origins,
-limits, sessions and their event log, the store and budgets, the page and the site's knowledge,
-actions, the model and what it says, the offline guide, the turn, and last the handlers: REST,
-admin, WebSocket, and the lifecycle.
+The file reads downwards; what a function uses stands above it. Its sections: checks, hosts, the
+widget's configuration, the server's; errors; the state (hub, session with its event log, socket);
+addresses, limits, sessions; store, budgets; page context, knowledge; actions; the model client,
+what the model says, the offline guide; the turn; then the handlers: REST, tokens, admin,
+WebSocket; last the lifecycle, the doctor, the command line.
 """
 
 from __future__ import annotations
@@ -54,6 +58,7 @@ import email.utils
 import fcntl
 import functools
 import gc
+import hashlib
 import ipaddress
 import itertools
 import json
@@ -62,10 +67,13 @@ import math
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import sys
+import tempfile
 import time
 import tomllib
 import unicodedata
@@ -96,6 +104,7 @@ MAX_JSON_DEPTH = 64
 BODY_SECONDS = 15
 JOIN_SECONDS = 10
 PING_SECONDS = 25
+CLOSE_SECONDS = 5  # for a client to answer that a socket closes
 STALL_SECONDS = 30  # a socket that takes nothing for so long is cut off
 FRAMES_PER_WINDOW, FRAME_WINDOW_SECONDS = 60, 10
 SWEEP_SECONDS = 2
@@ -111,7 +120,7 @@ MAX_SSE_LINE_BYTES = 8 * 1024 * 1024
 BURST_BYTES = 2048  # many deltas at once, in one read
 MAX_FRAMES = 20  # a stream whose events differ more often is read line by line
 MAX_HISTORY = 500  # messages kept in a session: the first 2 and the last ones
-MAX_HISTORY_CHARS = 1_000_000
+MAX_HISTORY_CHARS = 400_000
 PROMPT_FIRST, PROMPT_LAST = 2, 50  # messages of the conversation that the model sees
 KNOWLEDGE_CHARS = 2500  # of passages in one prompt
 MAX_LIMITERS = 20_000
@@ -312,19 +321,29 @@ def split_authority(authority: str) -> tuple[str, int | None]:
     return canonical_host(match[1]), int(match[2]) if match[2] else None
 
 
-def allowed_host(value: Any) -> tuple[str, int | None]:
-    """Check an entry of allowed_hosts: (host, port or None for every port)."""
+HostEntry = tuple[str, int | None]  # of allowed_hosts: (host, port or None for every port)
+
+
+def allowed_host(value: Any) -> HostEntry:
     host, port = split_authority(text(300, 1)(value))
     if host in SHARED_SUFFIXES or ("." not in host and host != "localhost" and not is_ip(host)):
         raise ValueError(f"{host} is shared by many sites and cannot be registered")
     return host, port
 
 
-@functools.lru_cache(4096)
+def written_host(host: str, port: int | None) -> str:
+    return host if port is None else f"{host}:{port}"
+
+
 def parse_origin(origin: str) -> tuple[str, int] | None:
     """Return (host, port) of an exact http(s)://host[:port], else None (RFC 6454)."""
+    return split_origin(origin) if len(origin) <= 300 else None
+
+
+@functools.lru_cache(4096)
+def split_origin(origin: str) -> tuple[str, int] | None:
     scheme, separator, authority = origin.partition("://")
-    if len(origin) > 300 or not separator or scheme.lower() not in ("http", "https"):
+    if not separator or scheme.lower() not in ("http", "https"):
         return None
     try:
         host, port = split_authority(authority)
@@ -460,6 +479,9 @@ def merge_patch(target: Any, patch: Any) -> Any:
 # Configuration: config.toml becomes frozen dataclasses, once, strictly.
 
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
 class ConfigError(Exception):
     """One line that names the key and says what is wrong with it."""
 
@@ -468,11 +490,7 @@ def key(default: Any, check: Check) -> Any:
     return dataclasses.field(default=default, metadata={"check": check})
 
 
-def listen_host(value: Any) -> str:
-    return cast(str, text(255, 1, r"[^\s/@]+", "a host name or an address")(value))
-
-
-def network(value: Any) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+def network(value: Any) -> Network:
     try:
         return ipaddress.ip_network(text(50)(value), strict=False)
     except ValueError:
@@ -490,7 +508,7 @@ def bare_url(value: Any) -> str:
     value = text(300)(value).removesuffix("/")
     if value and parse_origin(value) is None:
         raise ValueError("must be http(s)://host[:port] without a path")
-    return cast(str, value)
+    return cast(str, value).lower()
 
 
 def endpoint(value: Any) -> str:
@@ -506,13 +524,11 @@ LOCAL_NETWORKS = (ipaddress.ip_network("127.0.0.1"), ipaddress.ip_network("::1")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServerConfig:
-    host: str = key("127.0.0.1", listen_host)
+    host: str = key("127.0.0.1", text(255, 1, r"[^\s/@]+", "a host name or an address"))
     port: int = key(3002, whole(0, 65535))
     public_url: str = key("", bare_url)
     cors_origins: tuple[str, ...] = key(("*",), list_of(cors_origin))
-    trusted_proxies: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = key(
-        LOCAL_NETWORKS, list_of(network)
-    )
+    trusted_proxies: tuple[Network, ...] = key(LOCAL_NETWORKS, list_of(network))
     state_dir: str = key("state", text(4000))
     signup_url: str = key("", web_url)
     demo: bool = key(True, flag)
@@ -561,7 +577,7 @@ class Site:
 
     id: str = key("", text(64, 1, r"[A-Za-z0-9_-]+", "letters, digits, - and _"))
     name: str = key("", text(80, 1))
-    allowed_hosts: tuple[tuple[str, int | None], ...] = key((), list_of(allowed_host))
+    allowed_hosts: tuple[HostEntry, ...] = key((), list_of(allowed_host))
     owners: tuple[str, ...] = key((), list_of(text(320, 1)))
     instructions: str = key("", text(20_000))
     knowledge: tuple[str, ...] = key((), list_of(text(4000, 1)))
@@ -589,36 +605,70 @@ class Config:
         return not self.api_key and self.llm.base_url == LlmConfig().base_url
 
 
+def checks_of(cls: Any) -> Rules:
+    return {field.name: field.metadata["check"] for field in dataclasses.fields(cls)}
+
+
 def parse_table(cls: type[T], table: Any, path: str) -> T:
     """Build one of the dataclasses above from its TOML table; raise ConfigError."""
-    fields = dataclasses.fields(cast(Any, cls))
-    rules = {field.name: field.metadata["check"] for field in fields}
     errors: dict[str, str] = {}
-    values = check_table(table, rules, path, errors)
+    values = check_table(table, checks_of(cls), path, errors)
     for where, problem in errors.items():
         raise ConfigError(f"{where} {problem}")
     if cls is Site:
-        values["config"] = merge_patch(
-            SITE_CONFIG_DEFAULTS, without_empty(values.get("config", {}))
-        )
+        config = without_empty(values.get("config", {}))
+        values["config"] = merge_patch(SITE_CONFIG_DEFAULTS, config)
     return cls(**values)
+
+
+def read_file(path: Path, name: str) -> str:
+    """Return the text of a UTF-8 file; a ConfigError names it as the caller does."""
+    try:
+        if path.stat().st_size > 16 * 1024 * 1024:
+            raise ConfigError(f"{name} is larger than 16 MiB")
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"{name} cannot be read: {reason}") from None
+
+
+def read_api_key(variable: str, environ: Mapping[str, str]) -> str:
+    """Return the key from its variable, else from systemd's credentials, else ""."""
+    where, value = variable, environ.get(variable, "")
+    if not value and (folder := environ.get("CREDENTIALS_DIRECTORY")):
+        path = Path(folder, "llm_api_key")
+        with contextlib.suppress(FileNotFoundError):
+            where, value = str(path), read_file(path, str(path))
+    value = value.strip()
+    if not re.fullmatch(r"[\x21-\x7e]*", value):
+        raise ConfigError(f"{where} must be printable ASCII without spaces")
+    return value
+
+
+def server_settings(environ: Mapping[str, str]) -> Json:
+    """Return what of [server] the environment has set; raise ConfigError."""
+    settings: Json = {}
+    for name, variable in (("host", "LEFLUX_HOST"), ("port", "LEFLUX_PORT")):
+        value: Any = environ.get(variable)
+        if value is not None:
+            value = int(value) if name == "port" and re.fullmatch("[0-9]{1,9}", value) else value
+            try:
+                settings[name] = cast(Check, checks_of(ServerConfig)[name])(value)
+            except ValueError as error:
+                raise ConfigError(f"{variable} {error}") from None
+    if (state := environ.get("STATE_DIRECTORY")) is not None:
+        settings["state_dir"] = state.partition(":")[0]
+    return settings
 
 
 def parse_config(table: Json, environ: Mapping[str, str], folder: Path = HERE) -> Config:
     """Build the Config of a parsed TOML file and the environment; raise ConfigError."""
     table = dict(table)
     server_table = table.pop("server", {})
-    for name, variable in (("host", "LEFLUX_HOST"), ("port", "LEFLUX_PORT")):
-        value: Any = environ.get(variable)
-        if value is not None and isinstance(server_table, dict):
-            value = int(value) if name == "port" and re.fullmatch("[0-9]{1,9}", value) else value
-            try:
-                ServerConfig.__dataclass_fields__[name].metadata["check"](value)
-            except ValueError as error:
-                raise ConfigError(f"{variable} {error}") from None
-            server_table = {**server_table, name: value}
-    if (state := environ.get("STATE_DIRECTORY")) is not None and isinstance(server_table, dict):
-        server_table = {**server_table, "state_dir": state.partition(":")[0]}
+    if isinstance(server_table, dict):
+        server_table = {**server_table, **server_settings(environ)}
     llm = parse_table(LlmConfig, table.pop("llm", {}), "llm")
     raw_sites = table.pop("sites", [])
     if not isinstance(raw_sites, list):
@@ -647,32 +697,6 @@ def parse_config(table: Json, environ: Mapping[str, str], folder: Path = HERE) -
     return config
 
 
-def read_api_key(variable: str, environ: Mapping[str, str]) -> str:
-    """Return the key from its variable, else from systemd's credentials, else ""."""
-    where, value = variable, environ.get(variable, "")
-    if not value and (folder := environ.get("CREDENTIALS_DIRECTORY")):
-        path = Path(folder, "llm_api_key")
-        with contextlib.suppress(FileNotFoundError):
-            where, value = str(path), read_file(path, str(path))
-    value = value.strip()
-    if not re.fullmatch(r"[\x21-\x7e]*", value):
-        raise ConfigError(f"{where} must be printable ASCII without spaces")
-    return value
-
-
-def read_file(path: Path, name: str) -> str:
-    """Return the text of a UTF-8 file; a ConfigError names it as the caller does."""
-    try:
-        if path.stat().st_size > 16 * 1024 * 1024:
-            raise ConfigError(f"{name} is larger than 16 MiB")
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(f"{name} cannot be read: {reason}") from None
-
-
 def load_config(path: Path, environ: Mapping[str, str]) -> Config:
     """Read and check a TOML file; raise ConfigError with one line."""
     try:
@@ -686,6 +710,7 @@ def load_config(path: Path, environ: Mapping[str, str]) -> Config:
 
 # ---------------------------------------------------------------------------------------------
 # Errors: raised anywhere, shaped once. REST answers with them, the WebSocket sends them as events.
+# And the JSON of callers, which `decode_json` and `take` turn into clean values or such an error.
 
 
 class ApiError(Exception):
@@ -797,14 +822,16 @@ class Task:
     plans: int = 0
     refusals: int = 0  # since the last plan
     clicks: Counter[tuple[int, str]] = dataclasses.field(default_factory=Counter)
-    urls: list[str] = dataclasses.field(
-        default_factory=list
-    )  # that plans navigated to, "" for a plan without
+    urls: list[str] = dataclasses.field(default_factory=list)  # plans navigated to, "" for none
     did: list[str] = dataclasses.field(default_factory=list)  # the kinds of all steps so far
     scrolls: int = 0
     unchanged: int = 0  # plans in a row that left the page as it was
     reserved: int = 0  # tokens set aside for the first call
     usage: Usage | None = None  # where they are
+
+
+def encode_event(event: str, data: Json, seq: int) -> bytes:
+    return kept_json({"event": event, "data": data, "seq": seq})
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -835,6 +862,7 @@ class Session:
     socket: Socket | None = None
     limiter: AsyncLimiter | None = None
     answered: dict[str, str] = dataclasses.field(default_factory=dict)  # clientMessageId: messageId
+    row: int = 0  # its number in the database, once it has one
     saved: int = 0  # how many of its messages are on disk
     held: list[int] = dataclasses.field(default_factory=list)  # events that wait for the disk
     gone: bool = False
@@ -887,10 +915,7 @@ class Session:
             self.history_chars -= len(self.history.pop(PROMPT_FIRST)["content"])
 
 
-def encode_event(event: str, data: Json, seq: int) -> bytes:
-    return kept_json({"event": event, "data": data, "seq": seq})
-
-
+@dataclasses.dataclass(slots=True, eq=False)
 class Socket:
     """A WebSocket connection: a cursor on its session's event log.
 
@@ -898,27 +923,19 @@ class Socket:
     something to send. Frames outside the log (`session_joined`, `error`) wait in the outbox.
     """
 
-    __slots__ = tuple(
-        "ws transport site_id session cursor joined outbox pump close_code frame_times sent"
-        " progress stalled_since".split()
-    )
-
-    def __init__(
-        self, ws: web.WebSocketResponse, transport: asyncio.Transport | None, site_id: str
-    ) -> None:
-        self.ws = ws
-        self.transport = transport
-        self.site_id = site_id
-        self.session: Session | None = None
-        self.cursor = 1  # the next event to send
-        self.joined: bytes | None = None  # a session_joined to send; only the last one counts
-        self.outbox: list[bytes] = []
-        self.pump: asyncio.Task[None] | None = None
-        self.close_code: int | None = None
-        self.frame_times: deque[float] | None = None
-        self.sent = 0  # frames that the transport has taken
-        self.progress = (-1, 0)  # frames sent and bytes unsent, as the last sweep saw them
-        self.stalled_since = 0.0
+    ws: web.WebSocketResponse
+    transport: asyncio.Transport | None
+    site_id: str
+    session: Session | None = None
+    cursor: int = 1  # the next event to send
+    joined: bytes | None = None  # a session_joined to send; only the last one counts
+    outbox: list[bytes] = dataclasses.field(default_factory=list)
+    pump: asyncio.Task[None] | None = None
+    close_code: int | None = None
+    frame_times: deque[float] | None = None
+    sent: int = 0  # frames that the transport has taken
+    progress: tuple[int, int] = (-1, 0)  # frames sent, bytes unsent, as the last sweep saw them
+    stalled_since: float = 0.0
 
     def push(self, event: str, data: Json) -> None:
         """Send a frame that is not part of the conversation; its seq is the last one sent."""
@@ -994,6 +1011,17 @@ class Socket:
         finally:
             self.pump = None
 
+    async def end(self) -> None:
+        """Let the pump say good-bye if the socket is closing, then free the connection."""
+        try:
+            if self.pump is not None and self.close_code is not None:
+                await asyncio.wait([self.pump], timeout=CLOSE_SECONDS)
+        finally:
+            if self.pump is not None:
+                self.pump.cancel()
+            if self.transport is not None and self.transport.get_write_buffer_size():
+                self.transport.abort()  # a client that has stopped reading would hold it for ever
+
     def flooded(self, now: float) -> bool:
         """Note a frame; true if more than 60 came within 10 s."""
         if self.frame_times is None:
@@ -1031,7 +1059,7 @@ class Hub:
     started: float
     store: Store
     sites: dict[str, Site] = dataclasses.field(default_factory=dict)
-    site_index: dict[tuple[str, int | None], Site] = dataclasses.field(default_factory=dict)
+    site_index: dict[HostEntry, Site] = dataclasses.field(default_factory=dict)
     site_patches: dict[str, Json] = dataclasses.field(default_factory=dict)  # over config.toml
     made_sites: dict[str, Json] = dataclasses.field(default_factory=dict)  # through the API
     usage: dict[str, Usage] = dataclasses.field(default_factory=dict)
@@ -1057,7 +1085,7 @@ HUB = web.AppKey("hub", Hub)
 # Sites and addresses: who is calling. Pure functions of a request's headers.
 
 
-def find_site(index: Mapping[tuple[str, int | None], Site], host: str, port: int) -> Site | None:
+def find_site(index: Mapping[HostEntry, Site], host: str, port: int) -> Site | None:
     """Return the site of a canonical host: itself, else its closest parent of two labels."""
     while True:
         site = index.get((host, port)) or index.get((host, None))
@@ -1084,22 +1112,19 @@ def caller_host(method: str, headers: Mapping[str, str], scheme: str) -> tuple[s
     return parse_origin(f"{scheme}://{hosts[0]}")
 
 
-Networks = Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network]
-
-
-@functools.lru_cache(4096)
-def is_trusted(address: str, proxies: Networks) -> bool:
-    """Whether an address is one of the trusted proxies; raise ValueError if it is none at all."""
-    ip = parse_ip(address)
-    return any(ip in network for network in proxies)
-
-
 def parse_ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     ip = ipaddress.ip_address(address)
     return ip.ipv4_mapped or ip if isinstance(ip, ipaddress.IPv6Address) else ip
 
 
-def client_key(peer: str, forwarded_for: Sequence[str], proxies: Networks) -> str:
+@functools.lru_cache(4096)
+def is_trusted(address: str, proxies: Sequence[Network]) -> bool:
+    """Whether an address is one of the trusted proxies; raise ValueError if it is none at all."""
+    ip = parse_ip(address)
+    return any(ip in network for network in proxies)
+
+
+def client_key(peer: str, forwarded_for: Sequence[str], proxies: Sequence[Network]) -> str:
     """Return what identifies a client for its limits: an IPv4 address or an IPv6 /64."""
     address = peer
     try:
@@ -1135,7 +1160,11 @@ def new_limiter(per_minute: float) -> AsyncLimiter:
 
 
 # ---------------------------------------------------------------------------------------------
-# Sessions: found, made, swept.
+# Sessions: found, joined, dropped.
+
+
+def is_idle(hub: Hub, session: Session, now: float) -> bool:
+    return now - session.last_active >= hub.config.limits.idle_minutes * 60
 
 
 def find_session(hub: Hub, session_id: str, site_id: str, now: float) -> Session:
@@ -1144,10 +1173,6 @@ def find_session(hub: Hub, session_id: str, site_id: str, now: float) -> Session
     if session is None or session.site_id != site_id or is_idle(hub, session, now):
         raise no_session()
     return session
-
-
-def is_idle(hub: Hub, session: Session, now: float) -> bool:
-    return now - session.last_active >= hub.config.limits.idle_minutes * 60
 
 
 def drop_session(hub: Hub, session: Session) -> None:
@@ -1191,22 +1216,28 @@ def join(sock: Socket, session: Session, last_seq: int | None, now: float) -> No
 # changes are marked, and one writer commits all that is marked in a batch, off the loop. An event
 # that ends a turn is held back from the socket until its batch is committed.
 
-SCHEMA_VERSION = 1
+# Sessions have small numbers, and messages come one after the other, whosesoever they are: so the
+# rows of a batch lie side by side, and it changes few pages. Version 1 kept them by their UUIDs.
+SCHEMA_VERSION = 2
 SCHEMA = """
-    CREATE TABLE session (id TEXT PRIMARY KEY, state TEXT NOT NULL) WITHOUT ROWID;
+    DROP TABLE IF EXISTS session;
+    DROP TABLE IF EXISTS message;
+    CREATE TABLE session (row INTEGER PRIMARY KEY, state TEXT NOT NULL);
     CREATE TABLE message (
-        session TEXT, number INTEGER, body TEXT NOT NULL, PRIMARY KEY (session, number)
-    ) WITHOUT ROWID;
-    CREATE TABLE usage (
+        session INTEGER, number INTEGER, body TEXT NOT NULL, UNIQUE (session, number)
+    );
+    CREATE TABLE IF NOT EXISTS usage (
         site TEXT, day TEXT, messages INTEGER NOT NULL, tokens INTEGER NOT NULL,
         PRIMARY KEY (site, day)
     ) WITHOUT ROWID;
-    CREATE TABLE site (id TEXT PRIMARY KEY, base BLOB, patch BLOB NOT NULL) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS site (
+        id TEXT PRIMARY KEY, base BLOB, patch BLOB NOT NULL
+    ) WITHOUT ROWID;
 """
 # Whole batches in one statement each: between two statements the writer's thread would have to
 # wait for the busy loop to let go of the interpreter.
 SAVE_SESSIONS = """
-    REPLACE INTO session SELECT json_extract(value, '$.id'), value FROM json_each(?)
+    REPLACE INTO session SELECT json_extract(value, '$.row'), value FROM json_each(?)
 """
 SAVE_MESSAGES = """
     REPLACE INTO message
@@ -1215,7 +1246,7 @@ SAVE_MESSAGES = """
 """
 TRIM_MESSAGES = "DELETE FROM message WHERE session = ? AND number >= ? AND number < ?"
 FORGET_MESSAGES = "DELETE FROM message WHERE session IN (SELECT value FROM json_each(?))"
-FORGET_SESSIONS = "DELETE FROM session WHERE id IN (SELECT value FROM json_each(?))"
+FORGET_SESSIONS = "DELETE FROM session WHERE row IN (SELECT value FROM json_each(?))"
 Statement = tuple[str, tuple[Any, ...]]
 
 
@@ -1234,6 +1265,22 @@ def lock_folder(path: Path) -> int:
     return lock
 
 
+def prepare_database(db: sqlite3.Connection) -> sqlite3.Connection:
+    for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "secure_delete = ON"):
+        db.execute(f"PRAGMA {pragma}")
+    if (verdict := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+        raise sqlite3.DatabaseError(f"it is damaged ({verdict.splitlines()[0]})")
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > SCHEMA_VERSION:
+        raise sqlite3.DatabaseError("a newer leflux wrote it")
+    if version < SCHEMA_VERSION:
+        db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+    db.execute("BEGIN IMMEDIATE")  # fails now, not later, where nothing can be written
+    db.execute("UPDATE session SET state = state WHERE 0")
+    db.execute("ROLLBACK")
+    return db
+
+
 def open_database(path: Path) -> sqlite3.Connection:
     """Open or create the database, mode 0600; raise ConfigError with one line if that fails."""
     try:
@@ -1250,20 +1297,40 @@ def open_database(path: Path) -> sqlite3.Connection:
         raise ConfigError(f"{path} cannot be used as the database: {problem}") from None
 
 
-def prepare_database(db: sqlite3.Connection) -> sqlite3.Connection:
-    for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "secure_delete = ON"):
-        db.execute(f"PRAGMA {pragma}")
-    if (verdict := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-        raise sqlite3.DatabaseError(f"it is damaged ({verdict.splitlines()[0]})")
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version > SCHEMA_VERSION:
-        raise sqlite3.DatabaseError("a newer leflux wrote it")
-    if version == 0:
-        db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-    db.execute("BEGIN IMMEDIATE")  # fails now, not later, where nothing can be written
-    db.execute("UPDATE session SET state = state WHERE 0")
-    db.execute("ROLLBACK")
-    return db
+def session_statements(sessions: Sequence[Session]) -> list[Statement]:
+    """The statements that bring the rows of sessions up to date."""
+    states, messages = [], []
+    trims: list[Statement] = []
+    unix_of_monotonic = time.time() - time.monotonic()
+    for session in sessions:
+        count, history = session.message_count, session.history
+        state = {
+            "row": session.row,
+            "id": session.id,
+            "site": session.site_id,
+            "host": session.host,
+            "pageUrl": session.page_url,
+            "created": session.created_at,
+            "active": unix_of_monotonic + session.last_active,
+            "count": count,
+            "seq": session.next_seq,
+            "open": session.task is not None,
+            "answered": session.answered,
+        }
+        if session.task is None and session.events:
+            # The event that ended the turn, for a client that missed it in a crash.
+            state["last"] = orjson.Fragment(session.events[-1])
+        states.append(state)
+        cut = count - len(history)  # the middle of a long conversation is not kept
+        first = range(session.saved, min(PROMPT_FIRST, count))
+        last = range(max(PROMPT_FIRST, session.saved - cut), len(history))
+        for place in itertools.chain(first, last):
+            number = place if place < PROMPT_FIRST else place + cut
+            messages.append({"session": session.row, "number": number, **history[place]})
+        if cut:
+            trims.append((TRIM_MESSAGES, (session.row, PROMPT_FIRST, PROMPT_FIRST + cut)))
+    tables = ((SAVE_SESSIONS, states), (SAVE_MESSAGES, messages))
+    return trims + [(sql, (json_text(rows),)) for sql, rows in tables if rows]
 
 
 class Store:
@@ -1277,9 +1344,11 @@ class Store:
         except ConfigError:
             os.close(cast(int, self._lock))
             raise
+        last_row = self.read("SELECT max(row) FROM session") or [(None,)]
+        self._new_row = itertools.count((last_row[0][0] or 0) + 1)
         self._thread = ThreadPoolExecutor(1, "leflux-store")  # starts with its first batch
-        self._sessions: dict[str, Session] = {}  # with changes to write
-        self._gone: set[str] = set()  # sessions to delete
+        self._sessions: dict[int, Session] = {}  # with changes to write, by row
+        self._gone: set[int] = set()  # rows of sessions to delete
         self._rows: dict[tuple[str, str], Statement] = {}  # all else, the last one of a kind wins
         self._writer: asyncio.Task[None] | None = None
         self._next: asyncio.Future[None] | None = None  # the batch that is still filling
@@ -1296,15 +1365,16 @@ class Store:
     def touch(self, session: Session) -> None:
         """Mark a session as changed; it is kept from its first message on."""
         if self._db is not None and session.message_count and not session.gone:
-            self._sessions[session.id] = session
+            session.row = session.row or next(self._new_row)
+            self._sessions[session.row] = session
             self._schedule()
 
     def forget(self, session: Session) -> None:
         """Mark a session for deletion."""
         session.gone = True
-        if self._db is not None and session.message_count:
-            self._sessions.pop(session.id, None)
-            self._gone.add(session.id)
+        if self._db is not None and session.row:
+            self._sessions.pop(session.row, None)
+            self._gone.add(session.row)
             self._schedule()
 
     def put(self, kind: str, name: str, sql: str, *values: Any) -> None:
@@ -1342,8 +1412,8 @@ class Store:
                 try:
                     statements = [*rows.values(), *session_statements(list(sessions.values()))]
                     if gone:
-                        ids = (json_text(list(gone)),)
-                        statements += [(FORGET_MESSAGES, ids), (FORGET_SESSIONS, ids)]
+                        gone_rows = (json_text(list(gone)),)
+                        statements += [(FORGET_MESSAGES, gone_rows), (FORGET_SESSIONS, gone_rows)]
                     clean = await loop.run_in_executor(
                         self._thread, self._commit, statements, bool(gone)
                     )
@@ -1351,8 +1421,8 @@ class Store:
                     # Most of all sqlite3.Error; but nothing may leave its waiters behind.
                     self._failing = True
                     self._complain(error)
-                    self._sessions = {**sessions, **self._sessions}
-                    self._sessions = {k: s for k, s in self._sessions.items() if not s.gone}
+                    marked = {**sessions, **self._sessions}
+                    self._sessions = {row: s for row, s in marked.items() if not s.gone}
                     self._gone |= gone
                     self._rows = {**rows, **self._rows}
                 else:
@@ -1421,50 +1491,12 @@ class Store:
             os.close(cast(int, self._lock))
 
 
-def session_statements(sessions: Sequence[Session]) -> list[Statement]:
-    """The statements that bring the rows of sessions up to date."""
-    states, messages, trims = [], [], []
-    unix_of_monotonic = time.time() - time.monotonic()
-    for session in sessions:
-        count, history = session.message_count, session.history
-        state = {
-            "id": session.id,
-            "site": session.site_id,
-            "host": session.host,
-            "pageUrl": session.page_url,
-            "created": session.created_at,
-            "active": unix_of_monotonic + session.last_active,
-            "count": count,
-            "seq": session.next_seq,
-            "open": session.task is not None,
-            "answered": session.answered,
-        }
-        if session.task is None and session.events:
-            # The event that ended the turn, for a client that missed it in a crash.
-            state["last"] = orjson.Fragment(session.events[-1])
-        states.append(state)
-        cut = count - len(history)  # the middle of a long conversation is not kept
-        first = range(session.saved, min(PROMPT_FIRST, count))
-        last = range(max(PROMPT_FIRST, session.saved - cut), len(history))
-        for place in itertools.chain(first, last):
-            number = place if place < PROMPT_FIRST else place + cut
-            messages.append({"session": session.id, "number": number, **history[place]})
-        if cut:
-            trims.append((TRIM_MESSAGES, (session.id, PROMPT_FIRST, PROMPT_FIRST + cut)))
-    statements: list[Statement] = [*trims]
-    for sql, rows in ((SAVE_SESSIONS, states), (SAVE_MESSAGES, messages)):
-        if rows:
-            statements.append((sql, (json_text(rows),)))
-    return statements
-
-
-def restore_session(
-    store: Store, session_id: str, raw: str, messages: list[Json], now: float
-) -> Session:
+def restore_session(store: Store, raw: str, messages: list[Json], now: float) -> Session:
     """Build a session from its rows; now is monotonic."""
     state = orjson.loads(raw)
     session = Session(
-        id=session_id,
+        id=state["id"],
+        row=state["row"],
         site_id=state["site"],
         host=state["host"],
         page_url=state["pageUrl"],
@@ -1492,22 +1524,18 @@ def restore_session(
 
 def load_sessions(hub: Hub, now: float) -> list[Session]:
     """Bring back the sessions that are younger than the idle limit; return those cut off."""
-    messages: dict[str, list[Json]] = {}
-    for session_id, body in hub.store.read(
-        "SELECT session, body FROM message ORDER BY session, number"
-    ):
+    messages: dict[int, list[Json]] = {}
+    for row, body in hub.store.read("SELECT session, body FROM message ORDER BY session, number"):
         message = orjson.loads(body)
-        messages.setdefault(session_id, []).append(
-            {"role": message["role"], "content": message["content"]}
-        )
+        message = {"role": message["role"], "content": message["content"]}
+        messages.setdefault(row, []).append(message)
     cut_off = []
-    for session_id, raw in hub.store.read("SELECT id, state FROM session"):
-        rows = messages.get(session_id, [])
-        session = restore_session(hub.store, session_id, raw, rows, now)
+    for row, raw in hub.store.read("SELECT row, state FROM session"):
+        session = restore_session(hub.store, raw, messages.get(row, []), now)
         if is_idle(hub, session, now) or session.site_id not in hub.sites:
             hub.store.forget(session)
             continue
-        hub.sessions[session_id] = session
+        hub.sessions[session.id] = session
         if session.task is not None:
             cut_off.append(session)
     return cut_off
@@ -1583,7 +1611,11 @@ def give_back(hub: Hub, site: Site, task: Task) -> None:
 # ---------------------------------------------------------------------------------------------
 # Page context: what the visitor's page shows, cut to its limits, of known types only.
 
+MAX_FIELD_CHARS = 300
+MAX_ELEMENTS_CHARS = 40_000  # of all elements: real pages have less, and each call pays for them
+MAX_REMEMBERED_BYTES = 32 * 1024
 _LINE = text(1_000_000)
+_ITEMS = list_of(lambda item: item, MAX_BODY_BYTES)
 ELEMENT_FIELDS: dict[str, type[Any]] = {
     "id": int,
     **dict.fromkeys(("type", "text", "placeholder", "value", "href", "ariaLabel", "name"), str),
@@ -1592,11 +1624,27 @@ ELEMENT_FIELDS: dict[str, type[Any]] = {
     "options": list,
 }
 KIND_NAMES = {int: "a whole number", str: "a string", bool: "true or false", list: "a list"}
-MAX_FIELD_CHARS = 300
-MAX_REMEMBERED_BYTES = 32 * 1024
-
-
 NAMED = frozenset(("id", "type", "text"))  # these need no name in a line
+
+
+def clean_element(raw: Any, where: str) -> Json:
+    """Return an element of the page with its known fields, each of its type."""
+    if type(raw) is not dict:
+        raise invalid(where, "must be an object")
+    clean: Json = {}
+    for field, value in raw.items():
+        kind = ELEMENT_FIELDS.get(field)
+        if type(value) is not kind:
+            if kind is not None and value is not None:
+                raise invalid(f"{where}.{field}", f"must be {KIND_NAMES[kind]}")
+        elif kind is str:
+            clean[field] = value[:MAX_FIELD_CHARS]
+        elif kind is list:
+            labels = [o.get("text", o.get("value")) if type(o) is dict else o for o in value]
+            clean[field] = [label[:100] for label in labels[:30] if type(label) is str]
+        else:
+            clean[field] = value
+    return clean
 
 
 def describe_page(context: Json) -> str:
@@ -1606,7 +1654,7 @@ def describe_page(context: Json) -> str:
         get = element.get
         rest = [f" {field}={value!r}" for field, value in element.items() if field not in NAMED]
         lines.append(f"[{get('id', '?')}] {get('type', '')} {get('text', '')!r}{''.join(rest)}")
-    for field in ("forms", "previouslyFilledFields"):
+    for field in ("forms", "previouslyFilledFields", "visitorData"):
         lines += [f"{field}: {item}" for item in context.get(field, ())]
     return "\n".join([*lines, "Visible text:", context["visibleText"]])
 
@@ -1615,8 +1663,8 @@ def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json
     """Return a page context of known fields within their limits; raise invalid_message.
 
     {url, title, visibleText: strings; indexedElements: [{id, type, text, ...}]; forms,
-    previouslyFilledFields: lists}, and `described`, how the model sees it all. Too much is cut
-    silently, a wrong type is an error.
+    previouslyFilledFields: lists; visitorData: an object}, and `described`, how the model sees it
+    all. Too much is cut silently, a wrong type is an error.
     """
     if not isinstance(raw, dict):
         raise invalid(name, "must be an object")
@@ -1626,42 +1674,35 @@ def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json
         "title": take(raw, "title", _LINE, "", path)[:MAX_FIELD_CHARS],
         "visibleText": take(raw, "visibleText", _LINE, "", path)[: limits.visible_text_chars],
     }
-    any_list = list_of(lambda item: item, MAX_BODY_BYTES)
-    elements = take(raw, "indexedElements", any_list, (), path)[: limits.indexed_elements]
+    elements = take(raw, "indexedElements", _ITEMS, (), path)[: limits.indexed_elements]
     context["indexedElements"] = []
-    where = path + "indexedElements"
-    for index, element in enumerate(elements):
-        if type(element) is not dict:
-            raise invalid(f"{where}[{index}]", "must be an object")
-        clean: Json = {}
-        for field, value in element.items():
-            kind = ELEMENT_FIELDS.get(field)
-            if type(value) is not kind:
-                if kind is not None and value is not None:
-                    raise invalid(f"{where}[{index}].{field}", f"must be {KIND_NAMES[kind]}")
-            elif kind is str:
-                clean[field] = value[:MAX_FIELD_CHARS]
-            elif kind is list:
-                labels = [o.get("text", o.get("value")) if type(o) is dict else o for o in value]
-                clean[field] = [label[:100] for label in labels[:30] if type(label) is str]
-            else:
-                clean[field] = value
+    chars = 0
+    for at, element in enumerate(elements):
+        clean = clean_element(element, f"{path}indexedElements[{at}]")
+        chars += sum(len(str(value)) for value in clean.values())
+        if chars > MAX_ELEMENTS_CHARS:
+            break
         context["indexedElements"].append(clean)
     for field in ("forms", "previouslyFilledFields"):
         # These are only ever shown to the model, so their inside is free.
-        items = [json_text(item)[:1000] for item in take(raw, field, any_list, (), path)[:20]]
+        items = [json_text(item)[:1000] for item in take(raw, field, _ITEMS, (), path)[:20]]
         if items:
             context[field] = items
+    if known := take(raw, "visitorData", an_object, {}, path):  # by the page's author
+        context["visitorData"] = [json_text(known)[:1000]]
     context["described"] = describe_page(context)
     return context
 
 
 def element_label(element: Json) -> str:
     """What a visitor would call an element."""
-    for field in ("text", "ariaLabel", "label", "placeholder", "value", "name"):
-        if element.get(field):
-            return str(element[field])
-    return ""
+    names = map(element.get, ("text", "ariaLabel", "label", "placeholder", "value", "name"))
+    return str(next(filter(None, names), ""))
+
+
+@functools.lru_cache(128)
+def remembered_context(encoded: bytes, limits: LimitsConfig, name: str) -> Json:
+    return clean_context(orjson.loads(encoded), limits, name)
 
 
 def page_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json:
@@ -1673,11 +1714,6 @@ def page_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json:
     if len(encoded) > MAX_REMEMBERED_BYTES:
         return clean_context(raw, limits, name)
     return remembered_context(encoded, limits, name)
-
-
-@functools.lru_cache(128)
-def remembered_context(encoded: bytes, limits: LimitsConfig, name: str) -> Json:
-    return clean_context(orjson.loads(encoded), limits, name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1710,8 +1746,8 @@ class Passages:
             "CREATE VIRTUAL TABLE passage USING "
             "fts5(text, tokenize='porter unicode61 remove_diacritics 2')"
         )
-        rows = ((index, one) for index, one in enumerate(texts))
-        self._db.executemany("INSERT INTO passage (rowid, text) VALUES (?, ?)", rows)
+        sql = "INSERT INTO passage (rowid, text) VALUES (?, ?)"
+        self._db.executemany(sql, enumerate(texts))
 
     def best(self, question: str, limit: int = 8) -> list[int]:
         """Return the indexes of the passages that answer a question, best first."""
@@ -1791,68 +1827,6 @@ class Refusal(Exception):
     """Why an action may not run, in words for the model."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Page:
-    """What an action is checked against: the latest page context and whose site it is."""
-
-    context: Json
-    address: str  # its URL
-    site: Site
-    site_index: Mapping[tuple[str, int | None], Site]
-
-    def element(self, element_id: Any) -> Json:
-        """Return the enabled element of an id; raise Refusal."""
-        if type(element_id) is not int:
-            raise Refusal("elementId must be a whole number")
-        for element in self.context.get("indexedElements", ()):
-            if element.get("id") == element_id:
-                if element.get("disabled"):
-                    raise Refusal(f"element {element_id} is disabled")
-                return cast(Json, element)
-        raise Refusal(f"element {element_id} is not on the page")
-
-    def url(self, value: Any) -> str:
-        """Return the absolute URL of a page of this site; raise Refusal."""
-        if not isinstance(value, str) or not 0 < len(value) <= 2000:
-            raise Refusal("url must be a string")
-        # Browsers drop tabs and line ends, read a backslash as a slash and any number of slashes
-        # as two; we do not guess.
-        if re.search(r"[\x00-\x20\x7f-\x9f\\]|^///", value):
-            raise Refusal("url has characters that no URL has")
-        if re.match(r"[^/?#]*:", value) and not re.match(r"https?://[^/?#]", value, re.I):
-            raise Refusal("url must be http(s) or relative")
-        url = self._resolve(value)
-        if not self._is_ours(url):
-            raise Refusal("url leaves this website")
-        return url.geturl()
-
-    def _resolve(self, value: str) -> urllib.parse.SplitResult:
-        try:
-            return urllib.parse.urlsplit(urllib.parse.urljoin(self.address, value))
-        except ValueError:
-            raise Refusal("url is malformed") from None
-
-    def _is_ours(self, url: urllib.parse.SplitResult) -> bool:
-        origin = parse_origin(f"{url.scheme}://{url.netloc}")
-        return origin is not None and find_site(self.site_index, *origin) is self.site
-
-    def may_click(self, element: Json) -> None:
-        """Raise Refusal for a link that leads away, or anywhere if the owner forbids that."""
-        href = re.sub(r"[\x00-\x20]", "", element.get("href", "")).replace("\\", "/")
-        href = re.sub(r"^(https?:)?/{2,}", r"\1//", href, flags=re.I)
-        if href and not href.startswith("#"):
-            self.allow("navigate")
-            url = self._resolve(href)
-            if url.scheme in ("http", "https") and not self._is_ours(url):
-                raise Refusal(f"element {element['id']} is a link that leaves this website")
-        if is_submit(element):
-            self.allow("submit")
-
-    def allow(self, what: str) -> None:
-        if what in self.site.restrictions:
-            raise Refusal(f"the site's owner does not allow to {what}")
-
-
 def element_words(element: Json, *fields: str) -> str:
     """What an element is called in its markup and on the page, as plain lower-case words."""
     values = [str(element[field]) for field in fields if element.get(field)]
@@ -1911,6 +1885,73 @@ def is_irreversible(element: Json, context: Json) -> bool:
     return any(IRREVERSIBLE.search(element_words({"form": words}, "form")) for words in form)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Page:
+    """What an action is checked against: the latest page context and whose site it is."""
+
+    context: Json
+    address: str  # its URL
+    site: Site
+    site_index: Mapping[HostEntry, Site]
+
+    def element(self, element_id: Any) -> Json:
+        """Return the enabled element of an id; raise Refusal."""
+        if type(element_id) is not int:
+            raise Refusal("elementId must be a whole number")
+        for element in self.context.get("indexedElements", ()):
+            if element.get("id") == element_id:
+                if element.get("disabled"):
+                    raise Refusal(f"element {element_id} is disabled")
+                return cast(Json, element)
+        raise Refusal(f"element {element_id} is not on the page")
+
+    def url(self, value: Any) -> str:
+        """Return the absolute URL of a page of this site; raise Refusal."""
+        if not isinstance(value, str) or not 0 < len(value) <= 2000:
+            raise Refusal("url must be a string")
+        # Browsers drop tabs and line ends, read a backslash as a slash and any number of slashes
+        # as two; we do not guess.
+        if re.search(r"[\x00-\x20\x7f-\x9f\\]|^///", value):
+            raise Refusal("url has characters that no URL has")
+        if re.match(r"[^/?#]*:", value) and not re.match(r"https?://[^/?#]", value, re.I):
+            raise Refusal("url must be http(s) or relative")
+        url = self._resolve(value)
+        if not self._is_ours(url):
+            raise Refusal("url leaves this website")
+        return url.geturl()
+
+    def _resolve(self, value: str) -> urllib.parse.SplitResult:
+        try:
+            return urllib.parse.urlsplit(urllib.parse.urljoin(self.address, value))
+        except ValueError:
+            raise Refusal("url is malformed") from None
+
+    def leads_to(self, href: str, urls: Sequence[str]) -> bool:
+        with contextlib.suppress(Refusal):
+            return self._resolve(href).geturl() in urls
+        return False
+
+    def _is_ours(self, url: urllib.parse.SplitResult) -> bool:
+        origin = parse_origin(f"{url.scheme}://{url.netloc}")
+        return origin is not None and find_site(self.site_index, *origin) is self.site
+
+    def may_click(self, element: Json) -> None:
+        """Raise Refusal for a link that leads away, or anywhere if the owner forbids that."""
+        href = re.sub(r"[\x00-\x20]", "", element.get("href", "")).replace("\\", "/")
+        href = re.sub(r"^(https?:)?/{2,}", r"\1//", href, flags=re.I)
+        if href and not href.startswith("#"):
+            self.allow("navigate")
+            url = self._resolve(href)
+            if url.scheme in ("http", "https") and not self._is_ours(url):
+                raise Refusal(f"element {element['id']} is a link that leaves this website")
+        if is_submit(element):
+            self.allow("submit")
+
+    def allow(self, what: str) -> None:
+        if what in self.site.restrictions:
+            raise Refusal(f"the site's owner does not allow to {what}")
+
+
 def words_of(raw: Json, field: str, high: int = 280, default: str = "") -> str:
     """Return an optional text of the model's, cut to its limit; raise Refusal if it is no text."""
     value = raw.get(field)
@@ -1967,15 +2008,14 @@ def check_step(raw: Any, page: Page) -> Json:
     return step
 
 
-def check_single(plan_type: str, kind: str, raw: Json, page: Page) -> Json:
+SINGLE_STEPS = {"click_element": "click", "navigate": "navigate"}  # plans of one step: its kind
+
+
+def check_single(raw: Json, page: Page) -> Json:
     """Return a clean plan of one step."""
-    step = check_step({**raw, "action": kind}, page)
+    step = check_step({**raw, "action": SINGLE_STEPS[raw["type"]]}, page)
     del step["action"]
-    return {"type": plan_type, **step}
-
-
-check_click = functools.partial(check_single, "click_element", "click")
-check_navigate = functools.partial(check_single, "navigate", "navigate")
+    return {"type": raw["type"], **step}
 
 
 def check_sequence(raw: Json, page: Page) -> Json:
@@ -2003,19 +2043,25 @@ def check_sequence(raw: Json, page: Page) -> Json:
 
 def steps_of(plan: Json) -> list[Json]:
     """The steps of a clean plan, whatever its kind."""
-    if plan["type"] == "execute_generic_sequence":
-        return cast(list[Json], plan["actions"])
-    return [{**plan, "action": "click" if plan["type"] == "click_element" else "navigate"}]
+    if plan["type"] in SINGLE_STEPS:
+        return [{**plan, "action": SINGLE_STEPS[plan["type"]]}]
+    return cast(list[Json], plan["actions"])
 
 
 def irreversible_elements(plan: Json, page: Page) -> list[Json]:
-    """The elements that a plan clicks and that the visitor must agree to."""
-    clicked = [page.element(s["elementId"]) for s in steps_of(plan) if s["action"] == "click"]
+    """The elements that a plan clicks, or whose address it goes to, and that need a yes first."""
+    steps = steps_of(plan)
+    clicked = [page.element(step["elementId"]) for step in steps if step["action"] == "click"]
+    urls = [step["url"] for step in steps if step["action"] == "navigate"]
+    links = page.context.get("indexedElements", ()) if urls else ()
+    clicked += [link for link in links if link.get("href") and page.leads_to(link["href"], urls)]
     return [element for element in clicked if is_irreversible(element, page.context)]
 
 
-def check_nothing(raw: Json, page: Page) -> Json:
-    return {"type": "none"}
+def check_texts(raw: Json, page: Page) -> Json:
+    """Return a clean action that has no more than texts."""
+    texts = {field: words_of(raw, field, 1000) for field in ACTIONS[raw["type"]].fields}
+    return {"type": raw["type"], **texts}
 
 
 def check_question(raw: Json, page: Page) -> Json:
@@ -2027,16 +2073,6 @@ def check_question(raw: Json, page: Page) -> Json:
 
 BLOCK_TYPES = ("pricing_cards", "feature_grid", "faq_list", "link_cards")
 MAX_BLOCK_ITEMS, MAX_BLOCK_DEPTH = 8, 5
-
-
-def check_block(raw: Json, page: Page) -> Json:
-    if raw.get("block_type") not in BLOCK_TYPES:
-        raise Refusal("block_type must be one of " + ", ".join(BLOCK_TYPES))
-    data = clean_block(raw.get("data"), page)
-    data = {"items": data} if isinstance(data, list) else data
-    if not isinstance(data, dict) or not any(isinstance(v, list) and v for v in data.values()):
-        raise Refusal("data must be an object with a list of items")
-    return {"type": "render_ui_block", "block_type": raw["block_type"], "data": data}
 
 
 def clean_block(value: Any, page: Page, depth: int = 1, name: str = "") -> Any:
@@ -2056,6 +2092,23 @@ def clean_block(value: Any, page: Page, depth: int = 1, name: str = "") -> Any:
     raise Refusal("data has values of an unknown type")
 
 
+def check_block(raw: Json, page: Page) -> Json:
+    if raw.get("block_type") not in BLOCK_TYPES:
+        raise Refusal("block_type must be one of " + ", ".join(BLOCK_TYPES))
+    data = clean_block(raw.get("data"), page)
+    data = {"items": data} if isinstance(data, list) else data
+    if not isinstance(data, dict):
+        raise Refusal("data must be an object with a list of items")
+    lists = {name: items for name, items in data.items() if isinstance(items, list)}
+    for name, items in lists.items():
+        cards = [{"title": item} if isinstance(item, str) else item for item in items]
+        lists[name] = [card for card in cards if isinstance(card, dict) and any(card.values())]
+    if not any(lists.values()):
+        raise Refusal("data must be an object with a list of items, each with a title")
+    data |= lists
+    return {"type": "render_ui_block", "block_type": raw["block_type"], "data": data}
+
+
 def check_confirmation(raw: Json, page: Page) -> Json:
     pending = raw.get("pending_action")
     if not isinstance(pending, dict) or pending.get("type") not in PLAN_TYPES:
@@ -2069,14 +2122,6 @@ def check_confirmation(raw: Json, page: Page) -> Json:
     }
 
 
-def check_completion(raw: Json, page: Page) -> Json:
-    return {"type": "task_complete", "summary": words_of(raw, "summary", 1000)}
-
-
-def check_abort(raw: Json, page: Page) -> Json:
-    return {"type": "abort_workflow", "reason": words_of(raw, "reason", 1000)}
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class ActionKind:
     """A type of action: what the model reads of it, its fields' JSON schemas, its validator."""
@@ -2086,11 +2131,8 @@ class ActionKind:
     check: Callable[[Json, Page], Json]
 
 
-def nullable(kind: str) -> Json:
-    return {"type": [kind, "null"]}
-
-
 STRING, INTEGER = {"type": "string"}, {"type": "integer"}
+MAYBE_STRING, MAYBE_INTEGER = {"type": ["string", "null"]}, {"type": ["integer", "null"]}
 
 
 def object_schema(fields: Json) -> Json:
@@ -2102,46 +2144,42 @@ def object_schema(fields: Json) -> Json:
     }
 
 
-def list_schema(item: Json) -> Json:
-    return {"type": "array", "items": item}
-
-
 def typed_schema(name: str, fields: Json) -> Json:
     return object_schema({"type": {"type": "string", "enum": [name]}, **fields})
 
 
 STEP_FIELDS: Json = {
     "action": {"type": "string", "enum": list(STEP_KINDS)},
-    "elementId": nullable("integer"),
-    "inputData": nullable("string"),
-    "url": nullable("string"),
-    "waitDuration": nullable("integer"),
-    "description": nullable("string"),
+    "elementId": MAYBE_INTEGER,
+    "inputData": MAYBE_STRING,
+    "url": MAYBE_STRING,
+    "waitDuration": MAYBE_INTEGER,
+    "description": MAYBE_STRING,
 }
 BLOCK_ITEM: Json = {
     "title": STRING,
-    "text": nullable("string"),
-    "price": nullable("string"),
+    "text": MAYBE_STRING,
+    "price": MAYBE_STRING,
     "points": {"type": ["array", "null"], "items": STRING},
-    "url": nullable("string"),
+    "url": MAYBE_STRING,
 }
 PLANS: dict[str, ActionKind] = {
     "click_element": ActionKind(
-        "click one element of the page", {"elementId": INTEGER, "description": STRING}, check_click
+        "click one element of the page", {"elementId": INTEGER, "description": STRING}, check_single
     ),
     "execute_generic_sequence": ActionKind(
         "several steps in order, for forms above all: click, type and select (inputData),"
         " scroll_to, navigate (url), wait (waitDuration in ms)",
-        {"steps": list_schema(object_schema(STEP_FIELDS)), "description": STRING},
+        {"steps": {"type": "array", "items": object_schema(STEP_FIELDS)}, "description": STRING},
         check_sequence,
     ),
     "navigate": ActionKind(
-        "go to another page of this website", {"url": STRING, "description": STRING}, check_navigate
+        "go to another page of this website", {"url": STRING, "description": STRING}, check_single
     ),
 }
 PLAN_TYPES = tuple(PLANS)
 ACTIONS: dict[str, ActionKind] = {
-    "none": ActionKind("only talk", {}, check_nothing),
+    "none": ActionKind("only talk", {}, check_texts),
     **PLANS,
     "ask_user": ActionKind(
         "ask for one thing that is missing; leave message empty",
@@ -2152,7 +2190,7 @@ ACTIONS: dict[str, ActionKind] = {
         "show cards: at most 8 items with short texts",
         {
             "block_type": {"type": "string", "enum": list(BLOCK_TYPES)},
-            "data": object_schema({"items": list_schema(object_schema(BLOCK_ITEM))}),
+            "data": object_schema({"items": {"type": "array", "items": object_schema(BLOCK_ITEM)}}),
         },
         check_block,
     ),
@@ -2167,24 +2205,20 @@ ACTIONS: dict[str, ActionKind] = {
         check_confirmation,
     ),
     "task_complete": ActionKind(
-        "the page shows that what the visitor wanted is done", {"summary": STRING}, check_completion
+        "the page shows that what the visitor wanted is done", {"summary": STRING}, check_texts
     ),
-    "abort_workflow": ActionKind("it cannot be done here", {"reason": STRING}, check_abort),
+    "abort_workflow": ActionKind("it cannot be done here", {"reason": STRING}, check_texts),
+}
+REPLY_ACTION = {
+    "anyOf": [
+        {"type": "null"},
+        *(typed_schema(name, kind.fields) for name, kind in ACTIONS.items()),
+    ]
 }
 REPLY_SCHEMA: Json = {
     "name": "reply",
     "strict": True,
-    "schema": object_schema(
-        {
-            "message": STRING,
-            "action": {
-                "anyOf": [
-                    {"type": "null"},
-                    *(typed_schema(n, k.fields) for n, k in ACTIONS.items()),
-                ]
-            },
-        }
-    ),
+    "schema": object_schema({"message": STRING, "action": REPLY_ACTION}),
 }
 ACTION_HELP = "\n".join(
     f"- {name} {{{', '.join(kind.fields)}}}: {kind.help}" for name, kind in ACTIONS.items()
@@ -2236,6 +2270,22 @@ def content_text(content: Any) -> str:
     return ""
 
 
+def identifier(error: Any) -> str:
+    """What of a provider's error may be logged: its code or type, never its texts."""
+    values = [error.get(k) for k in ("code", "type", "status")] if isinstance(error, dict) else []
+    found = [str(v) for v in values if re.fullmatch(r"[\w.-]{1,60}", str(v)) and v is not None]
+    return " ".join(found) or "no code"
+
+
+def raise_stream_error(event: Json) -> None:
+    """Raise the error that a stream reports with status 200; "error": null is none."""
+    error = event.get("error", event)
+    if error:
+        code = error.get("code") if isinstance(error, dict) else None
+        retry = isinstance(code, int) and (code == 429 or code >= 500)
+        raise ModelError(f"error in the stream ({identifier(error)})", retry=retry)
+
+
 def read_event(event: Any, completion: Completion) -> str:
     """Return the text of one stream event and note its usage; raise ModelError for an error.
 
@@ -2254,22 +2304,6 @@ def read_event(event: Any, completion: Completion) -> str:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError):
         return ""
     return content if type(content) is str else content_text(content)
-
-
-def raise_stream_error(event: Json) -> None:
-    """Raise the error that a stream reports with status 200; "error": null is none."""
-    error = event.get("error", event)
-    if error:
-        code = error.get("code") if isinstance(error, dict) else None
-        retry = isinstance(code, int) and (code == 429 or code >= 500)
-        raise ModelError(f"error in the stream ({identifier(error)})", retry=retry)
-
-
-def identifier(error: Any) -> str:
-    """What of a provider's error may be logged: its code or type, never its texts."""
-    values = [error.get(k) for k in ("code", "type", "status")] if isinstance(error, dict) else []
-    found = [str(v) for v in values if re.fullmatch(r"[\w.-]{1,60}", str(v)) and v is not None]
-    return " ".join(found) or "no code"
 
 
 class StreamParser:
@@ -2382,6 +2416,16 @@ class StreamParser:
         self._partial = whole if whole[:1] == b"{" and len(whole) < 65536 else b""
 
 
+PARAMETER_WORDS = {  # by which a complaint names a parameter
+    "response_format": "response_format|json_schema|json_object",
+    "stream_options": "stream_options|include_usage",
+    "max_tokens": "max_tokens",
+    "max_completion_tokens": "max_completion_tokens",
+    "temperature": "temperature",
+}
+OTHER_NAMES = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+
+
 def without_parameter(params: Json, complaint: str) -> Json | None:
     """Return the request parameters without the one that a 400 or 422 names, None if it names none.
 
@@ -2389,30 +2433,15 @@ def without_parameter(params: Json, complaint: str) -> Json | None:
     the other way round.
     """
 
-    def named(*names: str) -> bool:
-        return any(re.search(rf"\b{name}\b", complaint) for name in names)
-
-    fewer = dict(params)
-    if "response_format" in params and named("response_format", "json_schema", "json_object"):
-        kind = fewer.pop("response_format")["type"]
-        if kind == "json_schema":
-            fewer["response_format"] = {"type": "json_object"}
-        return fewer
-    if "stream_options" in params and named("stream_options", "include_usage"):
-        del fewer["stream_options"]
-        return fewer
-    for name, other in (
-        ("max_tokens", "max_completion_tokens"),
-        ("max_completion_tokens", "max_tokens"),
-    ):
-        if name in params and named(name):
+    for name, words in PARAMETER_WORDS.items():
+        if name in params and re.search(rf"\b({words})\b", complaint):
+            fewer = dict(params)
             value = fewer.pop(name)
-            if not fewer.get("swapped"):
-                fewer.update({other: value, "swapped": True})
+            if name == "response_format" and value["type"] == "json_schema":
+                fewer[name] = {"type": "json_object"}
+            elif name in OTHER_NAMES and not fewer.get("swapped"):
+                fewer.update({OTHER_NAMES[name]: value, "swapped": True})
             return fewer
-    if "temperature" in params and named("temperature"):
-        del fewer["temperature"]
-        return fewer
     return None
 
 
@@ -2428,6 +2457,22 @@ def retry_after_seconds(header: str | None) -> float | None:
         except (ValueError, TypeError):
             return None
     return min(max(seconds, 0.0), 10.0) if math.isfinite(seconds) else None
+
+
+def parse_object(raw: bytes) -> Json:
+    """Return a JSON object, {} for anything else."""
+    with contextlib.suppress(ValueError):
+        value = orjson.loads(raw)
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
+async def read_some(content: aiohttp.StreamReader, limit: int = 65536) -> bytes:
+    """Read a body up to a limit."""
+    raw = b""
+    while len(raw) < limit and (data := await content.readany()):
+        raw += data
+    return raw[:limit]
 
 
 class Model:
@@ -2473,10 +2518,11 @@ class Model:
             except (aiohttp.ClientError, OSError) as error:
                 # The text of these can hold what the provider sent: log the name alone.
                 # A connection that timed out is a ClientError too; our own deadline is not.
-                retry = isinstance(error, aiohttp.ClientError) or not isinstance(
-                    error, TimeoutError
+                ours = isinstance(error, TimeoutError) and not isinstance(
+                    error, aiohttp.ClientError
                 )
-                failure = ModelError(type(error).__name__, retry=retry)
+                failure = ModelError(type(error).__name__, retry=not ours)
+                failure.__cause__ = error
             except ModelError as error:
                 failure = error
             failures += 1
@@ -2505,10 +2551,7 @@ class Model:
         async with (
             asyncio.timeout(FIRST_TEXT_SECONDS) as deadline,
             self._http.post(
-                self._url,
-                data=orjson.dumps(body),
-                headers=self._headers,
-                allow_redirects=False,
+                self._url, data=orjson.dumps(body), headers=self._headers, allow_redirects=False
             ) as response,
         ):
             if response.status != 200:
@@ -2535,6 +2578,8 @@ class Model:
                 if not data:
                     return True
             # Reading out what ends the response lets the next call have its connection.
+            if response.content.is_eof():
+                return True
             with contextlib.suppress(TimeoutError, aiohttp.ClientError):
                 async with asyncio.timeout(READ_OUT_SECONDS):
                     while await response.content.readany():
@@ -2558,22 +2603,6 @@ class Model:
             retry=status == 429 or status >= 500,
             wait=retry_after_seconds(response.headers.get("Retry-After")),
         )
-
-
-def parse_object(raw: bytes) -> Json:
-    """Return a JSON object, {} for anything else."""
-    with contextlib.suppress(ValueError):
-        value = orjson.loads(raw)
-        return value if isinstance(value, dict) else {}
-    return {}
-
-
-async def read_some(content: aiohttp.StreamReader, limit: int = 65536) -> bytes:
-    """Read a body up to a limit."""
-    raw = b""
-    while len(raw) < limit and (data := await content.readany()):
-        raw += data
-    return raw[:limit]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2612,6 +2641,11 @@ class ThinkFilter:
     def finish(self) -> str:
         tail, self._tail = self._tail, ""
         return "" if self._thinking else tail
+
+
+def sendable(said: str) -> str:
+    """Join surrogate pairs, and replace lone ones, which cannot be sent on."""
+    return said.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class ReplyReader:
@@ -2654,13 +2688,8 @@ class ReplyReader:
             with contextlib.suppress(ValueError, RecursionError):
                 decoder = json.JSONDecoder(strict=False)  # line ends in strings are forgiven
                 reply = decoder.raw_decode(raw[raw.index("{") :])[0]
-                if re.search(
-                    r"\\u[dD][89a-fA-F]|[\ud800-\udfff]", raw
-                ):  # a lone surrogate cannot be sent on
-                    plain = json.dumps(reply, ensure_ascii=False)
-                    reply = json.loads(
-                        plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                    )
+                if re.search(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]", raw):
+                    reply = json.loads(sendable(json.dumps(reply, ensure_ascii=False)))
             if reply is None and not self._streamed and self._depth <= 0:
                 rest = raw  # it only looked like JSON
         elif self._mode == "start":
@@ -2756,7 +2785,7 @@ class ReplyReader:
         self._half = ""
         if "\ud800" <= said[-1:] <= "\udbff":
             said, self._half = said[:-1], said[-1]
-        return said.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return sendable(said)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2777,6 +2806,11 @@ WANTS_ACTION = re.compile(
 )
 QUESTION = re.compile(r"\s*(what|how|when|where|who|why|which|is|are|do|does|did|was|were)\b")
 WANTS_SENT = re.compile(r"\b(send|submit|message|contact|subscribe|sign up|order)\b")
+WANTS_TO_WRITE = re.compile(r"\b(message|write to)\b|\bsend (them|you|us)\b")
+WHERE_TO_WRITE = "contact message write touch support kontakt"  # on the link that leads there
+NEVER_MIND = re.compile(r"\W*(no|stop|cancel|never ?mind|nothing|forget it)\b\W*(thank.{0,6})?$")
+ASKING = "What shall I put into “{}”?"
+ASKED = re.compile(r"What shall I put into “([^”]{1,300})”\?$")
 # What a visitor may give in so many words, and the fields that it is for.
 GIVEN_VALUES = (
     (r"(?<![\w.+-])([\w.+-]{1,64}@[\w-]{1,64}\.[\w.-]{0,190}\w)", r"mail"),
@@ -2788,9 +2822,13 @@ TYPED_VALUE = r"\b(?:type|enter|write|put|fill in)\s+[\"“'](.+?)[\"”']\s+(?:
 
 
 def sentences(visible_text: str) -> list[str]:
-    """Split what a page shows into pieces that say something; bare headings do not."""
-    pieces = re.split(r"(?<=[.!?])\s+|\s*\n\s*", visible_text)
-    pieces = [piece.strip() for piece in pieces]
+    """Split what a page shows into pieces that say something; bare headings do not.
+
+    Nor do lines in quotation marks, which others say, and lines that announce the next one.
+    """
+    lines = [line.strip() for line in visible_text.splitlines()]
+    lines = [line for line in lines if not re.match(r"[“„«\"]|.*:$", line)]
+    pieces = [piece for line in lines for piece in re.split(r"(?<=[.!?])\s+", line)]
     return [p[:400] for p in pieces if len(p.split()) > 3 or p.endswith((".", "!", "?"))]
 
 
@@ -2801,68 +2839,149 @@ def matches(question: str, candidate: str) -> int:
     return sum(any(word[:4] in found for word in words) for words in asked)
 
 
+def widened(question: str) -> str:
+    return " ".join([question, *(SYNONYMS.get(word, "") for word in keywords(question))])
+
+
 def best_of(question: str, texts: list[str]) -> int | None:
     """Return the index of the text that fits a question best, None if none does."""
     with contextlib.closing(Passages(texts)) as index:
         return next(iter(index.best(widened(question), 1)), None)
 
 
-def widened(question: str) -> str:
-    return " ".join([question, *(SYNONYMS.get(word, "") for word in keywords(question))])
+def is_field(element: Json) -> bool:
+    """Whether an element is one to write into."""
+    kind = f"{element.get('type')} {element.get('inputType')}"
+    if re.search(r"submit|button|checkbox|radio|reset|image", kind):
+        return False
+    return re.search(r"input|text|mail|tel|area|search|url|password|number|date", kind) is not None
 
 
-def given_values(wish: str, elements: Sequence[Json]) -> list[tuple[Json, str]]:
-    """Return the fields of a page that a wish gives values for."""
-    fields = [e for e in elements if re.search(r"input|text|mail|tel|area", str(e.get("type")))]
-    fields = [e for e in fields if not is_sensitive(e) and not is_submit(e)]
-    found: dict[int, tuple[Json, str]] = {}
+def given_values(
+    wish: str, answers: Mapping[str, str], fields: Sequence[Json]
+) -> list[tuple[Json, str]]:
+    """Return the fields of a page that a wish, or an answer to a question, gives values for."""
+    labels = [element_label(field) for field in fields]
+    found = {labels.index(label): value for label, value in answers.items()}
     if typed := re.search(TYPED_VALUE, wish):
         at = best_of(typed[2], [element_words(field, *_NAMES) for field in fields])
         if at is not None:
-            found[at] = (fields[at], typed[1])
+            found.setdefault(at, typed[1])
     for value_pattern, field_pattern in GIVEN_VALUES:
         value = re.search(value_pattern, wish)
         for at, field in enumerate(fields):
             words = element_words(field, "type", "inputType", *_NAMES)
             if value and at not in found and re.search(field_pattern, words):
                 said = re.split(r",\s*(?:my name|i am|i'm)\b", value[1], maxsplit=1, flags=re.I)
-                found[at] = (field, said[0].strip())
+                found[at] = said[0].strip()
                 break
-    return [found[at] for at in sorted(found)]
+    return [(fields[at], found[at]) for at in sorted(found)]
 
 
-def guide(task: Task, context: Json, knowledge: Passages | None) -> Json:
-    """Return the reply object of the offline guide. Deterministic, no network."""
-    wish = task.wish[:1000].replace("\u2019", "'")
-    elements = [
-        e for e in context.get("indexedElements", ()) if "id" in e and not e.get("disabled")
-    ]
-    labels = [element_label(element) for element in elements]
-    wants_action = WANTS_ACTION.search(wish.lower()) and not QUESTION.match(wish.lower())
-    if (wants_action or task.did) and not task.note.startswith("refused"):
-        clickable = [
-            "" if re.search(r"input|textarea|select", str(element.get("type"))) else label
-            for element, label in zip(elements, labels, strict=True)
-        ]
-        values = given_values(wish, elements) if "type" not in task.did else []
-        at = None
-        if values:
-            steps = [
-                {"action": "type", "elementId": field["id"], "inputData": value}
-                for field, value in values
-            ]
-            action: Json = {"type": "execute_generic_sequence", "steps": steps}
-            return {"message": "I fill in what you told me.", "action": action}
-        if task.did[-1:] == ["type"] and WANTS_SENT.search(wish.lower()):
-            at = next((i for i, element in enumerate(elements) if is_submit(element)), None)
-        elif not task.did:
-            at = best_of(wish, clickable)
+def plain_wish(message: str) -> str:
+    return message[:1000].replace("\u2019", "'")
+
+
+def names_one(message: str, labels: Sequence[str]) -> bool:
+    """Whether a message orders what one of the labels says, word by word."""
+    words = len(keywords(message)) if WANTS_ACTION.search(message.lower()) else 0
+    return words > 0 and any(matches(message, label) == words for label in labels)
+
+
+def wish_and_answers(
+    task: Task, history: Sequence[Json], fields: Sequence[Json], buttons: Sequence[str]
+) -> tuple[str, dict[str, str]]:
+    """Return what the visitor wants, and his answers to what was asked about these fields.
+
+    The last message answers a question if the message before it is one and no button says the
+    same; the wish is then further up. So nothing needs to be kept but the conversation.
+    """
+    labels = [element_label(field) for field in fields]
+    answers: dict[str, str] = {}
+    for at in range(len(history) - 1, -1, -1):
+        if history[at]["role"] != "user":
+            continue
+        said = history[at]["content"]
+        asked = ASKED.search(history[at - 1]["content"]) if at else None
+        if asked is None or asked[1] not in labels or names_one(said, buttons):
+            return plain_wish(said if answers else task.wish), answers
+        answers.setdefault(asked[1], said)
+    return plain_wish(task.wish), {}
+
+
+def click_on(element: Json) -> Json:
+    action = {"type": "click_element", "elementId": element["id"]}
+    return {"message": f"I click “{element_label(element)}” for you.", "action": action}
+
+
+def send_form(
+    fields: Sequence[Json], filled: Sequence[Json], elements: Sequence[Json]
+) -> Json | None:
+    """Ask for what a form still needs, or else click its button; None if it has no such button."""
+    parents = [field.get("parent") for field in filled]
+    buttons = [e for e in elements if is_submit(e) and not is_field(e)]
+    buttons.sort(key=lambda button: button.get("parent") not in parents)
+    if not buttons:
+        return None
+    parents.append(buttons[0].get("parent"))  # what is elsewhere belongs to another form
+    for field in fields:
+        is_empty = not field.get("value") and field not in filled
+        if field.get("required") and is_empty and field.get("parent") in parents:
+            action = {
+                "type": "ask_user",
+                "question": ASKING.format(element_label(field)),
+                "field_name": field.get("name"),
+                "field_type": field.get("inputType") or field.get("type"),
+            }
+            return {"message": "", "action": action}
+    return click_on(buttons[0]) if filled else None
+
+
+def next_step(
+    task: Task,
+    wish: str,
+    answers: Mapping[str, str],
+    context: Json,
+    elements: Sequence[Json],
+    fields: Sequence[Json],
+) -> Json | None:
+    """Return the reply that brings a wish one step further; None if the page has none."""
+    if task.failure:
+        reason = "That did not work on this page. Please try it yourself."
+        return {"message": "", "action": {"type": "abort_workflow", "reason": reason}}
+    values = given_values(wish, answers, fields)
+    wants_to_write = WANTS_TO_WRITE.search(wish.lower())
+    can_write = any("area" in str(field.get("type")) for field in fields)
+    if wants_to_write and not can_write and not task.did:
+        links = [e for e in elements if re.match(r"(?!mailto:|tel:).", e.get("href", ""))]
+        at = best_of(WHERE_TO_WRITE, [element_label(link) for link in links])
         if at is not None:
-            action = {"type": "click_element", "elementId": elements[at]["id"]}
-            return {"message": f"I click “{labels[at]}” for you.", "action": action}
-        if task.did:
-            message = "Done. This is what you asked for, as far as I can see."
-            return {"message": message, "action": {"type": "task_complete", "summary": message}}
+            return click_on(links[at])
+    if values and "type" not in task.did:
+        steps = [{"action": "type", "elementId": f["id"], "inputData": v} for f, v in values]
+        action: Json = {"type": "execute_generic_sequence", "steps": steps}
+        return {"message": "I fill in what you told me.", "action": action}
+    wants_sent = wants_to_write or WANTS_SENT.search(wish.lower())
+    has_typed = task.did[-1:] == ["type"] and wants_sent
+    is_new_page = not task.did or task.page_before[0] != context.get("url")
+    if has_typed or (wants_to_write and can_write and is_new_page):
+        reply = send_form(fields, [field for field, _ in values], elements)
+        if reply is not None:
+            return reply
+    if not task.did:
+        names = [element_label(e) if not is_field(e) else "" for e in elements]
+        at = best_of(wish, names)
+        return None if at is None else click_on(elements[at])
+    message = "Done. This is what you asked for, as far as I can see."
+    if has_typed:
+        message = "I have filled it in, but I see no button that sends it. Please have a look."
+    return {"message": message, "action": {"type": "task_complete", "summary": message}}
+
+
+def quote(wish: str, context: Json, elements: Sequence[Json], knowledge: Passages | None) -> Json:
+    """Return the reply that says what the page and the site's texts have on a question."""
+    here = context.get("url")  # a link to where the visitor is leads nowhere
+    labels = ["" if e.get("href") == here else element_label(e) for e in elements]
     page = sentences(context.get("visibleText", ""))
     at = best_of(wish, page)
     quotes = [] if at is None else [page[at]]
@@ -2872,7 +2991,8 @@ def guide(task: Task, context: Json, knowledge: Passages | None) -> Json:
     parts = [f"Here is what I found: “{quotes[0].rpartition(chr(10))[2]}”"] if quotes else []
     at = best_of(wish, labels)
     if at is not None:
-        kind = {"a": "link", "link": "link", "button": "button"}.get(elements[at].get("type"), "")
+        kinds = {"a": "link", "link": "link", "button": "button"}
+        kind = kinds.get(str(elements[at].get("type")), "")
         parts.append(f"On this page you can use the {kind} “{labels[at]}”.".replace("  ", " "))
     if not parts:
         names = [label for label in labels if label][:5]
@@ -2881,6 +3001,28 @@ def guide(task: Task, context: Json, knowledge: Passages | None) -> Json:
             parts.append("On this page you can use: " + ", ".join(names) + ".")
         parts.append("Ask me with other words, or about something on this page.")
     return {"message": " ".join(parts), "action": None}
+
+
+def guide(
+    task: Task, context: Json, knowledge: Passages | None, history: Sequence[Json] = ()
+) -> Json:
+    """Return the reply object of the offline guide. Deterministic, no network.
+
+    The history ends with the visitor's message, or with what was said in the task since.
+    """
+    shown = context.get("indexedElements", ())
+    elements = [e for e in shown if "id" in e and not e.get("disabled")]
+    fields = [e for e in elements if is_field(e) and not is_sensitive(e)]
+    buttons = [element_label(e) for e in elements if not is_field(e)]
+    wish, answers = wish_and_answers(task, history, fields, buttons)
+    if answers and NEVER_MIND.match(task.wish.lower()):
+        return {"message": "All right, then not.", "action": None}
+    is_order = WANTS_ACTION.search(wish.lower()) and not QUESTION.match(wish.lower())
+    if (is_order or task.did) and not task.note.startswith("refused"):
+        reply = next_step(task, wish, answers, context, elements, fields)
+        if reply is not None:
+            return reply
+    return quote(wish, context, elements, knowledge)
 
 
 async def speak(reply: Json, on_text: Callable[[str], None]) -> None:
@@ -2962,34 +3104,6 @@ def build_prompt(
     return messages
 
 
-def start_task(hub: Hub, session: Session, task: Task) -> str:
-    """Take a visitor's message, settle what is running, answer in the background.
-
-    Returns the message's id.
-    """
-    settle_task(session)
-    hub.messages_processed += 1
-    session.last_active = time.monotonic()
-    session.remember("user", task.wish)
-    session.task = task
-    number = run_turn(hub, session, task)
-    session.store.touch(session)
-    return f"msg-{number}"
-
-
-def run_turn(hub: Hub, session: Session, task: Task) -> int:
-    """Start the model's next answer; returns the number that its ids carry."""
-    number = hub.next_id()
-    session.begin_turn()
-    task.phase, task.deadline, task.resumable = "running", math.inf, False
-    task.stream_id, task.said = f"stream-{number}", []
-    task.runner = asyncio.create_task(answer(hub, session, task))
-    if task.usage is not None:  # a cancelled task may not even begin
-        site = hub.sites[session.site_id]
-        task.runner.add_done_callback(lambda _: give_back(hub, site, task))
-    return number
-
-
 def first_call_tokens(hub: Hub, site: Site, session: Session, context: Json, message: str) -> int:
     """Estimate, on the safe side, what the first call of a task may cost."""
     if hub.model is None or not hub.config.limits.site_tokens_per_day:
@@ -3044,41 +3158,6 @@ def stop_task(session: Session, text: str, note: str = "") -> None:
     settle_task(session, note)
 
 
-async def answer(hub: Hub, session: Session, task: Task) -> None:
-    """One turn. Ends in exactly one event, whatever the model or the network does."""
-    try:
-        await session.store.saved()  # the visitor's message comes first
-        while True:
-            completion, reply = await converse(hub, session, task)
-            if completion.cut_short or not reply:
-                break
-            try:
-                page = page_of(hub, session)
-                perform(hub, session, task, check_action(reply.get("action"), page), page)
-                return
-            except Refusal as refusal:
-                task.refusals += 1
-                log.info("an action was refused (%d)", task.refusals)
-                if task.refusals > MAX_REFUSALS:
-                    end_task(session, task, NOT_POSSIBLE)
-                    return
-                task.note = f"refused, it did not run: {refusal}. Do something else."
-                if task.said:
-                    say(session, task, "\n\n")
-    except ApiError as error:  # the budget is spent
-        end_task(session, task, error.message)
-        return
-    except ModelError:
-        completion = Completion(cut_short=bool(task.said))
-    except Exception:
-        log.exception("a turn failed")
-        completion = Completion(cut_short=bool(task.said))
-    if "".join(task.said).strip():
-        settle_task(session, CUT_SHORT if completion.cut_short else "")
-    else:
-        end_task(session, task, NO_ANSWER, isError=True)
-
-
 def page_of(hub: Hub, session: Session) -> Page:
     url = session.context.get("url") or session.page_url or f"http://{session.host}/"
     return Page(session.context, url, hub.sites[session.site_id], hub.site_index)
@@ -3102,7 +3181,7 @@ async def converse(hub: Hub, session: Session, task: Task) -> tuple[Completion, 
     knowledge = hub.knowledge.get(site.id)
     completion = Completion()
     if hub.model is None:
-        await speak(guide(task, session.context, knowledge), on_text)
+        await speak(guide(task, session.context, knowledge, session.history), on_text)
     else:
         passages = relevant_passages(knowledge, task.wish)
         nonce = secrets.token_hex(8)
@@ -3130,64 +3209,27 @@ async def converse(hub: Hub, session: Session, task: Task) -> tuple[Completion, 
     return completion, reply
 
 
-def perform(hub: Hub, session: Session, task: Task, action: Json, page: Page) -> None:
-    """Turn a clean action into the event that ends the turn."""
-    said = "".join(task.said)
-    kind = action["type"]
-    if kind in (*PLAN_TYPES, "confirmation_required"):
-        plan = action if kind in PLAN_TYPES else action["plan"]
-        if risky := irreversible_elements(plan, page):
-            # In our words: the model's could make it look harmless.
-            names = ", ".join(f"“{element_label(element)[:60]}”" for element in risky)
-            label = element_label(risky[0])[:60] or "Yes"
-            ask_first(session, task, plan, page, f"Shall I click {names}?", label, "No")
-        elif plan is action:
-            offer_plan(hub, session, task, plan)
-        else:
-            question = action["message"] or said or f"Shall I do this: {plan['description']}?"
-            labels = action["confirm_label"], action["cancel_label"]
-            ask_first(session, task, plan, page, question, *labels)
-        return
-    if kind == "none" and not said.strip():
-        end_task(session, task, NO_ANSWER, isError=True)
-    elif kind == "none":
-        settle_task(session)
-    elif kind == "ask_user":
-        question = action["question"] or said or "?"
-        end_task(session, task, question, isQuestion=True, field=action["field"])
-    elif kind == "abort_workflow":
-        end_task(session, task, action["reason"] or said or NOT_POSSIBLE)
-    elif kind == "render_ui_block":
-        session.task = None
-        block = {"block_type": action["block_type"], "data": action["data"], "message": said}
-        end_turn(session, task, "ui_block", block, "" if said else action["block_type"])
-    elif kind == "task_complete":
-        session.task = None
-        summary = action["summary"] or said or "Done."
-        end_turn(
-            session,
-            task,
-            "task_complete",
-            {"summary": summary, "message": said or summary},
-            summary,
-        )
-
-
-def ask_first(
-    session: Session, task: Task, plan: Json, page: Page, question: str, yes: str, no: str
-) -> None:
-    """Keep a plan until the visitor agrees, together with what its elements were called."""
-    task.phase, task.plan = "confirming", plan
-    task.looks = looks(plan, page)
-    data = {"message": question, "confirm_label": yes, "cancel_label": no}
-    end_turn(session, task, "confirmation_required", data, question)
-
-
 def looks(plan: Json, page: Page) -> list[str]:
     """What the elements of a plan are called, to know them again."""
     steps = [step for step in steps_of(plan) if "elementId" in step]
     fields = ("type", "inputType", "href", *_NAMES)
     return [element_words(page.element(step["elementId"]), *fields) for step in steps]
+
+
+def check_unchanged(action: Json, page: Page, seen: Json) -> None:
+    """Raise Refusal if a plan is for another page, or other elements, than the model has seen."""
+    plan = action.get("plan", action)
+    if plan["type"] not in PLANS or page.context is seen:
+        return
+    here, there = (str(one.get("url")).partition("#")[0] for one in (page.context, seen))
+    if here != there or looks(plan, page) != looks(plan, dataclasses.replace(page, context=seen)):
+        raise Refusal("the page has changed meanwhile")
+
+
+def fingerprint(context: Json) -> tuple[str, int]:
+    """The URL of a page, and what tells whether its elements and text are the same."""
+    shown = [context.get(part) for part in ("indexedElements", "visibleText")]
+    return context.get("url", ""), hash(orjson.dumps(shown))
 
 
 def offer_plan(hub: Hub, session: Session, task: Task, plan: Json) -> None:
@@ -3224,20 +3266,122 @@ def offer_plan(hub: Hub, session: Session, task: Task, plan: Json) -> None:
     task.phase = "acting"
     waits = sum(step.get("waitDuration", 0) for step in steps) / 1000
     task.deadline = time.monotonic() + ACTION_SECONDS + waits
-    data = {
-        "actions": [task.plan],
-        "message": "".join(task.said),
-        "useUniversalIndexing": True,
-    }
+    data = {"actions": [task.plan], "message": "".join(task.said), "useUniversalIndexing": True}
     if plan.get("isSequence"):
         data["isSequence"] = True
     end_turn(session, task, "action_plan", data)
 
 
-def fingerprint(context: Json) -> tuple[str, int]:
-    """The URL of a page, and what tells whether its elements and text are the same."""
-    shown = [context.get(part) for part in ("indexedElements", "visibleText")]
-    return context.get("url", ""), hash(orjson.dumps(shown))
+def ask_first(
+    session: Session, task: Task, plan: Json, page: Page, question: str, yes: str, no: str
+) -> None:
+    """Keep a plan until the visitor agrees, together with what its elements were called."""
+    task.phase, task.plan = "confirming", plan
+    task.looks = looks(plan, page)
+    data = {"message": question, "confirm_label": yes, "cancel_label": no}
+    end_turn(session, task, "confirmation_required", data, question)
+
+
+def perform(hub: Hub, session: Session, task: Task, action: Json, page: Page) -> None:
+    """Turn a clean action into the event that ends the turn."""
+    said = "".join(task.said)
+    kind = action["type"]
+    plan = action.get("plan", action)
+    if plan["type"] in PLANS and (risky := irreversible_elements(plan, page)):
+        # In our words: the model's could make it look harmless.
+        names = ", ".join(f"“{element_label(element)[:60]}”" for element in risky)
+        label = element_label(risky[0])[:60] or "Yes"
+        ask_first(session, task, plan, page, f"Shall I click {names}?", label, "No")
+    elif kind in PLANS:
+        offer_plan(hub, session, task, plan)
+    elif kind == "confirmation_required":
+        question = action["message"] or said or f"Shall I do this: {plan['description']}?"
+        labels = action["confirm_label"], action["cancel_label"]
+        ask_first(session, task, plan, page, question, *labels)
+    elif kind == "none" and not said.strip():
+        end_task(session, task, NO_ANSWER, isError=True)
+    elif kind == "none":
+        settle_task(session)
+    elif kind == "ask_user":
+        question = action["question"] or said or "?"
+        end_task(session, task, question, isQuestion=True, field=action["field"])
+    elif kind == "abort_workflow":
+        end_task(session, task, action["reason"] or said or NOT_POSSIBLE)
+    elif kind == "render_ui_block":
+        session.task = None
+        block = {"block_type": action["block_type"], "data": action["data"], "message": said}
+        end_turn(session, task, "ui_block", block, "" if said else action["block_type"])
+    elif kind == "task_complete":
+        session.task = None
+        summary = action["summary"] or said or "Done."
+        data = {"summary": summary, "message": said or summary}
+        end_turn(session, task, "task_complete", data, summary)
+
+
+async def answer(hub: Hub, session: Session, task: Task) -> None:
+    """One turn. Ends in exactly one event, whatever the model or the network does."""
+    try:
+        await session.store.saved()  # the visitor's message comes first
+        while True:
+            seen = session.context
+            completion, reply = await converse(hub, session, task)
+            if completion.cut_short or not reply:
+                break
+            try:
+                page = page_of(hub, session)
+                action = check_action(reply.get("action"), page)
+                check_unchanged(action, page, seen)
+                perform(hub, session, task, action, page)
+                return
+            except Refusal as refusal:
+                task.refusals += 1
+                log.info("an action was refused (%d)", task.refusals)
+                if task.refusals > MAX_REFUSALS:
+                    end_task(session, task, NOT_POSSIBLE)
+                    return
+                task.note = f"refused, it did not run: {refusal}. Do something else."
+                if task.said:
+                    say(session, task, "\n\n")
+    except ApiError as error:  # the budget is spent
+        end_task(session, task, error.message)
+        return
+    except ModelError:
+        completion = Completion(cut_short=bool(task.said))
+    except Exception:
+        log.exception("a turn failed")
+        completion = Completion(cut_short=bool(task.said))
+    if "".join(task.said).strip():
+        settle_task(session, CUT_SHORT if completion.cut_short else "")
+    else:
+        end_task(session, task, NO_ANSWER, isError=True)
+
+
+def run_turn(hub: Hub, session: Session, task: Task) -> int:
+    """Start the model's next answer; returns the number that its ids carry."""
+    number = hub.next_id()
+    session.begin_turn()
+    task.phase, task.deadline, task.resumable = "running", math.inf, False
+    task.stream_id, task.said = f"stream-{number}", []
+    task.runner = asyncio.create_task(answer(hub, session, task))
+    if task.usage is not None:  # a cancelled task may not even begin
+        site = hub.sites[session.site_id]
+        task.runner.add_done_callback(lambda _: give_back(hub, site, task))
+    return number
+
+
+def start_task(hub: Hub, session: Session, task: Task) -> str:
+    """Take a visitor's message, settle what is running, answer in the background.
+
+    Returns the message's id.
+    """
+    settle_task(session)
+    hub.messages_processed += 1
+    session.last_active = time.monotonic()
+    session.remember("user", task.wish)
+    session.task = task
+    number = run_turn(hub, session, task)
+    session.store.touch(session)
+    return f"msg-{number}"
 
 
 def note_result(task: Task, action_id: str | None, result: Json, now: float) -> None:
@@ -3288,23 +3432,6 @@ def confirm(hub: Hub, session: Session, confirmed: bool) -> None:
     offer_plan(hub, session, task, plan)
 
 
-async def sweep(hub: Hub, now: float) -> None:
-    """Free what is idle: sessions, sockets that stopped reading, buckets that ran empty."""
-    idle = [session for session in hub.sessions.values() if is_idle(hub, session, now)]
-    while idle:
-        drop_session(hub, idle.pop())  # the list must not keep them all, to free them at once
-        if len(idle) % 200 == 0:  # many at once must not hold up the loop
-            await asyncio.sleep(0)
-    for session in list(hub.sessions.values()):
-        if session.task is not None and session.task.deadline <= now:
-            end_task(session, session.task, INTERRUPTED)
-    for sock in hub.sockets:
-        sock.cut_off_if_stalled(now)
-    limiters = hub.init_limiters
-    for address in [a for a, lim in limiters.items() if lim.has_capacity(lim.max_rate)]:
-        del limiters[address]
-
-
 # ---------------------------------------------------------------------------------------------
 # REST: middlewares and helpers, then the handlers in the order of the docstring.
 
@@ -3343,9 +3470,8 @@ async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResp
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        response = error_response(
-            standard_error(error.status if error.status in STATUS_CODES else 400)
-        )
+        status = error.status if error.status in STATUS_CODES else 400
+        response = error_response(standard_error(status))
         if "Allow" in error.headers:
             response.headers["Allow"] = error.headers["Allow"]
         return response
@@ -3476,6 +3602,13 @@ async def read_object(request: web.Request, *, empty_ok: bool = False) -> Json:
 SESSION_ID = text(64, 1)
 
 
+def client_of(request: web.Request) -> str:
+    """What identifies the client of a request for its limits."""
+    forwarded_for = request.headers.getall("X-Forwarded-For", [])
+    proxies = request.app[HUB].config.server.trusted_proxies
+    return client_key(request.remote or "", forwarded_for, proxies)
+
+
 async def init_session(request: web.Request) -> web.Response:
     hub = request.app[HUB]
     site, host = caller_site(request)
@@ -3483,9 +3616,7 @@ async def init_session(request: web.Request) -> web.Response:
     body = await read_object(request, empty_ok=True)
     take(body, "siteHost", text(2000), "")  # checked, but no evidence of anything
     page_url = take(body, "pageUrl", text(20_000), "")[:2000]
-    forwarded_for = request.headers.getall("X-Forwarded-For", [])
-    proxies = hub.config.server.trusted_proxies
-    client = client_key(request.remote or "", forwarded_for, proxies)
+    client = client_of(request)
     limiter = hub.init_limiters.get(client)
     if limiter is None:
         if len(hub.init_limiters) >= MAX_LIMITERS:
@@ -3504,13 +3635,12 @@ async def init_session(request: web.Request) -> web.Response:
         store=hub.store,
     )
     hub.sessions[session.id] = session
-    return json_response(
-        {
-            "sessionId": session.id,
-            "wsUrl": websocket_url(request, hub.config),
-            "siteConfig": site.config,
-        }
-    )
+    ws_url = websocket_url(request, hub.config)
+    return json_response({"sessionId": session.id, "wsUrl": ws_url, "siteConfig": site.config})
+
+
+def stripped(value: Any) -> Any:
+    return value.strip() if isinstance(value, str) else value
 
 
 async def chat(request: web.Request) -> web.Response:
@@ -3547,10 +3677,6 @@ async def chat(request: web.Request) -> web.Response:
     return json_response({"messageId": message_id, "status": "processing"})
 
 
-def stripped(value: Any) -> Any:
-    return value.strip() if isinstance(value, str) else value
-
-
 def session_of(request: web.Request) -> Session:
     site, _ = caller_site(request)
     session_id = request.match_info["session_id"]
@@ -3559,16 +3685,15 @@ def session_of(request: web.Request) -> Session:
 
 async def get_session(request: web.Request) -> web.Response:
     session = session_of(request)
-    return json_response(
-        {
-            "sessionId": session.id,
-            "exists": True,
-            "host": session.host,
-            "messageCount": session.message_count,
-            "siteConfig": request.app[HUB].sites[session.site_id].config,
-            "history": session.history,
-        }
-    )
+    body = {
+        "sessionId": session.id,
+        "exists": True,
+        "host": session.host,
+        "messageCount": session.message_count,
+        "siteConfig": request.app[HUB].sites[session.site_id].config,
+        "history": session.history,
+    }
+    return json_response(body)
 
 
 async def delete_session(request: web.Request) -> web.Response:
@@ -3581,34 +3706,81 @@ async def delete_session(request: web.Request) -> web.Response:
 async def stats(request: web.Request) -> web.Response:
     hub = request.app[HUB]
     now = time.monotonic()
-    active = sum(not is_idle(hub, session, now) for session in hub.sessions.values())
-    return json_response(
-        {
-            "uptimeSeconds": int(now - hub.started),
-            "activeSessions": active,
-            "messagesProcessed": hub.messages_processed,
-            "version": __version__,
-        }
-    )
+    body = {
+        "uptimeSeconds": int(now - hub.started),
+        "activeSessions": sum(not is_idle(hub, one, now) for one in hub.sessions.values()),
+        "messagesProcessed": hub.messages_processed,
+        "version": __version__,
+    }
+    return json_response(body)
 
 
 async def health(request: web.Request) -> web.Response:
-    return json_response(
-        {
-            "status": "ok",
-            "timestamp": datetime.now(UTC).isoformat(),
-            "llm": "offline" if request.app[HUB].model is None else "remote",
-        }
+    body = {
+        "status": "ok",
+        "timestamp": datetime.now(UTC).isoformat(),
+        "llm": "offline" if request.app[HUB].model is None else "remote",
+    }
+    if "client" in request.query:  # tells callers nothing but how their own request arrived
+        body["client"] = client_of(request)
+    return json_response(body)
+
+
+# Any page may load the widget; which of them may chat is decided when it asks for a session.
+EMBED_HEADERS = {"Access-Control-Allow-Origin": "*", "Cross-Origin-Resource-Policy": "cross-origin"}
+
+
+CONTENT_TYPES = {
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".md": "text/plain",
+}
+
+
+DEMO = {
+    "/": "widget/demo/index.html",
+    "/prices": "widget/demo/prices.html",
+    "/contact": "widget/demo/contact.html",
+    "/shop.css": "widget/demo/shop.css",
+    "/shop.js": "widget/demo/shop.js",
+    "/README.md": "README.md",
+}
+
+
+@functools.lru_cache(32)
+def content_of(path: Path, changed_ns: int) -> tuple[bytes, str]:
+    """Return what is in a file, and a hash of it; changed_ns makes it read again when it must."""
+    content = path.read_bytes()
+    return content, hashlib.sha256(content).hexdigest()[:32]
+
+
+def send_file(request: web.Request, name: str, headers: Mapping[str, str]) -> web.Response:
+    """Answer with a file beside this script, or 304 if the browser has it (RFC 9110, 13.1.2)."""
+    path = HERE / name
+    try:
+        content, digest = content_of(path, path.stat().st_mtime_ns)
+    except OSError:
+        raise standard_error(404) from None
+    headers = {"Cache-Control": "no-cache", "ETag": f'"{digest}"', **headers}
+    if any(tag.value in (digest, "*") for tag in request.if_none_match or ()):
+        return web.Response(status=304, headers=headers)
+    kind = CONTENT_TYPES[path.suffix]
+    return web.Response(body=content, headers=headers, content_type=kind, charset="utf-8")
+
+
+async def embed(request: web.Request) -> web.Response:
+    return send_file(request, "widget/embed.js", EMBED_HEADERS)
+
+
+async def demo(request: web.Request) -> web.Response:
+    # Not in every browser does 'self' cover the WebSocket.
+    socket_url = websocket_url(request, request.app[HUB].config)
+    policy = (
+        f"default-src 'self'; connect-src 'self' {socket_url}; img-src 'self' data:;"
+        " object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'"
     )
-
-
-async def root(request: web.Request) -> web.StreamResponse:
-    if request.method == "GET" and "websocket" in request.headers.get("Upgrade", "").lower():
-        return await serve_socket(request)
-    demo = HERE / "widget" / "demo.html"
-    if request.path != "/" or not request.app[HUB].config.server.demo or not demo.exists():
-        raise standard_error(404)
-    return web.FileResponse(demo, headers={"Cache-Control": "no-cache"})
+    return send_file(request, DEMO[request.path], {"Content-Security-Policy": policy})
 
 
 async def no_such_route(request: web.Request) -> NoReturn:
@@ -3641,20 +3813,21 @@ class Caller:
     email: str = ""
 
     def is_one_of(self, names: Sequence[str]) -> bool:
-        return self.uid in names or (
-            self.email != "" and self.email in (name.casefold() for name in names)
-        )
+        has_email = self.email != "" and self.email in map(str.casefold, names)
+        return has_email or self.uid in names
 
 
 PublicKeys = Mapping[str, rsa.RSAPublicKey]
 LEEWAY_SECONDS = 10
+# What pyjwt raises for tokens of all sorts.
+UNREADABLE = (jwt.PyJWTError, ValueError, TypeError, AttributeError, RecursionError)
 
 
 def token_key_id(token: str) -> str:
     """Return the kid of a token that could be one of Google's; raise TokenError."""
     try:
         header = jwt.get_unverified_header(token)
-    except (jwt.PyJWTError, ValueError, TypeError, AttributeError, RecursionError):
+    except UNREADABLE:
         raise TokenError("invalid") from None
     if header.get("alg") != "RS256" or not isinstance(header.get("kid"), str):
         raise TokenError("invalid")
@@ -3670,12 +3843,10 @@ def verify_token(token: str, keys: PublicKeys, project: str, now: float) -> Call
     if key is None:
         raise TokenError("invalid")
     # pyjwt checks the signature; its claim checks let through what Firebase's rules do not.
-    unchecked = dict.fromkeys(
-        ("verify_exp", "verify_nbf", "verify_iat", "verify_aud", "verify_iss", "verify_sub"), False
-    )
+    unchecked: Any = {f"verify_{one}": False for one in ("exp", "nbf", "iat", "aud", "iss", "sub")}
     try:
-        claims = jwt.decode(token, key, algorithms=["RS256"], options=cast(Any, unchecked))
-    except (jwt.PyJWTError, ValueError, TypeError, AttributeError, RecursionError):
+        claims = jwt.decode(token, key, algorithms=["RS256"], options=unchecked)
+    except UNREADABLE:
         raise TokenError("invalid") from None
     subject, times = claims.get("sub"), [claims.get(name) for name in ("exp", "iat", "auth_time")]
     if (
@@ -3703,6 +3874,7 @@ class KeyCache:
         self._http, self._url = http, url
         self._lock = asyncio.Lock()  # one fetch at a time
         self.keys: PublicKeys = {}
+        self.failure: Exception | None = None  # of the last fetch
         self._expires = self._failed = self._forced = -math.inf
 
     async def keys_for(self, key_id: str) -> PublicKeys:
@@ -3739,7 +3911,7 @@ class KeyCache:
                 raise ValueError("no keys in the response")
         except (aiohttp.ClientError, OSError, ValueError, AttributeError) as error:
             log.warning("the sign-in keys could not be fetched: %s", type(error).__name__)
-            self._failed = now
+            self._failed, self.failure = now, error
             return
         max_age = re.search(r"max-age\s*=\s*(\d{1,9})", cache_control, re.I)
         self.keys = keys
@@ -3769,19 +3941,15 @@ async def authenticate(request: web.Request) -> Caller:
 # (RFC 7396) over config.toml: what no patch covers is still the file's.
 
 ADMIN_FIELDS = {
-    "name": "name",
     "allowedHosts": "allowed_hosts",
-    "owners": "owners",
-    "instructions": "instructions",
-    "refusal": "refusal",
-    "restrictions": "restrictions",
+    **{name: name for name in ("name", "owners", "instructions", "refusal", "restrictions")},
 }
 
 
 def rebuild_sites(hub: Hub) -> None:
     """Put the patches over config.toml again: what the server goes by from now on."""
     sites: dict[str, Site] = {}
-    index: dict[tuple[str, int | None], Site] = {}
+    index: dict[HostEntry, Site] = {}
     file_sites = {site["id"]: site for site in hub.config.raw_sites}
     for site_id, base in {**file_sites, **hub.made_sites, **file_sites}.items():
         for table in (merge_patch(base, hub.site_patches.get(site_id, {})), base):
@@ -3802,6 +3970,14 @@ def rebuild_sites(hub: Hub) -> None:
 def invalid_config(errors: dict[str, str]) -> ApiError:
     message = "; ".join(f"{field} {problem}" for field, problem in list(errors.items())[:3])
     return ApiError(400, "invalid_config", message, errors=errors)
+
+
+def check_patch(body: Json, rules: Rules) -> None:
+    """Raise invalid_config for a merge patch with a key or a value that is wrong."""
+    errors: dict[str, str] = {}
+    check_table(body, rules, "", errors, null_ok=True)
+    if errors:
+        raise invalid_config(errors)
 
 
 def is_admin(hub: Hub, caller: Caller) -> bool:
@@ -3828,12 +4004,16 @@ async def managed_site(request: web.Request) -> tuple[Hub, Caller, Site]:
     return hub, caller, owned_site(hub, caller, request.match_info["site_id"])
 
 
-def written_hosts(site: Site) -> list[str]:
-    return [host if port is None else f"{host}:{port}" for host, port in site.allowed_hosts]
+async def managed_body(request: web.Request) -> tuple[Hub, Caller, Site, Json]:
+    """managed_site, and the body; who manages it is asked again after the time that this took."""
+    hub, caller, site = await managed_site(request)
+    body = await read_object(request)
+    return hub, caller, owned_site(hub, caller, site.id), body
 
 
 def site_summary(site: Site) -> Json:
-    return {"id": site.id, "name": site.name, "allowedHosts": written_hosts(site)}
+    hosts = [written_host(*entry) for entry in site.allowed_hosts]
+    return {"id": site.id, "name": site.name, "allowedHosts": hosts}
 
 
 def site_details(hub: Hub, site: Site) -> Json:
@@ -3860,6 +4040,21 @@ async def save_site(hub: Hub, site_id: str, patch: Json, base: Json | None) -> N
     await hub.store.saved()
 
 
+def refuse_taken_hosts(hub: Hub, hosts: Sequence[HostEntry], site_id: str, *, admin: bool) -> None:
+    """Raise host_taken for a host of another site.
+
+    Owners may not take a port or a subdomain of another site's host either; admins may.
+    """
+    for host, port in hosts:
+        theirs = [hub.site_index.get((host, port))]
+        if not admin:
+            theirs.append(find_site(hub.site_index, host, port or 0))
+            theirs += [site for (name, _), site in hub.site_index.items() if name == host]
+        if any(site is not None and site.id != site_id for site in theirs):
+            message = f"The host {host} belongs to another site."
+            raise ApiError(409, "host_taken", message, host=host)
+
+
 async def change_site(hub: Hub, caller: Caller, site: Site, change: Json) -> web.Response:
     """Apply a merge patch in config.toml's names if the site as a whole is then valid."""
     base = hub.made_sites.get(site.id)
@@ -3873,23 +4068,6 @@ async def change_site(hub: Hub, caller: Caller, site: Site, change: Json) -> web
     refuse_taken_hosts(hub, added, site.id, admin=is_admin(hub, caller))
     await save_site(hub, site.id, patch, base)
     return json_response(site_details(hub, hub.sites[site.id]))
-
-
-def refuse_taken_hosts(
-    hub: Hub, hosts: Sequence[tuple[str, int | None]], site_id: str, *, admin: bool
-) -> None:
-    """Raise host_taken for a host of another site.
-
-    Owners may not take a port or a subdomain of another site's host either; admins may.
-    """
-    for host, port in hosts:
-        theirs = [hub.site_index.get((host, port))]
-        if not admin:
-            theirs.append(find_site(hub.site_index, host, port or 0))
-            theirs += [site for (name, _), site in hub.site_index.items() if name == host]
-        if any(site is not None and site.id != site_id for site in theirs):
-            message = f"The host {host} belongs to another site."
-            raise ApiError(409, "host_taken", message, host=host)
 
 
 async def list_sites(request: web.Request) -> web.Response:
@@ -3916,12 +4094,9 @@ async def create_site(request: web.Request) -> web.Response:
     hosts = [host] if is_ip(host) or host == "localhost" else [host, twin]
     refuse_taken_hosts(hub, [(one, port) for one in hosts], "", admin=True)
     slug = re.sub(r"[^a-z0-9]+", "-", host.removeprefix("www.")).strip("-")[:50]
-    site_id = next(
-        one
-        for one in itertools.chain([slug], (f"{slug}-{n}" for n in itertools.count(2)))
-        if one not in hub.sites
-    )
-    entries = [one if port is None else f"{one}:{port}" for one in hosts]
+    ids = itertools.chain([slug], (f"{slug}-{n}" for n in itertools.count(2)))
+    site_id = next(one for one in ids if one not in hub.sites)
+    entries = [written_host(one, port) for one in hosts]
     base = {"id": site_id, "name": clean["name"], "allowed_hosts": entries}
     try:
         parse_table(Site, base, "site")
@@ -3937,28 +4112,17 @@ async def get_site(request: web.Request) -> web.Response:
 
 
 async def patch_site(request: web.Request) -> web.Response:
-    hub, caller, site = await managed_site(request)
-    body = await read_object(request)
-    site = owned_site(hub, caller, site.id)  # still, after the time that the body took
+    hub, caller, site, body = await managed_body(request)
     if "owners" in body and not is_admin(hub, caller):
         raise standard_error(403)
-    checks = {field.name: field.metadata["check"] for field in dataclasses.fields(Site)}
-    rules = {name: checks[field] for name, field in ADMIN_FIELDS.items()}
-    errors: dict[str, str] = {}
-    check_table(body, rules, "", errors, null_ok=True)
-    if errors:
-        raise invalid_config(errors)
+    checks = checks_of(Site)
+    check_patch(body, {name: checks[field] for name, field in ADMIN_FIELDS.items()})
     return await change_site(hub, caller, site, {ADMIN_FIELDS[name]: body[name] for name in body})
 
 
 async def patch_site_config(request: web.Request) -> web.Response:
-    hub, caller, site = await managed_site(request)
-    body = await read_object(request)
-    site = owned_site(hub, caller, site.id)
-    errors: dict[str, str] = {}
-    check_table(body, SITE_CONFIG_RULES, "", errors, null_ok=True)
-    if errors:
-        raise invalid_config(errors)
+    hub, caller, site, body = await managed_body(request)
+    check_patch(body, SITE_CONFIG_RULES)
     return await change_site(hub, caller, site, {"config": body})
 
 
@@ -4119,13 +4283,31 @@ def dispatch(hub: Hub, sock: Socket, frame: str) -> None:
     SOCKET_EVENTS[name](hub, session, data)
 
 
+def receive(hub: Hub, sock: Socket, frame: aiohttp.WSMessage) -> None:
+    """Act on a frame of any kind; what is wrong with it becomes an event or a close."""
+    if sock.close_code is not None:
+        return  # what a client says while it is shown out does not count
+    if sock.flooded(time.monotonic()):
+        sock.close(1008)
+    elif frame.type is web.WSMsgType.BINARY:
+        sock.close(1003)
+    elif frame.type is web.WSMsgType.TEXT:
+        try:
+            dispatch(hub, sock, frame.data)
+        except ApiError as error:
+            if error.status == 404:
+                sock.fail(error.code, error.message, 4404)
+            else:
+                sock.fail("invalid_event", error.message)
+
+
 async def serve_socket(request: web.Request) -> web.WebSocketResponse:
     hub = request.app[HUB]
     site, _ = caller_site(request)
     refuse_when_draining(hub)
     ws = web.WebSocketResponse(
         heartbeat=PING_SECONDS,
-        timeout=5,
+        timeout=CLOSE_SECONDS,
         compress=False,
         max_msg_size=MAX_BODY_BYTES + 1,  # aiohttp refuses what is as long as this
     )
@@ -4141,20 +4323,7 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
             known = re.fullmatch("[0-9]{1,15}", last_seq)
             join_by_id(hub, sock, session_id, int(last_seq) if known else None)
         async for frame in ws:
-            if sock.close_code is not None:
-                continue  # what a client says while it is shown out does not count
-            if sock.flooded(time.monotonic()):
-                sock.close(1008)
-            elif frame.type is web.WSMsgType.BINARY:
-                sock.close(1003)
-            elif frame.type is web.WSMsgType.TEXT:
-                try:
-                    dispatch(hub, sock, frame.data)
-                except ApiError as error:
-                    if error.status == 404:
-                        sock.fail(error.code, error.message, 4404)
-                    else:
-                        sock.fail("invalid_event", error.message)
+            receive(hub, sock, frame)
     except ConnectionError:
         pass  # the client is gone in the middle of a frame
     except Exception:
@@ -4164,25 +4333,34 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
         join_timer.cancel()
         hub.sockets.discard(sock)
         sock.leave()
-        if sock.pump is not None and sock.close_code is None:
-            sock.pump.cancel()
-        if sock.transport is not None and sock.transport.get_write_buffer_size():
-            sock.transport.abort()  # a client that has stopped reading would hold it for ever
+        await sock.end()
     return ws
+
+
+async def root(request: web.Request) -> web.StreamResponse:
+    if request.method == "GET" and "websocket" in request.headers.get("Upgrade", "").lower():
+        return await serve_socket(request)
+    if request.path != "/" or not request.app[HUB].config.server.demo:
+        raise standard_error(404)
+    return await demo(request)
 
 
 # ---------------------------------------------------------------------------------------------
 # Lifecycle: what runs beside the handlers, and how it all ends.
 
 
-async def http_client(app: web.Application) -> AsyncIterator[None]:
-    """The one ClientSession of the app, and the model on it."""
-    hub = app[HUB]
-    async with aiohttp.ClientSession(
+def new_client() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
         cookie_jar=aiohttp.DummyCookieJar(),
-    ) as http:
+    )
+
+
+async def http_client(app: web.Application) -> AsyncIterator[None]:
+    """The one ClientSession of the app, and the model on it."""
+    hub = app[HUB]
+    async with new_client() as http:
         if not hub.config.offline:
             hub.model = Model(http, hub.config.llm, hub.config.api_key)
         if hub.config.firebase.project_id:
@@ -4192,9 +4370,10 @@ async def http_client(app: web.Application) -> AsyncIterator[None]:
 
 def bring_back(hub: Hub) -> None:
     """Take from the store what the last process left there."""
+    in_file = {site["id"] for site in hub.config.raw_sites}
     for site_id, base, patch in hub.store.read("SELECT id, base, patch FROM site"):
         hub.site_patches[site_id] = orjson.loads(patch)
-        if base is not None:
+        if base is not None and site_id not in in_file:  # the file has taken the name since
             hub.made_sites[site_id] = orjson.loads(base)
     rebuild_sites(hub)
     today = usage_today(hub, "", time.time()).day
@@ -4226,20 +4405,67 @@ async def persistence(app: web.Application) -> AsyncIterator[None]:
     await hub.store.close()
 
 
-async def sweeper(app: web.Application) -> AsyncIterator[None]:
-    async def run() -> None:
-        while True:
-            await asyncio.sleep(SWEEP_SECONDS)
-            try:
-                await sweep(app[HUB], time.monotonic())
-            except Exception:
-                log.exception("a sweep failed")
+async def sweep(hub: Hub, now: float) -> None:
+    """Free what is idle: sessions, sockets that stopped reading, buckets that ran empty."""
+    idle = [session for session in hub.sessions.values() if is_idle(hub, session, now)]
+    while idle:
+        drop_session(hub, idle.pop())  # the list must not keep them all, to free them at once
+        if len(idle) % 200 == 0:  # many at once must not hold up the loop
+            await asyncio.sleep(0)
+    for session in list(hub.sessions.values()):
+        if session.task is not None and session.task.deadline <= now:
+            end_task(session, session.task, INTERRUPTED)
+    for sock in hub.sockets:
+        sock.cut_off_if_stalled(now)
+    limiters = hub.init_limiters
+    for address in [a for a, lim in limiters.items() if lim.has_capacity(lim.max_rate)]:
+        del limiters[address]
 
-    task = asyncio.create_task(run())
+
+async def keep_swept(hub: Hub) -> None:
+    while True:
+        await asyncio.sleep(SWEEP_SECONDS)
+        try:
+            await sweep(hub, time.monotonic())
+        except Exception:
+            log.exception("a sweep failed")
+
+
+def notify_systemd(state: str) -> None:
+    """Tell systemd (sd_notify(3)) READY=1, WATCHDOG=1 or STOPPING=1, if it started this process."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.connect("\0" + address[1:] if address.startswith("@") else address)
+        sender.sendall(state.encode())
+
+
+def watchdog_seconds(environ: Mapping[str, str]) -> float:
+    """Return after what silence systemd restarts this process, 0 for never.
+
+    WATCHDOG_USEC counts for the process in WATCHDOG_PID alone; sd_watchdog_enabled(3).
+    """
+    usec, pid = environ.get("WATCHDOG_USEC", ""), str(os.getpid())
+    return int(usec) / 1e6 if usec.isdecimal() and environ.get("WATCHDOG_PID", pid) == pid else 0
+
+
+async def feed_watchdog(hub: Hub) -> None:
+    """Feed systemd's watchdog from the event loop, so that a loop that hangs starves it."""
+    seconds = watchdog_seconds(os.environ)
+    while seconds:
+        notify_systemd("WATCHDOG=1")
+        await asyncio.sleep(seconds / 2)
+
+
+async def background(app: web.Application) -> AsyncIterator[None]:
+    """Run the endless work beside the handlers."""
+    hub = app[HUB]
+    tasks = [asyncio.create_task(work(hub)) for work in (keep_swept, feed_watchdog)]
     yield
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
 
 
 async def close_knowledge(app: web.Application) -> AsyncIterator[None]:
@@ -4271,28 +4497,10 @@ async def drain(app: web.Application) -> None:
             sock.transport.close() if sock.pump is None else sock.transport.abort()
 
 
-def notify_systemd(state: str) -> None:
-    """Tell systemd (sd_notify protocol) when it is listening: READY=1, STOPPING=1."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    with (
-        contextlib.suppress(OSError),
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender,
-    ):
-        sender.connect("\0" + address[1:] if address.startswith("@") else address)
-        sender.sendall(state.encode())
-
-
 def make_app(config: Config) -> web.Application:
     """Build the application; raise ConfigError if the knowledge cannot be read."""
     app = web.Application(middlewares=[shape_errors], client_max_size=MAX_BODY_BYTES)
-    app[HUB] = Hub(
-        config=config,
-        knowledge=load_knowledge(config),
-        started=time.monotonic(),
-        store=Store(None),
-    )
+    app[HUB] = Hub(config, load_knowledge(config), time.monotonic(), Store(None))
     cors = aiohttp_cors.setup(
         app,
         defaults={
@@ -4310,25 +4518,25 @@ def make_app(config: Config) -> web.Application:
         "/api/stats": {"GET": stats},
         "/health": {"GET": health},
         "/api/admin/sites": {"GET": list_sites, "POST": create_site},
-        "/api/admin/sites/{site_id}": {
-            "GET": get_site,
-            "PATCH": patch_site,
-            "DELETE": delete_site,
-        },
+        "/api/admin/sites/{site_id}": {"GET": get_site, "PATCH": patch_site, "DELETE": delete_site},
         "/api/admin/sites/{site_id}/config": {"PATCH": patch_site_config},
         "/api/admin/sites/{site_id}/sessions": {"GET": list_site_sessions},
         "/api/admin/sites/{site_id}/sessions/{session_id}": {"GET": get_site_session},
+        "/embed.js": {"GET": embed},
+        **({path: {"GET": demo} for path in DEMO} if config.server.demo else {}),
         "/": {"GET": root},
         "/ws": {"GET": root},
         "/{path:.*}": {"*": no_such_route},  # aiohttp-cors sees nothing that has no route
     }
     for path, handlers in routes.items():
-        resource = cors.add(app.router.add_resource(path))
+        resource = app.router.add_resource(path)
+        if path != "/embed.js":  # which sets its own
+            cors.add(resource)
         for method, handler in handlers.items():
             resource.add_route(method, handler)
             if method == "GET":  # what uptime checks ask for
                 resource.add_route("HEAD", handler)
-    app.cleanup_ctx.extend([persistence, http_client, sweeper, close_knowledge])
+    app.cleanup_ctx.extend([persistence, http_client, background, close_knowledge])
     app.on_shutdown.append(drain)
     return app
 
@@ -4370,19 +4578,454 @@ async def run(config: Config) -> None:
         log.info("stopping")
 
 
+# ---------------------------------------------------------------------------------------------
+# The doctor: looks at a deployment and says in plain words what is wrong and how to mend it.
+#
+# A check returns what is well, or raises Trouble (it does not work) or Hint (it works, but look).
+# None leaves anything behind, and none repeats a key, a session id or what a provider wrote.
+
+DOCTOR_SECONDS = 10  # for one request to the server
+DOCTOR_SITES = 5  # that a chat is opened for: init_per_minute counts them
+CERTIFICATE_DAYS = 14  # certbot renews 30 days before the end
+FORGED_ADDRESS = "203.0.113.77"  # nobody's (RFC 5737)
+
+
+class Trouble(Exception):
+    """What is wrong, and how to mend it."""
+
+
+class Hint(Trouble):
+    """What its owner may want to know; nothing is broken."""
+
+
+FAILURES: dict[type[Exception], str] = {
+    ssl.SSLError: "it does not speak TLS. Is it http instead of https, or another port?",
+    socket.gaierror: "DNS does not know its name. Is it spelled right, and does it have a record?",
+    ConnectionRefusedError: (
+        "the connection is refused, nothing listens there. Start it, or correct the port"
+    ),
+    TimeoutError: "it does not answer in time. Is it up, and is no firewall in between?",
+}
+
+
+def failure_words(error: BaseException) -> str:
+    """Say why a connection failed."""
+    cause = getattr(error, "os_error", error)
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        reason = cause.verify_message.rstrip(".")
+        return f"its TLS certificate is not valid: {reason}. Renew it, or use the name it is for"
+    for kind, words in FAILURES.items():
+        if isinstance(cause, kind):
+            return words
+    if isinstance(cause, OSError) and cause.errno:
+        return f"it failed: {os.strerror(cause.errno)}"
+    return f"it failed ({type(cause).__name__})"
+
+
+async def check_settings(config: Config) -> str:
+    if not config.sites:
+        raise Hint("there are no [[sites]]: only those made through the admin API can chat")
+    for site in config.sites:
+        if not site.allowed_hosts:
+            raise Hint(f"site {site.id} has no allowed_hosts: nobody can chat there")
+    return f"{len(config.sites)} site(s)"
+
+
+def usable_folder(folder: Path) -> str:
+    """Return what there is to say of a state folder that cannot be tried, else ""."""
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+        raise Trouble(
+            f"{place} belongs to user {place.stat().st_uid} and is no folder that this user can"
+            " write to. Run the doctor as the server's user; if it is that one, chown it"
+        )
+    if place != folder:
+        return f"{folder} does not exist yet, the first start makes it"
+    try:
+        os.close(lock_folder(folder / "leflux.db"))
+    except ConfigError:
+        return f"{folder} is in use by a running server"
+    for path in (folder / "leflux.db", folder / "leflux.db-wal"):
+        foreign = path.exists() and path.stat().st_uid != folder.stat().st_uid
+        if foreign or (path.exists() and not os.access(path, os.R_OK | os.W_OK)):
+            raise Trouble(
+                f"{path} belongs to another user or is read-only. Mend it with"
+                f" chown --reference={folder} {path} && chmod 600 {path}"
+            )
+    return ""
+
+
+async def try_copy(folder: Path, config: Config) -> str:
+    """Do with a copy of the database what the next start will do, so that nothing changes."""
+    with tempfile.TemporaryDirectory(prefix="leflux-") as copy:
+        for name in ("leflux.db", "leflux.db-wal"):
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, Path(copy, name))
+        server = dataclasses.replace(config.server, state_dir=copy)
+        hub = Hub(dataclasses.replace(config, server=server), {}, 0, Store(None))
+        app = web.Application()
+        app[HUB] = hub
+        try:
+            async with contextlib.asynccontextmanager(persistence)(app):
+                return f"{folder} can be written and holds {len(hub.sessions)} chat(s)"
+        except ConfigError as error:
+            problem = str(error).replace(copy, str(folder))
+            raise Trouble(f"{problem}. Put a backup in its place, or move it away") from None
+
+
+async def check_state(config: Config) -> str:
+    if not config.server.state_dir:
+        raise Hint('server.state_dir is "": chats and changes are lost when the server stops')
+    folder = config.folder / config.server.state_dir
+    try:
+        if words := usable_folder(folder):
+            return words
+        return await try_copy(folder, config)
+    except OSError as error:
+        problem = f"{error.filename}: {error.strerror}"
+        raise Trouble(f"{problem}. Run the doctor as the server's user, or as root") from None
+
+
+def refusal_words(problem: str, config: Config) -> str:
+    """Say what the text of a ModelError means."""
+    variable = f"${config.llm.api_key_env}"
+    found = re.search(r"(?:HTTP |\()([3-5][0-9][0-9])\b", problem)
+    status = int(found[1]) if found else 0
+    if status == 402 or "insufficient_quota" in problem:
+        return "the account is out of credit. Add some at the provider, or lower llm.max_tokens"
+    if status in (401, 403):
+        if not config.api_key:
+            return f"it wants a key ({status}), and none is set. Put it into {variable}"
+        return f"the key is refused ({status}). Put one into {variable} that may use this model"
+    if 300 <= status < 429:
+        return (
+            f"it does not take the request ({status}). Either llm.model is not known there, or"
+            " llm.base_url is not what stands before /chat/completions; it often ends in /v1"
+        )
+    if status == 429:
+        return "too many requests for this key (429). Wait, or raise the limit at the provider"
+    return f"the provider has a problem ({status or 'in its stream'}). Try again later"
+
+
+async def check_model(http: aiohttp.ClientSession, config: Config) -> str:
+    """Ask for one word, in the way the server asks."""
+    llm = config.llm
+    if config.offline:
+        return f"the offline guide answers, as ${llm.api_key_env} holds no key"
+    where = f"{llm.model} at {urllib.parse.urlsplit(llm.base_url).netloc}"
+    question = {"role": "user", "content": 'Answer with this JSON: {"message": "ok"}'}
+    pieces: list[str] = []
+    completion = Completion()
+    started = time.monotonic()
+    try:
+        await Model(http, llm, config.api_key).complete([question], pieces.append, completion)
+    except ModelError as error:
+        cause = error.__cause__
+        words = failure_words(cause) if cause else refusal_words(str(error), config)
+        raise Trouble(f"{where}: {words}") from None
+    if completion.cut_short:
+        raise Trouble(f"{where}: its answer breaks off. Is llm.max_tokens too low for it?")
+    if not "".join(pieces).strip():
+        raise Trouble(
+            f"{where}: what it answers is no chat completion, perhaps a web page. llm.base_url"
+            " must be what stands before /chat/completions, and often ends in /v1"
+        )
+    return f"{where} answered in {time.monotonic() - started:.1f} s"
+
+
+async def check_sign_in(http: aiohttp.ClientSession, config: Config) -> str:
+    if not config.firebase.project_id:
+        return "off, and so is the admin API (firebase.project_id is empty)"
+    cache = KeyCache(http, config.firebase.keys_url)
+    try:
+        await cache.keys_for("")
+    except ApiError:
+        words = "what it answers is not Google's certificates. Is firebase.keys_url right?"
+        if isinstance(cache.failure, aiohttp.ClientResponseError):
+            words = f"it answers {cache.failure.status}. Is firebase.keys_url right?"
+        elif isinstance(cache.failure, aiohttp.ClientError | OSError):
+            words = failure_words(cache.failure)
+        host = urllib.parse.urlsplit(config.firebase.keys_url).netloc
+        raise Trouble(f"the sign-in keys at {host}: {words}") from None
+    if not config.firebase.admins and not any(site.owners for site in config.sites):
+        raise Hint("works, but nobody may use it: firebase.admins and all owners are empty")
+    return f"on, with {len(cache.keys)} key(s) of {config.firebase.keys_url.split('/')[2]}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fetched:
+    status: int
+    headers: Any  # a multidict
+    body: Json  # {} if it is no JSON object
+
+
+async def fetch(
+    http: aiohttp.ClientSession, method: str, url: str, headers: Mapping[str, str] | None = None
+) -> Fetched:
+    timeout = aiohttp.ClientTimeout(total=DOCTOR_SECONDS)
+    async with http.request(
+        method, url, headers=headers, timeout=timeout, allow_redirects=False
+    ) as response:
+        raw = await read_some(response.content)
+        return Fetched(response.status, response.headers, parse_object(raw))
+
+
+def answer_words(answer: Fetched, origin: str = "") -> str:
+    """Say what an answer means that is not the one hoped for."""
+    status, code = answer.status, answer.body.get("error")
+    if code == "host_not_registered" and not answer.body.get("host"):
+        return "the Origin header does not arrive. Let the proxy pass it on"
+    if code == "host_not_registered":
+        return (
+            f"the server does not know {origin} (403 host_not_registered). Put its host into"
+            " allowed_hosts of the site, and restart the server"
+        )
+    if code == "rate_limit_exceeded":
+        return "too many new chats from this address (429). Wait a minute and ask again"
+    if isinstance(code, str):
+        return f"the server answers {status} {code[:40]}. Its log may say why"
+    if status in (502, 503, 504):
+        return (
+            f"the proxy answers {status}, as no leflux runs behind it. Start that (systemctl status"
+            " leflux), or correct the port that the proxy passes requests to"
+        )
+    if 300 <= status < 400:
+        there = "/".join(answer.headers.get("Location", "").split("/")[:3])
+        return f"it redirects ({status}). Ask about {there[:100]} instead"
+    return f"HTTP {status}, and not from leflux. Let the proxy pass all paths on to it"
+
+
+async def check_health(http: aiohttp.ClientSession, url: str) -> str:
+    answer = await fetch(http, "GET", f"{url}/health")
+    if answer.status != 200 or answer.body.get("status") != "ok":
+        raise Trouble(answer_words(answer))
+    return "leflux answers"
+
+
+async def check_model_in_use(http: aiohttp.ClientSession, url: str, config: Config) -> str:
+    theirs = (await fetch(http, "GET", f"{url}/health")).body.get("llm")
+    ours = "offline" if config.offline else "remote"
+    if theirs != ours:
+        raise Trouble(
+            f"the server's is {theirs}, but {ours} by what the doctor was given. Restart the server"
+            " after a change, and give the doctor the same file and key"
+        )
+    return f"the server's is {theirs}, as the settings say"
+
+
+async def connect(url: str, **options: Any) -> asyncio.StreamWriter:
+    """Return a connection that is closing; what it knows of itself stays."""
+    host, port = cast(tuple[str, int], parse_origin(url))
+    async with asyncio.timeout(DOCTOR_SECONDS):
+        _, writer = await asyncio.open_connection(host.strip("[]"), port, **options)
+    writer.close()
+    return writer
+
+
+async def check_certificate(url: str) -> str:
+    writer = await connect(url, ssl=True)
+    ends = ssl.cert_time_to_seconds(writer.get_extra_info("peercert")["notAfter"])
+    days = int((ends - time.time()) / 86400)
+    if days < CERTIFICATE_DAYS:
+        raise Trouble(f"it ends in {days} day(s). Renew it, and see why that did not happen")
+    return f"valid for {days} more days"
+
+
+def address_words(own: str, seen: str, forgeable: bool, proxies: Sequence[Network]) -> str:
+    """Judge whom the server takes us for, and whether a forged X-Forwarded-For is believed."""
+    own_key = client_key(own, (), ())
+    mend = (
+        "Let the proxy set X-Forwarded-For to $remote_addr, and put the proxy's address alone into"
+        " server.trusted_proxies"
+    )
+    if is_trusted(own, proxies) and (forgeable or seen != own_key):
+        raise Hint(
+            f"this machine ({own}) is one of server.trusted_proxies, so what strangers can forge"
+            " does not show from here. Run the doctor on another one"
+        )
+    if forgeable:
+        raise Trouble(f"a forged X-Forwarded-For is believed, so no limit holds. {mend}")
+    if seen == own_key:
+        return f"the server sees {seen}, this machine"
+    if not seen or is_trusted(seen, proxies) or not parse_ip(seen).is_global:
+        raise Trouble(
+            f"the server sees {seen or 'none'} instead of {own}: the proxy's, so all visitors"
+            f" share one limit. {mend}"
+        )
+    return f"the server sees {seen}; that should be this machine as the internet knows it"
+
+
+async def check_address(http: aiohttp.ClientSession, url: str, config: Config) -> str:
+    own = (await connect(url)).get_extra_info("sockname")[0]
+    honest = await fetch(http, "GET", f"{url}/health?client")
+    forgery = {"X-Forwarded-For": FORGED_ADDRESS}
+    forged = await fetch(http, "GET", f"{url}/health?client", forgery)
+    seen, believed = (answer.body.get("client") for answer in (honest, forged))
+    if not isinstance(seen, str):
+        raise Trouble(f"the server does not say whom it sees: {answer_words(honest)}")
+    return address_words(own, seen, believed == FORGED_ADDRESS, config.server.trusted_proxies)
+
+
+async def check_widget(http: aiohttp.ClientSession, url: str) -> str:
+    answer = await fetch(http, "GET", f"{url}/embed.js")
+    if answer.status != 200 or "javascript" not in answer.headers.get("Content-Type", ""):
+        raise Trouble(answer_words(answer))
+    return "embed.js is served"
+
+
+def check_cors(answer: Fetched, origin: str) -> None:
+    """Raise Trouble if a browser would keep an answer from the page."""
+    allowed = answer.headers.getall("Access-Control-Allow-Origin", [])
+    if len(allowed) > 1:
+        raise Trouble("CORS headers come twice, which no browser takes. Let the proxy add none")
+    if allowed not in (["*"], [origin]):
+        raise Trouble(f"browsers keep the answers from {origin}. Add it to server.cors_origins")
+
+
+def check_socket_url(ws_url: str, url: str, config: Config) -> None:
+    """Raise Trouble if pages are told to open their socket where a browser cannot."""
+    mend = "Let the proxy send {}, or set server.public_url and restart the server"
+    if url.startswith("https:") and ws_url.startswith("ws:"):
+        raise Trouble(
+            f"pages are told {ws_url[:100]}, which browsers refuse from https. "
+            + mend.format("X-Forwarded-Proto")
+        )
+    told, meant = ws_url.replace("ws", "http", 1), config.server.public_url or url
+    if parse_origin(told) != parse_origin(meant):
+        raise Trouble(
+            f"pages are told {ws_url[:100]}, which is another address. "
+            + mend.format("Host and X-Forwarded-Host")
+        )
+
+
+async def check_socket(
+    http: aiohttp.ClientSession, ws_url: str, session_id: str, origin: str
+) -> None:
+    """Raise Trouble if a socket cannot join the session."""
+    try:
+        async with (
+            asyncio.timeout(DOCTOR_SECONDS),
+            http.ws_connect(ws_url, headers={"Origin": origin}) as ws,
+        ):
+            # By frame, as a query would be in the proxy's log.
+            await ws.send_json({"event": "join_session", "data": {"sessionId": session_id}})
+            joined = parse_object((await ws.receive_str()).encode())
+    except aiohttp.WSServerHandshakeError as error:
+        words = answer_words(Fetched(error.status, error.headers, {}), origin)
+        if error.status in (200, 400, 404, 426):
+            words = (
+                f"it is not upgraded ({error.status}). Let the proxy speak HTTP/1.1 and pass the"
+                " headers Upgrade and Connection on at / (see leflux.nginx.conf)"
+            )
+        raise Trouble(f"the WebSocket at {ws_url}: {words}") from None
+    except (aiohttp.ClientError, OSError) as error:
+        raise Trouble(f"the WebSocket at {ws_url}: {failure_words(error)}") from None
+    except TypeError:
+        raise Trouble(f"the WebSocket at {ws_url} closes at once. Its log may say why") from None
+    if joined.get("event") != "session_joined":
+        raise Trouble(
+            f"the WebSocket at {ws_url} does not know the chat. If several servers stand behind the"
+            " proxy, each site must stay on one of them (see leflux.nginx.conf)"
+        )
+
+
+async def check_site(http: aiohttp.ClientSession, url: str, config: Config, site: Site) -> str:
+    """Open a chat and its socket as a page of the site would; the chat is deleted again."""
+    host, port = site.allowed_hosts[0]
+    origin = f"{'http' if host == 'localhost' else 'https'}://{written_host(host, port)}"
+    answer = await fetch(http, "POST", f"{url}/api/session/init", {"Origin": origin})
+    session_id, ws_url = answer.body.get("sessionId"), answer.body.get("wsUrl")
+    if answer.status != 200 or not isinstance(session_id, str) or not isinstance(ws_url, str):
+        raise Trouble(answer_words(answer, origin))
+    deleted = None
+    try:
+        check_cors(answer, origin)
+        check_socket_url(ws_url, url, config)
+        await check_socket(http, ws_url, session_id, origin)
+    finally:
+        with contextlib.suppress(aiohttp.ClientError, OSError):
+            path = f"{url}/api/session/{session_id}"
+            deleted = await fetch(http, "DELETE", path, {"Origin": origin})
+    if deleted is None or deleted.status != 200:
+        raise Trouble("the chat could not be deleted again. Let the proxy pass DELETE on")
+    return f"{origin} can chat, over {ws_url}"
+
+
+async def look(what: str, check: Awaitable[str]) -> bool:
+    """Print what a check found, in one line; return whether it is well."""
+    mark = "ok"
+    try:
+        words = await check
+    except Trouble as trouble:
+        mark, words = "hint" if isinstance(trouble, Hint) else "FAIL", str(trouble)
+    except Exception as error:
+        mark, words = "FAIL", failure_words(error)
+    words = "".join(c if c.isprintable() else "?" for c in words)
+    print(f"{mark:4}  {what}: {words}", flush=True)
+    return mark != "FAIL"
+
+
+async def look_at_server(http: aiohttp.ClientSession, url: str, config: Config) -> bool:
+    """Make the checks of a URL; return whether all is well."""
+    if not await look(url, check_health(http, url)):
+        return False  # the others would only say the same
+    well = not url.startswith("https:") or await look("certificate", check_certificate(url))
+    well &= await look("model in use", check_model_in_use(http, url, config))
+    well &= await look("address", check_address(http, url, config))
+    well &= await look("widget", check_widget(http, url))
+    for site in [site for site in config.sites if site.allowed_hosts][:DOCTOR_SITES]:
+        well &= await look(f"site {site.id}", check_site(http, url, config, site))
+    return well
+
+
+async def run_doctor(config: Config, url: str) -> int:
+    """Make all checks, those of a URL too if there is one; return the exit code."""
+    async with new_client() as http:
+        well = await look("config", check_settings(config))
+        well &= await look("state", check_state(config))
+        well &= await look("model", check_model(http, config))
+        well &= await look("sign-in", check_sign_in(http, config))
+        if url:
+            well &= await look_at_server(http, url, config)
+        else:
+            public = config.server.public_url or "https://chat.example.com"
+            print(f"hint  proxy: not checked. Add the URL that visitors use: --doctor {public}")
+    return 0 if well else 1
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line.
+
+
+def doctor_url(value: str) -> str:
+    try:
+        return bare_url(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="An AI agent for your website.")
     default = os.environ.get("LEFLUX_CONFIG") or HERE / "config.toml"
     parser.add_argument("--config", type=Path, default=default, metavar="FILE")
-    parser.add_argument("--check", action="store_true", help="check the configuration and exit")
+    todo = parser.add_mutually_exclusive_group()
+    todo.add_argument("--check", action="store_true", help="check the configuration and exit")
+    doctors_help = "check a deployment, with URL as its visitors reach it, and exit"
+    todo.add_argument(
+        "--doctor", nargs="?", const="", type=doctor_url, metavar="URL", help=doctors_help
+    )
     options = parser.parse_args(arguments)
     try:
         config = load_config(Path(options.config), os.environ)
-        if options.check:
+        if options.check or options.doctor is not None:
             for passages in load_knowledge(config).values():
                 passages.close()
+        if options.check:
             print(f"{options.config} is fine: {len(config.sites)} site(s)")
             return 0
+        if options.doctor is not None:
+            logging.disable()  # what it finds, the doctor says itself
+            return asyncio.run(run_doctor(config, options.doctor))
         logging.basicConfig(
             level=config.server.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
         )

@@ -14,10 +14,12 @@ import base64
 import contextlib
 import copy
 import dataclasses
+import errno
 import functools
 import gzip
 import hashlib
 import hmac
+import html.parser
 import itertools
 import json
 import logging
@@ -28,10 +30,12 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import stat
 import sys
 import threading
 import time
+import tomllib
 import tracemalloc
 import weakref
 from collections import Counter, deque
@@ -43,7 +47,9 @@ from typing import Any, cast
 
 import aiohttp
 import pytest
+import yarl
 from aiohttp import WSMsgType, web
+from aiohttp.test_utils import TestServer, unused_port
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
@@ -200,13 +206,13 @@ def error_code(body: Any) -> str:
 class Server:
     """A running server as its callers see it."""
 
-    def __init__(self, url: str, hub: lf.Hub | None = None) -> None:
-        self.url, self._hub = url, hub
+    def __init__(self, url: str, hub: lf.Hub | None = None, **connection: Any) -> None:
+        self.url, self._hub, self.connection = url, hub, connection
         self.sockets: list[aiohttp.ClientWebSocketResponse] = []
 
     async def __aenter__(self) -> Server:
         self.http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, **self.connection),
             timeout=aiohttp.ClientTimeout(total=PATIENCE_SECONDS),
         )
         return self
@@ -241,7 +247,7 @@ class Server:
         is_json = response.headers.get("Content-Type", "").startswith("application/json")
         parsed = json.loads(raw) if is_json else None
         assert response.headers["X-Content-Type-Options"] == "nosniff"
-        assert not response.headers.get("Server")
+        assert response.headers.get("Server", "") in ("", "nginx")  # and no version
         return Answer(response.status, parsed, response.headers, raw)
 
     async def init(self, **more: Any) -> Answer:
@@ -353,7 +359,8 @@ async def read_close(ws: aiohttp.ClientWebSocketResponse) -> tuple[list[str], in
             assert frame["data"]["message"]
             codes.append(frame["data"]["code"])
     assert message.type in (WSMsgType.CLOSE, WSMsgType.CLOSED, WSMsgType.CLOSING), message
-    return codes, ws.close_code
+    # Where the connection ends before its reply is out, aiohttp's client forgets the code.
+    return codes, message.data if message.type is WSMsgType.CLOSE else ws.close_code
 
 
 def deltas(frames: Sequence[Json]) -> str:
@@ -380,6 +387,14 @@ async def raw_http(url: str, request: bytes) -> tuple[int, str, Any]:
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
     return int(head.split()[1]), head, json.loads(body) if body.startswith(b"{") else None
+
+
+def needs(program: str) -> str:
+    """The path of a program. Without it the test is skipped; a CI machine must have it."""
+    path = shutil.which(program, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin")
+    if path is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{program} is not installed")
+    return path
 
 
 Serve = Callable[..., Awaitable[Server]]
@@ -1802,6 +1817,17 @@ def test_guide_offers_nothing_disabled() -> None:
     assert lf.guide(lf.Task("delete my account"), context, None)["action"] is None
 
 
+def test_the_guide_quotes_statements() -> None:
+    """Not what somebody says, nor what announces the next line."""
+    shown = '“Pro costs nothing!”\n"Pro: cheap, cheap, cheap."\nThe cheap Pro costs these:\n'
+    shown += "The Pro plan costs 20 euros."
+    context = lf.clean_context({"visibleText": shown}, lf.LimitsConfig())
+    said = lf.guide(lf.Task("what does Pro cost?"), context, None)["message"]
+    assert "20 euros" in said
+    assert "nothing" not in said
+    assert "cheap" not in said
+
+
 @pytest.mark.parametrize(
     "context",
     [
@@ -1908,6 +1934,14 @@ async def test_long_page_is_cut(serve: Serve, model: FakeModel) -> None:
     assert "EDGE-OF-TEXT" not in model.prompt()
 
 
+def test_a_bloated_page_is_cut() -> None:
+    """However much a program sends as a page, what is kept and paid for has a bound."""
+    fields = dict.fromkeys((f for f, kind in lf.ELEMENT_FIELDS.items() if kind is str), "x" * 300)
+    context = lf.clean_context({"indexedElements": [{"id": 1, **fields}] * 50}, lf.LimitsConfig())
+    assert 1 < len(context["indexedElements"]) < 20
+    assert len(context["described"]) < 1.5 * lf.MAX_ELEMENTS_CHARS
+
+
 async def test_limits_of_a_message_can_be_configured(serve: Serve, model: FakeModel) -> None:
     """message_chars, indexed_elements and visible_text_chars are settings."""
     limits = {"message_chars": 5, "indexed_elements": 2, "visible_text_chars": 10}
@@ -1983,6 +2017,7 @@ async def test_init(serve: Serve) -> None:
             "wss://chat.example.com",
         ),
         ({"public_url": "http://c.example:81/"}, {"Host": "x.example"}, "ws://c.example:81"),
+        ({"public_url": "HTTPS://Chat.Example"}, {"Host": "x.example"}, "wss://chat.example"),
     ],
 )
 async def test_ws_url(settings: Json, headers: dict[str, str], expected: str, serve: Serve) -> None:
@@ -2110,15 +2145,63 @@ async def test_stats_and_health(serve: Serve, model: FakeModel) -> None:
     assert health.body == {"status": "ok", "llm": "remote"}
 
 
-async def test_demo_page(serve: Serve) -> None:
-    """The demo page is at /, unless it is turned off."""
-    page = await (await serve()).call("GET", "/", origin=None)
-    assert page.status == 200
-    assert page.headers["Content-Type"].startswith("text/html")
-    assert b"<" in page.raw
-    server = await serve(server={"demo": False})
-    assert (await server.call("GET", "/", origin=None)).error == (404, "not_found")
-    assert (await server.visitor()).ws  # which does not concern upgrades
+@pytest.mark.parametrize("demo", [True, False])
+async def test_the_widget_is_for_every_page(serve: Serve, demo: bool) -> None:
+    """/embed.js may be loaded from anywhere, with and without Origin, demo or not."""
+    server = await serve(server={"demo": demo, "cors_origins": ["https://acme.com"]})
+    for origin in (None, ORIGIN, "https://stranger.example", "null"):
+        answer = await server.call("GET", "/embed.js", origin=origin)
+        assert answer.status == 200
+        assert answer.raw == (lf.HERE / "widget" / "embed.js").read_bytes()
+        assert answer.headers["Content-Type"] == "text/javascript; charset=utf-8"
+        assert answer.headers.getall("Access-Control-Allow-Origin") == ["*"]  # type: ignore[attr-defined]
+        assert answer.headers["Cross-Origin-Resource-Policy"] == "cross-origin"
+        assert answer.headers["Cache-Control"] == "no-cache"
+    head = await server.call("HEAD", "/embed.js", origin=None)
+    assert (head.status, head.raw) == (200, b"")
+    assert head.headers["Content-Length"] == str(len(answer.raw))
+    assert head.headers["ETag"] == answer.headers["ETag"]
+    assert (await server.call("POST", "/embed.js")).error == (405, "method_not_allowed")
+
+
+@pytest.mark.parametrize("path", ["/embed.js", "/", "/shop.css"])
+async def test_a_file_that_the_browser_has_is_not_sent_again(serve: Serve, path: str) -> None:
+    """A strong ETag; If-None-Match is a list, may be weak, or * (RFC 9110, 13.1.2)."""
+    server = await serve()
+
+    async def ask(if_none_match: str, method: str = "GET") -> Answer:
+        return await server.call(method, path, headers={"If-None-Match": if_none_match})
+
+    tag = (await server.call("GET", path)).headers["ETag"]
+    assert re.fullmatch(r'"[0-9a-f]{32}"', tag)
+    for known in (tag, f"W/{tag}", f'"x", {tag}', f'W/"y",{tag} , "z"', "*"):
+        for method in ("GET", "HEAD"):
+            answer = await ask(known, method)
+            assert (answer.status, answer.raw, answer.headers["ETag"]) == (304, b"", tag)
+            assert answer.headers["Cache-Control"] == "no-cache"
+            assert answer.headers.get("Access-Control-Allow-Origin")
+    for unknown in ('"x"', tag.strip('"'), tag.upper().replace("A", "B"), "", ",", '"', "x" * 4000):
+        answer = await ask(unknown)
+        assert (answer.status, answer.headers["ETag"]) == (200, tag)
+
+
+async def test_a_file_that_changes_is_sent_anew(
+    serve: Serve, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """Its ETag changes too; while there is no such file, it is not found."""
+    monkeypatch.setattr(lf, "HERE", tmp_path)
+    server = await serve()
+    for path in ("/embed.js", "/"):
+        assert (await server.call("GET", path)).error == (404, "not_found")
+    (tmp_path / "widget").mkdir()
+    file = tmp_path / "widget" / "embed.js"
+    file.write_text("one")
+    first = await server.call("GET", "/embed.js")
+    file.write_text("two")
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))  # a coarse clock shall not matter
+    known = {"If-None-Match": first.headers["ETag"]}
+    second = await server.call("GET", "/embed.js", headers=known)
+    assert (first.raw, second.status, second.raw) == (b"one", 200, b"two")
 
 
 @pytest.mark.parametrize(
@@ -3380,23 +3463,80 @@ async def test_shutdown_does_not_wait_for_the_deaf(
         client.close()
 
 
-async def test_systemd_notifications(tmp_path: Path) -> None:
-    """systemd hears READY=1 when the port answers and STOPPING=1 at the end."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.setblocking(False)
-        manager.bind(str(tmp_path / "notify"))
-        loop = asyncio.get_running_loop()
+class Manager:
+    """What systemd hears from a service."""
 
-        async def hear() -> list[bytes]:
-            async with asyncio.timeout(PATIENCE_SECONDS):
-                return (await loop.sock_recv(manager, 4096)).split(b"\n")
+    def __init__(self, folder: Path) -> None:
+        self.address = str(folder / "notify")
 
-        async with program(tmp_path, NOTIFY_SOCKET=str(tmp_path / "notify")) as running:
-            assert b"READY=1" in await hear()
+    def __enter__(self) -> Manager:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.setblocking(False)
+        self.socket.bind(self.address)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    async def hear(self) -> str:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            return (await asyncio.get_running_loop().sock_recv(self.socket, 4096)).decode()
+
+    def heard(self) -> list[str]:
+        """What has come until now."""
+        messages = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                messages.append(self.socket.recv(4096).decode())
+        return messages
+
+
+@pytest.mark.parametrize("environ", [{}, {"WATCHDOG_USEC": "20000", "WATCHDOG_PID": "1"}])
+async def test_systemd_notifications(environ: dict[str, str], tmp_path: Path) -> None:
+    """systemd hears READY=1 when the port answers and STOPPING=1 at the end, and nothing else.
+
+    Not even a watchdog hears more, if it is another process's.
+    """
+    with Manager(tmp_path) as manager:
+        async with program(tmp_path, NOTIFY_SOCKET=manager.address, **environ) as running:
+            assert await manager.hear() == "READY=1"
             assert (await running.server.call("GET", "/health")).status == 200
             running.child.send_signal(signal.SIGTERM)
-            assert b"STOPPING=1" in await hear()
+            assert await manager.hear() == "STOPPING=1"
             assert (await running.end())[0] == 0
+        assert manager.heard() == []
+
+
+async def test_watchdog_is_fed(tmp_path: Path) -> None:
+    """A program that systemd watches says twice in the time it is given that it runs."""
+    with Manager(tmp_path) as manager:
+        environ = {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "600000"}
+        async with program(tmp_path, **environ) as running:
+            times: list[float] = []
+            while len(times) < 4:
+                if await manager.hear() == "WATCHDOG=1":
+                    times.append(time.monotonic())
+            assert 0.8 < times[-1] - times[0] < 1.8  # three waits of 0.3 s; 0.6 s would be too long
+            running.child.send_signal(signal.SIGTERM)
+            while await manager.hear() != "STOPPING=1":
+                pass
+            assert (await running.end())[0] == 0
+
+
+async def test_hanging_loop_starves_the_watchdog(
+    serve: Serve, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """Nothing but the event loop feeds it."""
+    with Manager(tmp_path) as manager:
+        monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
+        monkeypatch.setenv("WATCHDOG_USEC", "100000")
+        monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+        await serve()
+        assert await manager.hear() == "WATCHDOG=1"
+        manager.heard()
+        time.sleep(0.5)  # noqa: ASYNC251 (this is the hang)
+        assert manager.heard() == []
+        assert await manager.hear() == "WATCHDOG=1"
 
 
 async def test_log_keeps_secrets(tmp_path: Path, model: FakeModel) -> None:
@@ -3920,6 +4060,15 @@ def test_a_block_is_cut_to_its_limits() -> None:
     }
 
 
+def test_a_block_shows_something() -> None:
+    """Bare words become titles; items that show nothing are left out."""
+    raw = {"type": "render_ui_block", "block_type": "feature_grid"}
+    block = lf.check_action({**raw, "data": ["Fast", 5, {}, {"title": ""}, "Cheap"]}, page_of())
+    assert block["data"] == {"items": [{"title": "Fast"}, {"title": "Cheap"}]}
+    with pytest.raises(lf.Refusal):
+        lf.check_action({**raw, "data": {"items": [{"title": ""}, 5]}}, page_of())
+
+
 def test_the_vocabulary_comes_from_one_list() -> None:
     """Schema, prompt and validator know the same types of action."""
     options = lf.REPLY_SCHEMA["schema"]["properties"]["action"]["anyOf"]
@@ -4195,6 +4344,26 @@ async def test_an_irreversible_click_waits_for_the_visitor(
     assert len(plans) == int(confirmed)
 
 
+@pytest.mark.parametrize("url", ["/account/delete", "https://acme.com/account/delete"])
+async def test_going_where_an_irreversible_link_leads(
+    serve: Serve, model: FakeModel, url: str
+) -> None:
+    """To navigate is no way around the question that a click on the link would raise."""
+    links: list[Json] = [
+        {"id": 1, "type": "link", "text": "Delete my account", "href": "/account/delete"},
+        {"id": 2, "type": "link", "text": "Ada", "href": "/users/5"},
+        {"id": 3, "type": "link", "text": "Buy", "href": "http://[broken"},
+    ]
+    go = {"type": "navigate", "url": url}
+    model.scripts += [act("", go), act("", {**go, "url": "/users/5"})]
+    page = await open_page(serve, model)
+    page.context = at("/", *links)
+    asked = await page.ask()
+    assert asked["event"] == "confirmation_required"
+    assert "Delete my account" in asked["data"]["message"]
+    assert (await page.ask())["event"] == "action_plan"
+
+
 async def test_the_model_may_ask_for_confirmation_itself(serve: Serve, model: FakeModel) -> None:
     """confirmation_required with a pending_action that has been checked."""
     action = {
@@ -4229,6 +4398,48 @@ async def test_a_confirmed_action_is_checked_against_the_page_of_that_moment(
     await page.ask()
     await page.visitor.send("update_context", context=at("/shop/", *now))
     assert (await page.answer(True))["data"] == {"text": lf.PAGE_CHANGED}
+
+
+@pytest.mark.parametrize(
+    ("url", "text", "same"), [("/#top", "Go", True), ("/", "Log out", False), ("/b", "Go", False)]
+)
+async def test_a_number_that_means_another_element_by_now(
+    serve: Serve, model: FakeModel, url: str, text: str, same: bool
+) -> None:
+    """A plan made for a page that changed while the model spoke must mean the same elements."""
+    first, other = {"id": 1, "type": "button", "text": "Go"}, {"id": 1, "type": "button"}
+    slow = sse(chunk(json.dumps({"message": "I open it.", "action": click(1)})), "[DONE]")
+    model.scripts += [[model.at_gate, slow], act("I look again.")]
+    page = await open_page(serve, model)
+    page.context = at("/", first)
+    await page.visitor.chat(pageContext=page.context)
+    await until(lambda: model.requests)
+    now = at(url, {**other, "text": text}, text="More text")
+    await page.visitor.send("update_context", context=now)
+    session = page.visitor.server.hub.sessions[page.visitor.id]
+    await until(lambda: session.context["visibleText"])
+    model.gate.release()
+    end = await page.turn()
+    assert end["event"] == ("action_plan" if same else "message_done")
+    if not same:
+        note = model.requests[1]["messages"][-1]["content"]
+        assert "the page has changed meanwhile" in note
+        assert "More text" in note
+
+
+async def test_what_the_page_knows_of_its_visitor(serve: Serve, model: FakeModel) -> None:
+    """visitorData, an object of the page's author, reaches the model as part of the page."""
+    page = await open_page(serve, model)
+    page.context = {**at("/"), "visitorData": {"plan": "Pro", "long": "x" * 5000}}
+    await page.ask()
+    (system, user) = model.requests[0]["messages"]
+    assert '{"plan":"Pro"' in user["content"]
+    assert "x" * 900 in user["content"]
+    assert "x" * 1000 not in user["content"]
+    assert "Pro" not in system["content"]
+    answer = await page.visitor.post(pageContext={"visitorData": "Pro"})
+    assert answer.error == (400, "invalid_message")
+    assert answer.body["details"]["field"] == "pageContext.visitorData"
 
 
 @pytest.mark.parametrize("ended_by", ["message", "stop", "other socket"])
@@ -4744,6 +4955,396 @@ async def test_a_plan_that_nobody_has_seen_is_not_resumed(serve: Serve, model: F
 
 
 # ---------------------------------------------------------------------------------------------
+# The demo: its pages, and the visits that they suggest, with the offline guide
+
+DEMO_HOST = "http://localhost:3002"
+
+
+class PageReader(html.parser.HTMLParser):
+    """Reads a page of the demo as the widget does."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []  # all of them, for the tests
+        self.texts: dict[
+            str, str
+        ] = {}  # of elements with an id, and of labels by what they are for
+        self.elements: list[Json] = []
+        self.lines = [""]
+        self._open: list[tuple[str, str]] = []  # tags and the keys of their texts
+        self._section = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        get = dict(attrs).get
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("a", "q", "em", "strong"):
+            self.lines.append("")
+        if tag in ("section", "nav"):
+            self._section = str(get("aria-label") or f"#{get('aria-labelledby')}")
+        key = str(get("for") or get("id") or f"{tag}-{len(self.tags)}")
+        kinds = {"a": "link", "button": "button", "textarea": "textarea"}
+        if kind := kinds.get(tag) or (tag == "input" and (get("type") or "text")):
+            element: Json = {"id": len(self.elements) + 1, "type": kind, "text": key}
+            element |= {name: get(name) for name in ("name", "placeholder") if get(name)}
+            element |= {"required": True} if "required" in dict(attrs) else {}
+            element |= {"href": DEMO_HOST + str(get("href"))} if tag == "a" else {}
+            self.elements.append({**element, "parent": self._section})
+        if tag not in ("input", "link", "meta"):
+            self._open.append((tag, key))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop()[0] == tag  # well-formed
+
+    def handle_data(self, data: str) -> None:
+        words = " ".join(data.split())
+        if not words or not self._open:
+            return
+        self.lines[-1] = f"{self.lines[-1]} {words}".strip()
+        for _, key in self._open:
+            self.texts[key] = f"{self.texts.get(key, '')} {words}".strip()
+
+    def context(self, path: str, values: Mapping[str, str], more: str) -> Json:
+        for element in self.elements:
+            element["text"] = self.texts[element["text"]]
+            element["parent"] = self.texts.get(element["parent"][1:], element["parent"])
+            element["value"] = values.get(element.get("name", ""), "")
+        title, *shown = [line for line in self.lines if line]
+        return {
+            "url": DEMO_HOST + path,
+            "title": title,
+            "visibleText": "\n".join([*shown, more]),
+            "indexedElements": self.elements,
+        }
+
+
+class DemoVisit(OpenPage):
+    """A visitor of the demo, whose pages do what the real ones do."""
+
+    def __init__(self, visitor: Visitor, path: str = "/") -> None:
+        self.path, self.values, self.shown = path, dict[str, str](), ""
+        self.steps: list[str] = []  # what the agent did
+        super().__init__(visitor, self.scan())
+
+    def scan(self) -> Json:
+        page = (lf.HERE / lf.DEMO[self.path]).read_text()
+        context = PageReader(page).context(self.path, self.values, self.shown)
+        if "deleted" in self.shown:
+            elements = context["indexedElements"]
+            elements[:] = [e for e in elements if e["text"] != "Delete my account"]
+        return context
+
+    def carry_out(self, step: Json) -> None:
+        elements = self.context["indexedElements"]
+        element = next(e for e in elements if e["id"] == step["elementId"])
+        self.steps.append(f"{step['action']} {element['text']} {step.get('inputData', '')}".strip())
+        if step["action"] == "type":
+            assert element["type"] in ("text", "email", "textarea")
+            self.values[element["name"]] = step["inputData"]
+        elif element["type"] == "link":
+            self.path, self.values, self.shown = element["href"].removeprefix(DEMO_HOST), {}, ""
+        elif element["text"] == "Send message":
+            assert len(self.values) == 3  # else the browser points at what is missing
+            self.values, self.shown = {}, "Thank you! (This is a demo: nothing was sent.)"
+        else:
+            chosen = element["text"].startswith("Choose")
+            self.shown = "A good choice." if chosen else "Your account is deleted."
+
+    async def go_on(self, event: Json) -> Json:
+        """Carry out plans until something else happens."""
+        while event["event"] == "action_plan":
+            action = event["data"]["actions"][0]
+            path = self.path
+            for step in action.get("actions", [{**action, "action": "click"}]):
+                self.carry_out(step)
+            if self.path != path:  # the page is gone, and with it its socket
+                self.context = self.scan()
+                await self.visitor.ws.close()
+                await self.visitor.connect(self.visitor.frames[-1]["seq"])
+                await self.visitor.send("continue_task", context=self.context)
+                event = await self.turn()
+            else:
+                event = await self.done(event, self.scan())
+        return event
+
+    async def wish(self, message: str) -> Json:
+        return await self.go_on(await self.ask(message))
+
+    async def agree(self) -> Json:
+        return await self.go_on(await self.answer(True))
+
+
+VisitDemo = Callable[..., Awaitable[DemoVisit]]
+
+
+@pytest.fixture
+def visit_demo(serve: Serve, monkeypatch: Patch) -> VisitDemo:
+    """Visit a page of the site that config.toml comes with."""
+    monkeypatch.setattr(lf, "GUIDE_PIECE_SECONDS", 0)
+    sites = tomllib.loads((lf.HERE / "config.toml").read_text())["sites"]
+
+    async def visit(path: str = "/") -> DemoVisit:
+        server = await serve(sites=sites)
+        return DemoVisit(await server.visitor(DEMO_HOST), path)
+
+    return visit
+
+
+DEMO_PAGES = [path for path, name in lf.DEMO.items() if name.endswith(".html")]
+on_every_page = pytest.mark.parametrize("path", DEMO_PAGES)
+
+
+@on_every_page
+async def test_a_page_of_the_demo(serve: Serve, path: str) -> None:
+    """It has the one line of the widget, and nothing that a strict policy would block."""
+    server = await serve()
+    answer = await server.call("GET", path, origin=None)
+    assert answer.status == 200
+    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    page = answer.raw.decode()
+    assert '\n<script src="/embed.js" async></script>\n' in page
+    reader = PageReader(page)
+    tags = [tag for tag, _ in reader.tags]
+    assert tags.count("main") == tags.count("h1") == 1
+    assert tags.count("script") == 2
+    for tag, attributes in reader.tags:
+        assert tag != "style"
+        assert not [name for name in attributes if name == "style" or name.startswith("on")]
+        for name in ("href", "src"):
+            link = attributes.get(name) or "data:"
+            if not link.startswith("data:"):
+                assert (await server.call("GET", link, origin=None)).status == 200
+    labels = {attributes["for"] for tag, attributes in reader.tags if tag == "label"}
+    assert labels == {a["id"] for tag, a in reader.tags if tag in ("input", "textarea")}
+
+
+async def test_the_policy_of_the_demo(serve: Serve) -> None:
+    """Scripts, styles and connections of this server alone; its WebSocket is named."""
+    server = await serve()
+    policy = (await server.call("GET", "/contact")).headers["Content-Security-Policy"]
+    rules = dict(rule.split(None, 1) for rule in policy.split("; "))
+    assert rules["default-src"] == "'self'"
+    assert rules["connect-src"] == f"'self' {server.url.replace('http', 'ws')}"
+    assert not rules.keys() & {"script-src", "style-src"}  # the default holds
+    assert rules["object-src"] == rules["base-uri"] == "'none'"
+    server = await serve(server={"public_url": "https://chat.example.com"})
+    policy = (await server.call("GET", "/")).headers["Content-Security-Policy"]
+    assert "connect-src 'self' wss://chat.example.com;" in policy
+    for host in ("a b;", "x; script-src *", "a,b"):  # a Host that is none adds nothing
+        answer = await (await serve()).call("GET", "/", headers={"Host": host})
+        assert "script-src" not in answer.headers["Content-Security-Policy"]
+
+
+async def test_a_server_without_the_demo(serve: Serve) -> None:
+    """Turned off, none of its paths is known; upgrades are not concerned."""
+    server = await serve(server={"demo": False})
+    for path in lf.DEMO:
+        assert (await server.call("GET", path, origin=None)).error == (404, "not_found")
+    assert (await server.visitor()).ws
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/index.html", "/prices/", "/prices.html", "/contact/x", "/SHOP.CSS", "/config.toml"),
+        *("/widget/demo/index.html", "/widget/embed.js", "/embed.js/", "/leflux_server.py"),
+        *("/%2e%2e/config.toml", "/prices/..%2f..%2fconfig.toml", "//README.md", "/shop.css%00"),
+    ],
+)
+async def test_no_other_file_is_served(serve: Serve, path: str) -> None:
+    """What is served is a short list of names."""
+    server = await serve()
+    url = yarl.URL(server.url + path, encoded=True)
+    async with server.http.get(url) as response:
+        assert response.status == 404
+
+
+@on_every_page
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("what does Pro cost?", "€18"),
+        ("what does the pro plan cost", "€18"),
+        ("how much is Team?", "€79"),
+        ("when are you open?", "Monday to Friday from 8:00"),
+        ("How long does shipping take?", "2 to 3 working days"),
+        ("how can I contact you?", "hello@fernweh.example"),
+    ],
+)
+async def test_questions_on_the_demo(
+    visit_demo: VisitDemo, path: str, question: str, expected: str
+) -> None:
+    """The guide quotes the passage that answers, on whichever page it is asked."""
+    visit = await visit_demo(path)
+    answer = await visit.wish(question)
+    assert answer["event"] == "message_done"
+    assert expected in answer["data"]["text"].split("On this page")[0]
+    assert not visit.steps
+
+
+@on_every_page
+@pytest.mark.parametrize(
+    ("wish", "label", "target"),
+    [
+        ("take me to contact", "Contact", "/contact"),
+        ("Take me to contact", "Contact", "/contact"),
+        ("open contact", "Contact", "/contact"),
+        ("please take me to the contact form", "Contact", "/contact"),
+        ("go to the prices page", "Prices", "/prices"),
+        ("show me the prices, take me there", "Prices", "/prices"),
+    ],
+)
+async def test_ways_through_the_demo(
+    visit_demo: VisitDemo, path: str, wish: str, label: str, target: str
+) -> None:
+    """One click on the link that was named, and the task is complete."""
+    visit = await visit_demo(path)
+    assert (await visit.wish(wish))["event"] == "task_complete"
+    assert (visit.steps, visit.path) == ([f"click {label}"], target)
+
+
+@on_every_page
+async def test_a_message_from_the_demo(visit_demo: VisitDemo, path: str) -> None:
+    """The form is found and filled in; what is missing is asked for; sending needs a yes."""
+    visit = await visit_demo(path)
+    question = await visit.wish("send a message, I'm Ada, ada@example.com")
+    assert question["event"] == "message"
+    assert question["data"] == {
+        "text": "What shall I put into “Message”?",
+        "isQuestion": True,
+        "field": {"name": "message", "type": "textarea"},
+    }
+    assert visit.path == "/contact"
+    filled = ["type Name Ada", "type E-mail ada@example.com"]
+    assert visit.steps == (["click Contact"] if path != "/contact" else []) + filled
+    visit.steps.clear()
+    visit.context = visit.scan()
+    asked = await visit.wish("When do you roast? I'd love to see it.")
+    assert visit.steps == [*filled, "type Message When do you roast? I'd love to see it."]
+    assert asked["event"] == "confirmation_required"
+    assert "Send message" in asked["data"]["message"]
+    assert (await visit.agree())["event"] == "task_complete"
+    assert visit.steps[3:] == ["click Send message"]
+    assert visit.shown.startswith("Thank you!")
+
+
+@on_every_page
+@pytest.mark.parametrize(
+    "wish",
+    [
+        "Send a message that I love your coffee, my name is Ada, ada@example.com",
+        "send them a message, I\u2019m Ada, ada@example.com, message: I love your coffee",
+    ],
+)
+async def test_a_whole_message_from_the_demo(visit_demo: VisitDemo, path: str, wish: str) -> None:
+    """All that it takes is in the wish."""
+    visit = await visit_demo(path)
+    assert (await visit.wish(wish))["event"] == "confirmation_required"
+    assert visit.values == {
+        "name": "Ada",
+        "email": "ada@example.com",
+        "message": "I love your coffee",
+    }
+    assert (await visit.agree())["event"] == "task_complete"
+    assert visit.shown.startswith("Thank you!")
+
+
+async def test_a_message_without_a_name(visit_demo: VisitDemo) -> None:
+    """What the wish holds is filled in first."""
+    visit = await visit_demo("/prices")
+    asked = await visit.wish("write to us that I am happy")
+    assert visit.steps == ["click Contact", "type Message I am happy"]
+    assert asked["data"]["text"] == "What shall I put into “Name”?"
+
+
+async def test_a_message_of_which_nothing_is_known(visit_demo: VisitDemo) -> None:
+    """Each thing that is required is asked for, one after the other."""
+    visit = await visit_demo()
+    asked = await visit.wish("I want to send a message")
+    for label, answer in (("Name", "Grace"), ("E-mail", "grace@example.com"), ("Message", "Hi")):
+        assert label in asked["data"]["text"]
+        assert asked["data"]["isQuestion"]
+        asked = await visit.wish(answer)
+    assert asked["event"] == "confirmation_required"
+    assert visit.values == {"name": "Grace", "email": "grace@example.com", "message": "Hi"}
+    assert (await visit.answer(False))["data"]["text"] == lf.NOT_CONFIRMED
+    # It is over: the next words are a wish of their own.
+    assert "€79" in (await visit.wish("how much is Team?"))["data"]["text"]
+
+
+async def test_a_question_of_the_guide_may_be_left_alone(visit_demo: VisitDemo) -> None:
+    """The visitor says no, names a button, or goes to another page and asks something else."""
+    visit = await visit_demo("/contact")
+    for wish in ("never mind", "No, thanks!"):
+        await visit.wish("send a message, I'm Ada, ada@example.com")
+        visit.context = visit.scan()
+        assert (await visit.wish(wish))["data"]["text"] == "All right, then not."
+    await visit.wish("send a message, I'm Ada, ada@example.com")
+    visit.steps.clear()
+    visit.context = visit.scan()
+    asked = await visit.wish("delete my account")  # a button says the same: it is no message
+    assert asked["data"]["confirm_label"] == "Delete my account"
+    assert not visit.steps
+    await visit.wish("send a message, I'm Ada, ada@example.com")
+    visit.path, visit.steps = "/prices", []
+    visit.context = visit.scan()
+    assert "€79" in (await visit.wish("how much is Team?"))["data"]["text"]
+    assert not visit.steps
+
+
+@on_every_page
+async def test_an_account_of_the_demo_is_deleted(visit_demo: VisitDemo, path: str) -> None:
+    """The visitor is asked first; a no leaves it alone."""
+    visit = await visit_demo(path)
+    for confirmed in (False, True):
+        asked = await visit.wish("delete my account")
+        assert asked["event"] == "confirmation_required"
+        assert asked["data"]["confirm_label"] == "Delete my account"
+        assert not visit.steps
+        end = await visit.go_on(await visit.answer(confirmed))
+    assert end["event"] == "task_complete"
+    assert visit.steps == ["click Delete my account"]
+    assert visit.shown == "Your account is deleted."
+
+
+async def test_the_guide_says_when_an_action_failed(visit_demo: VisitDemo) -> None:
+    """It does not claim to have done what the page did not do."""
+    visit = await visit_demo()
+    plan = await visit.ask("take me to contact")
+    end = await visit.done(plan, success=False, error="the element is gone")
+    assert end["event"] == "message"
+    assert "did not work" in end["data"]["text"]
+
+
+async def test_a_form_beside_another_one(serve: Serve) -> None:
+    """What a newsletter further down requires is not asked for, nor is its button clicked."""
+    form = [
+        {"id": 1, "type": "email", "text": "E-mail", "required": True, "parent": "Newsletter"},
+        {"id": 2, "type": "button", "text": "Send me news", "parent": "Newsletter"},
+        {"id": 3, "type": "text", "text": "Your name", "required": True, "parent": "Write to us"},
+        {"id": 4, "type": "textarea", "text": "Your message", "parent": "Write to us"},
+        {"id": 5, "type": "button", "text": "Send", "parent": "Write to us"},
+    ]
+    page = await open_page(serve, None)
+    page.context = at("/contact", *form)
+    plan = await page.ask("send a message that all is well, my name is Ada")
+    typed = [(s["elementId"], s["inputData"]) for s in plan["data"]["actions"][0]["actions"]]
+    assert typed == [(3, "Ada"), (4, "all is well")]
+    asked = await page.done(plan)
+    assert asked["event"] == "confirmation_required"
+    assert asked["data"]["confirm_label"] == "Send"
+
+
+async def test_a_form_without_a_button(serve: Serve) -> None:
+    """The guide does not claim to have sent what it could not send."""
+    page = await open_page(serve, None)
+    page.context = at("/contact", {"id": 1, "type": "textarea", "text": "Message"})
+    end = await page.done(await page.ask("send a message: message: hello"))
+    assert end["event"] == "task_complete"
+    assert "no button" in end["data"]["message"]
+
+
+# ---------------------------------------------------------------------------------------------
 # Helpers: servers that are started again, a disk that is slow, clocks that go wrong.
 
 
@@ -4765,7 +5366,11 @@ def query(folder: Path, sql: str) -> list[tuple[Any, ...]]:
 
 
 def kept_messages(folder: Path, session_id: str) -> list[tuple[str, str]]:
-    rows = query(folder, "SELECT session, body FROM message ORDER BY number")
+    rows = query(
+        folder,
+        "SELECT json_extract(state, '$.id'), body FROM message JOIN session ON row = session"
+        " ORDER BY number",
+    )
     bodies = [json.loads(body) for session, body in rows if session == session_id]
     return [(body["role"], body["content"]) for body in bodies]
 
@@ -4905,7 +5510,7 @@ async def test_sessions_are_kept_from_their_first_message_on(serve: Serve, tmp_p
     server = await serve(server=on_disk(tmp_path))
     silent, other = await server.visitor(), await server.visitor()
     await other.ask()
-    assert query(tmp_path, "SELECT id FROM session") == [(other.id,)]
+    assert query(tmp_path, "SELECT json_extract(state, '$.id') FROM session") == [(other.id,)]
     assert not traces(tmp_path, silent.id)
 
 
@@ -5373,7 +5978,8 @@ async def test_idle_sessions_do_not_come_back(tmp_path: Path) -> None:
         await old.ask("SECRET")
         await young.ask("Hello")
     age = """UPDATE session SET state =
-        json_set(state, '$.active', json_extract(state, '$.active') - ?) WHERE id = ?"""
+        json_set(state, '$.active', json_extract(state, '$.active') - ?)
+        WHERE json_extract(state, '$.id') = ?"""
     with contextlib.closing(sqlite3.connect(tmp_path / "leflux.db", isolation_level=None)) as db:
         db.execute(age, (30 * 60, old.id))
         db.execute(age, (30 * 60 - 60, young.id))
@@ -5384,6 +5990,32 @@ async def test_idle_sessions_do_not_come_back(tmp_path: Path) -> None:
         await until(lambda: not traces(tmp_path, "SECRET", old.id))
         server.age(young, 61)  # the idle time goes on, it does not begin again
         assert (await young.get()).error == (404, "session_not_found")
+
+
+async def test_database_of_version_1(tmp_path: Path) -> None:
+    """What an older leflux has kept of sites and usage stays; its chats do not."""
+    with contextlib.closing(sqlite3.connect(tmp_path / "leflux.db", isolation_level=None)) as db:
+        db.executescript(
+            """
+            CREATE TABLE session (id TEXT PRIMARY KEY, state TEXT NOT NULL) WITHOUT ROWID;
+            CREATE TABLE message (
+                session TEXT, number INTEGER, body TEXT NOT NULL, PRIMARY KEY (session, number)
+            ) WITHOUT ROWID;
+            CREATE TABLE usage (
+                site TEXT, day TEXT, messages INTEGER NOT NULL, tokens INTEGER NOT NULL,
+                PRIMARY KEY (site, day)
+            ) WITHOUT ROWID;
+            CREATE TABLE site (id TEXT PRIMARY KEY, base BLOB, patch BLOB NOT NULL) WITHOUT ROWID;
+            INSERT INTO session VALUES ('old', '{}');
+            INSERT INTO usage VALUES ('shop', '2999-01-01', 5, 70);
+            PRAGMA user_version = 1;
+            """
+        )
+    async with running(make_config(server=on_disk(tmp_path))) as server:
+        visitor = await server.visitor()
+        await visitor.ask("Hello")
+        assert len(kept_messages(tmp_path, visitor.id)) == 2
+        assert ("shop", "2999-01-01", 5, 70) in query(tmp_path, "SELECT * FROM usage")
 
 
 async def test_sessions_of_sites_that_are_gone(tmp_path: Path) -> None:
@@ -7086,6 +7718,20 @@ async def test_sites_that_cannot_be_made(
     assert len(server.hub.sites) == 2
 
 
+async def test_a_file_that_takes_a_made_sites_id(key_server: KeyServer, tmp_path: Path) -> None:
+    """From then on it is a site of config.toml: it is not deleted, and patches go over the file."""
+    state = office(key_server, server=on_disk(tmp_path))
+    async with running(make_config(**state)) as server:
+        made = await manage(server, "POST", "", {"name": "New", "host": "new.example"}, "admin")
+        path = f"/{made.body['id']}"
+    site = {"id": made.body["id"], "name": "Filed", "allowed_hosts": ["filed.example"]}
+    async with running(make_config(**{**state, "sites": [site]})) as server:
+        assert (await manage(server, "DELETE", path, who="admin")).error == (409, "invalid_config")
+        changed = await manage(server, "PATCH", path, {"refusal": "No."}, "admin")
+        assert changed.body["allowedHosts"] == ["filed.example"]
+        assert (changed.body["name"], changed.body["refusal"]) == ("Filed", "No.")
+
+
 async def test_made_sites_are_kept_and_changed(key_server: KeyServer, tmp_path: Path) -> None:
     """A made site is changed like any other, has an id of its own, and survives a restart."""
     config = make_config(**office(key_server, server=on_disk(tmp_path)))
@@ -7256,3 +7902,1023 @@ async def test_owners_cannot_take_part_of_anothers_host(
     caller = lf.find_site(server.hub.site_index, theirs, 443)
     assert caller is not None
     assert caller.id != "shop"
+
+
+# ---------------------------------------------------------------------------------------------
+# The doctor
+
+OUTSIDE = "127.0.0.9"  # where the proxies of these tests come from; the doctor is at 127.0.0.1
+
+
+@dataclasses.dataclass
+class Proxy:
+    """A reverse proxy in front of a server, and the mistakes that people make with one."""
+
+    target: str
+    forwarded_for: str = "set"  # "append", "pass" what came, or "none"
+    sends: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    adds: Mapping[str, str] = dataclasses.field(default_factory=dict)  # to responses
+    drops: Sequence[str] = ()  # request headers
+    upgrades: bool = True
+    answers: Mapping[str, tuple[int, Mapping[str, str]]] = dataclasses.field(default_factory=dict)
+    url: str = ""
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        for start, (code, more) in self.answers.items():
+            if f"{request.method} {request.path}".startswith(start):
+                return web.Response(status=code, headers=more, text="<html>A proxy</html>")
+        hops = ("upgrade", "connection", "content-length", "transfer-encoding", "host")
+        dropped = {*hops, *self.drops, "x-forwarded-for"}
+        headers = {k: v for k, v in request.headers.items() if k.lower() not in dropped}
+        headers = {k: v for k, v in headers.items() if not k.lower().startswith("sec-websocket")}
+        came = request.headers.getall("X-Forwarded-For", [])
+        peer = cast(str, request.remote)
+        sent = {"set": [peer], "append": [*came, peer], "pass": came, "none": []}
+        if chosen := sent[self.forwarded_for]:
+            headers["X-Forwarded-For"] = ", ".join(chosen)
+        headers = {"Host": request.host, **headers, **self.sends}
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(local_addr=(OUTSIDE, 0))
+        ) as http:
+            if self.upgrades and "upgrade" in request.headers.get("Connection", "").lower():
+                return await self.tunnel(http, request, headers)
+            body = await request.read()
+            async with http.request(
+                request.method, self.target + request.path_qs, headers=headers, data=body
+            ) as response:
+                copied = CIMultiDict(response.headers)
+                copied.popall("Content-Length", None)
+                copied.extend(self.adds)
+                raw = await response.read()
+                return web.Response(status=response.status, headers=copied, body=raw)
+
+    async def tunnel(
+        self, http: aiohttp.ClientSession, request: web.Request, headers: Mapping[str, str]
+    ) -> web.StreamResponse:
+        async with http.ws_connect(self.target + request.path_qs, headers=headers) as inner:
+            outer = web.WebSocketResponse()
+            await outer.prepare(request)
+
+            async def copy(reader: Any, writer: Any) -> None:
+                async for frame in reader:
+                    await writer.send_str(frame.data)
+                await writer.close()
+
+            await asyncio.gather(copy(outer, inner), copy(inner, outer))
+            return outer
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    tls: ssl.SSLContext | None = None,
+) -> AsyncIterator[str]:
+    """Serve every path with a handler; yields its URL."""
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", handler)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+        scheme = "https" if tls else "http"
+        yield f"{scheme}://localhost:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def proxy(
+    server: Server, tls: ssl.SSLContext | None = None, **how: Any
+) -> AsyncIterator[str]:
+    async with listening(Proxy(server.url, **how).handle, tls) as url:
+        yield url
+
+
+@dataclasses.dataclass
+class Findings:
+    """What the doctor said: its exit code, and the marked words of each line."""
+
+    code: int
+    lines: dict[str, str]
+
+    def failed(self) -> set[str]:
+        return {what for what, words in self.lines.items() if words.startswith("FAIL")}
+
+
+def read_findings(code: int, out: str) -> Findings:
+    lines = {}
+    for line in out.splitlines():
+        found = re.fullmatch(r"(ok  |hint|FAIL)  (https?://\S+|[\w -]+): (.+)", line)
+        assert found, line
+        assert found[2] not in lines
+        lines[found[2]] = f"{found[1].strip()} {found[3]}"
+        assert not UUID.search(line)
+    return Findings(code, lines)
+
+
+Doctor = Callable[..., Awaitable[Findings]]
+
+
+@pytest.fixture
+def doctor(capsys: pytest.CaptureFixture[str]) -> Doctor:
+    """Ask the doctor about a configuration and a URL, in this process."""
+
+    async def see(config: lf.Config, url: str = "") -> Findings:
+        capsys.readouterr()
+        code = await lf.run_doctor(config, url)
+        return read_findings(code, capsys.readouterr().out)
+
+    return see
+
+
+BEHIND_PROXY: Json = {"trusted_proxies": [OUTSIDE]}
+
+
+async def test_doctor_finds_all_well(
+    tmp_path: Path, model: FakeModel, key_server: KeyServer
+) -> None:
+    """A deployment that works: a line for each check, exit code 0, nothing left behind."""
+    more = f"""
+        [llm]
+        base_url = "{model.url}"
+        [server]
+        trusted_proxies = ["{OUTSIDE}"]
+        [firebase]
+        project_id = "p"
+        keys_url = "{key_server.url}"
+        admins = ["olga"]
+    """
+    key = {"LEFLUX_LLM_API_KEY": "sk-SECRET"}
+    async with program(tmp_path, more, **key) as running, proxy(running.server) as url:
+        before = files_in(tmp_path)
+        call = ("--config", str(tmp_path / "config.toml"), "--doctor", f"{url}/")
+        code, out, err = await run_program(*call, STATE_DIRECTORY=str(tmp_path), **key)
+        stats = await running.server.call("GET", "/api/stats")
+        assert stats.body["activeSessions"] == 0
+        assert files_in(tmp_path) == before
+    assert err == ""
+    assert "SECRET" not in out
+    findings = read_findings(code, out)
+    assert findings.code == 0, out
+    assert [words.split()[0] for words in findings.lines.values()] == ["ok"] * 9
+    host = model.url.split("/")[2]
+    expected = {
+        "config": "1 site(s)",
+        "state": f"{tmp_path} is in use by a running server",
+        "model": f"google/gemini-2.5-flash at {host} answered in",
+        "sign-in": "on, with 1 key(s)",
+        url: "leflux answers",
+        "model in use": "the server's is remote",
+        "address": "the server sees 127.0.0.1, this machine",
+        "widget": "embed.js is served",
+        "site shop": f"https://acme.com can chat, over ws{url.removeprefix('http')}",
+    }
+    assert list(findings.lines) == list(expected)
+    for what, words in expected.items():
+        assert findings.lines[what].startswith(f"ok {words}")
+    assert len(model.requests) == 1
+    assert model.requests[0]["stream"] is True
+    assert model.headers[0]["Authorization"] == "Bearer sk-SECRET"
+
+
+async def test_doctor_without_url(tmp_path: Path) -> None:
+    """Without a key and a URL: the offline guide is an answer, and the way in is not checked."""
+    (tmp_path / "c.toml").write_text('[[sites]]\nid = "a"\nname = "A"\nallowed_hosts = ["a.com"]')
+    code, out, err = await run_program("--config", str(tmp_path / "c.toml"), "--doctor")
+    findings = read_findings(code, out)
+    assert (findings.code, err) == (0, "")
+    assert "the first start makes it" in findings.lines["state"]
+    assert "offline guide answers" in findings.lines["model"]
+    assert findings.lines["sign-in"].startswith("ok off")
+    assert findings.lines["proxy"].startswith("hint not checked")
+    assert "--doctor https://" in findings.lines["proxy"]
+    assert files_in(tmp_path) == {"c.toml"}
+
+
+async def test_doctor_stops_at_mistakes_in_the_call(tmp_path: Path) -> None:
+    """Mistakes in the file or in the URL are one line and exit code 2, as at the start."""
+    (tmp_path / "typo").write_text("[server]\nprot = 3002\n")
+    (tmp_path / "lost").write_text('[[sites]]\nid = "a"\nname = "A"\nknowledge = ["none.md"]\n')
+    (tmp_path / "good").write_text("")
+    config = {name: ("--config", str(tmp_path / name), "--doctor") for name in ("typo", "lost")}
+    good = ("--config", str(tmp_path / "good"), "--doctor")
+    typo, lost, *urls = await asyncio.gather(
+        run_program(*config["typo"]),
+        run_program(*config["lost"], "http://localhost:1"),
+        run_program(*good, "chat.example.com"),
+        run_program(*good, "https://chat.example.com/path"),
+    )
+    for (code, out, err), words in ((typo, "server.prot"), (lost, "sites[0].knowledge")):
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert words in err
+    for code, out, err in urls:
+        assert (code, out) == (2, "")
+        assert "http(s)://host[:port]" in err
+
+
+async def test_doctor_hints_at_sites_without_hosts(doctor: Doctor) -> None:
+    """A site where nobody can chat is worth a hint, and no failure."""
+    for sites, words in (([], "no [[sites]]"), ([{"id": "a", "name": "A"}], "site a has no")):
+        findings = await doctor(make_config(sites=sites))
+        assert findings.lines["config"].startswith("hint")
+        assert words in findings.lines["config"]
+        assert findings.lines["state"].startswith('hint server.state_dir is ""')
+        assert findings.code == 0
+
+
+# The doctor: the state folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file()}
+
+
+async def test_doctor_tries_a_copy_of_the_state(kept: Path, doctor: Doctor) -> None:
+    """A database that is not in use is read as the next start will read it, and not changed."""
+    before = contents(kept)
+    findings = await doctor(make_config(server=on_disk(kept)))
+    assert findings.lines["state"] == f"ok {kept} can be written and holds 4 chat(s)"
+    assert contents(kept) == before
+    async with running(make_config(server=on_disk(kept))) as server:  # it is not locked either
+        assert len(server.hub.sessions) == 4
+        findings = await doctor(make_config(server=on_disk(kept)))
+    assert findings.lines["state"] == f"ok {kept} is in use by a running server"
+
+
+@pytest.mark.parametrize("name", [*DAMAGES, "missing"])
+async def test_doctor_finds_unusable_databases(name: str, kept: Path, doctor: Doctor) -> None:
+    """What would stop the start is said beforehand, and left as it is."""
+    if name == "missing":
+        (kept / "leflux.db").unlink()
+    else:
+        damage(kept, name)
+    before = contents(kept)
+    findings = await doctor(make_config(server=on_disk(kept)))
+    words = findings.lines["state"]
+    if name == "missing":
+        assert words == f"ok {kept} can be written and holds 0 chat(s)"
+        return
+    assert findings.failed() == {"state"}
+    assert findings.code == 1
+    assert str(kept) in words
+    assert "leflux-" not in words  # the copy's name
+    assert contents(kept) == before
+    assert "a f" in name or "Put a backup in its place" in words
+
+
+async def test_doctor_finds_state_of_another_user(kept: Path, doctor: Doctor) -> None:
+    """Where the server's user may not write, the words say who may and how to mend it."""
+    if os.geteuid() == 0:
+        os.chown(kept / "leflux.db", 12345, 12345)
+        words = f"chown --reference={kept} {kept / 'leflux.db'}"
+    else:
+        os.chmod(kept, 0o500)  # noqa: PTH101
+        words = f"{kept} belongs to user {os.geteuid()} and is no folder that this user can write"
+    findings = await doctor(make_config(server=on_disk(kept)))
+    assert findings.failed() == {"state"}
+    assert words in findings.lines["state"]
+    os.chmod(kept, 0o700)  # noqa: PTH101
+
+
+# The doctor: the model and the keys
+
+
+async def web_page(_: web.Request) -> web.Response:
+    return web.Response(text="<html>SECRET data: hello</html>", content_type="text/html")
+
+
+@pytest.mark.parametrize(
+    ("script", "key", "words"),
+    [
+        (complaint("SECRET", 401), "sk-SECRET", "the key is refused (401)"),
+        (complaint("SECRET", 403), "sk-SECRET", "the key is refused (403)"),
+        (complaint("SECRET", 401), "", "it wants a key (401), and none is set"),
+        (complaint("SECRET", 402), "sk-SECRET", "the account is out of credit"),
+        (
+            status(429, {"error": {"code": "insufficient_quota"}}, Retry_After="0"),
+            "sk-SECRET",
+            "the account is out of credit",
+        ),
+        (status(429, {}, Retry_After="0"), "sk-SECRET", "too many requests for this key (429)"),
+        (complaint("no such model SECRET", 404), "", "it does not take the request (404)"),
+        (complaint("no such model SECRET", 400), "", "it does not take the request (400)"),
+        (
+            status(301, {}, Location="https://SECRET.example/"),
+            "",
+            "does not take the request (301)",
+        ),
+        (status(503, {}, Retry_After="0"), "", "the provider has a problem (503)"),
+        ([sse({"error": {"code": 402, "message": "SECRET"}})], "", "the account is out of credit"),
+        ([sse({"error": {"code": "x"}})], "", "the provider has a problem (in its stream)"),
+        (web_page, "", "no chat completion, perhaps a web page"),
+        ([sse("[DONE]")], "", "no chat completion"),
+        ([sse(chunk("Hm", finish_reason="length"), "[DONE]")], "", "its answer breaks off"),
+        ([sse(chunk("", finish_reason="length"), "[DONE]")], "", "its answer breaks off"),
+    ],
+)
+async def test_doctor_says_what_the_provider_means(
+    script: Script, key: str, words: str, model: FakeModel, doctor: Doctor
+) -> None:
+    """Each refusal of a provider in words that say what to do, and nothing that it wrote."""
+    model.scripts.extend([script] * 3)
+    findings = await doctor(dataclasses.replace(make_config(model), api_key=key))
+    assert findings.failed() == {"model"}
+    assert words in findings.lines["model"]
+    assert "SECRET" not in str(findings)
+    assert findings.code == 1
+
+
+async def test_doctor_takes_a_model_as_it_is(model: FakeModel, doctor: Doctor) -> None:
+    """A model that takes fewer parameters, or answers in plain text, is fine."""
+    model.scripts.extend([complaint("json_schema is unknown"), [sse(chunk("ok"), "[DONE]")]])
+    assert (await doctor(make_config(model))).lines["model"].startswith("ok google/gemini")
+    assert len(model.requests) == 2
+
+
+async def test_doctor_waits_for_the_model_only_so_long(
+    model: FakeModel, doctor: Doctor, monkeypatch: Patch
+) -> None:
+    """A model that says nothing is given up in time."""
+    monkeypatch.setattr(lf, "FIRST_TEXT_SECONDS", 0.1)
+    model.scripts.append([b": waiting", forever])
+    assert "it does not answer in time" in (await doctor(make_config(model))).lines["model"]
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return cast(int, taken.getsockname()[1])
+
+
+async def test_doctor_says_why_it_cannot_connect(
+    tmp_path: Path, doctor: Doctor, model: FakeModel, monkeypatch: Patch
+) -> None:
+    """Connection refused, unknown names, TLS that is none or has a bad certificate."""
+    monkeypatch.setattr(lf, "MODEL_RETRIES", 0)
+    plain = model.url.removeprefix("http://").removesuffix("/v1")
+    async with listening(web_page, tls_for(tmp_path, "localhost", days=90)) as strange:
+        for url, words in (
+            (f"http://127.0.0.1:{free_port()}", "the connection is refused"),
+            ("http://no-such-host.invalid", "DNS does not know its name"),
+            (f"https://{plain}", "it does not speak TLS"),
+            (strange, "its TLS certificate is not valid: self"),
+        ):
+            firebase = {"project_id": "p", "keys_url": f"{url}/keys"}
+            config = make_config(llm={"base_url": f"{url}/v1"}, firebase=firebase)
+            findings = await doctor(config, url)
+            assert findings.failed() == {"model", "sign-in", url}
+            for what in findings.failed():
+                assert words in findings.lines[what], findings
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENETUNREACH, "SECRET"), "it failed: Network is unreachable"),
+        (ConnectionResetError(errno.ECONNRESET, "SECRET"), "it failed: Connection reset by peer"),
+        (aiohttp.ServerDisconnectedError("SECRET"), "it failed (ServerDisconnectedError)"),
+        (aiohttp.ServerTimeoutError("SECRET"), "it does not answer in time"),
+        (KeyError("SECRET"), "it failed (KeyError)"),
+    ],
+)
+def test_doctor_words_other_failures(error: Exception, words: str) -> None:
+    """What else can go wrong has a name, too, and nothing of its own text is shown."""
+    assert lf.failure_words(error).startswith(words)
+    assert "SECRET" not in lf.failure_words(error)
+
+
+async def test_doctor_reads_the_keys(key_server: KeyServer, doctor: Doctor) -> None:
+    """Google's keys must arrive and be keys; that nobody may use them is a hint."""
+
+    async def sign_in() -> str:
+        firebase = {"project_id": "p", "keys_url": key_server.url}
+        return (await doctor(make_config(firebase=firebase))).lines["sign-in"]
+
+    assert (await sign_in()).startswith("hint works, but nobody may use it")
+    key_server.certificates = {"key": "SECRET"}
+    assert "what it answers is not Google's certificates" in await sign_in()
+    key_server.instead = web_page
+    assert "what it answers is not Google's certificates" in await sign_in()
+    key_server.instead = cast(Any, status(404))
+    assert (await sign_in()).endswith("it answers 404. Is firebase.keys_url right?")
+
+
+# The doctor: the way in
+
+
+def tls_for(folder: Path, name: str, days: float) -> ssl.SSLContext:
+    """A server's TLS for a name; cert.pem in the folder is its own authority."""
+    names = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now, key = datetime.now(UTC), private_key(1)
+    builder = x509.CertificateBuilder(names, names, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - timedelta(100)).not_valid_after(now + timedelta(days))
+    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), False)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
+    signed = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "cert.pem").write_bytes(signed)
+    (folder / "key.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, *plain))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    return context
+
+
+@pytest.mark.parametrize(
+    ("name", "days", "proto", "failures"),
+    [
+        ("localhost", 90, "https", {}),
+        ("localhost", 5, "https", {"certificate": "it ends in 4 day(s). Renew it"}),
+        ("localhost", 90, "", {"site shop": "browsers refuse from https. Let the proxy send X-F"}),
+        ("localhost", -1, "https", {"url": "not valid: certificate has expired. Renew it"}),
+        ("else.example", 90, "https", {"url": "not valid: Hostname mismatch"}),
+    ],
+)
+async def test_doctor_looks_at_tls(
+    name: str, days: float, proto: str, failures: Json, tmp_path: Path
+) -> None:
+    """Behind https: the certificate, how long it lasts, and that pages are told wss://."""
+    more = f'[server]\ntrusted_proxies = ["{OUTSIDE}"]\n'
+    tls = tls_for(tmp_path, name, days)
+    sends = {"X-Forwarded-Proto": proto} if proto else {}
+    (tmp_path / "state").mkdir()
+    async with (
+        program(tmp_path, more, STATE_DIRECTORY=str(tmp_path / "state")) as running,
+        proxy(running.server, tls, sends=sends) as url,
+    ):
+        call = ("--config", str(tmp_path / "config.toml"), "--doctor", url)
+        code, out, err = await run_program(*call, SSL_CERT_FILE=str(tmp_path / "cert.pem"))
+        assert (await running.server.call("GET", "/api/stats")).body["activeSessions"] == 0
+    findings = read_findings(code, out)
+    failed = {what.replace("url", url) for what in failures}
+    assert (findings.failed(), findings.code, err) == (failed, 1 if failed else 0, "")
+    for what, words in failures.items():
+        assert words in findings.lines[what.replace("url", url)]
+    if not failures:
+        assert findings.lines["certificate"] == "ok valid for 89 more days"
+        assert "over wss://localhost:" in findings.lines["site shop"]
+
+
+GATEWAY: Json = {"": (502, {})}
+ELSEWHERE: Json = {"": (301, {"Location": "https://www.example.com/health"})}
+
+
+@pytest.mark.parametrize(
+    ("how", "failures"),
+    [
+        ({}, {}),
+        ({"forwarded_for": "append"}, {}),
+        ({"forwarded_for": "none"}, {"address": "the server sees 127.0.0.9 instead of 127.0.0.1"}),
+        ({"forwarded_for": "pass"}, {"address": "a forged X-Forwarded-For is believed"}),
+        ({"answers": GATEWAY}, {"url": "the proxy answers 502, as no leflux runs behind it"}),
+        ({"answers": ELSEWHERE}, {"url": "redirects (301). Ask about https://www.example.com "}),
+        ({"answers": {"": (404, {})}}, {"url": "HTTP 404, and not from leflux"}),
+        ({"answers": {"": (200, {})}}, {"url": "HTTP 200, and not from leflux"}),
+        ({"answers": {"POST": (405, {})}}, {"site shop": "HTTP 405, and not from leflux"}),
+        ({"answers": {"GET /embed.js": (404, {})}}, {"widget": "HTTP 404, and not from leflux"}),
+        ({"answers": {"GET /embed.js": (200, {})}}, {"widget": "HTTP 200, and not from leflux"}),
+        ({"answers": {"DELETE": (405, {})}}, {"site shop": "Let the proxy pass DELETE on"}),
+        ({"drops": ["origin"]}, {"site shop": "the Origin header does not arrive"}),
+        (
+            {"adds": {"Access-Control-Allow-Origin": "*"}},
+            {"site shop": "CORS headers come twice"},
+        ),
+        ({"upgrades": False}, {"site shop": "is not upgraded (200). Let the proxy speak HTTP/1.1"}),
+        ({"answers": {"GET /": (504, {})}}, {"url": "the proxy answers 504"}),
+        (
+            {"sends": {"Host": "inner.example"}},
+            {"site shop": "pages are told ws://inner.example, which is another address"},
+        ),
+    ],
+)
+async def test_doctor_looks_through_the_proxy(
+    how: Any, failures: Json, serve: Serve, doctor: Doctor
+) -> None:
+    """Each mistake of a proxy in words that say how to mend it; the chat is deleted again."""
+    server = await serve(server=BEHIND_PROXY, sites=[SHOP])
+    async with proxy(server, **how) as url:
+        findings = await doctor(make_config(server=BEHIND_PROXY, sites=[SHOP]), url)
+    failed = {what.replace("url", url) for what in failures}
+    assert (findings.failed(), findings.code) == (failed, 1 if failed else 0)
+    for what, words in failures.items():
+        assert words in findings.lines[what.replace("url", url)]
+    assert not server.hub.sessions or "DELETE" in str(how)
+
+
+async def test_doctor_without_demo_page(serve: Serve, doctor: Doctor) -> None:
+    """An upgrade that is lost is found where / is no page, too."""
+    server = await serve(server={**BEHIND_PROXY, "demo": False}, sites=[SHOP])
+    async with proxy(server, upgrades=False) as url:
+        findings = await doctor(make_config(server=BEHIND_PROXY, sites=[SHOP]), url)
+    assert "is not upgraded (404)" in findings.lines["site shop"]
+
+
+async def test_doctor_compares_server_and_file(
+    serve: Serve, doctor: Doctor, model: FakeModel
+) -> None:
+    """A site or a key that is in the file and not in the running server, CORS, a full bucket."""
+    server = await serve(
+        server={**BEHIND_PROXY, "cors_origins": ["https://else.example"]},
+        sites=[SHOP],
+        limits={"init_per_minute": 1},
+    )
+    async with proxy(server) as url:
+        sites = [OTHER, SHOP, {**OTHER, "id": "third", "allowed_hosts": ["third.com"]}]
+        first = await doctor(make_config(model, server=BEHIND_PROXY, sites=sites), url)
+        again = await doctor(make_config(server=BEHIND_PROXY, sites=[SHOP]), url)
+    assert first.failed() == {"model in use", "site other", "site shop", "site third"}
+    assert "the server's is offline, but remote" in first.lines["model in use"]
+    words = "does not know https://other.example (403 host_not_registered). Put its host into"
+    assert words in first.lines["site other"]
+    assert "Add it to server.cors_origins" in first.lines["site shop"]
+    assert again.failed() == {"site shop"}
+    assert "too many new chats from this address (429)" in again.lines["site shop"]
+    assert not server.hub.sessions
+
+
+async def test_doctor_finds_sites_that_do_not_stay(serve: Serve, doctor: Doctor) -> None:
+    """Two servers behind one address: the socket must come to the one that has the chat."""
+    first, second = [await serve(server=BEHIND_PROXY, sites=[SHOP]) for _ in range(2)]
+    ways = Proxy(first.url), Proxy(second.url)
+
+    async def by_turns(request: web.Request) -> web.StreamResponse:
+        return await ways["Upgrade" in request.headers].handle(request)
+
+    async with listening(by_turns) as url:
+        findings = await doctor(make_config(server=BEHIND_PROXY, sites=[SHOP]), url)
+    assert "each site must stay on one of them" in findings.lines["site shop"]
+    assert not first.hub.sessions
+
+
+async def test_doctor_on_the_same_machine(serve: Serve, doctor: Doctor) -> None:
+    """Straight to the server from a trusted address: what strangers can forge does not show."""
+    server = await serve()
+    findings = await doctor(make_config(), server.url)
+    assert findings.code == 0
+    assert findings.lines["address"].startswith("hint this machine (127.0.0.1) is one of")
+    assert findings.lines["site shop"].startswith("ok https://acme.com can chat")
+    assert findings.lines["site other"].startswith("ok https://other.example can chat")
+
+
+async def test_doctor_opens_a_chat_for_few_sites(serve: Serve, doctor: Doctor) -> None:
+    """Of many sites only the first are tried, as each costs a chat of the minute."""
+    sites = [{"id": f"s{n}", "name": "S", "allowed_hosts": [f"s{n}.com:8443"]} for n in range(9)]
+    server = await serve(sites=sites)
+    findings = await doctor(make_config(sites=sites), server.url)
+    assert findings.code == 0
+    chats = [words for what, words in findings.lines.items() if what.startswith("site ")]
+    assert len(chats) == lf.DOCTOR_SITES
+    assert chats[0].startswith("ok https://s0.com:8443 can chat")
+
+
+@pytest.mark.parametrize(
+    ("own", "seen", "forgeable", "mark", "words"),
+    [
+        ("192.0.2.9", "192.0.2.9", False, "ok", "this machine"),
+        ("192.168.1.9", "8.8.4.4", False, "ok", "as the internet knows it"),
+        ("192.168.1.9", "2001:4860:1:2::", False, "ok", "as the internet knows it"),
+        ("2001:4860:1:2::7", "2001:4860:1:2::", False, "ok", "this machine"),
+        ("192.168.1.9", "172.17.0.1", False, "FAIL", "sees 172.17.0.1 instead of 192.168.1.9"),
+        ("192.168.1.9", "127.0.0.1", False, "FAIL", "all visitors share one limit"),
+        ("192.168.1.9", "1.1.1.1", False, "FAIL", "all visitors share one limit"),
+        ("192.168.1.9", "", False, "FAIL", "the server sees none instead"),
+        ("192.168.1.9", "192.168.1.9", True, "FAIL", "a forged X-Forwarded-For is believed"),
+        ("127.0.0.1", "127.0.0.1", False, "ok", "this machine"),
+        ("127.0.0.1", "127.0.0.1", True, "hint", "Run the doctor on another one"),
+        ("::1", "127.0.0.1", False, "hint", "Run the doctor on another one"),
+    ],
+)
+def test_doctor_judges_addresses(
+    own: str, seen: str, forgeable: bool, mark: str, words: str
+) -> None:
+    """What the server takes the doctor for, without and with a forged header."""
+    proxies = make_config(server={"trusted_proxies": ["127.0.0.1", "::1", "1.1.1.1"]}).server
+    try:
+        found = "ok", lf.address_words(own, seen, forgeable, proxies.trusted_proxies)
+    except lf.Trouble as trouble:
+        found = ("hint" if isinstance(trouble, lf.Hint) else "FAIL"), str(trouble)
+    assert found[0] == mark
+    assert words in found[1]
+
+
+async def test_health_tells_callers_their_own_address(serve: Serve) -> None:
+    """/health?client adds the address that the limits count, and nothing else does."""
+    server = await serve()
+    plain = (await server.call("GET", "/health")).body
+    asked = await server.call("GET", "/health?client")
+    assert asked.body.keys() - plain.keys() == {"client"}
+    assert asked.body["client"] == "127.0.0.1"
+    headers = {"X-Forwarded-For": "2001:db8:1:2:3::4"}
+    asked = await server.call("GET", "/health?client=1", headers=headers)
+    assert asked.body["client"] == "2001:db8:1:2::"
+
+
+# ---------------------------------------------------------------------------------------------
+# docs/api.md
+
+
+def shape(value: Any) -> Any:
+    """The keys and types of a value; of a list those of its first item."""
+    if isinstance(value, dict):
+        return {name: shape(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [shape(item) for item in value[:1]]
+    return type(value).__name__
+
+
+async def test_examples_of_the_api(tmp_path: Path, key_server: KeyServer) -> None:
+    """Each command of docs/api.md runs as it stands and prints what stands below it."""
+    needs("curl")
+    document = (lf.HERE / "docs" / "api.md").read_text()
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", document, re.M | re.S)
+    commands, documented = ["set -e"], []
+    for (kind, body), (next_kind, printed) in itertools.pairwise(blocks):
+        if kind in ("sh", "python"):
+            command = body if kind == "sh" else f"'{sys.executable}' - <<'END'\n{body}END\n"
+            commands.append(f"{command}\nprintf '\\0'")
+            assert next_kind in ("json", "jsonl"), body
+            lines = printed.splitlines() if next_kind == "jsonl" else [printed]
+            documented.append([json.loads(line) for line in lines])
+    firebase = f'[firebase]\nproject_id = "{PROJECT}"\nkeys_url = "{key_server.url}"\n'
+    more = (lf.HERE / "config.toml").read_text()
+    more = more.replace("[firebase]", firebase + 'admins = ["olga"]')
+    more = more.replace("widget/demo", f"{lf.HERE}/widget/demo")
+    async with program(tmp_path, more) as running:
+        address = running.server.url.replace("127.0.0.1", "localhost").removeprefix("http://")
+        child = await asyncio.create_subprocess_exec(
+            *("bash", "-c", "\n".join(commands).replace("localhost:3002", address)),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={**os.environ, "TOKEN": make_token()},
+        )
+        out, err = await asyncio.wait_for(child.communicate(), PATIENCE_SECONDS)
+    assert (child.returncode, err) == (0, b"")
+    outputs = out.decode().split("\0")[:-1]
+    assert len(documented) > 12
+    for output, expected in zip(outputs, documented, strict=True):
+        found = [json.loads(line) for line in output.strip().splitlines()]
+        if "error" in expected[0]:
+            assert found == expected
+        for one, other in zip(found, expected, strict=True):
+            assert shape(one) == shape(other), one
+            assert one.get("event") == other.get("event")
+
+
+async def test_page_of_the_api_is_understood() -> None:
+    """Every field of the page in docs/api.md is one that the server takes."""
+    document = (lf.HERE / "docs" / "api.md").read_text()
+    page = next(
+        json.loads(block)
+        for block in re.findall(r"^```json\n(.*?)^```$", document, re.M | re.S)
+        if '"indexedElements": [\n' in block
+    )
+    clean = lf.clean_context(page, lf.LimitsConfig())
+    assert clean["indexedElements"] == page["indexedElements"]
+    assert clean.keys() == {*page, "described"}
+    table = document.partition("An element has")[2].partition("Other fields")[0]
+    assert set(re.findall(r"`(\w+)`", table)) >= lf.ELEMENT_FIELDS.keys()
+
+
+# ---------------------------------------------------------------------------------------------
+# Deployment: the service file, and real nginx with the project's own site file
+
+SERVICE = lf.HERE / "leflux.service"
+NGINX_SITE = lf.HERE / "leflux.nginx.conf"
+
+
+async def run_tool(*command: str) -> tuple[int, str]:
+    """Run a program; return its exit code and all that it wrote."""
+    child = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    out, _ = await asyncio.wait_for(child.communicate(), 4 * PATIENCE_SECONDS)
+    assert child.returncode is not None
+    return child.returncode, out.decode()
+
+
+async def test_service_is_confined() -> None:
+    """systemd puts the exposure of the service at 1.5 of 10 or lower."""
+    options = ("--offline=yes", "--threshold=15", "--no-pager")
+    code, said = await run_tool(needs("systemd-analyze"), "security", *options, str(SERVICE))
+    assert code == 0, said
+
+
+async def test_service_file(tmp_path: Path) -> None:
+    """systemd knows every line of the service; it waits longer than the drain, and watches."""
+    text = SERVICE.read_text()
+    settings = dict(re.findall(r"^(\w+)=(.*)$", text, re.M))
+    assert int(settings["TimeoutStopSec"]) > lf.ServerConfig().shutdown_seconds + 10
+    assert int(settings["WatchdogSec"]) >= 10
+    installed = "/opt/leflux/.venv/bin/python"
+    assert installed in text
+    (tmp_path / SERVICE.name).write_text(text.replace(installed, sys.executable))
+    verify = ("verify", "--man=no", str(tmp_path / SERVICE.name))
+    assert await run_tool(needs("systemd-analyze"), *verify) == (0, "")
+
+
+def port_of(server: Server) -> int:
+    return int(server.url.rpartition(":")[2])
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def nginx_conf(folder: Path, changes: Mapping[str, str]) -> str:
+    """A small nginx.conf around the project's site file, in which each of changes is made."""
+    site = NGINX_SITE.read_text()
+    for written, value in changes.items():
+        assert written in site, written
+        site = site.replace(written, value)
+    temporary = "client_body proxy fastcgi uwsgi scgi".split()
+    paths = " ".join(f"{name}_temp_path {folder}/{name};" for name in temporary)
+    user = "user root;" if os.geteuid() == 0 else ""  # who alone may enter the folder
+    return f"""
+        {user} daemon off; worker_processes 2; pid {folder}/nginx.pid; events {{ }}
+        http {{ access_log {folder}/access.log; {paths} {site} }}
+    """
+
+
+@dataclasses.dataclass
+class Nginx:
+    """nginx as it runs in front of servers."""
+
+    folder: Path
+    port: int
+    http_port: int
+
+    def visitors(self, address: str = "127.0.0.1") -> Server:
+        """The server as clients at an address see it, through nginx and TLS."""
+        seen = hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate(1))).digest()
+        url = f"https://127.0.0.1:{self.port}"
+        return Server(url, ssl=aiohttp.Fingerprint(seen), local_addr=(address, 0))
+
+    def logs(self) -> str:
+        return "".join(path.read_text() for path in self.folder.glob("*.log"))
+
+
+@contextlib.asynccontextmanager
+async def nginx(folder: Path, *servers: Server, **changes: str) -> AsyncIterator[Nginx]:
+    """Run nginx with the project's site file before servers, on free ports."""
+    proxy = Nginx(folder, unused_port(), unused_port())
+    (folder / "fullchain.pem").write_text(certificate(1))
+    unencrypted = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    key = private_key(1).private_bytes(serialization.Encoding.PEM, *unencrypted)
+    (folder / "privkey.pem").write_bytes(key)
+    conf = nginx_conf(
+        folder,
+        {
+            "listen 80;": f"listen 127.0.0.1:{proxy.http_port};",
+            "listen 443 ssl;": f"listen 127.0.0.1:{proxy.port} ssl;",
+            "listen [::]:80;": "",
+            "listen [::]:443 ssl;": "",
+            "/etc/letsencrypt/live/chat.example.com/": f"{folder}/",
+            "/var/log/nginx/error.log": f"{folder}/error.log",
+            "/var/www/html": f"{folder}/www",
+            **{
+                f"{'# ' if number else ''}server 127.0.0.1:{3002 + number} ": f"server {host} "
+                for number, host in enumerate(s.url.removeprefix("http://") for s in servers)
+            },
+            **changes,
+        },
+    )
+    (folder / "nginx.conf").write_text(conf)
+    command = (needs("nginx"), "-e", f"{folder}/error.log", "-c", f"{folder}/nginx.conf")
+    code, said = await run_tool(*command, "-t")
+    assert code == 0, said
+    assert said.count("\n") == 2, said  # the syntax is ok, the test is successful
+    child = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
+    try:
+        await until(lambda: listens(proxy.port) or child.returncode is not None)
+        yield proxy
+    finally:
+        if child.returncode is None:
+            child.terminate()
+        await child.wait()
+
+
+@pytest.mark.parametrize("instances", [1, 3])
+async def test_visit_through_nginx(
+    instances: int, serve: Serve, model: FakeModel, tmp_path: Path
+) -> None:
+    """A visitor gets a session, a socket over TLS, and each chunk when the model says it."""
+    servers = [await serve(model) for _ in range(instances)]
+    async with nginx(tmp_path, *servers) as proxy, proxy.visitors() as site:
+        answer = await site.init()
+        assert answer.body["wsUrl"] == site.url.replace("https", "wss")
+        assert answer.headers["Access-Control-Allow-Origin"]
+        visitor = Visitor(site, answer.body["sessionId"])
+        for path in ("/", "/ws"):
+            visitor.ws = await site.socket(f"{path}?sessionId={visitor.id}")
+            assert (await visitor.next())["event"] == "session_joined"
+        words = ["One", " two", " three"]
+        model.scripts.append([step for word in words for step in (sse(chunk(word)), model.at_gate)])
+        await visitor.chat()
+        for word in words:
+            assert (await visitor.next())["data"]["delta"] == word
+            model.gate.release()
+        assert (await visitor.turn())[-1]["data"]["text"] == "One two three"
+        assert await visitor.history() == [("user", "Hello"), ("assistant", "One two three")]
+        assert sum(len(server.hub.sessions) for server in servers) == 1
+    assert visitor.id not in proxy.logs()
+
+
+async def test_http_leads_to_https(serve: Serve, tmp_path: Path) -> None:
+    """But for the files with which certbot proves that the domain is ours."""
+    challenge = tmp_path / "www" / ".well-known" / "acme-challenge"
+    challenge.mkdir(parents=True)
+    (challenge / "token").write_text("proof")
+    async with nginx(tmp_path, await serve()) as proxy, aiohttp.ClientSession() as http:
+        url = f"http://127.0.0.1:{proxy.http_port}"
+        async with http.get(f"{url}/.well-known/acme-challenge/token") as response:
+            assert await response.text() == "proof"
+        async with http.get(f"{url}/path?query", allow_redirects=False) as response:
+            assert response.status == 301
+            assert response.headers["Location"] == "https://127.0.0.1/path?query"
+
+
+@pytest.fixture
+async def mirror() -> AsyncIterator[Server]:
+    """A server that answers with the headers it was sent."""
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response([*request.headers.items()])
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    async with TestServer(app) as server:
+        yield Server(str(server.make_url("")).rstrip("/"))
+
+
+FORGED = {
+    "X-Forwarded-For": "203.0.113.9",
+    "X-Forwarded-Proto": "http",
+    "X-Forwarded-Host": "evil.example",
+}
+
+
+async def test_nginx_speaks_the_truth(mirror: Server, tmp_path: Path) -> None:
+    """What the server is told of a client is nginx's own word, whatever the client says."""
+    async with nginx(tmp_path, mirror) as proxy, proxy.visitors("127.0.0.2") as site:
+        for path in ("/", "/ws", "/api/chat", "/embed.js"):
+            headers = {**FORGED, "Host": "chat.example.com:8443"}
+            async with site.http.get(site.url + path, headers=headers) as response:
+                told = CIMultiDict(await response.json())
+            assert told.getall("X-Forwarded-For") == ["127.0.0.2"]
+            assert told.getall("X-Forwarded-Proto") == ["https"]
+            assert told.getall("X-Forwarded-Host") == ["chat.example.com:8443"]
+            assert told.getall("Host") == ["chat.example.com:8443"]
+
+
+async def test_upgrades_through_nginx(mirror: Server, tmp_path: Path) -> None:
+    """Only where the socket is, and only to a WebSocket, may a client upgrade."""
+    paths = ["/", "/?sessionId=x", "/ws", "/ws/", "/api/chat", "/embed.js", "/x/ws"]
+    async with nginx(tmp_path, mirror) as proxy, proxy.visitors() as site:
+        for protocol, path in itertools.product(("WebSocket", "h2c"), paths):
+            headers = {"Connection": "upgrade", "Upgrade": protocol}
+            async with site.http.get(site.url + path, headers=headers) as response:
+                told = CIMultiDict(await response.json())
+            asked = told.get("Connection") == "upgrade" and told.get("Upgrade") == "WebSocket"
+            assert asked == (protocol == "WebSocket" and path in paths[:3])
+            assert asked or "Connection" not in told
+
+
+async def test_widget_through_nginx(serve: Serve, tmp_path: Path) -> None:
+    """/embed.js is compressed, and a browser that has it is told so; nothing else is."""
+    async with nginx(tmp_path, await serve()) as proxy, proxy.visitors() as site:
+        zipped = {"Accept-Encoding": "gzip"}
+        answer = await site.call("GET", "/embed.js", headers=zipped)
+        assert answer.headers["Content-Encoding"] == "gzip"
+        assert answer.headers["Vary"] == "Accept-Encoding"
+        assert answer.headers["Cache-Control"] == "no-cache"
+        assert answer.raw == (lf.HERE / "widget" / "embed.js").read_bytes()
+        known = {**zipped, "If-None-Match": answer.headers["ETag"]}
+        assert (await site.call("GET", "/embed.js", headers=known)).status == 304
+        answer = await site.call("GET", "/api/stats", headers=zipped)
+        assert "Content-Encoding" not in answer.headers
+
+
+async def test_addresses_through_nginx(serve: Serve, tmp_path: Path) -> None:
+    """Limits are each client's own, and a made-up X-Forwarded-For does not get around them."""
+    server = await serve(limits={"init_per_minute": 3})
+    async with nginx(tmp_path, server) as proxy, proxy.visitors("127.0.0.2") as one:
+        for number in range(3):
+            assert (await one.init(headers={"X-Forwarded-For": f"9.9.9.{number}"})).status == 200
+        answer = await one.init(headers={"X-Forwarded-For": "9.9.9.9"})
+        assert answer.error == (429, "rate_limit_exceeded")
+        assert answer.headers["Retry-After"]
+        async with proxy.visitors("127.0.0.3") as other:
+            assert (await other.init()).status == 200
+    assert [*server.hub.init_limiters] == ["127.0.0.2", "127.0.0.3"]
+
+
+async def test_large_bodies_through_nginx(serve: Serve, tmp_path: Path) -> None:
+    """The server's own 413 reaches its client; what is far too large ends at nginx."""
+    server = await serve()
+    async with nginx(tmp_path, server) as proxy, proxy.visitors() as site:
+        answer = await site.call("POST", "/api/chat", data=b" " * (lf.MAX_BODY_BYTES + 1))
+        assert answer.error == (413, "payload_too_large")
+        assert answer.headers["Access-Control-Allow-Origin"]
+        async with site.http.post(f"{site.url}/api/chat", data=b" " * 600 * 1024) as response:
+            assert response.status == 413
+        assert (await site.init()).status == 200
+
+
+async def test_quiet_sockets_through_nginx(
+    serve: Serve, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """nginx cuts off a silent server, and takes its pings for a sign of life."""
+    patience = re.search(r"proxy_read_timeout (\d+)s", NGINX_SITE.read_text())
+    assert patience
+    assert int(patience[1]) > 2 * lf.PING_SECONDS
+    server = await serve()
+    changes = {patience[0]: "proxy_read_timeout 1s"}
+    async with nginx(tmp_path, server, **changes) as proxy, proxy.visitors() as site:
+        monkeypatch.setattr(lf, "PING_SECONDS", 0.3)
+        alive = await site.visitor()
+        reading = asyncio.create_task(alive.next())  # answers the pings
+        monkeypatch.setattr(lf, "PING_SECONDS", 60)
+        silent = await site.visitor()
+        assert (await read_close(silent.ws))[1] == 1006
+        assert not reading.done()
+        await alive.send("no such event")
+        assert (await reading)["data"]["code"] == "invalid_event"
+
+
+@pytest.mark.skipif(not os.environ.get("CI"), reason="takes 65 s; CI has them")
+async def test_long_quiet_sockets_through_nginx(
+    serve: Serve, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """A socket may be silent for longer than the 60 s that nginx allows if nobody says more."""
+    monkeypatch.setattr(lf, "PING_SECONDS", 600)
+    async with nginx(tmp_path, await serve()) as proxy, proxy.visitors() as site:
+        visitor = await site.visitor()
+        with pytest.raises(TimeoutError):
+            await visitor.ws.receive(65)
+        await visitor.expect_open()
+
+
+DOMAINS = [f"{word}.example" for word in "ash bay cob dew elm fir gum hop ivy jay kea lea".split()]
+MANY: Json = {"id": "many", "name": "Many", "allowed_hosts": DOMAINS}
+
+
+async def test_each_site_stays_on_one_instance(serve: Serve, tmp_path: Path) -> None:
+    """All pages of a domain, with and without Origin, come to the same of several servers."""
+    servers = [await serve(sites=[MANY], limits={"init_per_minute": 1000}) for _ in range(3)]
+    async with (
+        nginx(tmp_path, *servers) as proxy,
+        proxy.visitors("127.0.0.2") as one,
+        proxy.visitors("127.0.0.3") as other,
+    ):
+        homes = []
+        for domain in DOMAINS:
+            pages = [f"https://{domain}", f"http://www.{domain}", f"https://a.b.{domain}:8443"]
+            answers = [await site.init(origin=page) for page in pages for site in (one, other)]
+            ids = {answer.body["sessionId"] for answer in answers}
+            (home,) = [server for server in servers if ids & server.hub.sessions.keys()]
+            assert ids <= home.hub.sessions.keys()
+            homes.append(home)
+            # A page on the host of the server itself sends no Origin when it asks.
+            same_origin = {"Host": domain, "Sec-Fetch-Site": "same-origin"}
+            path = f"/api/session/{answers[0].body['sessionId']}"
+            assert (await other.call("GET", path, origin=None, headers=same_origin)).status == 200
+        assert all(server in homes for server in servers)
+
+
+async def test_killed_instance(tmp_path: Path) -> None:
+    """Its sites wait for it and go on where they were; the other sites notice nothing."""
+    more = f"[[sites]]\nid = 'many'\nname = 'Many'\nallowed_hosts = {DOMAINS}\n"
+    more = f"[limits]\ninit_per_minute = 1000\n{more}"
+    folders = [tmp_path / str(number) for number in range(3)]
+    async with contextlib.AsyncExitStack() as stack:
+        for folder in folders:
+            folder.mkdir()
+        started = [stack.enter_async_context(program(folder, more)) for folder in folders]
+        runs = await asyncio.gather(*started)
+        proxy = await stack.enter_async_context(nginx(tmp_path, *(run.server for run in runs)))
+        site = await stack.enter_async_context(proxy.visitors())
+        visitors = [await site.visitor(f"https://{domain}") for domain in DOMAINS]
+        await asyncio.gather(*(visitor.ask() for visitor in visitors))
+        killed = runs[0]
+        direct = [Visitor(killed.server, v.id, v.origin) for v in visitors]
+        known = [(await visitor.get()).status == 200 for visitor in direct]
+        waiting = [*itertools.compress(visitors, known)]
+        untouched = [visitor for visitor in visitors if visitor not in waiting]
+        assert waiting
+        assert untouched
+        killed.child.kill()
+        await killed.child.wait()
+        for visitor in waiting:
+            assert (await read_close(visitor.ws))[1] == 1006
+            url = f"{site.url}/api/session/{visitor.id}"
+            async with site.http.get(url, headers={"Origin": visitor.origin}) as response:
+                assert response.status == 502
+        await asyncio.gather(*(visitor.ask("Still here?") for visitor in untouched))
+        port = str(port_of(killed.server))
+        await stack.enter_async_context(program(folders[0], more, LEFLUX_PORT=port))
+        for visitor in waiting:
+            assert (await visitor.connect(visitor.frames[-1]["seq"]))["restored"]
+        await asyncio.gather(*(visitor.ask("Still here?") for visitor in waiting))
+        for visitor in visitors:
+            assert len(await visitor.history()) == 4
+    assert not UUID.search(proxy.logs())

@@ -1,0 +1,1486 @@
+/* leflux widget: one line puts an AI agent on a page,
+ *
+ *     <script src="https://chat.example.com/embed.js" async></script>
+ *
+ * and everything else comes from the server that this file was loaded from: how the chat looks
+ * (siteConfig), what it says, and what it does on the page. No build step, no dependencies.
+ *
+ * For the page's author there is window.LeFlux: open(), close(), toggle(), send(text),
+ * setVisitorData({...}), clearConversation(), getState(), on(name, fn), off(name, fn), destroy().
+ * Events, for on() and as "leflux:..." on document: ready, open, close, message, reply, action,
+ * error. The attribute data-debug on the tag logs what goes over the socket.
+ *
+ * The file reads downwards: words and small tools, colours, Markdown, what the page shows, what
+ * can be done on it, the view, the conversation, and last the API and the start. The page's own
+ * style cannot reach in (shadow root), nothing here needs inline styles or scripts (strict
+ * Content-Security-Policy), and text from the server only ever becomes text nodes.
+ */
+(() => {
+  "use strict";
+
+  const script = document.currentScript || document.querySelector('script[src*="/embed.js"]');
+  if (!script || window.LeFlux?.destroy) return; // a second tag does nothing
+  const SERVER = new URL(script.src).origin;
+  const DEBUG = script.hasAttribute("data-debug");
+
+  const WORDS = {
+    title: "Chat", log: "Conversation", input: "Your message", placeholder: "Write a message…",
+    open: "Open the chat", unread: "Open the chat, new message", close: "Close the chat",
+    clear: "Start over", send: "Send", stop: "Stop", retry: "Try again", dismiss: "Dismiss",
+    link: "Have a look",
+    working: "The assistant is working",
+    reconnecting: "Reconnecting…",
+    taken: "This chat is open in another tab.",
+    takeBack: "Use it here",
+    lost: "The answer got lost. Please ask again.",
+    tooLong: "That is too long for one message.",
+    expired: "The earlier chat has ended; what follows starts afresh.",
+    unreachable: "The server cannot be reached just now.",
+    failed: "That did not work.",
+  };
+  const MAX_CHARS = 5000; // of a message
+  const MAX_ELEMENTS = 50;
+  const KEEP_MS = 24 * 3600 * 1000; // how long a session id and a dismissed nudge are remembered
+  const PHONE = matchMedia("(max-width: 640px), (max-height: 420px)");
+  const TOUCH = matchMedia("(pointer: coarse)");
+
+  const debug = (...what) => { if (DEBUG) console.debug("leflux:", ...what); };
+  const pause = (ms) => new Promise((resume) => setTimeout(resume, ms));
+  const squeeze = (text, max) => (text || "").replace(/\s+/g, " ").trim().slice(0, max);
+  const over = new AbortController(); // aborted by destroy(): every listener hangs on it
+  const listen = (target, name, heard) =>
+    target.addEventListener(name, heard, { signal: over.signal });
+
+  /** Make an element: attributes, "class" and on… handlers by name, then children (nodes, text). */
+  function h(name, attributes = {}, ...children) {
+    const [tag, ...classes] = name.split(".");
+    const space = tag === "svg" || tag === "path" ? "2000/svg" : "1999/xhtml";
+    const element = document.createElementNS(`http://www.w3.org/${space}`, tag);
+    for (const [key, value] of Object.entries(attributes)) {
+      if (key.startsWith("on") || key === "hidden") element[key] = value;
+      else if (value !== null) element.setAttribute(key, value);
+    }
+    if (classes.length) element.className = classes.join(" ");
+    element.append(...children.filter(Boolean));
+    return element;
+  }
+
+  /** A small JSON store that works, for the visit, where the browser forbids storage. */
+  function keep(area, name) {
+    const key = `leflux ${SERVER} ${name}`;
+    let memory = null;
+    return {
+      get() {
+        try { return JSON.parse(window[area].getItem(key)); } catch { return memory; }
+      },
+      set(value) {
+        memory = value;
+        try { window[area].setItem(key, JSON.stringify(value)); } catch { /* memory has it */ }
+      },
+    };
+  }
+  const keptSession = keep("localStorage", "session"); // {id, wsUrl, at}
+  const keptNudge = keep("localStorage", "nudge"); // when it was dismissed
+  const keptOpen = keep("sessionStorage", "open"); // whether this tab's panel is open
+  const keptActing = keep("sessionStorage", "acting"); // {id, results}: see carryOut
+
+  // ---------------------------------------------------------------------------------------------
+  // Colours: any CSS colour may be the site's own; text on and of it must stay readable (WCAG AA).
+
+  const WHITE = [1, 1, 1], BLACK = [0, 0, 0];
+  const css = (colour) => `rgb(${colour.map((part) => Math.round(part * 255)).join(" ")})`;
+  const mix = (one, other, share) => one.map((part, i) => part + (other[i] - part) * share);
+
+  /** Red, green and blue, 0 to 1, of a CSS colour as it looks upon white. */
+  function rgb(colour) {
+    const probe = view.root.appendChild(h("span"));
+    probe.style.color = `color-mix(in srgb, ${colour}, ${colour})`; // whatever it is, in srgb
+    const { color } = getComputedStyle(probe);
+    probe.remove();
+    const scale = color.startsWith("rgb") ? 255 : 1;
+    const parts = color.match(/none|[\d.e-]+/g).map((part) => Number(part) || 0);
+    const inside = parts.slice(0, 3).map((part) => Math.min(1, Math.max(0, part / scale)));
+    return mix(WHITE, inside, parts[3] ?? 1);
+  }
+  function contrast(one, other) {
+    const [low, high] = [one, other].map((colour) => colour
+      .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4))
+      .reduce((sum, part, index) => sum + part * [0.2126, 0.7152, 0.0722][index], 0.05))
+      .sort((a, b) => a - b);
+    return high / low;
+  }
+  /** The colour, moved towards black or white until text of it can be read on every ground. */
+  function readable(colour, goal, ...grounds) {
+    let share = 0, mixed = colour;
+    while (share < 1 && grounds.some((ground) => contrast(mixed, ground) < 4.6)) {
+      mixed = mix(colour, goal, share += 0.05);
+    }
+    return mixed;
+  }
+
+  // ---------------------------------------------------------------------------------------------
+  // Markdown: paragraphs, lists, bold, italic, code and links. Text in, nodes out, no HTML ever.
+  // Each pattern stops at a bounded length, so that no text is slow.
+
+  const INLINE = new RegExp([
+    /`([^`\n]{1,1000})`/, // 1 code
+    /\*\*([^\n]{1,1000}?)\*\*/, // 2 bold
+    /(?<![\w*])[*_](?![\s*_])([^*_\n]{1,1000}?)(?<!\s)[*_](?!\w)/, // 3 italic
+    /\[([^[\]\n]{1,300})\]\(([^()\s]{1,1000}(?:\([^()\s]{0,200}\))?[^()\s]{0,200})\)/, // 4, 5 link
+    /(?<!\w)(https?:\/\/[^\s<>"'`]{1,1000}[^\s<>"'`.,;:!?)\]])/, // 6 bare address
+  ].map((pattern) => pattern.source).join("|"), "u");
+
+  /** An absolute URL that a visitor may be sent to, or null. */
+  function safeUrl(value) {
+    try {
+      const url = new URL(value, location.href);
+      return ["http:", "https:", "mailto:", "tel:"].includes(url.protocol) ? url.href : null;
+    } catch { return null; }
+  }
+  function link(href, ...children) {
+    const url = safeUrl(href);
+    if (!url) return h("span", {}, ...children);
+    const target = url.startsWith(location.origin + "/") ? null : "_blank";
+    return h("a", { href: url, rel: "noopener nofollow", target }, ...children);
+  }
+  function inline(text) {
+    const nodes = [];
+    for (let found; (found = INLINE.exec(text)); text = text.slice(found.index + found[0].length)) {
+      const [, code, bold, italic, label, address, bare] = found;
+      nodes.push(text.slice(0, found.index));
+      if (code) nodes.push(h("code", {}, code));
+      else if (bold) nodes.push(h("strong", {}, ...inline(bold)));
+      else if (italic) nodes.push(h("em", {}, ...inline(italic)));
+      else if (label) nodes.push(link(address, label));
+      else nodes.push(link(bare, bare));
+    }
+    return [...nodes, text];
+  }
+  function markdown(text) {
+    const blocks = [];
+    let block = null; // that the next line may belong to
+    const begin = (kind, attributes, ...children) => {
+      block = h(kind, attributes, ...children);
+      blocks.push(block);
+    };
+    for (const line of text.split("\n")) {
+      const item = /^\s{0,8}(?:[-*•]|(\d{1,3})[.)])\s+(.*)/.exec(line);
+      if (/^\s*```/.test(line)) {
+        if (block?.localName === "pre") block = null;
+        else begin("pre", { tabindex: 0 }, h("code"));
+      } else if (block?.localName === "pre") {
+        block.firstChild.append(`${line}\n`);
+      } else if (item) {
+        const [, start, words] = item;
+        const kind = start ? "ol" : "ul";
+        const from = start > 1 ? start : null;
+        if (block?.localName !== kind) begin(kind, { start: from, dir: "auto" });
+        block.append(h("li", {}, ...inline(words)));
+      } else if (line.trim()) {
+        const heading = /^#{1,6}\s+(.*)/.exec(line);
+        if (block?.localName === "p") block.append("\n");
+        else begin("p", { dir: "auto" });
+        block.append(...(heading ? [h("strong", {}, ...inline(heading[1]))] : inline(line)));
+      } else if (block?.localName === "p") {
+        block = null; // a list may go on after an empty line
+      }
+    }
+    return blocks;
+  }
+
+  // ---------------------------------------------------------------------------------------------
+  // What the page shows: its elements that can be used, numbered, and its text. An element keeps
+  // its number for as long as the page lives, so that a plan made on an older picture never means
+  // another element.
+
+  const ROLES = "button link checkbox radio switch tab menuitem menuitemcheckbox menuitemradio"
+    + " option combobox textbox searchbox slider spinbutton treeitem";
+  const INTERACTIVE = "a[href], button, input:not([type=hidden]), select, textarea, summary,"
+    + '[contenteditable=""], [contenteditable=true], [contenteditable=plaintext-only],'
+    + ROLES.split(" ").map((role) => `[role=${role}]`).join();
+  const MODAL = "dialog[open], [role=dialog], [role=alertdialog], [aria-modal=true]";
+  const GROUP = `${MODAL}, form, fieldset, section, article, nav, aside, header, footer, main, li,
+    td, details`;
+  // What the server takes for a field of secrets, and so never fills (SENSITIVE there).
+  const SECRET = new RegExp(String.raw`\bpass\s?(word|wd|code|phrase|wort)|\b(pass|pwd?|psw)\b
+    |kennwort|contraseñ|mot\sde\spasse|\bsenha\b|wachtwoord|\bone\s?time|\bt?otp\b|\b(2|m|t)\s?fa\b
+    |two\sfactor|\bpin\b|digit\scode|(verification|security|sms|auth\w*|tfa)\scode
+    |digo\sde\s(seguridad|verif)|code\sde\ss[eé]curit|\bcc\b|(credit|debit)\s?card
+    |\bcard\s?(number|no\b|num|holder|code)|\|\scard(\s\||$)|^card$|\b(cvv|cvc|csc|cvn)\b
+    |expir(y|ation)|\bmm\s?yy|karten\s?nummer|kreditkarte|tarjeta|ro\sde\scarte|\biban\b|\bbic\b
+    |\bswift\b|rout(ing|e)\snumber|sort\scode|\bbank|account\s?(number|no\b|num)|\bkonto|\bssn\b
+    |social\s?security|national\s?(id|insurance)|passport|\btax\s?(id|number|payer)|\btin\b
+    |\b(identity|id)\s?(card|number|no\b)|personalausweis|\bdni\b|\bnino\b|\bcpf\b|aadhaar
+    |driver\w*\slicen[cs]e`.replace(/\n\s*/g, ""));
+
+  const numbers = new WeakMap(); // element -> its number
+  const elements = []; // number - 1 -> a weak reference to the element
+
+  /** closest(), out of shadow roots too. */
+  function around(element, selector) {
+    for (let at = element; at; at = at.getRootNode().host) {
+      const found = at.closest(selector);
+      if (found) return found;
+    }
+    return null;
+  }
+  const isVisible = (element) =>
+    [...element.getClientRects()].some((box) => box.width > 1 && box.height > 1)
+    && (element.checkVisibility?.({ opacityProperty: true, visibilityProperty: true }) ?? true);
+  const isUsable = (element) => !around(element, "[inert], [aria-hidden=true]")
+    && (isVisible(element) || [...(element.labels || [])].some(isVisible));
+  function isInViewport(element) {
+    const box = element.getBoundingClientRect();
+    return box.bottom > 0 && box.right > 0 && box.top < innerHeight && box.left < innerWidth;
+  }
+  const isField = (element) => element.matches("input, select, textarea");
+  const isDisabled = (element) =>
+    element.matches(":disabled") || around(element, "[aria-disabled=true]") !== null;
+
+  function* everything(root) { // open shadow roots of the page included
+    for (const element of root.querySelectorAll("*")) {
+      yield element;
+      if (element.shadowRoot) yield* everything(element.shadowRoot);
+    }
+  }
+  function byIds(element, attribute) {
+    const ids = (element.getAttribute(attribute) || "").split(/\s+/).filter(Boolean);
+    return ids.map((id) => element.getRootNode().getElementById?.(id)?.textContent).join(" ");
+  }
+  function labelOf(element) {
+    if (element.localName === "input" && /^(submit|button|reset|image)$/.test(element.type)) {
+      return squeeze(element.value || element.alt || element.type, 120);
+    }
+    const labels = [...(element.labels || [])].map((label) => label.cloneNode(true));
+    for (const label of labels) { // around its field it would say the field's text, too
+      for (const field of label.querySelectorAll("select, textarea")) field.remove();
+    }
+    const own = isField(element) ? labels.map((label) => label.textContent).join(" ")
+      : element.innerText ?? element.textContent; // SVG has no innerText
+    return squeeze(own, 120) || squeeze(byIds(element, "aria-labelledby"), 120)
+      || (isField(element) ? "" : squeeze(element.title || element.querySelector("[alt]")?.alt
+        || element.querySelector("[aria-label]")?.ariaLabel, 120));
+  }
+  function headingOf(element) {
+    for (let group = element; (group = group.parentElement?.closest(GROUP));) {
+      const name = squeeze(group.getAttribute("aria-label") || byIds(group, "aria-labelledby")
+        || group.querySelector("h1, h2, h3, h4, h5, h6, legend")?.textContent, 80);
+      if (name) return name;
+    }
+    return undefined;
+  }
+  function isSecret(element) {
+    const words = [element.type, element.autocomplete, element.name, element.id,
+      element.placeholder, element.ariaLabel, labelOf(element)].filter(Boolean).join(" | ");
+    return SECRET.test(words.normalize("NFKC").replace(/\p{Cf}/gu, "")
+      .replace(/(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[a-zA-Z])(?=[0-9])/g, " ")
+      .replace(/[\s_.\-/[\]:]+/g, " ").toLowerCase());
+  }
+
+  function describe(element) {
+    const tag = element.localName;
+    const said = (name) => squeeze(element.getAttribute(name), 300) || undefined;
+    const role = said("role");
+    const type = { a: "link", button: "button", summary: "summary" }[tag]
+      || (isField(element) ? element.type.replace("select-one", "select") : role || "textbox");
+    const checkable = /^(checkbox|radio)$/.test(element.type);
+    const isWritten = isField(element) && !checkable && element.type !== "file";
+    const value = tag === "select" ? element.selectedOptions[0]?.text : element.value;
+    const submits = tag === "button" && element.form && element.type === "submit";
+    const options = tag === "select" ? [...element.options].slice(0, 30) : undefined;
+    return {
+      id: numbers.get(element),
+      type,
+      inputType: submits ? "submit" : undefined,
+      role: role === type ? undefined : role,
+      text: labelOf(element),
+      name: said("name"),
+      placeholder: said("placeholder"),
+      value: (isWritten && !isSecret(element) && squeeze(value, 100)) || undefined,
+      autocomplete: (isField(element) && element.autocomplete) || undefined,
+      href: tag === "a" ? (element.href.baseVal ?? element.href).slice(0, 300) : undefined, // SVG
+      ariaLabel: said("aria-label"),
+      options: options?.map((option) => squeeze(option.text, 60)),
+      checked: checkable ? element.checked : { true: true, false: false }[element.ariaChecked],
+      required: element.matches(":required") || element.ariaRequired === "true" || undefined,
+      disabled: isDisabled(element) || undefined,
+      parent: headingOf(element),
+      inModal: Boolean(around(element, MODAL)) || undefined,
+      inViewport: isInViewport(element) || undefined,
+    };
+  }
+  function describeForm(form) { // by getAttribute: a field called "name" hides the form's own name
+    const fields = [...form.elements].filter((field) => isField(field) && isUsable(field));
+    const submits = [...form.elements].filter((field) => field.type === "submit");
+    const names = ["aria-label", "name", "id"].map((name) => form.getAttribute(name));
+    return {
+      name: names.find(Boolean),
+      fields: fields.map((field) => labelOf(field) || field.name).slice(0, 20),
+      submit: submits.map(labelOf).join(", "),
+    };
+  }
+
+  /** What can be read, the most telling parts first. */
+  function visibleText() {
+    const main = document.querySelector("main, [role=main]");
+    const parts = [...document.querySelectorAll(MODAL)].filter(isVisible).concat(main || [])
+      .map((part) => part.innerText);
+    const rest = parts.reduce((text, part) => text.replace(part, ""), document.body.innerText);
+    return [...parts, rest].join("\n").trim().slice(0, MAX_CHARS);
+  }
+
+  /** A picture of the page: what the server calls a page context. */
+  function scan() {
+    const rank = (element) => (around(element, MODAL) ? 0 : isInViewport(element) ? 1 : 2);
+    const found = [...everything(document.body)]
+      .filter((element) => element.matches(INTERACTIVE) && isUsable(element))
+      .map((element) => [rank(element), element])
+      .sort(([one], [other]) => one - other)
+      .slice(0, MAX_ELEMENTS)
+      .map(([, element]) => element);
+    for (const element of found) {
+      if (!numbers.has(element)) numbers.set(element, elements.push(new WeakRef(element)));
+    }
+    return {
+      url: location.href,
+      title: squeeze(document.title, 300),
+      visibleText: visibleText(),
+      indexedElements: found.map(describe),
+      forms: [...document.forms].filter(isVisible).slice(0, 10).map(describeForm),
+      visitorData,
+    };
+  }
+
+  // ---------------------------------------------------------------------------------------------
+  // Acting: each kind of step does one thing as a visitor would, checks that it took, and throws
+  // an Error in words for the model if not.
+
+  let leftAt = 0; // when the page began to be left, in the current plan
+
+  function need(condition, otherwise) {
+    if (!condition) throw new Error(otherwise);
+  }
+  function elementOf({ elementId }) {
+    const element = elements[elementId - 1]?.deref();
+    need(element?.isConnected, "the element is no longer on the page");
+    need(isUsable(element), "the element cannot be seen");
+    need(!isDisabled(element), "the element is disabled");
+    return element;
+  }
+  function fire(element, ...events) {
+    for (const event of events) element.dispatchEvent(event);
+  }
+  const bubbling = { bubbles: true, cancelable: true, composed: true };
+
+
+  const DO = {
+    async click(step) {
+      const element = elementOf(step);
+      const press = { ...bubbling, button: 0, isPrimary: true, pointerType: "mouse", view: window };
+      fire(element, new PointerEvent("pointerdown", press), new MouseEvent("mousedown", press));
+      element.focus({ preventScroll: true });
+      fire(element, new PointerEvent("pointerup", press), new MouseEvent("mouseup", press),
+        new MouseEvent("click", press));
+    },
+
+    async type(step) {
+      const element = elementOf(step);
+      const text = step.inputData;
+      const editable = element.isContentEditable;
+      need(editable || element.matches("input, textarea"), "text cannot be typed there");
+      need(!/^(checkbox|radio|file|submit|button|reset|image|range|color)$/.test(element.type),
+        `a ${element.type} takes no text`);
+      need(!isSecret(element), "only the visitor fills this field");
+      need(!element.readOnly, "the field is read-only");
+      need(!(element.maxLength >= 0 && text.length > element.maxLength), "the text is too long");
+      element.focus({ preventScroll: true });
+      if (editable) {
+        getSelection().selectAllChildren(element);
+        document.execCommand("insertText", false, text); // the one way that rich editors hear of
+      } else {
+        // As the browser does it, behind the back of frameworks that watch the property.
+        const kind = element.localName === "input" ? HTMLInputElement : HTMLTextAreaElement;
+        Object.getOwnPropertyDescriptor(kind.prototype, "value").set.call(element, text);
+        fire(element, new InputEvent("input", { ...bubbling, inputType: "insertText", data: text }),
+          new Event("change", bubbling));
+      }
+      await pause(60);
+      const plain = (written) => written.replace(/[^\p{L}\p{N}]/gu, "").toLowerCase(); // of a mask
+      const now = editable ? element.innerText : element.value;
+      need(squeeze(now) === squeeze(text) || (plain(now) && plain(now) === plain(text)),
+        "the field did not take the text");
+      return { text: squeeze(now, 200) };
+    },
+
+    async select(step) {
+      const element = elementOf(step);
+      const wish = squeeze(step.inputData).toLowerCase();
+      if (element.type === "radio" || element.type === "checkbox") {
+        const on = element.type === "radio" || !/^(false|no|off|unchecked)$/.test(wish);
+        if (element.checked !== on) element.click();
+        await pause(60);
+        need(element.checked === on, "it did not take the choice");
+        return {};
+      }
+      need(element.localName === "select", "this is no list; click it instead");
+      const options = [...element.options].filter((option) => !option.disabled);
+      const plain = (name) => squeeze(name).toLowerCase();
+      const option = options.find((one) => plain(one.text) === wish || plain(one.value) === wish)
+        || options.find((one) => wish && plain(one.text).startsWith(wish));
+      need(option, "the list has no such option");
+      option.selected = true;
+      fire(element, new Event("input", bubbling), new Event("change", bubbling));
+      await pause(60);
+      need(option.selected, "the list did not take the choice");
+      return { text: squeeze(option.text, 200) };
+    },
+
+    async scroll_to(step) {
+      const element = elementOf(step);
+      element.scrollIntoView({ block: "center", behavior: "instant" });
+      need(isInViewport(element), "it could not be scrolled to");
+    },
+
+    async navigate({ url }) {
+      const { href, origin } = new URL(url, location.href), before = location.href;
+      need(origin === location.origin, "the address is not on this website");
+      // A click on a link lets the page's own router take it. Where nothing does, the browser
+      // loads the page.
+      const own = [...document.links].find((a) => a.href === href && !a.target && isUsable(a));
+      const anchor = own || document.body.appendChild(h("a", { href, hidden: true }));
+      anchor.click();
+      if (!own) anchor.remove();
+      const hasBegun = () => leftAt || location.href !== before;
+      for (let tries = 0; tries < 20 && !hasBegun(); tries++) await pause(50);
+      if (!hasBegun()) location.assign(href);
+    },
+
+    wait: ({ waitDuration }) => pause(waitDuration),
+  };
+
+  /** Wait until the page has reacted: no change for a while, or it never rests. */
+  async function settled(quietMs) {
+    let isCalm = false;
+    const observer = new MutationObserver(() => { isCalm = false; });
+    const all = { subtree: true, childList: true, attributes: true, characterData: true };
+    observer.observe(document.body, all);
+    for (let tries = 0; tries < 7 && !isCalm; tries++) {
+      isCalm = true;
+      await pause(quietMs);
+    }
+    observer.disconnect();
+  }
+
+  /** Show for a moment which element is meant. */
+  async function pointAt(element) {
+    if (!isInViewport(element)) element.scrollIntoView({ block: "center", behavior: "instant" });
+    const { left, top, width, height } = element.getBoundingClientRect();
+    const place = { left: left - 6, top: top - 6, width: width + 12, height: height + 12 };
+    for (const [name, value] of Object.entries(place)) view.ring.style[name] = `${value}px`;
+    view.ring.hidden = false;
+    await pause(document.hidden ? 0 : 350);
+    view.ring.hidden = true;
+  }
+
+  const stepsOf = (action) => (action.isSequence ? action.actions
+    : [{ ...action, action: action.type === "navigate" ? "navigate" : "click" }]);
+
+  /**
+   * Carry a plan out, up to the first step that fails; returns the results, null if cancelled.
+   * Each step is noted before it begins: should it load another page, then that one's widget
+   * reports it (see introduce).
+   */
+  async function carryOut(action, isCancelled) {
+    const steps = stepsOf(action);
+    const results = [];
+    const note = (...more) => keptActing.set({ id: action.id, results: [...results, ...more] });
+    const leave = () => { leftAt = Date.now(); };
+    leftAt = 0;
+    window.addEventListener("beforeunload", leave); // only now: it can cost the page its bfcache
+    for (const step of steps) {
+      const result = { success: true, elementId: step.elementId };
+      try {
+        note();
+        if (step.elementId !== undefined) await pointAt(elementOf(step));
+        if (isCancelled()) break;
+        note(result);
+        Object.assign(result, await DO[step.action](step));
+      } catch (error) {
+        Object.assign(result, { success: false, error: squeeze(error.message, 300) });
+      }
+      results.push(result);
+      if (!result.success) break;
+      await settled(/click|navigate/.test(step.action) ? 300 : 50);
+      while (Date.now() - leftAt < 10_000) await pause(100); // longer: it was a download
+      if (isCancelled()) break;
+    }
+    window.removeEventListener("beforeunload", leave);
+    return isCancelled() ? null : results;
+  }
+
+  // ---------------------------------------------------------------------------------------------
+  // The view: one shadow root with a launcher, a nudge, the panel, and the ring around elements.
+  // Borders are transparent rather than none: in forced colours they become visible.
+
+  const STYLE = `
+:host { all: initial !important; }
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+.root { font: medium/1.5 var(--body-font, system-ui), sans-serif; color: var(--ink); color-scheme: light dark;
+  --paper: #fff; --ink: #1b1b1f; --soft: #5b5b66; --line: #dedee4; --edge: #85858f; --bubble: #f2f2f5; --bad: #a3140c;
+  --bad-paper: #fdeceb; --accent-ink: var(--light-ink); --tint: var(--light-tint); --rim: var(--light-rim); }
+button { font: inherit; color: inherit; background: none; border: 1px solid transparent; margin: 0; padding: 0;
+  cursor: pointer; border-radius: var(--radius, .8em); }
+button:disabled { opacity: .5; cursor: default; }
+a { color: var(--accent-ink); }
+:focus-visible { outline: 2px solid var(--accent-ink); outline-offset: 2px; }
+svg { width: 1.25em; height: 1.25em; flex: none; display: block; fill: none; stroke: currentColor; stroke-width: 2;
+  stroke-linecap: round; stroke-linejoin: round; }
+.quiet { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+.accent, .user { background: var(--accent); color: var(--on-accent); border-color: var(--rim); }
+button.accent:enabled:hover { background-image: linear-gradient(var(--shade) 0 0); }
+.plain { padding: .35em .9em; border-radius: var(--radius, 2em); }
+.plain:not(.accent) { color: var(--accent-ink); border-color: currentColor; }
+.plain:not(.accent):enabled:hover, a.card:hover { background: var(--tint); }
+
+.launcher, .nudge, .panel, .ring { position: fixed; z-index: 2147483000; --x: var(--offset-x); --y: var(--offset-y); }
+[data-corner$=right] :is(.launcher, .nudge, .panel) { right: var(--x); }
+[data-corner$=left] :is(.launcher, .nudge, .panel) { left: var(--x); }
+[data-corner^=bottom] :is(.launcher, .nudge, .panel) { bottom: var(--y); }
+[data-corner^=top] :is(.launcher, .nudge, .panel) { top: var(--y); }
+[data-layout=bottom-bar] :is(.launcher, .nudge, .panel) { inset: auto 0 var(--y); margin: 0 auto; }
+.launcher { display: flex; align-items: center; justify-content: center; width: var(--size);
+  height: var(--size); border-radius: 50%; box-shadow: var(--glow, 0 0), 0 1px 4px #0003, 0 6px 20px #0003; }
+.launcher:focus-visible { outline: 3px solid var(--accent-ink); box-shadow: 0 0 0 7px var(--paper); }
+.launcher svg { width: calc(var(--size) * .46); height: calc(var(--size) * .46); }
+.pill, .line { width: auto; max-width: calc(99vw - var(--x)); padding: 0 1em; gap: .6em; border-radius: 99em; }
+.launcher:is(.pill, .line) svg { width: 1.5em; height: 1.5em; }
+.launcher.squircle { border-radius: 30%; }
+.launcher.line { width: min(36em, 100vw - 2em); justify-content: space-between; flex-direction: row-reverse;
+  border: 2px solid var(--accent-ink); background: var(--paper); color: var(--soft); }
+.launcher span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.badge { position: absolute; top: 0; right: 0; border: 8px solid #d3180c; border-radius: 8px; outline: 2px solid #fff; }
+
+.nudge { --y: calc(var(--offset-y) + var(--size) + 12px); display: flex; align-items: flex-start; width: max-content;
+  max-width: min(19em, 100vw - var(--x) - 1em); font-size: .94em; overflow-wrap: anywhere; background: var(--paper);
+  border: 1px solid var(--line); border-radius: 1.1em; box-shadow: 0 4px 18px #0003; animation: rise .2s ease-out; }
+.nudge button { padding: .7em 1em; text-align: start; min-width: 0; border-radius: inherit; }
+.nudge.card { border-top: 4px solid var(--accent-ink); border-radius: .5em; padding: .3em; }
+.nudge.minimal { background: var(--accent); color: var(--on-accent); border-color: var(--rim); }
+
+.panel { --w: min(24em, 100vw - 2em); --h: min(40em, 100dvh - 2em); --x: min(var(--offset-x), 100vw - var(--w) - 1em);
+  --y: min(var(--offset-y), 100dvh - var(--h) - 1em); display: flex; flex-direction: column; width: var(--w);
+  height: var(--h); overflow: hidden; background: var(--paper); border: 1px solid var(--line); border-radius: 1.1em;
+  box-shadow: 0 2px 8px #0002, 0 16px 48px #0004; animation: rise .2s ease-out; }
+@keyframes rise { from { opacity: 0; translate: 0 12px; } }
+[data-layout=bottom-bar] .panel { --w: min(44em, 100vw - 2em); --h: min(30em, 100dvh - 2em); }
+[data-layout=side-panel] .panel { --x: 0px; --y: 0px; --w: 26em; --h: 100dvh; border-width: 0 1px; border-radius: 0; }
+.bar { display: flex; align-items: center; gap: .25em; padding: .5em .6em; border-bottom: 1px solid var(--rim); }
+.bar img { width: 2em; height: 2em; border-radius: .4em; object-fit: contain; background: #fff; }
+h2 { flex: 1; min-width: 0; margin: 0; font-size: 1.06em; line-height: 1.3; overflow: hidden; overflow-wrap: anywhere;
+  display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; }
+h2, h3 { font-family: var(--heading-font, inherit); font-weight: var(--heading-weight, 600); }
+.bar button { padding: .6em; } .bar button:hover { background: var(--shade); }
+:is(.bar, .minimal) :focus-visible { outline-color: currentColor; outline-offset: -3px; }
+.banner { display: flex; align-items: center; justify-content: space-between; gap: .8em; padding: .5em 1em;
+  font-size: .9em; background: var(--tint); border-bottom: 1px solid var(--line); }
+.log { flex: 1; display: flex; flex-direction: column; gap: .6em; padding: 1em; overflow-y: auto;
+  overscroll-behavior: contain; scrollbar-width: thin; }
+:is(.log, pre):focus-visible { outline-offset: -2px; }
+.log > * { flex: none; max-width: 88%; overflow-wrap: anywhere; }
+.bot, .user { padding: .55em .9em; border: 1px solid transparent; border-radius: 1.1em; }
+.bot { background: var(--bubble); align-self: flex-start; border-end-start-radius: .3em; }
+.user { align-self: flex-end; border-end-end-radius: .3em; border-color: var(--rim); white-space: pre-wrap; }
+.user, .note { unicode-bidi: plaintext; }
+.greeting { background: var(--tint); } .greeting :is(strong, em) { color: var(--accent-ink); }
+.bot > *, .confirm p { margin: 0 0 .6em; } .bot > :last-child { margin-bottom: 0; }
+p { white-space: pre-line; } ul, ol { padding-inline-start: 1.4em; }
+code { font: .9em/1.5 ui-monospace, monospace; padding: .1em .3em; border-radius: .3em; background: var(--paper); }
+pre { overflow-x: auto; padding: .5em .7em; border-radius: .5em; background: var(--paper); } pre code { padding: 0; }
+.error { background: var(--bad-paper); color: var(--bad); } .error .plain { color: inherit; background: none; }
+.note { align-self: center; text-align: center; color: var(--soft); font-size: .9em; }
+.dots { padding-block: .8em; line-height: 1; }
+.dots i { display: inline-block; margin: 0 .12em; border: .22em solid var(--soft); border-radius: 50%;
+  animation: dots .9s infinite alternate; }
+.dots i:nth-child(2) { animation-delay: .2s; } .dots i:nth-child(3) { animation-delay: .4s; }
+@keyframes dots { to { opacity: .25; translate: 0 -2px; } }
+.log > .cards, .log > .chips { max-width: 100%; }
+.cards, .choices, .chips { display: flex; flex-wrap: wrap; gap: .5em; align-self: stretch; }
+.cards .card { flex: 1 0 9em; max-width: 100%; border: 1px solid var(--line); border-radius: .9em; padding: .7em .9em; }
+.list .card { flex-basis: 100%; }
+.card > :is(h3, p, ul) { margin: 0 0 .25em; } h3, summary { font-size: 1em; font-weight: 600; }
+.card .price { font-size: 1.15em; font-weight: 600; color: var(--accent-ink); }
+a.card { color: inherit; text-decoration: none; } a.card h3 { color: var(--accent-ink); text-decoration: underline; }
+summary { cursor: pointer; }
+.confirm { align-self: stretch; border: 2px solid var(--accent-ink); border-radius: 1.1em; padding: .8em .9em; }
+.yes .plain:not(.accent), .no .accent { display: none; }
+form { display: flex; align-items: flex-end; gap: .25em; margin: 0 .75em .75em; padding: .25em;
+  border: 1px solid var(--edge); border-radius: 1.1em; }
+form:focus-within { outline: 2px solid var(--accent-ink); outline-offset: -1px; }
+.field { flex: 1; min-width: 0; }
+textarea { display: block; width: 100%; max-height: min(9em, 25dvh); font: inherit; font-size: max(16px, 1em);
+  color: inherit; resize: none; background: none; border: 0; padding: .45em .6em; }
+textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft); opacity: 1; }
+.counter { padding: 0 .7em; font-size: .8em; color: var(--soft); } .over { color: var(--bad); font-weight: 600; }
+form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { fill: currentColor; }
+.ring { border: 3px solid var(--accent); border-radius: 10px; box-shadow: 0 0 0 2px #fff, 0 0 0 9999px #0002;
+  pointer-events: none; }
+
+@media (prefers-color-scheme: dark) {
+  .root { --paper: #1c1c20; --ink: #f2f2f5; --soft: #b3b3bd; --line: #3b3b43; --edge: #82828e; --bubble: #2b2b31;
+    --bad: #ffb4ab; --bad-paper: #47201d; --accent-ink: var(--dark-ink); --tint: var(--dark-tint);
+    --rim: var(--dark-rim); }
+}
+@media (max-width: 640px), (max-height: 420px) {
+  .root .panel { inset: var(--top, 0) 0 auto; width: auto; height: var(--height, 100dvh); border-radius: 0; border: 0; }
+  .root .acting { inset: auto 0 0; height: 50dvh; border-top: 1px solid var(--line); }
+  form { margin-bottom: max(.75em, env(safe-area-inset-bottom)); }
+}
+@media (prefers-reduced-motion: reduce) { * { animation: none !important; } }
+@media print { .root { display: none; } }
+`;
+  const ICONS = { // strokes on a grid of 24
+    chat: "M4 5h16v12h-9l-5 4v-4H4z",
+    sparkle: "M11 4q1 8 8 9-7 1-8 9-1-8-8-9 7-1 8-9zM19 2v5M16.5 4.5h5",
+    question: "M8 8.5a4 4 0 1 1 5.8 3.5Q12 13 12 15M12 19v.1",
+    lightning: "M13 3L5 14h6l-1 7 8-11h-6z",
+    cursor: "M5 4l6 16 2.5-6.5L20 11z",
+    close: "M6 6l12 12M18 6L6 18",
+    clear: "M4 5v5h5M4.5 10A8 8 0 1 1 4 13",
+    send: "M12 19V5M6 11l6-6 6 6",
+    stop: "M7 7h10v10H7z",
+  };
+  const icon = (name) =>
+    h("svg", { viewBox: "0 0 24 24", "aria-hidden": true }, h("path", { d: ICONS[name] }));
+  const button = (name, onclick, ...children) => h(name, { type: "button", onclick }, ...children);
+  function iconButton(name, word, onclick, picture = word) {
+    const type = onclick ? "button" : "submit";
+    return h(name, { "aria-label": WORDS[word], title: WORDS[word], type, onclick }, icon(picture));
+  }
+
+  const view = { dots: null };
+
+  /** Build everything, once, hidden but for the launcher. */
+  function mount() {
+    view.host = h("leflux-widget", { lang: "en" });
+    const shadow = view.host.attachShadow({ mode: "open" });
+    const sheet = new CSSStyleSheet();
+    sheet.replaceSync(STYLE);
+    shadow.adoptedStyleSheets = [sheet];
+
+    view.launcher = h("button.launcher", { onclick: () => open(), "aria-haspopup": "dialog" });
+    view.nudge = h("div.nudge", { role: "status", hidden: true });
+    view.logo = h("img", { alt: "", onerror: () => { view.logo.hidden = true; } });
+    view.title = h("h2", { dir: "auto" });
+    view.banner = h("div.banner", { role: "status", hidden: true });
+    view.log = h("div.log",
+      { role: "log", "aria-live": "off", "aria-label": WORDS.log, tabindex: 0 });
+    view.chips = h("div.chips");
+    view.input = h("textarea", {
+      rows: 1, dir: "auto", autocomplete: "off", enterkeyhint: "send",
+      placeholder: WORDS.placeholder, "aria-label": WORDS.input, "aria-describedby": "counter",
+      oninput: measure, onkeydown: sendOnEnter,
+    });
+    view.counter = h("div.counter", { id: "counter" });
+    view.stop = iconButton("button.stop", "stop", stop);
+    view.stop.hidden = true;
+    view.send = iconButton("button.accent", "send");
+    view.form = h("form", { onsubmit: submit },
+      h("div.field", {}, view.input, view.counter), view.stop, view.send);
+    const dialog = { role: "dialog", tabindex: -1, hidden: true, onkeydown: keyInPanel };
+    view.panel = h("div.panel", dialog,
+      h("div.bar.accent", {}, view.logo, view.title,
+        iconButton("button", "clear", () => LeFlux.clearConversation()),
+        iconButton("button", "close", close)),
+      view.banner, view.log, view.form);
+    view.live = h("div.quiet", { "aria-live": "polite" });
+    view.ring = h("div.ring", { hidden: true });
+    view.root = h("div.root", {}, view.launcher, view.nudge, view.panel, view.live, view.ring);
+    shadow.append(view.root);
+    // What is typed here is none of the page's business, its keyboard shortcuts least of all.
+    for (const name of ["keydown", "keyup", "keypress"]) {
+      view.host.addEventListener(name, (event) => event.stopPropagation());
+    }
+    document.documentElement.append(view.host); // outside of body, which some frameworks replace
+    listen(PHONE, "change", () => view.panel.setAttribute("aria-modal", PHONE.matches));
+    listen(visualViewport, "resize", fitToKeyboard);
+    listen(visualViewport, "scroll", fitToKeyboard);
+  }
+  function fitToKeyboard() { // the on-screen one: the sheet fills what it leaves
+    if (visualViewport.scale > 1.01) return; // the visitor zooms
+    view.root.style.setProperty("--height", `${visualViewport.height}px`);
+    view.root.style.setProperty("--top", `${visualViewport.offsetTop}px`);
+  }
+
+  /** Make it look as the site's owner wants. */
+  function dress({ launcher = {}, typography = {}, nudge = {}, ...config }) {
+    const { bodyFont, headingFont, headingWeight, buttonRadius } = typography;
+    const accent = rgb(config.primaryColor || "#a855f7");
+    const isDark = contrast(accent, WHITE) >= 4.5;
+    const looks = {
+      accent: css(accent),
+      "on-accent": css(isDark ? WHITE : BLACK),
+      shade: isDark ? "#0003" : "#fff4", // what is under the mouse; it adds to the contrast
+      glow: launcher.glow === false ? null : "0 0 24px -2px var(--accent)",
+      size: { sm: "46px", lg: "70px" }[launcher.size] || "58px",
+      "offset-x": `min(${launcher.offsetX ?? 20}px, 100vw - 12em)`, // never out of sight
+      "offset-y": `min(${launcher.offsetY ?? 20}px, 100dvh - 12em)`,
+      "body-font": bodyFont,
+      "heading-font": headingFont,
+      "heading-weight": headingWeight,
+      radius: Number.isFinite(buttonRadius) ? `${buttonRadius}px` : buttonRadius,
+    };
+    for (const [mode, goal, paper, bubble] of [
+      ["light", BLACK, "#fff", "#f2f2f5"], ["dark", WHITE, "#1c1c20", "#2b2b31"],
+    ]) {
+      const tint = mix(rgb(paper), accent, 0.12);
+      looks[`${mode}-tint`] = css(tint);
+      looks[`${mode}-ink`] = css(readable(accent, goal, rgb(bubble), tint));
+      const isLost = contrast(accent, rgb(paper)) < 1.5;
+      looks[`${mode}-rim`] = isLost ? "var(--edge)" : "transparent";
+    }
+    for (const [name, value] of Object.entries(looks)) {
+      if (value != null) view.root.style.setProperty(`--${name}`, value);
+    }
+    view.root.dataset.layout = config.layout || "floating";
+    view.root.dataset.corner = launcher.position || config.position || "bottom-right";
+
+    const name = config.siteName || WORDS.title;
+    view.title.textContent = name;
+    view.panel.setAttribute("aria-label", name);
+    view.panel.setAttribute("aria-modal", PHONE.matches);
+    view.logo.hidden = !config.logoUrl;
+    if (config.logoUrl) view.logo.src = config.logoUrl;
+    const isBar = config.layout === "bottom-bar";
+    const isPill = launcher.shape === "pill";
+    view.badge = h("i.badge", { hidden: true });
+    view.launcher.classList.add(launcher.shape || "circle", isBar ? "line" : "accent");
+    const words = h("span", { dir: "auto" }, isBar ? WORDS.placeholder : isPill && name);
+    view.launcher.append(icon(launcher.icon || "chat"), words, view.badge);
+    view.isHidden = launcher.hidden === true;
+    show(false);
+
+    view.chips.append(...(config.quickChips || []).map(({ text, payload }) =>
+      button("button.plain", () => { send(payload || text); focusInput(); }, text)));
+    if (nudge.enabled && nudge.message && Date.now() - (keptNudge.get() || 0) > KEEP_MS) {
+      setTimeout(() => offerNudge(nudge), nudge.delay ?? 5000);
+    }
+  }
+
+  function offerNudge({ message, style, dismissable }) {
+    if (over.signal.aborted || isOpen() || view.isHidden || view.log.querySelector(".user")) return;
+    const dismiss = () => { settleNudge(); view.launcher.focus(); };
+    view.nudge.className = `nudge ${style || "bubble"}`;
+    view.nudge.replaceChildren(button("button", () => open(), h("span", { dir: "auto" }, message)));
+    if (dismissable !== false) view.nudge.append(iconButton("button", "dismiss", dismiss, "close"));
+    view.nudge.hidden = false;
+  }
+  function settleNudge() { // dismissed, or followed
+    if (!view.nudge.hidden) keptNudge.set(Date.now());
+    view.nudge.hidden = true;
+  }
+
+  const isOpen = () => !view.panel.hidden;
+  function show(opened) {
+    view.panel.hidden = !opened;
+    view.launcher.hidden = opened || view.isHidden;
+    view.launcher.setAttribute("aria-expanded", opened);
+    markUnread(false);
+    if (opened) settleNudge();
+    (opened ? view.panel : view.root).append(view.live); // what is outside a modal is not read out
+    keptOpen.set(opened);
+  }
+  function markUnread(unread) {
+    view.badge.hidden = !unread;
+    view.launcher.setAttribute("aria-label", unread ? WORDS.unread : WORDS.open);
+  }
+  /** Put the focus where one writes; but where that brings up a keyboard, into the panel. */
+  const focusInput = () => (TOUCH.matches ? view.panel : view.input).focus();
+  let focusBefore = null;
+  function open(focus = true) {
+    if (isOpen()) return;
+    focusBefore = document.activeElement;
+    show(true);
+    wanted = true;
+    wakeUp();
+    if (focus) focusInput();
+    else if (PHONE.matches) view.panel.focus();
+    scrollDown();
+    emit("open");
+  }
+  function close() {
+    if (!isOpen()) return;
+    const hadFocus = document.activeElement === view.host;
+    show(false);
+    // Back to where the visitor was: the page's own button that opened it, or the launcher.
+    const wasOutside = ![view.host, document.body, null].includes(focusBefore);
+    if (hadFocus) (wasOutside && focusBefore.isConnected ? focusBefore : view.launcher).focus();
+    emit("close");
+  }
+  function keyInPanel(event) {
+    if (event.key === "Escape" && !event.isComposing) {
+      event.preventDefault();
+      close();
+    } else if (event.key === "Tab" && PHONE.matches) { // a full-screen sheet keeps the focus
+      const stops = [...view.panel.querySelectorAll("button, a, textarea, summary, [tabindex='0']")]
+        .filter((one) => !one.disabled && one.getClientRects().length);
+      const focused = view.host.shadowRoot.activeElement;
+      if ([stops.at(event.shiftKey ? 0 : -1), view.panel].includes(focused)) {
+        event.preventDefault();
+        stops.at(event.shiftKey ? -1 : 0).focus();
+      }
+    }
+  }
+
+  // Messages. Whoever reads at the bottom stays there, whoever scrolled up is left alone.
+
+  const isAtEnd = () => view.log.scrollHeight - view.log.scrollTop - view.log.clientHeight < 80;
+  function scrollDown() {
+    view.log.scrollTop = view.log.scrollHeight;
+  }
+  function following(change) {
+    const follow = isAtEnd();
+    change();
+    if (follow) scrollDown();
+  }
+  function add(kind, ...children) {
+    const node = h(`div.${kind}`, {}, ...children);
+    following(() => view.log.insertBefore(node, view.dots));
+    if (kind.startsWith("user")) scrollDown();
+    return node;
+  }
+  const addBot = (text, kind = "bot") => add(kind, ...markdown(text));
+  const setText = (node, text) => following(() => node.replaceChildren(...markdown(text)));
+  function announce(text) { // to screen readers, once it is whole, and without the marks
+    const lines = markdown(text)
+      .flatMap((block) => (block.matches("ul, ol") ? [...block.children] : block));
+    view.live.replaceChildren(h("div", {}, lines.map((line) => line.textContent).join("\n")));
+    if (!isOpen()) markUnread(true);
+  }
+  function setDots(on) {
+    view.dots?.remove();
+    view.dots = null;
+    if (on) view.dots = add("bot.dots", h("i"), h("i"), h("i"), h("span.quiet", {}, WORDS.working));
+  }
+  function banner(text, label, act) {
+    following(() => { // there is less room with it
+      view.banner.hidden = !text;
+      view.banner.replaceChildren(text, label ? button("button.plain", act, label) : "");
+    });
+  }
+  function greet() {
+    if (config.greeting) addBot(config.greeting, "bot.greeting");
+    view.log.append(view.chips);
+  }
+
+  // Cards: few words, or the model's slips for them; whatever is no text is left out.
+  function words(item, ...names) {
+    const isText = (value) => ["string", "number"].includes(typeof value);
+    return String(names.map((name) => item[name]).find(isText) ?? "");
+  }
+  const BLOCKS = ["pricing_cards", "feature_grid", "faq_list", "link_cards"];
+  function addBlock(type, data) {
+    const items = Object.values(data || {}).find(Array.isArray) || [];
+    const cards = items.filter((item) => item && typeof item === "object").map((item) => {
+      const title = words(item, "title", "name", "label", "question");
+      const text = words(item, "text", "description", "answer", "subtitle");
+      const url = words(item, "url", "href", "link");
+      const price = words(item, "price");
+      const points = [item.points, item.features].find(Array.isArray) || [];
+      const isLink = type === "link_cards" && safeUrl(url);
+      const [whole, heading] = type === "faq_list" ? ["details", "summary"] : ["div", "h3"];
+      const body = [
+        h(heading, { dir: "auto" }, title),
+        price && h("p.price", { dir: "auto" }, price),
+        text && h("p", { dir: "auto" }, ...inline(text)),
+        points.length && h("ul", { dir: "auto" }, ...points.map((one) => h("li", {}, String(one)))),
+        url && !isLink && h("p", { dir: "auto" }, link(url, WORDS.link)),
+      ];
+      const card = isLink ? link(url, ...body) : h(whole, {}, ...body);
+      card.className = "card";
+      return card;
+    });
+    add(/faq|link/.test(type) ? "cards.list" : "cards", ...cards);
+  }
+
+  function askToConfirm({ message, confirm_label, cancel_label }) {
+    const answer = (confirmed) => {
+      retireCards();
+      card.classList.add(confirmed ? "yes" : "no");
+      focusInput();
+      setRunning(true);
+      tell("confirmation_response", { confirmed });
+    };
+    const yes = button("button.plain.accent", () => answer(true), confirm_label);
+    const no = button("button.plain", () => answer(false), cancel_label);
+    const card = add("confirm", h("p", { dir: "auto" }, message), h("div.choices", {}, yes, no));
+    card.setAttribute("role", "group");
+    card.setAttribute("aria-label", message);
+    if (isOpen()) no.focus();
+    scrollDown();
+  }
+
+  function retireCards() { // what they ask is no longer asked
+    for (const button of view.log.querySelectorAll(".confirm button")) button.disabled = true;
+  }
+  function failed({ code = "internal", message }, again) {
+    const text = code === "internal" ? WORDS.failed : message;
+    const retry = () => { node.remove(); focusInput(); again(); };
+    const canRetry = again && !/^(budget_exceeded|invalid_message)$/.test(code);
+    const node = add("bot.error", h("p", { dir: "auto", role: "alert" }, text),
+      canRetry ? button("button.plain", retry, WORDS.retry) : null);
+    if (!isOpen()) markUnread(true);
+    emit("error", { code, message: text });
+  }
+
+  // The line to write in.
+
+  const lengthOf = (text) => [...text].length; // as the server counts: code points
+  function measure() {
+    view.input.style.height = "auto";
+    view.input.style.height = `${view.input.scrollHeight}px`;
+    const length = lengthOf(view.input.value.trim());
+    const isOver = length > MAX_CHARS;
+    view.counter.textContent = length < MAX_CHARS * 0.9 ? "" : `${length} / ${MAX_CHARS}`;
+    view.counter.classList.toggle("over", isOver);
+    view.input.setAttribute("aria-invalid", isOver);
+    view.send.disabled = isOver;
+  }
+  function sendOnEnter(event) {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      if (!view.send.disabled) view.form.requestSubmit();
+    }
+  }
+  function submit(event) {
+    event.preventDefault();
+    const text = view.input.value.trim();
+    if (!text) return;
+    view.input.value = "";
+    measure();
+    expect("text");
+    send(text);
+  }
+  function expect(kind) { // the keyboard that fits the answer to a question
+    const [mode, fill] = {
+      email: ["email", "email"], tel: ["tel", "tel"], phone: ["tel", "tel"], url: ["url", "url"],
+      name: ["text", "name"], number: ["decimal"], integer: ["numeric"],
+    }[kind] || [];
+    view.input.inputMode = mode || "text";
+    view.input.autocomplete = fill || "off";
+  }
+
+  // ---------------------------------------------------------------------------------------------
+  // The conversation: REST to begin and to send, one socket to hear. Whatever breaks is mended
+  // behind the visitor's back: the server keeps the events of a turn, and lastSeq says from where.
+
+  let config = {};
+  let visitorData; // what the page's author knows of the visitor
+  let session = null; // {id, wsUrl, at}
+  let socket = null, joined = false, taken = false, wanted = false;
+  let lastSeq = null; // of the last event seen; null: this page has seen none of the session
+  let retries = 0, retryTimer = 0, heardAt = 0;
+  let unanswered = []; // frames that no event has answered: a broken connection may have lost them
+  let running = false; // an answer or an action is on its way
+  let stream = null; // {id, next, text, node}: the answer that is being written
+  let tails = []; // [{text, node}]: the last answers as restored, which the server may replay
+  let picture = false; // the server has this page's elements: plans are for them
+  let early = null; // a plan that came before that
+  let acting = null; // the plan that is carried out; another value cancels it
+  let lastPlan = ""; // id of the last one begun: however often it comes, it is not done twice
+  let typing = false; // the visitor's focus was in the chat when the page got it
+  let sending = false;
+  let queue = Promise.resolve(); // messages go out one after the other
+
+  /** JSON without halves of characters, which cutting texts leaves and the server refuses. */
+  const encode = (data) => JSON.stringify(data, (_, value) => value?.toWellFormed?.() ?? value);
+
+  async function call(method, path, data) {
+    const body = data && encode(data); // text/plain: no preflight; a small one outlives the page
+    const options = { method, body, credentials: "omit", keepalive: !(body?.length > 20_000) };
+    let response, answer;
+    try {
+      response = await fetch(SERVER + path, { ...options, signal: AbortSignal.timeout(20_000) });
+      answer = await response.json();
+    } catch {
+      throw Object.assign(new Error(WORDS.unreachable), { code: "network" });
+    }
+    if (response.ok) return answer;
+    throw Object.assign(new Error(answer.message), { code: answer.error });
+  }
+
+  /** The session that this or another tab has left in the store, if it may still live. */
+  function kept() {
+    const found = keptSession.get();
+    return found?.id && Date.now() - found.at < KEEP_MS ? found : null;
+  }
+  /** Begin a new session, or take over what another tab has begun meanwhile. */
+  async function begin() {
+    session = kept();
+    lastSeq = null;
+    if (session) return;
+    const asked = { siteHost: location.host, pageUrl: location.href };
+    const { sessionId, wsUrl, siteConfig } = await call("POST", "/api/session/init", asked);
+    session = { id: sessionId, wsUrl, at: Date.now() };
+    lastSeq = 0;
+    config = siteConfig;
+    keptSession.set(session);
+  }
+
+  function disconnect() {
+    clearTimeout(retryTimer);
+    joined = false;
+    const ws = socket;
+    socket = null;
+    ws?.close();
+  }
+  function connect() {
+    clearTimeout(retryTimer);
+    wanted = true;
+    if (!session || socket || over.signal.aborted) return;
+    const url = new URL(session.wsUrl);
+    url.searchParams.set("sessionId", session.id);
+    if (lastSeq !== null) url.searchParams.set("lastSeq", lastSeq);
+    try { socket = new WebSocket(url); } catch (error) { // such as ws: on a page of https:
+      console.warn(`leflux: ${session.wsUrl} cannot be used here (see server.public_url).`, error);
+      setRunning(false);
+      return;
+    }
+    const ws = socket;
+    heardAt = Date.now();
+    ws.onmessage = ({ data }) => { if (ws === socket) receive(JSON.parse(data)); };
+    ws.onclose = ({ code }) => { if (ws === socket) onClosed(code); };
+  }
+  function onClosed(code) {
+    debug("closed", code);
+    socket = null;
+    joined = false;
+    if (code === 4404) { // the next message begins a new session, below what is shown
+      const isLost = running && !sending;
+      forget();
+      if (!sending) setRunning(false);
+      if (isLost) failed({ code: "session_not_found", message: WORDS.lost });
+    } else if (code === 4409) {
+      taken = true;
+      acting = early = null;
+      setRunning(false);
+      banner(WORDS.taken, WORDS.takeBack, takeBack);
+    } else {
+      if (running || isOpen()) banner(WORDS.reconnecting);
+      const most = Math.min(30_000, 500 * 2 ** retries++);
+      retryTimer = setTimeout(connect, most * (0.5 + Math.random() / 2));
+    }
+  }
+  /** Begin anew with a session that may have gone on in another tab, or on another page. */
+  function takeBack() {
+    disconnect();
+    taken = picture = false;
+    lastSeq = acting = early = null;
+    unanswered = [];
+    banner("");
+    connect();
+  }
+  function forget() {
+    if (keptSession.get()?.id === session?.id) keptSession.set(null);
+    session = stream = null;
+    tails = [];
+    takeBack(); // with no session, this only clears up
+  }
+  function wakeUp({ type } = {}) { // the tab is visible again, or the network is back
+    if (document.visibilityState === "hidden" || taken || !wanted) return;
+    retries = 0;
+    // A socket from before a sleep or another network may be dead without knowing.
+    if (joined && (type === "online" || Date.now() - heardAt > 60_000)) disconnect();
+    connect();
+  }
+  function comeBack({ persisted }) { // out of the back/forward cache: other pages came after this
+    if (!persisted || !wanted) return;
+    session = kept();
+    if (session) takeBack();
+    else LeFlux.clearConversation();
+  }
+
+  /** Send an event; again, when the connection breaks before it is answered. */
+  function tell(event, data) {
+    if (!session) return;
+    debug("->", event, data);
+    const frame = encode({ event, data: { sessionId: session.id, ...data } });
+    unanswered = [...unanswered, frame].slice(-10);
+    if (joined) socket.send(frame);
+    else connect();
+  }
+
+  function receive({ event, data, seq }) {
+    debug("<-", event, seq, data);
+    heardAt = Date.now();
+    if (event === "session_joined") return onJoined(data, seq);
+    if (event === "error" || seq <= lastSeq) return undefined; // errors that matter close it, too
+    lastSeq = seq;
+    acting = early = null; // the server has moved on: nobody waits for these any more
+    if (event !== "message_chunk") {
+      unanswered = [];
+      retireCards();
+      setRunning(event === "action_plan"); // with all others a turn, or its part, is at an end
+    }
+    return ON[event]?.(data);
+  }
+
+  function onJoined({ history }, seq) {
+    joined = true;
+    retries = 0;
+    banner("");
+    if (history.length && (lastSeq === null || seq > lastSeq)) { // this page has missed something
+      restore(history);
+      setRunning(history.at(-1).role === "user");
+    }
+    lastSeq = seq;
+    const ws = socket;
+    settled(250).then(() => { // what is replayed comes first
+      if (ws !== socket) return;
+      const frames = unanswered;
+      if (history.length && !picture && !sending) introduce();
+      for (const frame of frames) ws.send(frame);
+    });
+  }
+  function showPage() {
+    const data = { sessionId: session.id, context: scan() };
+    socket.send(encode({ event: "update_context", data }));
+  }
+
+  /**
+   * A page that comes into a running conversation shows itself. A plan that came before was made
+   * for the page before: if that one carried it out, say so, and go on from here.
+   */
+  function introduce() {
+    picture = true;
+    if (!early) return showPage();
+    const { id, results } = keptActing.get() || {};
+    const done = id === early.id ? results : [];
+    if (done.length < stepsOf(early).length) {
+      done.push({ success: false, error: "another page was loaded before this was done" });
+    }
+    return report(early, done);
+  }
+
+  /** Say what became of a plan, and go on from what the page shows now. */
+  function report(action, results) {
+    acting = early = null;
+    keptActing.set(null);
+    const { id: actionId, description, isSequence } = action;
+    if (isSequence) {
+      const totalSteps = stepsOf(action).length;
+      const completedSteps = results.filter((one) => one.success).length;
+      const success = completedSteps === totalSteps;
+      const result = { success, results, completedSteps, totalSteps };
+      tell("sequence_complete", { actionId, result });
+    } else {
+      const result = { ...results.at(-1), description, url: location.href };
+      tell("action_complete", { actionId, result });
+    }
+    tell("continue_task", { context: scan() });
+  }
+
+  async function act(action) {
+    if (action.id === lastPlan) return;
+    lastPlan = action.id;
+    acting = action;
+    typing ||= document.activeElement === view.host;
+    emit("action", action);
+    const results = await carryOut(action, () => acting !== action);
+    if (results) report(action, results);
+  }
+
+  function restore(history) {
+    const last = history.at(-1);
+    const unsent = [...view.log.querySelectorAll(".pending")]
+      .filter((node) => last.role !== "user" || node.textContent !== last.content);
+    view.log.replaceChildren();
+    view.dots = stream = null;
+    tails = [];
+    greet();
+    for (const { role, content } of history) {
+      if (role === "user") {
+        add("user", content);
+        tails = [];
+      } else if (!BLOCKS.includes(content)) {
+        tails.push({ text: content.trim(), node: addBot(content) });
+      }
+    }
+    view.log.append(...unsent);
+    view.chips.hidden = true;
+    scrollDown();
+  }
+
+  function setRunning(on) {
+    running = on;
+    view.stop.hidden = !on;
+    view.log.setAttribute("aria-busy", on);
+    setDots(on);
+    if (on) return;
+    view.panel.classList.remove("acting");
+    if (typing && isOpen() && !PHONE.matches) view.input.focus({ preventScroll: true });
+    typing = false;
+  }
+
+  /** End the answer that was being written; returns whether it already says a text. */
+  function endAnswer(text) {
+    const said = stream?.text || "";
+    const whole = text && !said.includes(text) ? `${said}\n\n${text}`.trim() : said.trim();
+    const at = tails.findIndex((tail) => tail.text === whole);
+    if (at >= 0) tails.splice(at, 1)[0].node.remove(); // it was restored, then replayed
+    if (stream) setText(stream.node, said);
+    stream = null;
+    if (whole && (at < 0 || picture)) { // else it is from before this page
+      announce(whole);
+      emit("reply", { text: whole });
+    }
+    return said.includes(text);
+  }
+  function say(text = "", kind = "bot") {
+    if (!endAnswer(text)) addBot(text, kind);
+  }
+
+  const ON = {
+    message_chunk({ delta, streamId, chunkIndex }) {
+      if (stream?.id !== streamId) {
+        setRunning(true);
+        setDots(false);
+        stream = { id: streamId, next: 0, text: "", node: addBot("") };
+      }
+      if (chunkIndex < stream.next) return;
+      const mine = stream;
+      mine.next = chunkIndex + 1;
+      mine.text += delta;
+      mine.drawing ||= requestAnimationFrame(() => { // many chunks, one drawing
+        mine.drawing = 0;
+        if (mine === stream) setText(mine.node, mine.text);
+      });
+    },
+    message_done({ text }) {
+      if (stream) stream.text = text;
+      else if (text) stream = { text, node: addBot(text) };
+      endAnswer("");
+    },
+    message({ text, isQuestion, isError, field }) {
+      say(text, isError ? "bot.error" : "bot");
+      if (!isQuestion) return;
+      expect(field?.type);
+      if (isOpen()) view.input.focus();
+    },
+    ui_block({ block_type, data, message }) {
+      say(message);
+      addBlock(block_type, data);
+    },
+    confirmation_required(data) {
+      endAnswer(data.message);
+      askToConfirm(data);
+    },
+    task_complete({ summary }) {
+      say(summary);
+    },
+    action_plan({ actions: [action], message }) {
+      say(message);
+      view.panel.classList.add("acting"); // on a phone the sheet makes room for the page
+      if (picture) act(action);
+      else early = action;
+    },
+  };
+
+  function send(text) {
+    const message = String(text ?? "").trim();
+    if (!message) return;
+    if (lengthOf(message) > MAX_CHARS) {
+      failed({ code: "invalid_message", message: WORDS.tooLong });
+      return;
+    }
+    const node = add("user.pending", message);
+    view.chips.hidden = true;
+    view.nudge.hidden = true;
+    retireCards();
+    emit("message", { text: message });
+    const id = crypto.randomUUID?.() || `${Date.now()}-${Math.random()}`;
+    queue = queue.then(() => deliver(message, id, node));
+  }
+
+  /** Send a message until the server has it. The same id again is no second message. */
+  async function deliver(message, clientMessageId, node, isRetry) {
+    const wasTaken = taken, hadPicture = picture;
+    acting = early = null; // a new wish settles the old one
+    unanswered = [];
+    picture = taken = false; // plans that come now wait until it is known what they are for
+    sending = true;
+    setRunning(true);
+    let sent, problem;
+    for (let tries = 1; node.isConnected && !sent && !problem; tries++) {
+      try {
+        if (!session) {
+          if (view.log.querySelector(".user:not(.pending)")) add("note", WORDS.expired);
+          view.log.insertBefore(node, view.dots);
+          await begin();
+        }
+        const body = { sessionId: session.id, message, clientMessageId, pageContext: scan() };
+        sent = await call("POST", "/api/chat", body);
+      } catch (error) {
+        debug("not sent", error);
+        const isLost = error.code === "session_not_found";
+        const mayPass = isLost || error.code === "network" || error.code === "shutting_down";
+        if (isLost) forget();
+        if (tries > 3 || !mayPass) problem = error;
+        else if (!isLost) await pause(200 * 2 ** tries);
+      }
+    }
+    sending = false;
+    picture = hadPicture || Boolean(sent);
+    if (!node.isConnected) return; // cleared meanwhile
+    if (problem) {
+      taken = wasTaken;
+      setRunning(false);
+      const again = () => deliver(message, clientMessageId, node, true);
+      failed(problem, () => { queue = queue.then(again); });
+      return;
+    }
+    node.classList.remove("pending");
+    keptSession.set({ ...session, at: Date.now() });
+    if (taken || wasTaken || isRetry) { // much may have happened: hear it all again
+      takeBack();
+      picture = true;
+    }
+    connect();
+    // The numbers in ids are times: a plan from before this message is no longer wanted.
+    const time = (id) => Number(id.split("-")[1]);
+    const plan = early;
+    early = null;
+    if (plan && time(plan.id) > time(sent.messageId)) act(plan);
+  }
+
+  function stop() {
+    acting = null;
+    view.ring.hidden = true;
+    setRunning(false);
+    queue = queue.then(() => tell("stop", {})); // after a message that is on its way
+  }
+
+  // Every now and then: has a router changed the page, is the socket still there?
+  let address = location.href, timer = 0;
+  async function look() {
+    const mustSpeak = !joined || (running && !acting);
+    if (socket && mustSpeak && Date.now() - heardAt > (joined ? 60_000 : 10_000)) {
+      disconnect(); // the server is never silent so long
+      connect();
+    }
+    if (location.href === address) return;
+    address = location.href;
+    await settled(200);
+    if (joined && picture && !acting) showPage();
+  }
+
+  // ---------------------------------------------------------------------------------------------
+  // For the page's author, and the start.
+
+  const hearers = new Map(); // event -> functions
+  function emit(name, detail = {}) {
+    document.dispatchEvent(new CustomEvent(`leflux:${name}`, { detail, bubbles: true }));
+    for (const heard of hearers.get(name) || []) {
+      try { heard(detail); } catch (error) { console.error(error); }
+    }
+  }
+
+  let beReady;
+  const ready = new Promise((resolve) => { beReady = resolve; });
+  const later = (act) => (...args) => {
+    ready.then(() => { if (!over.signal.aborted) act(...args); });
+  };
+
+  const LeFlux = {
+    open: later(() => open()),
+    close: later(() => close()),
+    toggle: later(() => (isOpen() ? close() : open())),
+    send: later((text) => { open(); send(text); }),
+    setVisitorData(data) {
+      visitorData = data ? JSON.parse(JSON.stringify({ ...data })) : undefined; // plain, or throws
+    },
+    clearConversation: later(() => {
+      const { id } = session || {};
+      forget();
+      keptSession.set(null);
+      keptActing.set(null);
+      setRunning(false);
+      view.log.replaceChildren();
+      view.chips.hidden = false;
+      greet();
+      if (id) call("DELETE", `/api/session/${id}`).catch(() => {}); // else it ends by itself
+    }),
+    getState() {
+      const isReady = Boolean(view.host);
+      return { ready: isReady, open: isReady && isOpen(), connected: joined, running, taken };
+    },
+    on(name, heard) {
+      hearers.set(name, (hearers.get(name) || new Set()).add(heard));
+      return LeFlux;
+    },
+    off(name, heard) {
+      hearers.get(name)?.delete(heard);
+      return LeFlux;
+    },
+    destroy() {
+      over.abort();
+      acting = null;
+      clearInterval(timer);
+      disconnect();
+      view.host?.remove();
+      delete window.LeFlux;
+    },
+  };
+
+  /** Find or begin the session; returns its history. Waits while the server is not there. */
+  async function enter() {
+    for (let tries = 0; !over.signal.aborted; tries++) {
+      try {
+        session = kept();
+        if (session) {
+          const { history, siteConfig } = await call("GET", `/api/session/${session.id}`);
+          config = siteConfig;
+          return history;
+        }
+        await begin();
+        return [];
+      } catch (error) {
+        debug("no session", error);
+        if (error.code === "session_not_found") keptSession.set(null);
+        else if (error.code === "host_not_registered") break;
+        else await pause(Math.min(60_000, 1000 * 2 ** tries));
+      }
+    }
+    return null;
+  }
+
+  async function start() {
+    const history = await enter();
+    if (over.signal.aborted) return;
+    if (!history) {
+      console.warn(`leflux: ${location.host} is not a site of ${SERVER}, see its allowed_hosts.`);
+      delete window.LeFlux;
+      return;
+    }
+    mount();
+    const wasOpen = keptOpen.get();
+    dress(config);
+    if (history.length) restore(history);
+    else greet();
+    listen(document, "visibilitychange", wakeUp);
+    listen(window, "online", wakeUp);
+    listen(window, "pageshow", comeBack);
+    listen(window, "pagehide", () => { acting = null; }); // the next page reports what was done
+    timer = setInterval(look, 500);
+    wanted = history.length > 0; // a task may go on
+    wakeUp();
+    if (keptActing.get()) view.panel.classList.add("acting"); // the agent has come here
+    if (wasOpen) open(false);
+    beReady();
+    emit("ready");
+  }
+
+  window.LeFlux = LeFlux;
+  if (document.readyState === "loading") listen(document, "DOMContentLoaded", start);
+  else start();
+})();

@@ -1,0 +1,1523 @@
+"""The widget in a real browser, on the demo shop and on pages of its own, against a real server.
+
+What it does is tested here, how it looks in test_look.py.
+
+    python -m pytest widget
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import re
+import socket
+import tomllib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from conftest import Visit
+from playwright.async_api import Locator, Page, Request, Route, WebSocket, expect
+
+import leflux_server as lf
+from test_leflux_server import (
+    FakeModel,
+    Json,
+    Script,
+    Serve,
+    Server,
+    chunk,
+    cut_wire,
+    forever,
+    program,
+    sse,
+    until,
+)
+
+SHIPPED = tomllib.loads((lf.HERE / "config.toml").read_text())
+DEMO: Json = SHIPPED["sites"][0]
+
+
+# ---------------------------------------------------------------------------------------------
+# Helpers: pages on a server of their own, a model that names elements, a visitor who chats.
+
+
+class Pages:
+    """A website on localhost: pages["/path"] = (html, headers). Its origin is not the server's."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.server = ""
+        self.html: dict[str, tuple[str, dict[str, str]]] = {}
+        self.visits: list[str] = []
+
+    def add(self, path: str, body: str, script: str = "async", **headers: str) -> str:
+        """Put a page there whose body is followed by the widget's tag; returns its address."""
+        tag = f'<script src="{self.server}/embed.js" {script}></script>'
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        title = f"<title>Page {path}</title>"
+        self.html[path] = (f"<!doctype html><html lang=en>{title}<body>{body}{tag}", named)
+        return self.url + path
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.visits.append(request.path_qs)
+        if request.path not in self.html:
+            raise web.HTTPNotFound
+        html, headers = self.html[request.path]
+        return web.Response(text=html, content_type="text/html", headers=headers)
+
+
+@pytest.fixture
+async def pages() -> AsyncIterator[Pages]:
+    site = Pages()
+    app = web.Application()
+    app.router.add_get("/{path:.*}", site.answer)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    site.url = f"http://localhost:{runner.addresses[0][1]}"
+    yield site
+    await runner.cleanup()
+
+
+def says(message: str, **action: Any) -> list[bytes]:
+    """A script of the model that says something and, with a type, does something."""
+    reply = {"message": message, "action": action or None}
+    return [sse(chunk(json.dumps(reply)), "[DONE]")]
+
+
+def does(*steps: Json, message: str = "On it.") -> Script:
+    """A script that carries out steps; "on" names an element by words of its line."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        prompt = (await request.json())["messages"][-1]["content"]
+        plan = [dict(step) for step in steps]
+        for step in plan:
+            if "on" in step:
+                lines = re.findall(r"^\[(\d+)\] (.*)$", prompt, re.M)
+                name = step.pop("on")
+                found = [int(number) for number, line in lines if name in line]
+                assert found, (name, prompt)
+                step["elementId"] = found[0]
+        action: Json = {"type": "execute_generic_sequence", "steps": plan}
+        if len(plan) == 1 and plan[0]["action"] in ("click", "navigate"):
+            kind = {"click": "click_element", "navigate": "navigate"}[plan[0]["action"]]
+            action = {**plan[0], "type": kind}
+        return web.Response(body=says(message, **action)[0], content_type="text/event-stream")
+
+    return answer
+
+
+def click(name: str) -> Json:
+    return {"action": "click", "on": name}
+
+
+class Guest:
+    """A visitor with an open chat, and everything that their browser sends and hears."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.said: list[Json] = []
+        self.heard: list[Json] = []
+        self.joins: list[str] = []  # addresses of its sockets
+        self.posts: list[Json] = []
+        page.on("websocket", self._on_socket)
+        page.on("request", self._on_request)
+
+    def _on_socket(self, ws: WebSocket) -> None:
+        self.joins.append(ws.url)
+        ws.on("framesent", lambda frame: self.said.append(json.loads(frame)))
+        ws.on("framereceived", lambda frame: self.heard.append(json.loads(frame)))
+
+    def _on_request(self, request: Request) -> None:
+        if request.url.endswith("/api/chat") and request.method == "POST":
+            self.posts.append(json.loads(request.post_data or ""))
+
+    async def open(self) -> Guest:
+        await self.page.click("leflux-widget .launcher")
+        return self
+
+    async def ask(self, text: str) -> None:
+        await self.page.fill("leflux-widget textarea", text)
+        await self.page.press("leflux-widget textarea", "Enter")
+
+    def see(self, selector: str, text: str | re.Pattern[str] | None = None) -> Locator:
+        return self.page.locator(f"leflux-widget {selector}", has_text=text)
+
+    async def hears(self, text: str) -> None:
+        """Wait for a bubble of the agent, and for the end of its turn."""
+        await self.see(".log .bot", text).last.wait_for()
+        await expect(self.see(".stop")).to_be_hidden()
+
+    async def log(self) -> list[str]:
+        """The bubbles of the conversation, as "user: text"."""
+        lines: list[str] = await self.page.evaluate(
+            """() => [...document.querySelector("leflux-widget").shadowRoot
+                .querySelectorAll(".log > :not(.chips)")].map((node) =>
+                    `${node.className.split(" ")[0]}: ${node.innerText.trim()}`)"""
+        )
+        return lines
+
+    def sent(self, event: str) -> list[Json]:
+        return [frame["data"] for frame in self.said if frame["event"] == event]
+
+    def results(self) -> list[Json]:
+        """What was reported on actions and sequences."""
+        return [
+            frame["data"]["result"]
+            for frame in self.said
+            if frame["event"] in ("action_complete", "sequence_complete")
+        ]
+
+    @property
+    def context(self) -> Json:
+        """The picture of the page that went out last."""
+        shown = [f["data"]["context"] for f in self.said if "context" in f["data"]]
+        context: Json = shown[-1] if shown else self.posts[-1]["pageContext"]
+        return context
+
+
+Meet = Callable[..., Any]
+
+
+@pytest.fixture
+def meet(visit: Visit) -> Meet:
+    async def start(url: str, **options: Any) -> Guest:
+        return await Guest(await visit(url, **options)).open()
+
+    return start
+
+
+async def chat_server(
+    serve: Serve, pages: Pages | None = None, model: FakeModel | None = None, **tables: Any
+) -> Server:
+    """A server whose site is localhost; the pages load the widget from it."""
+    config = {"greeting": "Hello!"}
+    site = {"id": "site", "name": "Site", "allowed_hosts": ["localhost"], "config": config}
+    server = await serve(model, **{"sites": [site], **tables})
+    if pages:
+        pages.server = server.url
+    return server
+
+
+async def shop(serve: Serve, model: FakeModel | None = None, **config: Any) -> str:
+    """Start a server with the demo shop, its siteConfig changed; returns the shop's address."""
+    site = {**DEMO, "config": {**DEMO["config"], **config}}
+    server = await serve(model, sites=[site])
+    return server.url.replace("127.0.0.1", "localhost")
+
+
+# ---------------------------------------------------------------------------------------------
+# Mount
+
+
+async def test_second_tag_does_nothing(visit: Visit, serve: Serve, pages: Pages) -> None:
+    """Two tags on a page are one widget, and one session."""
+    server = await chat_server(serve, pages)
+    tag = f'<script src="{server.url}/embed.js"></script>'
+    page = await visit(pages.add("/", tag))
+    await page.wait_for_function("window.LeFlux?.getState().ready")
+    await page.add_script_tag(url=f"{server.url}/embed.js")
+    assert await page.locator("leflux-widget").count() == 1
+    assert len(server.hub.sessions) == 1
+
+
+async def test_unknown_host_is_left_alone(visit: Visit, serve: Serve, pages: Pages) -> None:
+    """On a page that is not registered the widget leaves no trace but one line in the console."""
+    await chat_server(serve, pages)
+    url = pages.add("/", "<p>Just a page</p>").replace("localhost", "127.0.0.1")
+    page = await visit("about:blank")
+    lines: list[str] = []
+    page.on("console", lambda line: lines.append(line.text))
+    await page.goto(url)
+    await until(lambda: any("allowed_hosts" in line for line in lines))
+    lines = [line for line in lines if "Failed to load resource" not in line]
+    assert len(lines) == 1
+    assert "127.0.0.1" in lines[0]
+    assert await page.evaluate("window.LeFlux") is None
+    assert await page.evaluate("document.documentElement.children.length") == 2
+    assert "leflux-widget" not in await page.content()
+
+
+# ---------------------------------------------------------------------------------------------
+# Chat
+
+MARKDOWN = """\
+Some **bold**, *italic* and `code <b>`.
+A second line with [a link](/prices) and https://example.com/x_y_z.
+
+1. one
+2. two
+
+- **dash**
+- snake_case_word
+
+```
+<i>fenced</i>
+```
+مرحبا"""
+
+
+async def test_streamed_answer(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """An answer grows in its bubble while the model speaks, and can be stopped."""
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", "<main>Hello</main>"))
+    first, second = MARKDOWN[:40], MARKDOWN[40:]
+    escaped = [json.dumps(part)[1:-1] for part in (first, second)]
+    model.scripts.append(
+        [
+            model.at_gate,
+            sse(chunk('{"message": "' + escaped[0])),
+            model.at_gate,
+            sse(chunk(escaped[1] + '"}'), "[DONE]"),
+        ]
+    )
+    await guest.ask("Show me **everything**")
+    assert await guest.see(".user").inner_text() == "Show me **everything**"
+    await guest.see(".dots").wait_for()
+    await guest.see(".stop").wait_for()
+    model.gate.release()
+    bubble = guest.see(".log > .bot").last
+    await expect(bubble.locator("strong")).to_have_text("bold")
+    await expect(guest.see(".dots")).to_have_count(0)
+    await expect(guest.see(".stop")).to_be_visible()
+    model.gate.release()
+    await expect(guest.see(".stop")).to_be_hidden()
+    html = await bubble.evaluate("node => node.innerHTML.replace(/\\n(?=<)/g, '')")
+    link = f'<a href="{pages.url}/prices" rel="noopener nofollow">a link</a>'
+    assert "<strong>bold</strong>, <em>italic</em> and <code>code &lt;b&gt;</code>." in html
+    assert link in html
+    assert ' target="_blank">https://example.com/x_y_z</a>.' in html
+    assert '<ol dir="auto"><li>one</li><li>two</li></ol>' in html
+    assert "<li><strong>dash</strong></li><li>snake_case_word</li></ul>" in html
+    assert "&lt;i&gt;fenced&lt;/i&gt;</code></pre>" in html
+    assert html.endswith('<p dir="auto">مرحبا</p>')
+
+    model.scripts.append([sse(chunk('{"message": "This goes on')), forever])
+    await guest.ask("Tell me more")
+    await guest.see(".bot", "This goes on").wait_for()
+    await guest.see(".stop").click()
+    await until(lambda: guest.heard[-1]["event"] == "message_done")
+    await expect(guest.see(".stop")).to_be_hidden()
+    assert (await guest.log())[-1] == "bot: This goes on"
+    assert guest.sent("stop")
+    await until(lambda: model.hung_up)
+
+    model.scripts.append([sse(chunk('{"message": "Long')), forever])
+    await guest.ask("Once more")
+    await guest.see(".bot", "Long").wait_for()
+    await guest.ask("Never mind")  # settles the answer before
+    await guest.hears("ok")
+    assert (await guest.log())[-4:] == [
+        "user: Once more",
+        "bot: Long",
+        "user: Never mind",
+        "bot: ok",
+    ]
+
+
+HOSTILE = [
+    "<img src=x onerror='window.hit = 1'><script>window.hit = 2</script>",
+    "[click](javascript:window.hit=3) [click]( javascript:window.hit=4) [x](JaVaScRiPt&colon;hit)",
+    "[a](data:text/html,<script>hit</script>) [b](vbscript:x) [c](java\tscript:window.hit=5)",
+    '[d](https://x.example/"onclick="window.hit=6) **<b onclick=hit>** `<svg onload=hit>`',
+    "[" * 3000 + "**" * 3000 + "`" * 3001 + "_a" * 3000,
+    "- " * 2000,
+    "https://" + "a." * 3000,
+    "\u202e <style>*{display:none}</style> &lt;script&gt;",
+]
+
+
+async def test_hostile_reply(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """Whatever a model says is text: nothing runs, nothing is slow, and no link is a script."""
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", "<main>Hello</main>"))
+
+    def count(event: str, wanted: int) -> bool:
+        return [frame["event"] for frame in guest.heard].count(event) == wanted
+
+    tags = "a br code em li ol p pre span strong ul".split()
+    for number, text in enumerate(HOSTILE):
+        block = {"title": text, "text": text, "points": [text, 7, None], "price": text}
+        data = {"items": [block, "not an object", None, {"question": text, "answer": text}]}
+        block_type = lf.BLOCK_TYPES[number % 4]
+        model.scripts.append(says(text, type="render_ui_block", block_type=block_type, data=data))
+        await guest.ask(f"Attack {number}")
+        await until(functools.partial(count, "ui_block", number + 1))
+        model.scripts.append(says(text, type="ask_user", question=text, field_type=text))
+        await guest.ask(f"Attack {number} again")
+        await until(functools.partial(count, "message", number + 1))
+    await expect(guest.see(".stop")).to_be_hidden()
+    found: list[str] = await guest.page.evaluate(
+        """() => [...document.querySelector("leflux-widget").shadowRoot
+            .querySelectorAll(".log > .bot, .log > .bot *")].flatMap((node) => [node.localName,
+            ...[...node.attributes].map((a) => `${a.name}=${a.value}`)])"""
+    )
+    assert {name for name in found if "=" not in name} <= {"div", *tags}
+    names = {name.partition("=")[0] for name in found if "=" in name}
+    assert names <= {"class", "dir", "href", "rel", "target", "start", "tabindex"}
+    assert not [name for name in found if re.match(r"href=(?!https?://)", name)]
+    for link in await guest.see(".log a").all():
+        await link.dispatch_event("click", {"ctrlKey": True})
+    assert await guest.page.evaluate("window.hit") is None
+
+
+async def test_questions_and_blocks(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """A question brings the right keyboard; all four blocks are shown as cards."""
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", "<main>Hello</main>"))
+    area = guest.see("textarea")
+    for kind, mode in {"email": "email", "tel": "tel", "number": "decimal", "x": "text"}.items():
+        question = {"question": f"Your {kind}?", "field_name": kind, "field_type": kind}
+        model.scripts.append(says("", type="ask_user", **question))
+        await guest.ask("Go on")
+        await guest.hears(f"Your {kind}?")
+        assert await area.evaluate("node => node.inputMode") == mode
+        await expect(area).to_be_focused()
+    await guest.ask("Ada")
+    assert await area.evaluate("node => node.inputMode") == "text"
+    await guest.hears("ok")
+
+    items = {
+        "pricing_cards": [{"title": "Pro", "price": "€18", "features": ["Two bags", "Post"]}],
+        "feature_grid": [{"title": "Fast", "text": "It is **fast**."}],
+        "faq_list": [{"question": "When?", "answer": "Now."}],
+        "link_cards": [{"title": "Prices", "url": "/prices", "text": "All of them"}],
+    }
+    shown = {
+        "pricing_cards": "Pro\n€18\nTwo bags\nPost",
+        "feature_grid": "Fast\nIt is fast.",
+        "faq_list": "When?",
+        "link_cards": "Prices\nAll of them",
+    }
+    for block_type, data in items.items():
+        model.scripts.append(
+            says("Look:", type="render_ui_block", block_type=block_type, data={"items": data})
+        )
+        await guest.ask("Show me")
+        await guest.see(".cards", shown[block_type].split("\n")[0]).wait_for()
+        card = guest.see(".cards").last
+        assert re.sub(r"\n+", "\n", await card.inner_text()) == shown[block_type]
+        await expect(guest.see(".stop")).to_be_hidden()
+    await guest.see("summary").click()
+    await guest.see(".card", "Now.").wait_for()
+    assert await guest.see("a.card").get_attribute("href") == f"{pages.url}/prices"
+
+
+async def test_confirmation(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """A delicate click waits for the visitor's yes; no, or another message, means no."""
+    await chat_server(serve, pages, model)
+    button = "<main><button onclick='this.after(`gone `)'>Delete it</button></main>"
+    guest = await meet(pages.add("/", button))
+    yes = guest.see(".choices button:first-child:enabled")
+    no = guest.see(".choices button:last-child:enabled")
+    model.scripts.append(does(click("Delete it")))
+    await guest.ask("Delete it")
+    await guest.see(".confirm", "Shall I click “Delete it”?").wait_for()
+    await expect(no).to_be_focused()
+    await no.click()
+    await guest.hears(lf.NOT_CONFIRMED)
+    await expect(yes).to_have_count(0)
+    assert await guest.page.inner_text("main") == "Delete it"
+
+    # Both are still of the current turn, which a reload hears again: once each, and no button.
+    before = await guest.log()
+    await guest.page.reload()
+    await guest.see(".confirm").wait_for()
+    await guest.see(".bot", lf.NOT_CONFIRMED).wait_for()
+    await expect(guest.see(".confirm button:enabled")).to_have_count(0)
+    bubbles = [line for line in before if not line.startswith("confirm")]
+    assert [line for line in await guest.log() if not line.startswith("confirm")] == bubbles
+    await expect(guest.see(".confirm")).to_have_count(1)
+
+    model.scripts.append(does(click("Delete it")))
+    await guest.ask("Delete it, really")
+    await yes.click()
+    model.scripts.append(says("", type="task_complete", summary="It is deleted."))
+    await guest.hears("It is deleted.")
+    assert await guest.page.inner_text("main") == "Delete itgone"
+    assert guest.results()[-1]["success"] is True
+
+    model.scripts.append(does(click("Delete it")))
+    await guest.ask("And again")
+    await expect(guest.see(".confirm button:enabled")).to_have_count(2)
+    await guest.ask("No, tell me a joke")
+    await expect(guest.see(".confirm button:enabled")).to_have_count(0)
+    await guest.hears("ok")
+    assert await guest.page.inner_text("main") == "Delete itgone"
+
+
+async def test_errors_and_retry(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """What fails is said in words; a retry is the same message, which the server starts once."""
+    server = await chat_server(serve, pages, model, limits={"chat_per_minute": 2})
+    guest = await meet(pages.add("/", "<main>Hello</main>"))
+    failures = ["before", "after", "before", "before"]
+
+    async def fail(route: Route) -> None:
+        kind = failures.pop(0) if failures else ""
+        if kind == "after":
+            await route.fetch()  # the server hears it, the visitor does not hear the server
+        await (route.abort() if kind else route.continue_())
+
+    await guest.page.route("**/api/chat", fail)
+    await guest.ask("Hello?")
+    await guest.see(".error", "cannot be reached").wait_for()
+    await expect(guest.see(".stop")).to_be_hidden()
+    await guest.see(".error button", "Try again").click()
+    await guest.hears("ok")
+    await expect(guest.see(".error")).to_have_count(0)
+    await expect(guest.see(".pending")).to_have_count(0)
+    assert len({post["clientMessageId"] for post in guest.posts}) == 1
+    assert len(guest.posts) == 5
+    assert len(model.requests) == 1
+    assert (await guest.log())[-2:] == ["user: Hello?", "bot: ok"]
+
+    await guest.ask("Another")
+    await guest.hears("ok")
+    await guest.ask("One too many")
+    await guest.see(".error", re.compile(r"Please try again in \d+ s\.")).wait_for()
+    await guest.see(".error button", "Try again").wait_for()
+    [session] = server.hub.sessions.values()
+    session.limiter = None
+    await guest.see(".error button").click()
+    await until(lambda: len(model.requests) == 3)
+    await guest.hears("ok")
+
+    model.scripts.append([cut_wire])
+    model.scripts.append([cut_wire])
+    model.scripts.append([cut_wire])
+    session.limiter = None
+    await guest.ask("And now?")
+    await guest.see(".bot.error", lf.NO_ANSWER).wait_for()
+    await expect(guest.see(".stop")).to_be_hidden()
+
+
+async def test_budget_has_no_retry(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """When the day's budget is spent the site's own words say so; trying again would not help."""
+    await chat_server(serve, pages, model, limits={"site_messages_per_day": 1})
+    guest = await meet(pages.add("/", "<main>Hello</main>"))
+    await guest.ask("One")
+    await guest.hears("ok")
+    await guest.ask("Two")
+    await guest.see(".error", "for today").wait_for()
+    assert await guest.see(".error button").count() == 0
+
+
+async def test_long_messages(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """A counter appears near 5,000 characters, counted as people and the server count."""
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", "<main>Hello</main>"))
+    counter, area, send = guest.see(".counter"), guest.see("textarea"), guest.see("form button")
+    await area.fill("a" * 4499)
+    await expect(counter).to_be_hidden()
+    await area.fill("🙂" * 4999 + "ab")
+    await expect(counter).to_have_text("5001 / 5000")
+    await expect(send.last).to_be_disabled()
+    await area.press("Enter")
+    await area.press("Backspace")
+    await expect(counter).to_have_text("5000 / 5000")
+    await area.press("Enter")
+    await guest.hears("ok")
+    assert model.requests[-1]["messages"][-1]["content"].endswith("🙂a")
+    await expect(counter).to_be_hidden()
+    await guest.page.evaluate("LeFlux.send('b'.repeat(5001))")
+    await guest.see(".error", "too long").wait_for()
+    await guest.page.evaluate(r"LeFlux.send('half \ud83d a character')")
+    await guest.hears("ok")
+    assert len(model.requests) == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# Session: what survives a reload, a restart, a cut wire, another tab
+
+
+class Wire:
+    """A TCP proxy before a server, that can be cut."""
+
+    def __init__(self, target: str) -> None:
+        self.port = int(target.rpartition(":")[2])
+        self.is_up = True
+        self.writers: set[asyncio.StreamWriter] = set()
+
+    async def __aenter__(self) -> Wire:
+        self.listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self.listener.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.listener.close()
+        self.cut()
+        await asyncio.sleep(0)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not self.is_up:
+            writer.transport.abort()
+            return
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self.writers |= {writer, far_writer}
+        await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
+        writer.transport.abort()
+
+    def cut(self) -> None:
+        for writer in self.writers:
+            writer.transport.abort()
+        self.writers.clear()
+
+
+def streams(model: FakeModel, *pieces: str) -> None:
+    """The next answer comes in pieces, and waits at the gate between them."""
+    steps: list[Any] = [sse(chunk('{"message": "'))]
+    for piece in pieces:
+        steps += [sse(chunk(piece)), model.at_gate]
+    model.scripts.append([*steps, sse(chunk('"}'), "[DONE]")])
+
+
+async def test_session_is_kept(visit: Visit, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """The chat goes on after a reload, for 24 hours; an older one, or a lost one, begins anew."""
+    server = await chat_server(serve, pages, model)
+    guest = await Guest(await visit(pages.add("/", "<main>Hello</main>"))).open()
+    await guest.ask("Remember me")
+    await guest.hears("ok")
+    [kept] = server.hub.sessions
+    stored = "Object.keys(localStorage).find((key) => key.endsWith(' session'))"
+    assert await guest.page.evaluate(f"JSON.parse(localStorage[{stored}]).id") == kept
+
+    replies = "window.replies = 0; document.addEventListener('leflux:reply', () => replies++)"
+    await guest.page.add_init_script(replies)
+    gets: list[str] = []
+    guest.page.on("request", lambda request: gets.append(f"{request.method} {request.url}"))
+    await guest.page.reload()
+    await guest.see(".bot", "ok").wait_for()  # the panel is open as before
+    await until(lambda: guest.sent("update_context"))  # the page has shown itself
+    assert await guest.log() == ["bot: Hello!", "user: Remember me", "bot: ok"]
+    assert f"GET {server.url}/api/session/{kept}" in gets
+    assert not [line for line in gets if "session/init" in line]
+    assert await guest.page.evaluate("replies") == 0  # it is no news
+
+    lf.drop_session(server.hub, server.hub.sessions[kept])  # idle for too long, say
+    model.scripts.append(says("Yes, I am."))
+    await guest.ask("Are you still there?")
+    await guest.hears("Yes, I am.")
+    assert (await guest.log())[-5:] == [
+        "user: Remember me",
+        "bot: ok",
+        "note: The earlier chat has ended; what follows starts afresh.",
+        "user: Are you still there?",
+        "bot: Yes, I am.",
+    ]
+    assert len(server.hub.sessions) == 1
+
+    await guest.page.evaluate(
+        f"""() => {{
+            const key = {stored}, kept = JSON.parse(localStorage[key]);
+            kept.at -= 24 * 3600 * 1000;
+            localStorage[key] = JSON.stringify(kept);
+        }}"""
+    )
+    await guest.page.reload()
+    await guest.page.wait_for_function("LeFlux?.getState().ready")
+    assert await guest.log() == ["bot: Hello!"]
+    assert len(server.hub.sessions) == 2
+
+
+async def test_reload_in_the_middle(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """A reload in the middle of a stream shows what was said and what is still to come."""
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", "<main>Hello</main>"))
+    streams(model, "One, ", "two, ", "three.")
+    await guest.ask("Count")
+    await guest.see(".bot", "One,").wait_for()
+    await guest.page.reload()
+    await guest.see(".bot", "One,").wait_for()
+    await guest.see(".stop").wait_for()
+    model.gate.release()
+    await guest.see(".bot", "One, two,").wait_for()
+    await guest.page.reload()
+    model.gate.release()
+    model.gate.release()
+    await guest.hears("One, two, three.")
+    assert await guest.log() == ["bot: Hello!", "user: Count", "bot: One, two, three."]
+    assert len(model.requests) == 1
+
+
+async def test_cut_wire(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """A broken socket comes back with lastSeq: nothing is lost, nothing comes twice."""
+    server = await chat_server(serve, pages, model)
+    async with Wire(server.url) as wire:
+        pages.server = wire.url
+        body = "<main><button onclick='this.after(`+`)'>Add</button></main>"
+        guest = await meet(pages.add("/", body))
+        streams(model, "One, ", "two, ", "three.")
+        await guest.ask("Count")
+        await guest.see(".bot", "One,").wait_for()
+        wire.is_up = False
+        wire.cut()
+        await guest.see(".banner", "Reconnecting…").wait_for()
+        model.gate.release()
+        wire.is_up = True
+        await guest.see(".bot", "One, two,").wait_for()
+        wire.cut()
+        model.gate.release()
+        model.gate.release()
+        await guest.hears("One, two, three.")
+        await expect(guest.see(".banner")).to_be_hidden()
+        numbers = [frame["seq"] for frame in guest.heard if frame["event"] == "message_chunk"]
+        assert numbers == sorted(set(numbers))
+        assert re.search("lastSeq=[1-9]", guest.joins[-1])
+        assert await guest.log() == ["bot: Hello!", "user: Count", "bot: One, two, three."]
+
+        # Cut while it acts: the report comes when the socket is back, and the task goes on.
+        model.scripts.append(does(click("Add"), click("Add"), click("Add")))
+        model.scripts.append(says("", type="task_complete", summary="All added."))
+        await guest.ask("Add three")
+        await guest.see(".ring").wait_for()
+        wire.is_up = False
+        wire.cut()
+        await until_text(guest.page, "main", "Add+++")
+        wire.is_up = True
+        await guest.page.evaluate("dispatchEvent(new Event('online'))")  # it comes back at once
+        await guest.hears("All added.")
+        assert await guest.page.inner_text("main") == "Add+++"
+
+        # The report itself is lost on the way: it is said again.
+        model.scripts.append(does(click("Add")))
+        model.scripts.append(says("", type="task_complete", summary="One more."))
+        await guest.ask("Add one")
+        await guest.see(".ring").wait_for()
+        await guest.page.evaluate(
+            """() => { const { prototype } = WebSocket, { send } = prototype;
+                let left = 2; // the report, and the wish to go on
+                prototype.send = function () {
+                    if (!--left) prototype.send = send;
+                    this.close();
+                }; }"""
+        )
+        await guest.hears("One more.")
+        assert await guest.page.inner_text("main") == "Add++++"
+
+
+async def until_text(page: Page, selector: str, text: str) -> None:
+    await expect(page.locator(selector)).to_have_text(text, use_inner_text=True)
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL", "forgetful"])
+async def test_restart_in_the_middle(
+    visit: Visit, model: FakeModel, pages: Pages, tmp_path: Path, how: str
+) -> None:
+    """A restart in the middle of an answer: the chat says so by itself, and goes on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    state = 'state_dir = ""\n' if how == "forgetful" else ""
+    more = (
+        f'[server]\nshutdown_seconds = 0.1\n{state}[llm]\nbase_url = "{model.url}"\n'
+        '[[sites]]\nid = "here"\nname = "Here"\nallowed_hosts = ["localhost"]\n'
+    )
+    environ = {"LEFLUX_PORT": port} | ({"STATE_DIRECTORY": ""} if state else {})
+    async with program(tmp_path, more, **environ) as run:
+        pages.server = run.server.url
+        guest = await Guest(await visit(pages.add("/", "<main>Hello</main>"))).open()
+        streams(model, "One, ", "two.")
+        await guest.ask("Count")
+        await guest.see(".bot", "One,").wait_for()
+        if how == "SIGTERM":
+            run.child.terminate()
+        else:
+            run.child.kill()
+        await run.end()
+        await guest.see(".banner", "Reconnecting…").wait_for()
+    async with program(tmp_path, more, **environ):
+        endings = {
+            "SIGTERM": "(The answer was cut short.)",
+            "SIGKILL": lf.RESTARTED,
+            "forgetful": "The answer got lost.",
+        }
+        await guest.hears(endings[how])
+        await expect(guest.see(".banner")).to_be_hidden()
+        assert sum(endings[how] in line for line in await guest.log()) == 1
+        await guest.ask("Go on")
+        await guest.hears("ok")
+        assert (await guest.log())[-2:] == ["user: Go on", "bot: ok"]
+
+
+async def test_two_tabs(visit: Visit, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """The chat is in one tab at a time; the other says so, and can take it back."""
+    await chat_server(serve, pages, model)
+    url = pages.add("/", "<main><button onclick='this.after(`+`)'>Add</button></main>")
+    one = await Guest(await visit(url)).open()
+    await one.ask("First")
+    await one.hears("ok")
+    two = Guest(await one.page.context.new_page())
+    await two.page.goto(url)
+    await one.see(".banner", "open in another tab").wait_for()
+    assert await one.page.evaluate("LeFlux.getState().taken") is True
+    await two.open()
+    await two.see(".bot", "ok").wait_for()
+    model.scripts.append(says("Second answer"))
+    await two.ask("Second")
+    await two.hears("Second answer")
+
+    await one.see(".banner button", "Use it here").click()
+    await two.see(".banner", "open in another tab").wait_for()
+    await one.hears("Second answer")
+    said = ["user: First", "bot: ok", "user: Second", "bot: Second answer"]
+    assert await one.log() == ["bot: Hello!", *said]
+
+    # A plan is with tab one when tab two takes over by writing: it is not carried out there.
+    model.scripts.append(does({"action": "wait", "waitDuration": 3000}, click("Add")))
+    await one.ask("Add")
+    await until(lambda: one.heard[-1]["event"] == "action_plan")
+    model.scripts.append(says("Third answer"))
+    await two.ask("Third")
+    await two.hears("Third answer")
+    assert await two.page.inner_text("main") == "Add"
+    assert (await two.log())[-2:] == ["user: Third", "bot: Third answer"]
+    await one.see(".banner", "open in another tab").wait_for()
+    assert not one.results()
+
+
+HIDDEN = """Object.defineProperty(document, "visibilityState",
+    { configurable: true, get: () => window.isShown ? "visible" : "hidden" });"""
+
+
+async def test_tab_in_the_background(
+    visit: Visit, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """A tab that is opened in the background takes the chat over when it becomes visible."""
+    await chat_server(serve, pages, model)
+    url = pages.add("/", "<main>Hello</main>")
+    one = await Guest(await visit(url)).open()
+    await one.ask("First")
+    await one.hears("ok")
+    two = Guest(await one.page.context.new_page())
+    await two.page.goto(url)
+    await two.open()
+    await one.see(".banner button", "Use it here").click()
+    await two.see(".banner", "open in another tab").wait_for()
+
+    await two.page.add_init_script(HIDDEN)
+    count = len(two.joins)
+    await two.page.reload()
+    await two.page.wait_for_function("LeFlux?.getState().ready")
+    await two.see(".bot", "ok").wait_for()  # its panel is open, as before
+    await one.ask("Second")
+    await one.hears("ok")
+    assert len(two.joins) == count
+    assert await one.page.evaluate("LeFlux.getState().taken") is False
+    await two.page.evaluate("isShown = true, document.dispatchEvent(new Event('visibilitychange'))")
+    await one.see(".banner", "open in another tab").wait_for()
+    await two.see(".user", "Second").wait_for()
+
+
+# ---------------------------------------------------------------------------------------------
+# Seeing the page
+
+PAGE = """
+<style>.gone { display: none } .unseen { visibility: hidden } .clear { opacity: 0 }
+  .tiny { width: 1px; height: 1px; overflow: hidden; display: block }</style>
+<header><nav aria-label="Main"><a href="/prices">Prices</a></nav></header>
+<main>
+  <h1>Everything</h1><p>Some text to read.</p>
+  <p class="gone">Unread text</p>
+  <section><h2>Choices</h2>
+    <select aria-label="Colour"><option value="r">Red</option>
+      <option value="b" selected>Blue</option></select>
+    <label><input type="checkbox" name="news" checked> Newsletter</label>
+    <label class="card"><input type="radio" name="size" class="clear"> Large</label>
+    <div role="switch" aria-checked="true" tabindex="0">Dark mode</div>
+    <span role="tab" id="tab">Details</span>
+    <details><summary>More</summary><a href="/in-details">Folded</a></details>
+    <div contenteditable="true" aria-label="Note">My note</div>
+  </section>
+  <form aria-label="Sign up">
+    <input name="name" placeholder="Your name" required value="Ada">
+    <input name="id" aria-labelledby="tab" readonly>
+    <label for="mail">E-mail</label><input id="mail" type="email" autocomplete="email" disabled>
+    <textarea name="elements2">Long text</textarea>
+    <input type="password" value="s3cret-1"><input name="cardNumber" value="s3cret-2">
+    <input autocomplete="one-time-code" value="s3cret-3"><input aria-label="IBAN" value="s3cret-4">
+    <label>Kennwort <input value="s3cret-5"></label><input type="hidden" value="s3cret-6">
+    <input type="file"><button>Join now</button><input type="submit" value="Join later">
+  </form>
+  <a href="/gone" class="gone">Gone</a><a href="/unseen" class="unseen">Unseen</a>
+  <a href="/clear" class="clear">Clear</a><a href="/tiny" class="tiny">Tiny</a>
+  <div inert><button>Inert</button></div><div aria-hidden="true"><button>Hidden</button></div>
+  <fieldset disabled><button>Not now</button></fieldset>
+  <svg width="40" height="20"><a href="/svg"><text y="15">Drawn</text></a></svg>
+  <button aria-label="Close"><svg width="20" height="20"></svg></button>
+  <button title="Search"><i></i>&nbsp;</button><a href="/img"><img alt="Logo" width=9 height=9></a>
+  <shadow-box></shadow-box>
+</main>
+<footer>Open from nine to five</footer>
+<script>
+  document.querySelector("form").react = document.querySelector("input");
+  document.querySelector("input[name=name]").circle = { around: window };
+  const box = document.querySelector("shadow-box").attachShadow({ mode: "open" });
+  box.innerHTML = "<button>In the shadow</button>";
+</script>
+"""
+
+
+async def test_what_is_seen(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """The picture of a page has what a visitor can use and read, and no secrets."""
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", PAGE))
+    await guest.page.evaluate("LeFlux.setVisitorData({plan: 'Pro', seats: 3})")
+    await guest.ask("What is here?")
+    await guest.hears("ok")
+    context = guest.context
+    assert context["url"] == f"{pages.url}/"
+    assert context["title"] == "Page /"
+    text = context["visibleText"]
+    assert "Some text to read." in text
+    assert text.count("Everything") == 1
+    assert "Open from nine to five" in text
+    assert "Unread" not in text
+    assert "Hello!" not in text  # its own
+
+    elements: dict[str, Json] = {}
+    for element in context["indexedElements"]:
+        elements.setdefault(element["text"] or element.get("ariaLabel", ""), element)
+    assert not elements.keys() & set("Gone Unseen Clear Tiny Inert Hidden Folded".split())
+    expected: dict[str, Json] = {
+        "Prices": {"type": "link", "href": f"{pages.url}/prices", "parent": "Main"},
+        "Colour": {"type": "select", "options": ["Red", "Blue"], "value": "Blue"},
+        "Newsletter": {"type": "checkbox", "checked": True, "parent": "Choices"},
+        "Large": {"type": "radio", "checked": False},
+        "Dark mode": {"type": "switch", "checked": True},
+        "Details": {"type": "tab"},
+        "More": {"type": "summary"},
+        "My note": {"type": "textbox", "ariaLabel": "Note"},
+        "E-mail": {"type": "email", "disabled": True, "autocomplete": "email"},
+        "Join now": {"type": "button", "inputType": "submit", "parent": "Sign up"},
+        "Join later": {"type": "submit"},
+        "Not now": {"disabled": True},
+        "Drawn": {"type": "link", "href": "/svg"},
+        "Close": {"ariaLabel": "Close"},
+        "Search": {"type": "button"},
+        "Logo": {"href": f"{pages.url}/img"},
+        "In the shadow": {"type": "button"},
+    }
+    for name, wanted in expected.items():
+        assert wanted.items() <= elements[name].items(), name
+    named = {e["name"]: e for e in context["indexedElements"] if "name" in e}
+    assert {"placeholder": "Your name", "required": True, "value": "Ada"}.items() <= named[
+        "name"
+    ].items()
+    assert named["id"]["text"] == "Details"
+    assert named["elements2"]["value"] == "Long text"
+    numbers = [element["id"] for element in context["indexedElements"]]
+    assert len(set(numbers)) == len(numbers)
+    fields = context["forms"][0].pop("fields")
+    assert context["forms"] == [{"name": "Sign up", "submit": "Join now, Join later"}]
+    assert "Kennwort" in fields
+
+    sent = json.dumps(guest.posts)
+    assert "s3cret" not in sent
+    assert "s3cret" not in model.prompt()
+    assert "'plan'" in model.prompt() or '"plan"' in model.prompt()
+    secret = [f for f in context["indexedElements"] if lf.is_sensitive(f)]
+    assert len(secret) == 5
+    assert not [field for field in secret if "value" in field]
+
+
+async def test_secret_fields(visit: Visit, serve: Serve, pages: Pages) -> None:
+    """Every field that the server takes for a secret one is one for the widget, too."""
+    names = """password userPassword pwd PIN otp totp 2fa verification-code cc-csc cardNumber
+        card_holder cvv expiry MM/YY Kartennummer IBAN bic sortCode bankAccount accountNumber
+        ssn socialSecurity nationalId passport-no taxId dni one-time-code pass\u00adword
+        contraseña security.code""".split()
+    plain = "name email pinboard company expires subject spinner city comment cardigan".split()
+    for name in names:
+        assert lf.is_sensitive({"name": name}), name
+    for name in plain:
+        assert not lf.is_sensitive({"name": name}), name
+    server = await chat_server(serve, pages)
+    body = "".join(f'<p><input name="{name}" value="v-{name}"></p>' for name in [*names, *plain])
+    guest = await Guest(await visit(pages.add("/", body))).open()
+    await guest.ask("Hello")
+    await until(lambda: guest.posts)
+    values = [element.get("value") for element in guest.context["indexedElements"]]
+    assert [value for value in values if value] == [f"v-{name}" for name in plain]
+    assert len(values) == len(names) + len(plain)
+    assert server.hub.sessions
+
+
+async def test_the_nearest_fifty(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """Of many elements the dialog's come first, then those in view; each keeps its number."""
+    await chat_server(serve, pages, model)
+    many = "".join(f"<p><a href='/{n}'>Link {n}</a></p>" for n in range(200))
+    dialog = "<dialog open style='position: fixed'><button>Agree</button></dialog>"
+    url = pages.add("/", many + dialog)
+    guest = await meet(url)
+    await guest.page.evaluate("scrollTo(0, document.links[100].offsetTop)")
+    await guest.ask("What is here?")
+    await guest.hears("ok")
+    first = guest.context["indexedElements"]
+    assert len(first) == 50
+    assert first[0]["text"] == "Agree"
+    assert first[0]["inModal"] is True
+    assert first[1]["text"] in ("Link 99", "Link 100")
+    assert first[1]["inViewport"] is True
+    assert first[-1]["text"] < "Link 30"
+    assert "inViewport" not in first[-1]
+    assert guest.context["visibleText"].startswith("Agree")
+    await guest.ask("And now?")
+    await guest.hears("ok")
+    assert guest.context["indexedElements"] == first
+    assert [element["id"] for element in first] == list(range(1, 51))
+
+
+async def test_single_page_navigation(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """When a router changes the page, the server gets the new picture."""
+    server = await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", "<main><h1>Home</h1></main>"))
+    await guest.ask("Hello")
+    await guest.hears("ok")
+    await guest.page.evaluate(
+        """() => { history.pushState({}, "", "/about");
+            setTimeout(() => { document.querySelector("main").innerHTML =
+                "<h1>About</h1><button>Call us</button>"; }, 50); }"""
+    )
+    await until(lambda: guest.sent("update_context"))
+    [session] = server.hub.sessions.values()
+    await until(lambda: session.context["url"] == f"{pages.url}/about")
+    assert session.context["visibleText"] == "About\nCall us"
+    await guest.page.go_back(wait_until="commit")
+    await until(lambda: session.context["url"] == f"{pages.url}/")
+    await until(lambda: len(guest.sent("update_context")) == 2)
+
+
+# ---------------------------------------------------------------------------------------------
+# Acting
+
+FORM = """
+<main><form onsubmit="event.preventDefault(); done.textContent = 'submitted'">
+  <input aria-label="Plain"><input aria-label="Controlled"><input aria-label="Phone">
+  <input aria-label="Stubborn"><input aria-label="Short" maxlength="3">
+  <textarea aria-label="Story"></textarea><input aria-label="Born" type="date">
+  <div contenteditable="true" aria-label="Rich" id="rich"><b>old</b></div>
+  <select aria-label="Colour"><option value="">?</option><option value="b">Blue</option></select>
+  <select aria-label="Sizes" multiple><option>S</option><option>M</option></select>
+  <label><input type="radio" name="pay">Later</label><label><input type="checkbox">Terms</label>
+  <button type="button" onclick="done.textContent += 'clicked '">Press</button>
+  <svg width=40 height=20><rect role="button" aria-label="Shape" width=40 height=20
+    onclick="done.textContent += 'drawn '"></rect></svg>
+  <p id="done"></p>
+</form><div style="height: 3000px"></div><button>Far away</button></main>
+<script>
+  // As React does: it watches the property of the element, and sets it back to its own state.
+  const field = (name) => document.querySelector(`[aria-label=${name}]`);
+  const controlled = field("Controlled"), native = Object.getOwnPropertyDescriptor(
+    HTMLInputElement.prototype, "value");
+  let tracked = "", state = "";
+  Object.defineProperty(controlled, "value", { configurable: true,
+    get() { return native.get.call(this); },
+    set(value) { tracked = value; native.set.call(this, value); } });
+  controlled.addEventListener("input", () => {
+    if (native.get.call(controlled) !== tracked) state = tracked = native.get.call(controlled);
+    requestAnimationFrame(() => { controlled.value = state; });
+  });
+  field("Phone").addEventListener("input", ({ target }) => {
+    target.value = target.value.replace(/(...)(...)(.*)/, "($1) $2-$3");
+  });
+  field("Stubborn").addEventListener("input", ({ target }) => { target.value = "no"; });
+  window.heard = [];
+  document.addEventListener("change", ({ target }) => heard.push(target.ariaLabel));
+  document.addEventListener("pointerdown", ({ target }) => heard.push("press " + target.ariaLabel));
+</script>
+"""
+
+
+def fill(name: str, text: str, action: str = "type") -> Json:
+    return {"action": action, "on": name, "inputData": text}
+
+
+async def test_filling_a_form(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """Each kind of field takes what is typed or chosen, frameworks hear of it, the rest fails."""
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", FORM))
+    model.scripts.append(
+        does(
+            fill("Plain", "Ada “L” 🙂"),
+            fill("Controlled", "kept"),
+            fill("Phone", "5551234567"),
+            fill("Story", "Once\nupon a time"),
+            fill("Born", "1815-12-10"),
+            fill("Rich", "new text"),
+            fill("Colour", "blue", "select"),
+            fill("Sizes", "M", "select"),
+            fill("Later", "no", "select"),
+            fill("Terms", "yes", "select"),
+            click("Press"),
+            click("Shape"),
+            {"action": "wait", "waitDuration": 1},
+            {"action": "scroll_to", "on": "Far away"},
+        )
+    )
+    model.scripts.append(says("", type="task_complete", summary="Filled."))
+    await guest.ask("Fill it in")
+    await guest.see(".ring").wait_for()
+    await guest.hears("Filled.")
+    [result] = guest.results()
+    assert [step for step in result["results"] if not step["success"]] == []
+    assert result["success"] is True
+    assert result["completedSteps"] == result["totalSteps"] == 14
+    assert [step.get("text") for step in result["results"]][:8] == [
+        "Ada “L” 🙂",
+        "kept",
+        "(555) 123-4567",
+        "Once upon a time",
+        "1815-12-10",
+        "new text",
+        "Blue",
+        "M",
+    ]
+    assert await guest.page.inner_text("#rich") == "new text"
+    assert await guest.page.evaluate("[state, field('Controlled').value]") == ["kept", "kept"]
+    assert await guest.page.input_value("textarea") == "Once\nupon a time"
+    assert await guest.page.is_checked("[type=radio]")
+    assert await guest.page.is_checked("[type=checkbox]")
+    assert await guest.page.inner_text("#done") == "clicked drawn"
+    heard = await guest.page.evaluate("heard")
+    assert {"Plain", "Controlled", "Phone", "Story", "Colour", "Sizes"} <= set(heard)
+    assert "press Shape" in heard
+    assert await guest.page.evaluate("scrollY") > 1000
+    await expect(guest.see(".ring")).to_be_hidden()
+    await expect(guest.see("textarea")).to_be_focused()  # back to the visitor
+
+
+FAILURES: list[tuple[Json, str, str]] = [  # a step, what spoils it, what is said of it
+    (fill("Stubborn", "yes"), "", "did not take the text"),
+    (fill("Short", "too long"), "", "the text is too long"),
+    (fill("Born", "yesterday"), "", "did not take the text"),
+    (fill("Terms", "text"), "", "takes no text"),
+    (fill("Press", "text"), "", "cannot be typed"),
+    (fill("Colour", "green", "select"), "", "no such option"),
+    (fill("Plain", "text", "select"), "", "no list"),
+    (fill("Controlled", "text"), "name = 'cvv'", "only the visitor"),
+    (fill("Short", "a"), "readOnly = true", "read-only"),
+    (fill("Born", "1815-12-10"), "disabled = true", "is disabled"),
+    (fill("Story", "text"), "hidden = true", "cannot be seen"),
+    (fill("Phone", "5551234567"), "remove()", "no longer on the page"),
+]
+
+
+async def test_failed_steps(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """A sequence stops at its first failed step, and the model is told which and why."""
+    await chat_server(serve, pages, model)
+    url = pages.add("/", FORM)
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        prompt = (await request.json())["messages"][-1]["content"]
+        if told := re.search(r"failed at step 2: .*", prompt):
+            reply = says("", type="abort_workflow", reason=told[0])
+            return web.Response(body=reply[0], content_type="text/event-stream")
+        step, spoil, _ = FAILURES[int(re.findall(r"Try (\d+)", prompt)[-1])]
+        first = click("Press") if spoil else {"action": "wait", "waitDuration": 0}
+        script = does(first, step, fill("Plain", "never"))
+        assert callable(script)
+        return await script(request)
+
+    async def fail(numbers: range) -> None:
+        guest = await meet(url)
+        for number in numbers:
+            step, spoil, reason = FAILURES[number]
+            press = f"() => {{ field('{step['on']}').{spoil} }}" if spoil else "null"
+            await guest.page.evaluate(f"document.querySelector('form button').onclick = {press}, 0")
+            await guest.ask(f"Try {number}")
+            await until(lambda: len(guest.results()) == numbers.index(number) + 1)  # noqa: B023
+            result = guest.results()[-1]
+            assert result["success"] is False
+            assert (result["completedSteps"], result["totalSteps"]) == (1, 3)
+            assert len(result["results"]) == 2
+            assert reason in result["results"][1]["error"]
+            await guest.hears(f"failed at step 2: {result['results'][1]['error']}")
+        assert await guest.page.input_value("[aria-label=Plain]") == ""
+
+    model.scripts.extend([answer] * (2 * len(FAILURES)))
+    await asyncio.gather(*(fail(range(n, len(FAILURES), 3)) for n in range(3)))
+
+
+async def test_settled_while_acting(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """A new message, or stop, ends what is being done: no further step runs, none is reported."""
+    await chat_server(serve, pages, model)
+    guest = await meet(
+        pages.add("/", "<main><button onclick='this.after(`+`)'>Add</button></main>")
+    )
+    wait = {"action": "wait", "waitDuration": 400}
+    model.scripts.append(does(click("Add"), wait, click("Add"), click("Add")))
+    await guest.ask("Add three")
+    await until_text(guest.page, "main", "Add+")
+    await guest.ask("Wait, no!")
+    await guest.hears("ok")
+    model.scripts.append(does(click("Add"), wait, click("Add"), click("Add")))
+    await guest.ask("Do it then")
+    await until_text(guest.page, "main", "Add++")
+    await guest.see(".stop").click()
+    await guest.hears(lf.STOPPED)
+    model.scripts.append(does(click("Add")))
+    model.scripts.append(says("", type="task_complete", summary="Added."))
+    await guest.ask("Add one")
+    await guest.hears("Added.")
+    assert await guest.page.inner_text("main") == "Add+++"
+    assert len(guest.results()) == 1
+
+
+ROUTER = """
+<nav><a href="/one">One</a></nav><main>Home</main>
+<script>
+  document.addEventListener("click", (event) => { // as single-page frameworks do
+    const link = event.target.closest("a");
+    if (!link || !link.href.startsWith(location.origin + "/o")) return;
+    event.preventDefault();
+    history.pushState({}, "", link.href);
+    setTimeout(() => {
+      document.querySelector("main").textContent = "At " + location.pathname;
+    }, 99);
+  });
+  document.addEventListener("click", (event) => { // and one that swallows what it does not know
+    if (event.target.href?.endsWith("/swallowed")) event.preventDefault();
+  });
+</script>
+"""
+
+
+async def test_navigation(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """Routers take what they know, the browser loads the rest; the task goes on after that."""
+    await chat_server(serve, pages, model)
+    pages.add("/two", "<main>Two</main>")
+    pages.add("/swallowed", "<main>Loaded</main>")
+    guest = await meet(pages.add("/", ROUTER))
+    for url, text, loads in [
+        ("/one", "At /one", 0),  # by its link
+        ("/other", "At /other", 0),  # by a delegated handler
+        ("/two", "Two", 1),
+    ]:
+        before = len(pages.visits)
+        model.scripts.append(does({"action": "navigate", "url": url}))
+        model.scripts.append(says("", type="task_complete", summary=f"Now at {url}."))
+        await guest.ask(f"Go to {url}")
+        await guest.hears(f"Now at {url}.")
+        assert text in model.prompt()
+        assert f"→ {pages.url}{url}" in model.prompt()
+        assert guest.results()[-1]["success"] is True
+        assert await guest.page.inner_text("main") == text
+        assert len([v for v in pages.visits[before:] if "favicon" not in v]) == loads
+    await guest.page.goto(f"{pages.url}/")
+    model.scripts.append(does({"action": "navigate", "url": "/swallowed"}))
+    model.scripts.append(says("", type="task_complete", summary="Still there."))
+    await guest.ask("Go")
+    await guest.hears("Still there.")
+    assert await guest.page.inner_text("main") == "Loaded"
+
+    # The server allows a site's other hosts and ports; the widget stays on its own origin.
+    model.scripts.append(does({"action": "navigate", "url": "http://localhost:1/"}))
+    model.scripts.append(says("", type="abort_workflow", reason="Not there."))
+    await guest.ask("Leave")
+    await guest.hears("Not there.")
+    assert guest.results()[-1]["success"] is False
+    assert "not on this website" in guest.results()[-1]["error"]
+
+
+async def test_task_over_pages(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """A click that loads another page is reported from there, once, and the task goes on."""
+    server = await chat_server(serve, pages, model)
+    count = "<script>sessionStorage.n = Number(sessionStorage.n || 0) + 1</script>"
+    pages.add("/next", f"<main><h1>Next</h1><a href='/last'>Further</a></main>{count}")
+    pages.add("/last", f"<main><h1>Last</h1><button>End</button></main>{count}")
+    guest = await meet(pages.add("/", "<main><a href='/next'>Next page</a></main>"))
+    model.scripts.append(does(click("Next page"), message="To the next."))
+    model.scripts.append(does(click("Further"), fill("Further", "never"), message="And further."))
+    model.scripts.append(says("", type="task_complete", summary="There."))
+    await guest.ask("Go to the end")
+    await guest.hears("There.")
+    assert len(model.requests) == 3
+    assert "<h1>" not in model.prompt(1)
+    assert "URL: " + pages.url + "/next" in model.prompt(1)
+    assert "done. URL" in model.prompt(1)
+    assert "URL: " + pages.url + "/last" in model.prompt(2)
+    assert "failed at step 2: another page was loaded" in model.prompt(2)
+    assert await guest.page.evaluate("sessionStorage.n") == "2"
+    single, sequence = guest.results()
+    assert single["success"] is True
+    assert sequence["success"] is False
+    assert (sequence["completedSteps"], sequence["totalSteps"]) == (1, 2)
+    said = [line for line in await guest.log() if line.startswith("bot: ")]
+    assert said == ["bot: Hello!", "bot: To the next.", "bot: And further.", "bot: There."]
+    [session] = server.hub.sessions.values()
+    assert len(session.history) == 4
+
+    # The visitor goes back: an old page out of the cache, with the whole conversation, and
+    # numbers of elements that are its own.
+    await guest.page.go_back(wait_until="commit")
+    await guest.page.go_back(wait_until="commit")
+    await guest.page.wait_for_function("LeFlux?.getState().connected")
+    await until(lambda: session.context["url"] == f"{pages.url}/")
+    await guest.see(".bot", "There.").wait_for()
+    await guest.ask("Where am I?")
+    await guest.hears("ok")
+    assert (await guest.log())[-3:] == ["bot: There.", "user: Where am I?", "bot: ok"]
+
+
+async def test_sheet_makes_room(visit: Visit, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """On a phone the sheet is half as high while the agent acts, on the next page too."""
+    await chat_server(serve, pages, model)
+    pages.add("/next", "<main><h1>Next</h1></main>")
+    page = await visit(pages.add("/", "<main><a href='/next'>Next</a></main>"), 390, 844)
+    guest = await Guest(page).open()
+    height = "node => node.offsetHeight"
+    assert await guest.see(".panel").evaluate(height) == 844
+    model.scripts.append(does(click("Next"), message="To the next."))
+    there = says("", type="task_complete", summary="There.")
+    model.scripts.append([model.at_gate, *there])
+    await guest.ask("Go on")
+    await page.wait_for_url("**/next")
+    await until(guest.results)
+    assert await guest.see(".panel").evaluate(height) == 422
+    model.gate.release()
+    await guest.hears("There.")
+    assert await guest.see(".panel").evaluate(height) == 844
+
+
+async def test_leaving_in_the_middle(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """A visitor who leaves during a plan finds it reported as cut off, and never done twice."""
+    await chat_server(serve, pages, model)
+    body = "<main><button onclick='sessionStorage.n = 1 + (+sessionStorage.n || 0)'>Add</button>"
+    pages.add("/other", body)
+    guest = await meet(pages.add("/", body))
+    model.scripts.append(does(click("Add"), {"action": "wait", "waitDuration": 9000}, click("Add")))
+    model.scripts.append(says("", type="abort_workflow", reason="It was cut off."))
+    await guest.ask("Add two")
+    await guest.page.wait_for_function("sessionStorage.n == 1")
+    await guest.page.goto(f"{pages.url}/other")
+    await guest.hears("It was cut off.")
+    await guest.page.go_back(wait_until="commit")
+    await guest.see(".bot", "It was cut off.").wait_for()
+    assert guest.results()[-1]["totalSteps"] == 3
+    assert guest.results()[-1]["success"] is False
+    assert await guest.page.evaluate("sessionStorage.n") == "1"
+
+    # A message that is on its way when the page is left arrives all the same.
+    await guest.page.evaluate("LeFlux.send('On my way'), location.href = '/other'")
+    await guest.page.wait_for_url("**/other")
+    await guest.hears("ok")
+    assert (await guest.log())[-2:] == ["user: On my way", "bot: ok"]
+
+    # A plan that was made for the page before is never carried out on another page.
+    plan = does(click("Add"))
+    started = asyncio.Event()
+
+    async def slow(request: web.Request) -> web.StreamResponse:
+        started.set()
+        await model.at_gate(request)
+        assert callable(plan)
+        return await plan(request)
+
+    model.scripts += [slow, says("Where were we?")]
+    await guest.ask("Add one")
+    await started.wait()
+    count = len(guest.sent("update_context"))
+    await guest.page.goto(f"{pages.url}/")
+    await until(lambda: len(guest.sent("update_context")) > count)
+    model.gate.release()
+    await guest.hears("Where were we?")
+    assert "refused" in model.prompt()
+    assert await guest.page.evaluate("sessionStorage.n") == "1"
+
+
+# ---------------------------------------------------------------------------------------------
+# For the page's author
+
+
+async def test_api_and_events(visit: Visit, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """window.LeFlux does what it says, from before it is ready until it is destroyed."""
+    server = await chat_server(serve, pages, model)
+    early = """<script>
+        window.heard = [];
+        for (const name of "ready open close message reply action error".split(" "))
+          document.addEventListener("leflux:" + name, ({ detail }) => heard.push([name, detail]));
+        const hear = (detail) => heard.push(["on", detail.text]);
+        new MutationObserver((_, observer) => {
+          if (!window.LeFlux) return;
+          observer.disconnect();
+          LeFlux.on("reply", hear).send("Sent early");
+        }).observe(document, { childList: true, subtree: true });
+    </script>"""
+    guest = Guest(await visit(pages.add("/", f"{early}<button>Press</button>", script="")))
+    await guest.hears("ok")
+    heard = await guest.page.evaluate("heard")
+    assert [name for name, _ in heard] == ["ready", "open", "message", "reply", "on"]
+    assert heard[2][1] == {"text": "Sent early"}
+    assert heard[3][1] == {"text": "ok"}
+    state = {"ready": True, "open": True, "connected": True, "running": False, "taken": False}
+    assert await guest.page.evaluate("LeFlux.getState()") == state
+
+    model.scripts.append(does(click("Press")))
+    model.scripts.append(says("", type="task_complete", summary="Pressed."))
+    await guest.page.evaluate("heard = [], LeFlux.off('reply', hear), LeFlux.send('Press it')")
+    await guest.hears("Pressed.")
+    heard = await guest.page.evaluate("heard")
+    assert [name for name, _ in heard] == ["message", "reply", "action", "reply"]
+    assert heard[2][1]["type"] == "click_element"
+
+    await guest.page.evaluate("heard = [], LeFlux.toggle()")
+    await expect(guest.see(".panel")).to_be_hidden()
+    await guest.page.evaluate("LeFlux.open(), LeFlux.close(), LeFlux.close(), LeFlux.toggle()")
+    await guest.page.wait_for_function("heard.length == 4")
+    assert [name for name, _ in await guest.page.evaluate("heard")] == [
+        "close",
+        "open",
+        "close",
+        "open",
+    ]
+
+    [old] = server.hub.sessions
+    await guest.page.evaluate("LeFlux.clearConversation()")
+    await until(lambda: old not in server.hub.sessions)
+    assert await guest.log() == ["bot: Hello!"]
+    await guest.page.evaluate("LeFlux.send('A new start')")
+    await guest.hears("ok")
+    assert await guest.log() == ["bot: Hello!", "user: A new start", "bot: ok"]
+    assert "Sent early" not in model.prompt()
+
+    streams(model, "This goes on")
+    await guest.ask("Go on")
+    await guest.see(".bot", "This goes on").wait_for()
+    await guest.page.evaluate("LeFlux.destroy()")
+    assert await guest.page.locator("leflux-widget").count() == 0
+    assert await guest.page.evaluate("window.LeFlux") is None
+    model.gate.release()
+    await guest.page.add_script_tag(url=f"{server.url}/embed.js")  # and once more
+    await guest.hears("This goes on")
+
+
+async def test_strict_policy(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """It works under a policy that allows the server's scripts and connections, and no more."""
+    server = await chat_server(serve, pages, model)
+    policy = (
+        f"default-src 'none'; script-src {server.url};"
+        f" connect-src {server.url} {server.url.replace('http', 'ws')};"
+        " require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    body = (
+        '<main><a href="/next">Next</a> <input aria-label="Name">'
+        '<p contenteditable="true" aria-label="Note">x</p></main>'
+    )
+    pages.add("/next", "<main>Next page</main>", Content_Security_Policy=policy)
+    guest = await meet(pages.add("/", body, Content_Security_Policy=policy))
+    await guest.page.evaluate(
+        """() => { window.violations = []; document.addEventListener("securitypolicyviolation",
+            ({ violatedDirective, sourceFile }) => violations.push(violatedDirective)); }"""
+    )
+    model.scripts.append(
+        does(fill("Name", "Ada"), fill("Note", "new"), message="With **Markdown** and `code`.")
+    )
+    items = [{"title": "T", "text": "x", "url": "/next"}]
+    block = {"block_type": "link_cards", "data": {"items": items}}
+    model.scripts.append(says("Here:", type="render_ui_block", **block))
+    await guest.ask("Fill it in")
+    await guest.see("a.card", "T").wait_for()
+    assert [step["success"] for step in guest.results()[0]["results"]] == [True, True]
+    await expect(guest.see(".bot strong")).to_have_text("Markdown")
+    style = "node => getComputedStyle(node).position"
+    assert await guest.see(".panel").evaluate(style) == "fixed"
+    assert await guest.page.evaluate("violations") == []
+    model.scripts.append(does({"action": "navigate", "url": "/next"}))
+    model.scripts.append(says("", type="task_complete", summary="There."))
+    await guest.ask("Next")
+    await guest.hears("There.")
+
+
+# ---------------------------------------------------------------------------------------------
+# A whole visit on the demo shop
+
+
+async def test_visit_with_the_guide(meet: Meet, serve: Serve) -> None:
+    """Without a model: a price, the way to the contact page, a letter, an account's end.
+
+    And others who write from whichever page they are on.
+    """
+    url = await shop(serve)
+
+    async def write(start: str) -> None:
+        guest = await meet(f"{url}/{start}")
+        await guest.ask("Send a message that I love your coffee, my name is Ada, ada@example.com")
+        await guest.see(".choices button:first-child:enabled").click()
+        await guest.page.locator("#sent", has_text="Thank you!").wait_for()
+        await guest.hears("Done.")
+        steps = [step for result in guest.results() for step in result.get("results", [])]
+        assert [step["text"] for step in steps] == ["Ada", "ada@example.com", "I love your coffee"]
+
+    async def visit_all() -> None:
+        guest = await meet(url)
+        await guest.ask("What does Pro cost?")
+        await guest.hears("€18 a month")
+        await guest.ask("Take me to contact")
+        await guest.page.wait_for_url("**/contact")
+        await guest.hears("Done.")
+        await guest.ask("Send a message, I'm Ada, ada@example.com")
+        await guest.hears("What shall I put into “Message”?")
+        assert await guest.page.input_value("#name") == "Ada"
+        assert await guest.page.input_value("#email") == "ada@example.com"
+        await guest.ask("I love your coffee")
+        await guest.see(".choices button:first-child:enabled").click()
+        await guest.page.locator("#sent", has_text="Thank you!").wait_for()
+        await guest.hears("Done.")
+        await guest.ask("Delete my account")
+        await guest.see(".confirm button:enabled", "No").click()
+        await guest.hears(lf.NOT_CONFIRMED)
+        await guest.ask("Delete my account")
+        await guest.see(".choices button:first-child:enabled").click()
+        await guest.page.locator("#account", has_text="is deleted").wait_for()
+        await guest.hears("Done.")
+
+    async with asyncio.TaskGroup() as group:
+        for start in ("", "prices", "contact"):
+            group.create_task(write(start))
+        group.create_task(visit_all())
+
+
+async def test_visit_with_a_model(meet: Meet, serve: Serve, model: FakeModel) -> None:
+    """With a model: over three pages, a form, a question and a confirmation in one task."""
+    guest = await meet(await shop(serve, model))
+    model.scripts += [
+        does({"action": "navigate", "url": "/prices"}, message="I look at the prices."),
+        does(click("Choose Pro"), message="I choose Pro."),
+        does(click("Contact"), message="Now to the form."),
+        does(fill("Name", "Ada"), fill("E-mail", "ada@example.com"), message="I fill it in."),
+        says("", type="ask_user", question="What shall I write?", field_type="text"),
+        does(fill("Message", "Hello there")),
+        does(click("Send message")),
+        says("", type="task_complete", summary="It is on its way."),
+    ]
+    await guest.ask("Choose Pro and write to them")
+    await guest.hears("What shall I write?")
+    assert "Choose Pro: a good choice" in model.prompt(2)
+    await guest.ask("Hello there")
+    await guest.see(".choices button:first-child:enabled").click()
+    await guest.hears("It is on its way.")
+    await guest.page.locator("#sent", has_text="Thank you!").wait_for()
+    assert all(result["success"] for result in guest.results())
+    assert not model.scripts
