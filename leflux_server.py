@@ -4407,10 +4407,11 @@ async def persistence(app: web.Application) -> AsyncIterator[None]:
 
 async def sweep(hub: Hub, now: float) -> None:
     """Free what is idle: sessions, sockets that stopped reading, buckets that ran empty."""
-    for count, session in enumerate([s for s in hub.sessions.values() if is_idle(hub, s, now)]):
-        if count % 200 == 199:  # many at once must not hold up the loop
+    idle = [session for session in hub.sessions.values() if is_idle(hub, session, now)]
+    while idle:
+        drop_session(hub, idle.pop())  # the list must not keep them all, to free them at once
+        if len(idle) % 200 == 0:  # many at once must not hold up the loop
             await asyncio.sleep(0)
-        drop_session(hub, session)
     for session in list(hub.sessions.values()):
         if session.task is not None and session.task.deadline <= now:
             end_task(session, session.task, INTERRUPTED)

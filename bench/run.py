@@ -65,12 +65,12 @@ QUICK = Size(
     inits=200,
     idle=50,
     crowds=(20, 40),
-    crowd_seconds=0.5,
+    crowd_seconds=0.4,
     crowd_per_minute=60,
     crowd_script="n=5,d=0.02",
     swept=100,
-    swept_after_seconds=4,
-    probe_seconds=1,
+    swept_after_seconds=3,
+    probe_seconds=0.3,
 )
 ROWS = (  # key, what it says, its format
     ("paced_cpu_us_per_token", "CPU per token, paced (µs)", ".1f"),
@@ -165,7 +165,7 @@ async def measure_sweep(program: Program, size: Size, *, sessions: bool) -> Figu
     bodies = [orjson.dumps({"sessionId": one, **body}) for one in ids]
     await post_all(program.url, "/api/chat", bodies)
     async with Wire(program.url) as wire:
-        await asyncio.sleep(1)  # for the last answers of the model
+        await asyncio.sleep(size.probe_seconds)  # for the last answers of the model
         live = await longest_wait_ms(program.url, size.probe_seconds)
         active = orjson.loads(await wire.call("GET", "/api/stats"))["activeSessions"]
         if active != size.swept:

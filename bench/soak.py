@@ -31,6 +31,7 @@ import sqlite3
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -45,6 +46,7 @@ from rude_visitors import IDLE_MINUTES, Lost, Record, Visitor
 # found without a leak, up to 2, is garbage in cycles: some MiB of it wait for the collector.
 LEAK_KIB_PER_TURN = 4.0
 JUDGED_MINUTES = 2  # in a shorter time such garbage is all that there is to see
+MAIN_COUNTS = ("SIGKILL", "SIGTERM", "turns", "sessions checked", "files open at the end")
 FILES_OF_THE_STORE = 3  # opened with the first write: the log, its index, the reading end
 
 
@@ -192,10 +194,11 @@ def verdict(soak: Soak) -> str:
     sizes = [rss / 1024 for _, _, rss, _ in soak.samples]
     rows.append(("memory, MiB", f"{min(sizes):.0f} to {max(sizes):.0f}"))
     rows.append(("longest start, s", f"{soak.longest_start:.2f}"))
-    rows += [(name, str(number)) for name, number in sorted(soak.seen.items())]
+    rows += [(name, str(soak.seen.pop(name, 0))) for name in MAIN_COUNTS]
     rows.append(("problems", str(len(soak.problems))))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    table = "\n".join(f"{name:<22}  {value}" for name, value in rows)
+    others = ", ".join(f"{name} {number}" for name, number in sorted(soak.seen.items()))
+    return f"{table}\n\n{textwrap.fill('Of these: ' + others, 90)}"
 
 
 def main() -> int:

@@ -54,21 +54,27 @@ async def test_short_soak() -> None:
     assert re.search(r"^sessions checked +[1-9]", printed, re.M)
 
 
+def ended_soak(folder: Path, kib_per_turn: float = 0, log: str = "") -> Soak:
+    """A run of five minutes, one life and 20 turns a second, as it is when it is judged."""
+    soak = Soak(folder, 0, "1")
+    soak.life = 1
+    turns = [(time.monotonic() + n, n * 20) for n in range(300)]
+    soak.samples = [(1, at, 60_000 + n * kib_per_turn, n) for at, n in turns]
+    (folder / "server.log").write_text(f"INFO leflux: stopping\n{log}\n")
+    return soak
+
+
 @pytest.mark.parametrize(("leak", "problems"), [(2.0, 0), (8.0, 1)])
 async def test_growth_fails_the_soak(leak: float, problems: int, tmp_path: Path) -> None:
     """Memory that grows with each turn is a problem; what stays in the noise is none."""
-    soak = Soak(tmp_path, 0, "1")
-    soak.life = 1
-    soak.samples = [(1, time.monotonic() + n, 60_000 + n * 20 * leak, n * 20) for n in range(300)]
-    (tmp_path / "server.log").write_text("INFO leflux: stopping\n")
+    soak = ended_soak(tmp_path, leak)
     verdict(soak)
     assert len(soak.problems) == problems
 
 
 @pytest.mark.parametrize("line", ["ERROR leflux: a turn failed", "Traceback (most recent call"])
 async def test_errors_in_the_log_fail_the_soak(line: str, tmp_path: Path) -> None:
-    soak = Soak(tmp_path, 0, "1")
-    soak.life = 1
-    (tmp_path / "server.log").write_text(f"INFO leflux: stopping\n{line}\n")
+    """What the server logs as an error, and any traceback, is a problem."""
+    soak = ended_soak(tmp_path, log=line)
     verdict(soak)
     assert len(soak.problems) == 1
