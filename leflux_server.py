@@ -3209,21 +3209,27 @@ async def converse(hub: Hub, session: Session, task: Task) -> tuple[Completion, 
     return completion, reply
 
 
+def look_of(element: Json) -> str:
+    return element_words(element, "type", "inputType", "href", *_NAMES)
+
+
 def looks(plan: Json, page: Page) -> list[str]:
     """What the elements of a plan are called, to know them again."""
     steps = [step for step in steps_of(plan) if "elementId" in step]
-    fields = ("type", "inputType", "href", *_NAMES)
-    return [element_words(page.element(step["elementId"]), *fields) for step in steps]
+    return [look_of(page.element(step["elementId"])) for step in steps]
 
 
 def check_unchanged(action: Json, page: Page, seen: Json) -> None:
-    """Raise Refusal if a plan is for another page, or other elements, than the model has seen."""
+    """Raise Refusal if a plan's elements are by now others than the model has seen by their ids."""
     plan = action.get("plan", action)
     if plan["type"] not in PLANS or page.context is seen:
         return
     here, there = (str(one.get("url")).partition("#")[0] for one in (page.context, seen))
-    if here != there or looks(plan, page) != looks(plan, dataclasses.replace(page, context=seen)):
-        raise Refusal("the page has changed meanwhile")
+    known = {element.get("id"): element for element in seen.get("indexedElements", ())}
+    for step in steps_of(plan):
+        before = known.get(step.get("elementId"))
+        if before and (here != there or look_of(before) != look_of(page.element(before["id"]))):
+            raise Refusal("the page has changed meanwhile")
 
 
 def fingerprint(context: Json) -> tuple[str, int]:

@@ -4401,7 +4401,8 @@ async def test_a_confirmed_action_is_checked_against_the_page_of_that_moment(
 
 
 @pytest.mark.parametrize(
-    ("url", "text", "same"), [("/#top", "Go", True), ("/", "Log out", False), ("/b", "Go", False)]
+    ("url", "text", "same"),
+    [("/#top", "Go", True), ("/", "Log out", False), ("/b", "Go", False), ("/b", "New", True)],
 )
 async def test_a_number_that_means_another_element_by_now(
     serve: Serve, model: FakeModel, url: str, text: str, same: bool
@@ -4411,7 +4412,7 @@ async def test_a_number_that_means_another_element_by_now(
     slow = sse(chunk(json.dumps({"message": "I open it.", "action": click(1)})), "[DONE]")
     model.scripts += [[model.at_gate, slow], act("I look again.")]
     page = await open_page(serve, model)
-    page.context = at("/", first)
+    page.context = at("/", *([first] if text != "New" else []))  # the model has not seen it
     await page.visitor.chat(pageContext=page.context)
     await until(lambda: model.requests)
     now = at(url, {**other, "text": text}, text="More text")
