@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from playwright.async_api import Page, async_playwright
 
-from test_leflux_server import model, quiet_log, serve
+from test_leflux_server import Serve, model, quiet_log, serve
 
 __all__ = ["model", "quiet_log", "serve"]
 
@@ -61,8 +61,11 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-async def visit(chromium: str) -> AsyncIterator[Visit]:
-    """Open pages as visitors: visit(url, width=..., dark=True, ...). Errors of a page fail."""
+async def visit(chromium: str, serve: Serve) -> AsyncIterator[Visit]:
+    """Open pages as visitors: visit(url, width=..., dark=True, ...). Errors of a page fail.
+
+    It names `serve` so that browsers leave before servers do.
+    """
     problems: list[str] = []
     async with async_playwright() as playwright, contextlib.AsyncExitStack() as stack:
         browser = await playwright.chromium.connect_over_cdp(chromium)
