@@ -223,8 +223,8 @@ class Visitor:
     def kind(self) -> str:
         chance = self.choose.random()
         kind = self.choose.choice(SLOW if chance < 0.01 else RARE if chance < 0.02 else COMMON)
-        self.floods += kind == "flood"  # more than two, and the history is cut
-        return "ok" if (self.late and kind in SLOW) or self.floods > 2 else kind
+        self.floods += kind == "flood"  # of a second one the history would be cut in the middle
+        return "ok" if (self.late and kind in SLOW) or self.floods > 1 else kind
 
     async def turn(self) -> None:
         """Say something, behave in one's own way meanwhile, and hear the end of it."""
