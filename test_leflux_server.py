@@ -153,17 +153,28 @@ class FakeModel:
         return "\n".join(m["content"] for m in self.requests[number]["messages"])
 
 
+@contextlib.asynccontextmanager
+async def hosted(
+    app: web.Application, tls: ssl.SSLContext | None = None, **options: Any
+) -> AsyncIterator[int]:
+    """Serve an app on a free port of 127.0.0.1; yields the port."""
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, **options)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
 @pytest.fixture
 async def model() -> AsyncIterator[FakeModel]:
     fake = FakeModel()
     app = web.Application(client_max_size=2**26)
     app.router.add_post("/v1/chat/completions", fake.answer)
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    fake.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-    yield fake
-    await runner.cleanup()
+    async with hosted(app, handler_cancellation=True) as port:
+        fake.url = f"http://127.0.0.1:{port}/v1"
+        yield fake
 
 
 def make_config(model: FakeModel | None = None, folder: Path = lf.HERE, **tables: Any) -> lf.Config:
@@ -389,11 +400,15 @@ async def raw_http(url: str, request: bytes) -> tuple[int, str, Any]:
     return int(head.split()[1]), head, json.loads(body) if body.startswith(b"{") else None
 
 
-def needs(program: str) -> str:
-    """The path of a program. Without it the test is skipped; a CI machine must have it."""
-    path = shutil.which(program, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin")
+def needs(*names: str) -> str:
+    """The path of a program, by the first of its names that is there.
+
+    Without it the test is skipped; a CI machine must have it.
+    """
+    places = os.environ.get("PATH", os.defpath) + ":/usr/sbin"
+    path = next(filter(None, (shutil.which(name, path=places) for name in names)), None)
     if path is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{program} is not installed")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{names[0]} is not installed")
     return path
 
 
@@ -6880,12 +6895,9 @@ async def key_server() -> AsyncIterator[KeyServer]:
     published = KeyServer()
     app = web.Application()
     app.router.add_get("/keys", published.answer)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    published.url = f"http://127.0.0.1:{runner.addresses[0][1]}/keys"
-    yield published
-    await runner.cleanup()
+    async with hosted(app) as port:
+        published.url = f"http://127.0.0.1:{port}/keys"
+        yield published
 
 
 @pytest.fixture
@@ -7977,14 +7989,8 @@ async def listening(
     """Serve every path with a handler; yields its URL."""
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", handler)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
-        scheme = "https" if tls else "http"
-        yield f"{scheme}://localhost:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
+    async with hosted(app, tls) as port:
+        yield f"{'https' if tls else 'http'}://localhost:{port}"
 
 
 @contextlib.asynccontextmanager

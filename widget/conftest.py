@@ -7,9 +7,7 @@ real socket. Chromium starts once; each test gets contexts (cookies, storage) of
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import shutil
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import pytest
 from playwright.async_api import Page, async_playwright
 
-from test_leflux_server import Serve, model, quiet_log, serve
+from test_leflux_server import Serve, model, needs, quiet_log, serve
 
 __all__ = ["model", "quiet_log", "serve"]
 
@@ -38,12 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Start Chromium; yields the address that playwright connects to."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser")
-    reason = "chromium is not installed (on Debian: apt install chromium)"
-    if program is None and os.environ.get("CI"):
-        pytest.fail(reason)
-    if program is None:
-        pytest.skip(reason)
+    program = needs("chromium", "chromium-browser")
     folder = tmp_path_factory.mktemp("chromium")
     with subprocess.Popen(
         [program, *FLAGS, f"--user-data-dir={folder}", "about:blank"],

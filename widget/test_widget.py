@@ -33,6 +33,7 @@ from test_leflux_server import (
     chunk,
     cut_wire,
     forever,
+    listening,
     program,
     sse,
     until,
@@ -74,14 +75,8 @@ class Pages:
 @pytest.fixture
 async def pages() -> AsyncIterator[Pages]:
     site = Pages()
-    app = web.Application()
-    app.router.add_get("/{path:.*}", site.answer)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    site.url = f"http://localhost:{runner.addresses[0][1]}"
-    yield site
-    await runner.cleanup()
+    async with listening(site.answer) as site.url:
+        yield site
 
 
 def says(message: str, **action: Any) -> list[bytes]:
