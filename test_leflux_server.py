@@ -1612,6 +1612,14 @@ async def test_endless_reply_is_cut(serve: Serve, model: FakeModel) -> None:
     assert end["data"]["text"].endswith(lf.CUT_SHORT)
 
 
+async def test_stream_faster_than_it_is_read(serve: Serve, model: FakeModel) -> None:
+    """What comes faster than it can be read is paused, and goes on."""
+    server = await serve(model)
+    visitor = await server.visitor()
+    model.scripts.append([b": " + b"x" * 60_000 + b"\n\n"] * 100 + [sse(chunk("done"))])
+    expect_end(await visitor.ask(), "done")
+
+
 async def pause(_: web.Request) -> None:
     await asyncio.sleep(0.1)
 
