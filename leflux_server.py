@@ -1496,9 +1496,7 @@ class Store:
             os.close(cast(int, self._lock))
 
 
-def restore_session(
-    store: Store, row: int, raw: str, messages: list[Json], now: float
-) -> Session:
+def restore_session(store: Store, row: int, raw: str, messages: list[Json], now: float) -> Session:
     """Build a session from its rows; now is monotonic."""
     state = orjson.loads(raw)
     session = Session(
