@@ -1354,8 +1354,8 @@ class Store:
         self._gone: set[int] = set()  # rows of sessions to delete
         self._rows: dict[tuple[str, str], Statement] = {}  # all else, the last one of a kind wins
         self._writer: asyncio.Task[None] | None = None
-        self._next: asyncio.Future[None] | None = None  # the batch that is still filling
-        self._current: asyncio.Future[None] | None = None  # the batch that is being written
+        self._next: asyncio.Event | None = None  # the end of the batch that is still filling
+        self._current: asyncio.Event | None = None  # and of the one that is being written
         self._closing = asyncio.Event()
         self._failing = False
         self._complained = -math.inf
@@ -1391,13 +1391,13 @@ class Store:
         """Return once all that is marked is committed, or at once while the disk fails."""
         batch = self._next or self._current
         if self.durable and batch is not None:
-            await asyncio.shield(batch)
+            await batch.wait()
 
     def _schedule(self) -> None:
         if self._db is None:
             return
         if self._next is None:
-            self._next = asyncio.get_running_loop().create_future()
+            self._next = asyncio.Event()
         if self._writer is None:
             self._writer = asyncio.create_task(self._write())
 
@@ -1440,13 +1440,13 @@ class Store:
                     session.release(seq)
                 self._current = None
                 self._next_batch_at = loop.time() + BATCH_SECONDS
-                batch.set_result(None)
+                batch.set()
                 if self._failing:  # let go of those who wait for the next batch, and try again
                     if self._closing.is_set():
                         break
                     if self._next is not None:
-                        self._next.set_result(None)
-                    self._next = loop.create_future()
+                        self._next.set()
+                    self._next = asyncio.Event()
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._closing.wait(), 1)
         finally:
