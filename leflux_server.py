@@ -1126,6 +1126,13 @@ def is_trusted(address: str, proxies: Sequence[Network]) -> bool:
     return any(ip in network for network in proxies)
 
 
+@functools.lru_cache(4096)
+def network_of(address: str) -> str:
+    """Return an IPv4 address as it is, an IPv6 address as its /64; raise ValueError for others."""
+    ip = parse_ip(address)
+    return str(ipaddress.IPv6Address(int(ip) >> 64 << 64) if ip.version == 6 else ip)
+
+
 def client_key(peer: str, forwarded_for: Sequence[str], proxies: Sequence[Network]) -> str:
     """Return what identifies a client for its limits: an IPv4 address or an IPv6 /64."""
     address = peer
@@ -1137,12 +1144,9 @@ def client_key(peer: str, forwarded_for: Sequence[str], proxies: Sequence[Networ
     except ValueError:  # a malformed header counts as absent
         address = peer
     try:
-        ip = parse_ip(address)
+        return network_of(address)
     except ValueError:
         return ""  # no address at all, as behind a Unix socket
-    if ip.version == 6:
-        return str(ipaddress.IPv6Address(int(ip) >> 64 << 64))
-    return str(ip)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3598,9 +3602,10 @@ CHARSETS = frozenset({"utf-8", "ascii", "iso8859-1", "cp1252", "utf-16", "utf-16
 async def read_object(request: web.Request, *, empty_ok: bool = False) -> Json:
     """Return the body, one JSON object whatever its Content-Type says."""
     try:
-        # Most bodies are here with their head.
-        async with asyncio.timeout(None if request.content.is_eof() else BODY_SECONDS):
+        if request.content.is_eof():  # most bodies are here with their head
             raw = await request.read()
+        else:
+            raw = await asyncio.wait_for(request.read(), BODY_SECONDS)
     except TimeoutError:
         raise standard_error(408) from None
     except web.HTTPRequestEntityTooLarge:
