@@ -5713,6 +5713,7 @@ async def test_locked_database(
     await until(lambda: not traces(tmp_path, "SECRET", leaving.id))
     assert all("\n" not in line for line in errors_in(caplog))
     caplog.clear()
+    await until(lambda: server.hub.store.durable)  # it has noticed
     await visitor.ask("After")
     assert kept_messages(tmp_path, visitor.id) == await visitor.history()
 
