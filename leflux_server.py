@@ -120,7 +120,7 @@ MAX_TOKENS = 10**9  # that one call can have cost, whatever a provider reports
 MAX_SSE_LINE_BYTES = 8 * 1024 * 1024
 BURST_BYTES = 2048  # many deltas at once, in one read
 MAX_FRAMES = 20  # a stream whose events differ more often is read line by line
-MAX_ROWS = 500  # that one SQL statement writes
+MAX_ROWS = 100  # by one SQL statement; old versions of SQLite take 999 values
 MAX_HISTORY = 500  # messages kept in a session: the first 2 and the last ones
 MAX_HISTORY_CHARS = 1_000_000
 PROMPT_FIRST, PROMPT_LAST = 2, 50  # messages of the conversation that the model sees
@@ -874,7 +874,7 @@ class Session:
         return self.first_seq + len(self.events)
 
     def emit(self, event: str, data: Json) -> None:
-        """Append an event to the log and wake the socket that reads it."""
+        """Append an event to the log and wake its socket; release() does while events are held."""
         self.events.append(encode_event(event, data, self.next_seq))
         if self.socket is not None and not self.held:
             self.socket.wake()
@@ -1282,7 +1282,13 @@ def open_database(path: Path) -> sqlite3.Connection:
     try:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite gives its -wal this mode
         path.chmod(0o600)
-        db = sqlite3.connect(path, timeout=1, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(
+            path,
+            timeout=1,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=16,  # they hold on to the texts that they wrote last
+        )
         try:
             return prepare_database(db)
         except BaseException:
@@ -1294,7 +1300,7 @@ def open_database(path: Path) -> sqlite3.Connection:
 
 
 def replace_rows(table: str, rows: Sequence[tuple[Any, ...]]) -> Iterator[Statement]:
-    """Put rows into a table, many by one statement.
+    """Yield the statements that put rows into a table, each for many rows.
 
     Between two statements the writer's thread would have to wait for the busy loop to let go of
     the interpreter.
@@ -1433,15 +1439,16 @@ class Store:
                     self._sessions = {row: s for row, s in marked.items() if not s.gone}
                     self._gone |= gone
                     self._rows = {**rows, **self._rows}
+                    for session in self._sessions.values():  # serving goes on from memory
+                        session.release(math.inf)
                 else:
                     self._failing = False
                     if not clean:
                         self._gone |= gone
                         loop.call_later(1, self._schedule)
-                    for session, count, _ in points:
+                    for session, count, seq in points:
                         session.saved = count
-                for session, _, seq in points:  # also when it failed: serving goes on from memory
-                    session.release(seq)
+                        session.release(seq)
                 self._current = None
                 self._next_batch_at = loop.time() + BATCH_SECONDS
                 batch.set()
@@ -1535,7 +1542,9 @@ def load_sessions(hub: Hub, now: float) -> list[Session]:
     """Bring back the sessions that are younger than the idle limit; return those cut off."""
     messages: dict[int, list[Json]] = {}
     for row, body in hub.store.read("SELECT session, body FROM message ORDER BY session, number"):
-        messages.setdefault(row, []).append(orjson.loads(body))
+        message = orjson.loads(body)
+        message = {"role": message["role"], "content": message["content"]}
+        messages.setdefault(row, []).append(message)
     cut_off = []
     for row, raw in hub.store.read("SELECT row, state FROM session"):
         session = restore_session(hub.store, row, raw, messages.get(row, []), now)
@@ -2474,16 +2483,19 @@ def parse_object(raw: bytes) -> Json:
     return {}
 
 
-resume_paused_stream = ResponseHandler.resume_reading
+resume_stream = ResponseHandler.resume_reading
 
 
-def resume_reading(self: ResponseHandler, resume_parser: bool = True) -> None:
-    """Resume a stream only if it is paused; aiohttp 3.14 does it for every piece that is read.
+def resume_reading(self: Any, *args: Any, **more: Any) -> None:
+    """Resume the streams of a connection from its first pause on.
 
-    In a burst that is a tenth of all work.
+    aiohttp 3.14 does so for every piece that it reads: in a burst that is a tenth of all work,
+    and nothing is to be resumed where nothing was paused. After a pause its parser may still
+    hold back bytes while the stream itself counts as resumed.
     """
-    if getattr(self, "_reading_paused", True):
-        resume_paused_stream(self, resume_parser)
+    if getattr(self, "was_paused", False) or getattr(self, "_reading_paused", True):
+        self.was_paused = True
+        resume_stream(self, *args, **more)
 
 
 ResponseHandler.resume_reading = resume_reading  # type: ignore[method-assign]
@@ -3605,7 +3617,8 @@ async def read_object(request: web.Request, *, empty_ok: bool = False) -> Json:
         if request.content.is_eof():  # most bodies are here with their head
             raw = await request.read()
         else:
-            raw = await asyncio.wait_for(request.read(), BODY_SECONDS)
+            async with asyncio.timeout(BODY_SECONDS):
+                raw = await request.read()
     except TimeoutError:
         raise standard_error(408) from None
     except web.HTTPRequestEntityTooLarge:
@@ -4449,6 +4462,8 @@ async def sweep(hub: Hub, now: float) -> None:
     limiters = hub.init_limiters
     for address in [a for a, lim in limiters.items() if lim.has_capacity(lim.max_rate)]:
         del limiters[address]
+    for remembered in (is_trusted, network_of):  # addresses, too
+        remembered.cache_clear()
 
 
 async def keep_swept(hub: Hub) -> None:

@@ -1612,21 +1612,29 @@ async def test_endless_reply_is_cut(serve: Serve, model: FakeModel) -> None:
     assert end["data"]["text"].endswith(lf.CUT_SHORT)
 
 
-async def test_stream_faster_than_it_is_read(serve: Serve, model: FakeModel) -> None:
-    """So many HTTP chunks in one read that aiohttp pauses the stream: it is resumed."""
-
-    async def line_ends(request: web.Request) -> None:
-        assert request.transport is not None
-        request.transport.write(b"1\r\n\n\r\n" * 100_000)
-
-    server = await serve(model)
-    visitor = await server.visitor()
-    model.scripts.append([b": hi\n\n", line_ends, sse(chunk("done"))])
-    expect_end(await visitor.ask(), "done")
-
-
 async def pause(_: web.Request) -> None:
     await asyncio.sleep(0.1)
+
+
+def http_chunks(*pieces: bytes) -> Callable[[web.Request], Awaitable[None]]:
+    """A step that writes pieces, each its own HTTP chunk, all at once."""
+
+    async def write(request: web.Request) -> None:
+        assert request.transport is not None
+        request.transport.write(b"".join(b"%x\r\n%b\r\n" % (len(one), one) for one in pieces))
+
+    return write
+
+
+@pytest.mark.parametrize("count", [16_384, 16_385, 100_000])  # aiohttp pauses there
+async def test_stream_that_is_paused(count: int, serve: Serve, model: FakeModel) -> None:
+    """So many HTTP chunks in one read that aiohttp pauses the stream: it goes on, to its end."""
+    server = await serve(model)
+    visitor = await server.visitor()
+    line_ends = http_chunks(*[b"\n"] * count)
+    ending = http_chunks(sse(chunk("one")), sse(chunk(" two")), sse("[DONE]"))
+    model.scripts.append([b": hi\n\n", pause, line_ends, pause, ending, forever])
+    expect_end(await visitor.ask(), "one two")
 
 
 @pytest.mark.parametrize("said", ["", "Half"])
@@ -2617,6 +2625,8 @@ async def test_empty_limiters_are_purged(serve: Serve, monkeypatch: Patch) -> No
     assert len(slow.hub.init_limiters) == 1
     await until(lambda: not fast.hub.init_limiters)
     assert len(slow.hub.init_limiters) == 1
+    await until(lambda: not lf.network_of.cache_info().currsize)
+    await until(lambda: not lf.is_trusted.cache_info().currsize)
 
 
 async def test_chat_limit(serve: Serve, model: FakeModel) -> None:
@@ -5716,6 +5726,37 @@ async def test_locked_database(
     await until(lambda: server.hub.store.durable)  # it has noticed
     await visitor.ask("After")
     assert kept_messages(tmp_path, visitor.id) == await visitor.history()
+
+
+async def test_disk_that_begins_to_fail(
+    serve: Serve,
+    model: FakeModel,
+    disk: Disk,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A turn that ends during the first commit that fails is not held up by it."""
+    server = await serve(model, server=on_disk(tmp_path))
+    visitor, other = await server.visitor(), await server.visitor()
+    model.scripts.append([sse(chunk("Half")), model.at_gate, sse(chunk(" done"))])
+    await visitor.chat()
+    assert (await visitor.next())["data"]["delta"] == "Half"
+    await written(server)
+    with contextlib.closing(sqlite3.connect(tmp_path / "leflux.db", isolation_level=None)) as lock:
+        lock.execute("BEGIN EXCLUSIVE")
+        seen = disk.commits
+        disk.free.clear()
+        failing = asyncio.create_task(other.post())
+        await until(lambda: disk.commits > seen)
+        model.gate.release()
+        assert (await visitor.next())["data"]["delta"] == " done"
+        await until(lambda: server.hub.sessions[visitor.id].held)
+        started = time.monotonic()
+        disk.free.set()
+        assert (await visitor.next())["data"]["text"] == "Half done"
+        assert time.monotonic() - started < 0.5  # the next try is a second away
+        assert (await failing).status == 200
+    caplog.clear()
 
 
 async def test_full_disk(
