@@ -5398,9 +5398,22 @@ def on_disk(folder: Path) -> Json:
     return {"state_dir": str(folder)}
 
 
+def opened(folder: Path) -> contextlib.closing[sqlite3.Connection]:
+    """A server's database, as another program opens it."""
+    return contextlib.closing(sqlite3.connect(folder / "leflux.db", isolation_level=None))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a server's database to another program; closing lets go of it."""
+    with opened(folder) as db:
+        db.execute("BEGIN EXCLUSIVE")
+        yield
+
+
 def query(folder: Path, sql: str) -> list[tuple[Any, ...]]:
     """What another program reads from the database."""
-    with contextlib.closing(sqlite3.connect(folder / "leflux.db")) as db:
+    with opened(folder) as db:
         return db.execute(sql).fetchall()
 
 
@@ -5705,8 +5718,7 @@ async def test_locked_database(
     visitor, leaving = await server.visitor(), await server.visitor()
     await visitor.ask("Before")
     await leaving.ask("SECRET")
-    with contextlib.closing(sqlite3.connect(tmp_path / "leflux.db", isolation_level=None)) as lock:
-        lock.execute("BEGIN EXCLUSIVE")
+    with locked(tmp_path):
         assert (await visitor.ask("One"))["data"]["text"] == "ok"
         assert (await visitor.ask("Two"))["data"]["text"] == "ok"
         assert (await server.call("DELETE", f"/api/session/{leaving.id}")).status == 200
@@ -5717,7 +5729,6 @@ async def test_locked_database(
         await until(lambda: len(errors_in(caplog)) > 1)
         assert len(errors_in(caplog)) == 2
         assert len(kept_messages(tmp_path, visitor.id)) == 2
-        lock.execute("ROLLBACK")
     await until(lambda: len(kept_messages(tmp_path, visitor.id)) == 6)
     assert kept_messages(tmp_path, visitor.id) == await visitor.history()
     await until(lambda: not traces(tmp_path, "SECRET", leaving.id))
@@ -5742,8 +5753,7 @@ async def test_disk_that_begins_to_fail(
     await visitor.chat()
     assert (await visitor.next())["data"]["delta"] == "Half"
     await written(server)
-    with contextlib.closing(sqlite3.connect(tmp_path / "leflux.db", isolation_level=None)) as lock:
-        lock.execute("BEGIN EXCLUSIVE")
+    with locked(tmp_path):
         seen = disk.commits
         disk.free.clear()
         failing = asyncio.create_task(other.post())
@@ -5783,10 +5793,7 @@ async def test_stop_right_after_the_disk_is_back(
     """What a failing disk kept in memory is flushed at the end, if the disk takes it again."""
     async with running(make_config(model, server=on_disk(tmp_path))) as server:
         visitor = await server.visitor()
-        with contextlib.closing(
-            sqlite3.connect(tmp_path / "leflux.db", isolation_level=None)
-        ) as lock:
-            lock.execute("BEGIN EXCLUSIVE")
+        with locked(tmp_path):
             await visitor.ask("Hello")  # that fails; the next try is a second away
         assert not server.hub.store.durable
         history = await visitor.history()
@@ -5889,7 +5896,7 @@ def damage(folder: Path, name: str) -> None:
         shutil.rmtree(folder)
         folder.touch()
     else:
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        with opened(folder) as db:
             db.execute(name)
 
 
@@ -5936,11 +5943,9 @@ async def test_unusable_databases_stop_the_start(kept: Path, tmp_path: Path) -> 
 
 async def test_locked_database_stops_the_start(kept: Path) -> None:
     """A database that another program holds locked stops the start with one line."""
-    with contextlib.closing(sqlite3.connect(kept / "leflux.db", isolation_level=None)) as lock:
-        lock.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(lf.ConfigError, match=r"leflux\.db.*locked"):
-            async with running(make_config(server=on_disk(kept))):
-                pass
+    with locked(kept), pytest.raises(lf.ConfigError, match=r"leflux\.db.*locked"):
+        async with running(make_config(server=on_disk(kept))):
+            pass
     async with running(make_config(server=on_disk(kept))) as server:
         assert len(server.hub.sessions) == 4
 
@@ -6051,7 +6056,7 @@ async def test_idle_sessions_do_not_come_back(tmp_path: Path) -> None:
     age = """UPDATE session SET state =
         json_set(state, '$.active', json_extract(state, '$.active') - ?)
         WHERE json_extract(state, '$.id') = ?"""
-    with contextlib.closing(sqlite3.connect(tmp_path / "leflux.db", isolation_level=None)) as db:
+    with opened(tmp_path) as db:
         db.execute(age, (30 * 60, old.id))
         db.execute(age, (30 * 60 - 60, young.id))
     async with running(config) as server:
@@ -6065,7 +6070,7 @@ async def test_idle_sessions_do_not_come_back(tmp_path: Path) -> None:
 
 async def test_database_of_version_1(tmp_path: Path) -> None:
     """What an older leflux has kept of sites and usage stays; its chats do not."""
-    with contextlib.closing(sqlite3.connect(tmp_path / "leflux.db", isolation_level=None)) as db:
+    with opened(tmp_path) as db:
         db.executescript(
             """
             CREATE TABLE session (id TEXT PRIMARY KEY, state TEXT NOT NULL) WITHOUT ROWID;

@@ -750,16 +750,22 @@ async def test_restart_in_the_middle(
         assert (await guest.log())[-2:] == ["user: Go on", "bot: ok"]
 
 
-async def test_two_tabs(visit: Visit, serve: Serve, model: FakeModel, pages: Pages) -> None:
-    """The chat is in one tab at a time; the other says so, and can take it back."""
-    await chat_server(serve, pages, model)
-    url = pages.add("/", "<main><button onclick='this.after(`+`)'>Add</button></main>")
+async def in_two_tabs(visit: Visit, url: str) -> tuple[Guest, Guest]:
+    """A visitor's chat of one message, and the newer tab, which has taken it."""
     one = await Guest(await visit(url)).open()
     await one.ask("First")
     await one.hears("ok")
     two = Guest(await one.page.context.new_page())
     await two.page.goto(url)
     await one.see(".banner", "open in another tab").wait_for()
+    return one, two
+
+
+async def test_two_tabs(visit: Visit, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """The chat is in one tab at a time; the other says so, and can take it back."""
+    await chat_server(serve, pages, model)
+    url = pages.add("/", "<main><button onclick='this.after(`+`)'>Add</button></main>")
+    one, two = await in_two_tabs(visit, url)
     assert await one.page.evaluate("LeFlux.getState().taken") is True
     await two.open()
     await two.see(".bot", "ok").wait_for()
@@ -796,11 +802,7 @@ async def test_tab_in_the_background(
     """A tab that is opened in the background takes the chat over when it becomes visible."""
     await chat_server(serve, pages, model)
     url = pages.add("/", "<main>Hello</main>")
-    one = await Guest(await visit(url)).open()
-    await one.ask("First")
-    await one.hears("ok")
-    two = Guest(await one.page.context.new_page())
-    await two.page.goto(url)
+    one, two = await in_two_tabs(visit, url)
     await two.open()
     await one.see(".banner button", "Use it here").click()
     await two.see(".banner", "open in another tab").wait_for()
