@@ -1543,6 +1543,7 @@ def load_sessions(hub: Hub, now: float) -> list[Session]:
     messages: dict[int, list[Json]] = {}
     for row, body in hub.store.read("SELECT session, body FROM message ORDER BY session, number"):
         message = orjson.loads(body)
+        # The first rows of version 2 hold more than this.
         message = {"role": message["role"], "content": message["content"]}
         messages.setdefault(row, []).append(message)
     cut_off = []
