@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Visit
 from playwright.async_api import Locator, Page, expect
 from test_widget import shop
 
 import leflux_server as lf
-from test_leflux_server import FakeModel, Serve, act, chunk, reply, sse
+from conftest import FakeModel, Serve, Visit, act, chunk, reply, sse
 
 LAYOUTS = ("floating", "bottom-bar", "side-panel")
 DESKTOP, PHONE = (1280, 800), (390, 844)

@@ -20,16 +20,16 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from conftest import Visit
 from playwright.async_api import Locator, Page, Request, Route, WebSocket, expect
 
 import leflux_server as lf
-from test_leflux_server import (
+from conftest import (
     FakeModel,
     Json,
     Script,
     Serve,
     Server,
+    Visit,
     chunk,
     cut_wire,
     forever,

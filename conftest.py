@@ -1,0 +1,945 @@
+"""What the tests have in common: a model that follows scripts, servers, visitors, a browser.
+
+The servers and the model are real ones on free ports; nothing of aiohttp is mocked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import os
+import re
+import shutil
+import sqlite3
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import aiohttp
+import pytest
+from aiohttp import WSMsgType, web
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.x509.oid import NameOID
+from multidict import CIMultiDict
+from playwright.async_api import Page, async_playwright
+
+import leflux_server as lf
+
+Json = dict[str, Any]
+Patch = pytest.MonkeyPatch
+ORIGIN = "https://acme.com"
+SHOP: Json = {"id": "shop", "name": "Acme Shop", "allowed_hosts": ["acme.com", "localhost"]}
+OTHER: Json = {"id": "other", "name": "Other", "allowed_hosts": ["other.example"]}
+PATIENCE_SECONDS = 15  # for what must happen; nothing waits so long unless it fails
+UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+TURN_ENDS = ("message_done", "message", "ui_block", "confirmation_required", "task_complete")
+# ---------------------------------------------------------------------------------------------
+# A model that follows scripts
+
+
+def sse(*events: Any) -> bytes:
+    """Encode Server-Sent Events; a string is its own data."""
+    lines = [e if isinstance(e, str) else json.dumps(e, ensure_ascii=False) for e in events]
+    return "".join(f"data: {line}\n\n" for line in lines).encode()
+
+
+def chunk(content: Any, **choice: Any) -> Json:
+    return {"choices": [{"index": 0, "delta": {"content": content}, **choice}]}
+
+
+def reply(message: str) -> list[bytes]:
+    """A script that answers with the JSON the model is asked for."""
+    return [sse(chunk(json.dumps({"message": message})), "[DONE]")]
+
+
+def act(message: str = "", action: Any = None) -> list[bytes]:
+    """A script that answers with a message and an action."""
+    return [sse(chunk(json.dumps({"message": message, "action": action})), "[DONE]")]
+
+
+def doing(message: str, **action: Any) -> list[bytes]:
+    """A script that answers with a message and an action."""
+    return [sse(chunk(json.dumps({"message": message, "action": action})), "[DONE]")]
+
+
+def using(tokens: int, text: str = "ok") -> list[bytes]:
+    """A script that reports its usage."""
+    usage = {"prompt_tokens": tokens - 1, "completion_tokens": 1, "total_tokens": tokens}
+    end = {"choices": [], "usage": usage}
+    return [sse(chunk(json.dumps({"message": text})), end, "[DONE]")]
+
+
+Step = bytes | Callable[[web.Request], Awaitable[object]]
+Script = Sequence[Step] | Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+async def forever(_: web.Request) -> None:
+    await asyncio.Event().wait()
+
+
+async def cut_wire(request: web.Request) -> None:
+    assert request.transport is not None
+    request.transport.abort()
+
+
+async def reset(request: web.Request) -> web.Response:
+    await cut_wire(request)
+    return web.Response()
+
+
+def status(code: int, body: Any = None, **headers: str) -> Script:
+    """A script that answers with a status and a JSON body."""
+
+    async def answer(_: web.Request) -> web.Response:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return web.json_response(body, status=code, headers=named)
+
+    return answer
+
+
+def complaint(text: str, code: int = 400) -> Script:
+    return status(code, {"error": {"message": text, "type": "invalid_request_error"}})
+
+
+class FakeModel:
+    """A chat/completions endpoint: each request gets the next script, then "ok"."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.scripts: deque[Script] = deque()
+        self.requests: list[Json] = []
+        self.headers: list[Mapping[str, str]] = []
+        self.hung_up = 0  # streams that the server did not hear to their end
+        self.gate = asyncio.Semaphore(0)
+
+    async def at_gate(self, _: web.Request) -> None:
+        """A step that waits for the test to say gate.release()."""
+        await self.gate.acquire()
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        self.requests.append(await request.json())
+        self.headers.append(request.headers)
+        script = self.scripts.popleft() if self.scripts else reply("ok")
+        if callable(script):
+            return await script(request)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        try:
+            for step in script:
+                await (response.write(step) if isinstance(step, bytes) else step(request))
+        except (asyncio.CancelledError, ConnectionError):
+            self.hung_up += 1
+            raise
+        return response
+
+    def prompt(self, number: int = -1) -> str:
+        """Everything a request told the model."""
+        return "\n".join(m["content"] for m in self.requests[number]["messages"])
+
+
+@contextlib.asynccontextmanager
+async def hosted(
+    app: web.Application, tls: ssl.SSLContext | None = None, **options: Any
+) -> AsyncIterator[int]:
+    """Serve an app on a free port of 127.0.0.1; yields the port."""
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, **options)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    tls: ssl.SSLContext | None = None,
+) -> AsyncIterator[str]:
+    """Serve every path with a handler; yields its URL."""
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", handler)
+    async with hosted(app, tls) as port:
+        yield f"{'https' if tls else 'http'}://localhost:{port}"
+
+
+@pytest.fixture
+async def model() -> AsyncIterator[FakeModel]:
+    fake = FakeModel()
+    app = web.Application(client_max_size=2**26)
+    app.router.add_post("/v1/chat/completions", fake.answer)
+    async with hosted(app, handler_cancellation=True) as port:
+        fake.url = f"http://127.0.0.1:{port}/v1"
+        yield fake
+
+
+# ---------------------------------------------------------------------------------------------
+# A server and its visitors
+
+
+def make_config(model: FakeModel | None = None, folder: Path = lf.HERE, **tables: Any) -> lf.Config:
+    """The configuration of a test server: tables as in config.toml over small defaults."""
+    table: Json = {"llm": {"base_url": model.url} if model else {}, "sites": [SHOP, OTHER]}
+    for name, values in tables.items():
+        table[name] = values if name == "sites" else {**table.get(name, {}), **values}
+    server = {"port": 0, "state_dir": "", "shutdown_seconds": 0.1}
+    table["server"] = {**server, **table.get("server", {})}
+    return lf.parse_config(table, {}, folder)
+
+
+@dataclasses.dataclass
+class Answer:
+    status: int
+    body: Any
+    headers: Mapping[str, str]
+    raw: bytes
+
+    @property
+    def error(self) -> tuple[int, str]:
+        """Status and code of an error."""
+        assert self.headers["Content-Type"].startswith("application/json")
+        return self.status, error_code(self.body)
+
+
+def error_code(body: Any) -> str:
+    """The code of an error, once its shape is proven."""
+    assert isinstance(body, dict)
+    assert isinstance(body["error"], str)
+    assert isinstance(body["message"], str)
+    assert body["message"]
+    assert isinstance(body["details"], dict)
+    more = {"host", "signupUrl"} if body["error"] == "host_not_registered" else set()
+    assert body.keys() == {"error", "message", "details"} | more
+    assert "Traceback" not in json.dumps(body)
+    return body["error"]
+
+
+class Server:
+    """A running server as its callers see it."""
+
+    def __init__(self, url: str, hub: lf.Hub | None = None, **connection: Any) -> None:
+        self.url, self._hub, self.connection = url, hub, connection
+        self.sockets: list[aiohttp.ClientWebSocketResponse] = []
+
+    async def __aenter__(self) -> Server:
+        self.http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, **self.connection),
+            timeout=aiohttp.ClientTimeout(total=PATIENCE_SECONDS),
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.gather(*(ws.close() for ws in self.sockets))
+        await self.http.close()
+
+    @property
+    def hub(self) -> lf.Hub:
+        assert self._hub is not None
+        return self._hub
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        origin: str | None = ORIGIN,
+        headers: Mapping[str, str] | None = None,
+        data: bytes | None = None,
+    ) -> Answer:
+        sent: CIMultiDict[str] = CIMultiDict(headers or {})
+        if origin is not None:
+            sent.add("Origin", origin)
+        if body is not None:
+            data = json.dumps(body).encode()
+            sent.setdefault("Content-Type", "text/plain")  # any will do
+        async with self.http.request(method, self.url + path, data=data, headers=sent) as response:
+            raw = await response.read()
+        is_json = response.headers.get("Content-Type", "").startswith("application/json")
+        parsed = json.loads(raw) if is_json else None
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+        assert response.headers.get("Server", "") in ("", "nginx")  # and no version
+        return Answer(response.status, parsed, response.headers, raw)
+
+    async def init(self, **more: Any) -> Answer:
+        return await self.call("POST", "/api/session/init", {}, **more)
+
+    async def visitor(self, origin: str = ORIGIN, *, connect: bool = True) -> Visitor:
+        """A new session, and a socket that has joined it."""
+        answer = await self.init(origin=origin)
+        assert answer.status == 200, answer.raw
+        visitor = Visitor(self, answer.body["sessionId"], origin)
+        if connect:
+            await visitor.connect()
+        return visitor
+
+    async def socket(
+        self, path: str = "/", origin: str | None = ORIGIN, **options: Any
+    ) -> aiohttp.ClientWebSocketResponse:
+        headers = {} if origin is None else {"Origin": origin}
+        ws: aiohttp.ClientWebSocketResponse = await self.http.ws_connect(
+            self.url + path, headers=headers, max_msg_size=0, **options
+        )
+        self.sockets.append(ws)
+        return ws
+
+    def age(self, visitor: Visitor, seconds: float) -> None:
+        """Let a session have been idle for so much longer."""
+        self.hub.sessions[visitor.id].last_active -= seconds
+
+
+class Visitor:
+    """A session and the socket that reads it."""
+
+    def __init__(self, server: Server, session_id: str, origin: str = ORIGIN) -> None:
+        self.server, self.id, self.origin = server, session_id, origin
+        self.ws: aiohttp.ClientWebSocketResponse = cast(Any, None)
+        self.frames: list[Json] = []  # everything heard, on all its sockets
+
+    async def connect(self, last_seq: int | None = None) -> Json:
+        """Open a socket, join by query, return what session_joined says."""
+        last = "" if last_seq is None else f"&lastSeq={last_seq}"
+        path = f"/?sessionId={self.id}{last}"
+        self.ws = await self.server.socket(path, self.origin)
+        joined = await self.next()
+        assert joined["event"] == "session_joined"
+        return cast(Json, joined["data"])
+
+    async def next(self) -> Json:
+        frame = await read_frame(self.ws)
+        self.frames.append(frame)
+        return frame
+
+    async def turn(self) -> list[Json]:
+        """Hear frames to the end of a turn."""
+        heard = [await self.next()]
+        while heard[-1]["event"] not in TURN_ENDS:
+            heard.append(await self.next())
+        return heard
+
+    async def post(self, message: Any = "Hello", **fields: Any) -> Answer:
+        body = {"sessionId": self.id, "message": message, **fields}
+        return await self.server.call("POST", "/api/chat", body, origin=self.origin)
+
+    async def chat(self, message: str = "Hello", **fields: Any) -> str:
+        """Say something and return its messageId."""
+        answer = await self.post(message, **fields)
+        assert answer.status == 200, answer.raw
+        assert answer.body == {"messageId": answer.body["messageId"], "status": "processing"}
+        assert re.fullmatch(r"msg-[0-9]{13}", answer.body["messageId"])
+        return cast(str, answer.body["messageId"])
+
+    async def ask(self, message: str = "Hello", **fields: Any) -> Json:
+        """Say something and return the event that ends the turn."""
+        await self.chat(message, **fields)
+        return (await self.turn())[-1]
+
+    async def send(self, event: str, **data: Any) -> None:
+        await self.ws.send_json({"event": event, "data": {"sessionId": self.id, **data}})
+
+    async def get(self) -> Answer:
+        return await self.server.call("GET", f"/api/session/{self.id}", origin=self.origin)
+
+    async def history(self) -> list[tuple[str, str]]:
+        answer = await self.get()
+        return [(m["role"], m["content"]) for m in answer.body["history"]]
+
+    async def expect_open(self) -> None:
+        """The socket still takes frames: a wrong one is answered."""
+        await self.ws.send_str("barrier")
+        while (frame := await self.next())["event"] != "error":
+            pass
+        assert frame["data"]["code"] == "invalid_event"
+
+
+async def read_frame(ws: aiohttp.ClientWebSocketResponse) -> Json:
+    message = await ws.receive(PATIENCE_SECONDS)
+    assert message.type is WSMsgType.TEXT, message
+    frame = json.loads(message.data)
+    assert frame.keys() == {"event", "data", "seq"}
+    assert type(frame["seq"]) is int
+    return cast(Json, frame)
+
+
+async def read_close(ws: aiohttp.ClientWebSocketResponse) -> tuple[list[str], int | None]:
+    """Read to the close: the codes of the errors before it, and its own code."""
+    codes: list[str] = []
+    while (message := await ws.receive(PATIENCE_SECONDS)).type is WSMsgType.TEXT:
+        frame = json.loads(message.data)
+        if frame["event"] == "error":
+            assert frame["data"]["message"]
+            codes.append(frame["data"]["code"])
+    assert message.type in (WSMsgType.CLOSE, WSMsgType.CLOSED, WSMsgType.CLOSING), message
+    # Where the connection ends before its reply is out, aiohttp's client forgets the code.
+    return codes, message.data if message.type is WSMsgType.CLOSE else ws.close_code
+
+
+def deltas(frames: Sequence[Json]) -> str:
+    return "".join(f["data"]["delta"] for f in frames if f["event"] == "message_chunk")
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for a condition."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not condition():  # noqa: ASYNC110 (the state of the server has no event to wait for)
+            await asyncio.sleep(0.005)
+
+
+async def raw_http(url: str, request: bytes) -> tuple[int, str, Any]:
+    """Send bytes; return the status, head and JSON of the answer."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(request)
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        length = re.search(r"content-length: (\d+)", head, re.I)
+        body = await reader.readexactly(int(length[1]) if length else 0)
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+    return int(head.split()[1]), head, json.loads(body) if body.startswith(b"{") else None
+
+
+def needs(*names: str) -> str:
+    """The path of a program, by the first of its names that is there.
+
+    Without it the test is skipped; a CI machine must have it.
+    """
+    places = os.environ.get("PATH", os.defpath) + ":/usr/sbin"
+    path = next(filter(None, (shutil.which(name, path=places) for name in names)), None)
+    if path is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{names[0]} is not installed")
+    return path
+
+
+Serve = Callable[..., Awaitable[Server]]
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Serve]:
+    """Start servers: serve(model, limits={...}, ...) takes what make_config takes."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(model: FakeModel | None = None, **tables: Any) -> Server:
+            serving = lf.serving(make_config(model, **tables))
+            app, url = await stack.enter_async_context(serving)
+            return await stack.enter_async_context(Server(url, app[lf.HUB]))
+
+        yield start
+
+
+@pytest.fixture(autouse=True)
+def quiet_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Nothing that visitors or providers do wrong is an error of ours, and ids stay secret."""
+    caplog.set_level(logging.INFO)
+    yield
+    for record in caplog.get_records("call"):
+        assert record.levelno < logging.ERROR, record.getMessage()
+        assert not record.exc_info, record.getMessage()
+        assert not UUID.search(record.getMessage())
+
+
+# ---------------------------------------------------------------------------------------------
+# The server as a program
+
+
+async def run_program(*arguments: str, **environ: str) -> tuple[int, str, str]:
+    """Run the server's file; return its exit code, output and errors."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("LEFLUX_")}
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(lf.__file__), *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**inherited, **environ},
+    )
+    out, err = await asyncio.wait_for(child.communicate(), PATIENCE_SECONDS)
+    assert child.returncode is not None
+    return child.returncode, out.decode(), err.decode()
+
+
+@dataclasses.dataclass
+class Program:
+    """The running server program."""
+
+    child: asyncio.subprocess.Process
+    server: Server
+    first_line: str
+
+    async def end(self) -> tuple[int, str]:
+        """Wait for its end; return the exit code and everything it wrote."""
+        out, err = await asyncio.wait_for(self.child.communicate(), PATIENCE_SECONDS)
+        assert self.child.returncode is not None
+        return self.child.returncode, self.first_line + out.decode() + err.decode()
+
+
+@contextlib.asynccontextmanager
+async def program(folder: Path, more: str = "", **environ: str) -> AsyncIterator[Program]:
+    """Start the server's file with a configuration, and end it in any case."""
+    path = folder / "config.toml"
+    site = '[[sites]]\nid = "shop"\nname = "Shop"\nallowed_hosts = ["acme.com"]\n'
+    path.write_text(f"{more}\n{site}")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("LEFLUX_")}
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(lf.__file__), "--config", str(path)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**inherited, "LEFLUX_PORT": "0", "STATE_DIRECTORY": str(folder), **environ},
+    )
+    try:
+        assert child.stdout is not None
+        line = (await asyncio.wait_for(child.stdout.readline(), PATIENCE_SECONDS)).decode()
+        found = re.search(r"http://127\.0\.0\.1:[1-9]\d*", line)
+        assert found, line
+        async with Server(found[0]) as server:
+            yield Program(child, server, line)
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.communicate()
+
+
+async def run_tool(*command: str) -> tuple[int, str]:
+    """Run a program; return its exit code and all that it wrote."""
+    child = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    out, _ = await asyncio.wait_for(child.communicate(), 4 * PATIENCE_SECONDS)
+    assert child.returncode is not None
+    return child.returncode, out.decode()
+
+
+# ---------------------------------------------------------------------------------------------
+# State on disk: servers that are started again, a disk that is slow, clocks that go wrong
+
+
+@contextlib.asynccontextmanager
+async def running(config: lf.Config) -> AsyncIterator[Server]:
+    """A server for the length of a block."""
+    async with lf.serving(config) as (app, url), Server(url, app[lf.HUB]) as server:
+        yield server
+
+
+def on_disk(folder: Path) -> Json:
+    return {"state_dir": str(folder)}
+
+
+def opened(folder: Path) -> contextlib.closing[sqlite3.Connection]:
+    """A server's database, as another program opens it."""
+    return contextlib.closing(sqlite3.connect(folder / "leflux.db", isolation_level=None))
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a server's database to another program; closing lets go of it."""
+    with opened(folder) as db:
+        db.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+def query(folder: Path, sql: str) -> list[tuple[Any, ...]]:
+    """What another program reads from the database."""
+    with opened(folder) as db:
+        return db.execute(sql).fetchall()
+
+
+def kept_messages(folder: Path, session_id: str) -> list[tuple[str, str]]:
+    rows = query(
+        folder,
+        "SELECT json_extract(state, '$.id'), body FROM message JOIN session ON row = session"
+        " ORDER BY number",
+    )
+    bodies = [json.loads(body) for session, body in rows if session == session_id]
+    return [(body["role"], body["content"]) for body in bodies]
+
+
+def traces(folder: Path, *secrets: str) -> list[str]:
+    """The files of a folder that hold one of these texts."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return [p.name for p in files if any(s.encode() in p.read_bytes() for s in secrets)]
+
+
+def snapshot(folder: Path, copy: Path) -> Path:
+    """What kill -9 would leave of a server that has nothing to write."""
+    copy.mkdir()
+    for path in folder.glob("leflux.db*"):
+        shutil.copy(path, copy)
+    return copy
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def names(frames: list[Json]) -> list[str]:
+    return [frame["event"] for frame in frames]
+
+
+def errors_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+
+
+class Disk:
+    """The commits of servers, which a test counts and may hold up."""
+
+    def __init__(self) -> None:
+        self.commits = 0  # begun
+        self.free = threading.Event()
+        self.free.set()
+
+
+@pytest.fixture
+def disk(monkeypatch: Patch) -> Iterator[Disk]:
+    """Counts commits, holds them up while it is not free, and soon gives up on a lock."""
+    slow, commit = Disk(), lf.Store._commit
+
+    def wait_and_commit(store: lf.Store, *arguments: Any) -> Any:
+        slow.commits += 1
+        slow.free.wait(PATIENCE_SECONDS)
+        cast(sqlite3.Connection, store._db).execute("PRAGMA busy_timeout = 20")
+        return commit(store, *arguments)
+
+    monkeypatch.setattr(lf.Store, "_commit", wait_and_commit)
+    yield slow
+    slow.free.set()
+
+
+class Clock:
+    """The time module as the server sees it: a test may move it ahead or stop the calendar."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+        self.stopped_at: float | None = None
+
+    def time(self) -> float:
+        return time.time() + self.ahead if self.stopped_at is None else self.stopped_at
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+@pytest.fixture
+def clock(monkeypatch: Patch) -> Clock:
+    moved = Clock()
+    monkeypatch.setattr(lf, "time", moved)
+    return moved
+
+
+async def written(server: Server) -> None:
+    """Nothing is left to write."""
+    await until(lambda: server.hub.store._writer is None)
+
+
+async def expect_waiting(server: Server, waiting: asyncio.Task[Any]) -> None:
+    """Others are answered meanwhile, and it is not."""
+    for _ in range(5):
+        assert (await server.call("GET", "/health")).status == 200
+    assert not waiting.done()
+
+
+@pytest.fixture
+async def kept(model: FakeModel, tmp_path: Path) -> Path:
+    """A folder with the state of a server that has ended: long conversations in one file."""
+    folder = tmp_path / "kept"
+    async with running(make_config(model, server=on_disk(folder))) as server:
+        for _ in range(4):
+            visitor = await server.visitor()
+            for number in range(3):
+                await visitor.ask(f"{number} " + "Lorem ipsum " * 300)
+    assert files_in(folder) == {"leflux.db"}
+    return folder
+
+
+def damage(folder: Path, name: str) -> None:
+    path = folder / "leflux.db"
+    size = path.stat().st_size
+    if name == "not a database":
+        path.write_bytes(b"This is no database. " * 1000)
+    elif name == "truncated":
+        os.truncate(path, size // 2)
+    elif name == "pages overwritten":
+        with path.open("r+b") as file:
+            for page in range(4096, size, 8192):
+                file.seek(page)
+                file.write(b"\xff" * 4096)
+    elif name == "a folder":
+        path.unlink()
+        path.mkdir()
+    elif name == "a file in the folder's place":
+        shutil.rmtree(folder)
+        folder.touch()
+    else:
+        with opened(folder) as db:
+            db.execute(name)
+
+
+DAMAGES = (
+    "not a database",
+    "truncated",
+    "pages overwritten",
+    "a folder",
+    "a file in the folder's place",
+    "PRAGMA user_version = 99",
+    "DROP TABLE usage",
+    "ALTER TABLE site RENAME COLUMN patch TO path",
+    "UPDATE session SET state = 'junk'",
+    "UPDATE message SET body = '[]'",
+)
+# ---------------------------------------------------------------------------------------------
+# Tokens: keys as Google publishes them, and what they sign
+
+PROJECT = "leflux-test"
+ISSUER = f"https://securetoken.google.com/{PROJECT}"
+NOW = int(time.time())
+MISSING = object()
+CLAIMS: Json = {
+    "aud": PROJECT,
+    "iss": ISSUER,
+    "sub": "olga",
+    "user_id": "olga",
+    "exp": NOW + 3600,
+    "iat": NOW - 60,
+    "auth_time": NOW - 600,
+    "firebase": {"sign_in_provider": "google.com"},
+}
+HEADER: Json = {"alg": "RS256", "kid": "key-1", "typ": "JWT"}
+
+
+@functools.cache
+def private_key(number: int) -> rsa.RSAPrivateKey:
+    return rsa.generate_private_key(public_exponent=65537, key_size=2048)
+
+
+@functools.cache
+def certificate(number: int) -> str:
+    """A self-signed X.509 certificate as Google publishes them; number 0 is not RSA."""
+    key = private_key(number) if number else ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "securetoken.test")])
+    today = datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(today - timedelta(1)).not_valid_after(today + timedelta(1))
+    signed = builder.sign(key, hashes.SHA256())
+    return signed.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def base64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def sign_rsa(signed: bytes, number: int = 1, digest: hashes.HashAlgorithm | None = None) -> bytes:
+    return private_key(number).sign(signed, padding.PKCS1v15(), digest or hashes.SHA256())
+
+
+Signer = Callable[[bytes], bytes]
+
+
+def join_token(header: bytes, payload: bytes, sign: Signer = sign_rsa) -> str:
+    signed = f"{base64url(header)}.{base64url(payload)}"
+    return f"{signed}.{base64url(sign(signed.encode()))}"
+
+
+def changed(original: Json, changes: Mapping[str, Any]) -> bytes:
+    fields = {**original, **changes}
+    return json.dumps({k: v for k, v in fields.items() if v is not MISSING}).encode()
+
+
+def make_token(
+    claims: Mapping[str, Any] | None = None,
+    header: Mapping[str, Any] | None = None,
+    sign: Signer = sign_rsa,
+) -> str:
+    """A Firebase ID token with changed claims and header fields, rightly signed all the same."""
+    return join_token(changed(HEADER, header or {}), changed(CLAIMS, claims or {}), sign)
+
+
+class KeyServer:
+    """Publishes certificates as Google does."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.certificates: Any = {"key-1": certificate(1)}
+        self.cache_control = "public, max-age=3600, must-revalidate, no-transform"
+        self.fetches = 0
+        self.instead: Callable[[web.Request], Awaitable[web.StreamResponse]] | None = None
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        self.fetches += 1
+        if self.instead is not None:
+            return await self.instead(request)
+        headers = {"Cache-Control": self.cache_control} if self.cache_control else {}
+        return web.json_response(self.certificates, headers=headers)
+
+
+@pytest.fixture
+async def key_server() -> AsyncIterator[KeyServer]:
+    published = KeyServer()
+    app = web.Application()
+    app.router.add_get("/keys", published.answer)
+    async with hosted(app) as port:
+        published.url = f"http://127.0.0.1:{port}/keys"
+        yield published
+
+
+# ---------------------------------------------------------------------------------------------
+# The admin API: two sites, and who comes to it
+
+REFUSAL = "Enough for today, see you tomorrow."
+MANAGED: Json = {
+    **SHOP,
+    "owners": ["olga", "Owner@Example.com"],
+    "instructions": "Be kind.",
+    "refusal": REFUSAL,
+    "config": {"greeting": "Welcome!", "launcher": {"shape": "pill", "size": "lg"}},
+}
+FOREIGN: Json = {**OTHER, "owners": ["otto"]}
+MANAGED_CONFIG: Json = {
+    "layout": "floating",
+    "primaryColor": "#a855f7",
+    "greeting": "Welcome!",
+    "position": "bottom-right",
+    "launcher": {"hidden": False, "shape": "pill", "size": "lg", "icon": "chat", "glow": True},
+    "nudge": {"enabled": False},
+    "quickChips": [],
+}
+MANAGED_SITE: Json = {
+    "id": "shop",
+    "name": "Acme Shop",
+    "allowedHosts": ["acme.com", "localhost"],
+    "owners": ["olga", "Owner@Example.com"],
+    "instructions": "Be kind.",
+    "refusal": REFUSAL,
+    "restrictions": [],
+    "config": MANAGED_CONFIG,
+    "usage": {"messagesToday": 0, "tokensToday": 0},
+}
+PEOPLE: dict[str, Json] = {
+    "owner": {"sub": "olga"},
+    "owner by mail": {"sub": "o1", "email": "OWNER@example.COM", "email_verified": True},
+    "other owner": {"sub": "otto"},
+    "admin": {"sub": "root"},
+    "admin by mail": {"sub": "r1", "email": "boss@EXAMPLE.com", "email_verified": True},
+    "stranger": {"sub": "eve"},
+    "unverified owner": {"sub": "e1", "email": "owner@example.com", "email_verified": False},
+    "unverified admin": {"sub": "e2", "email": "boss@example.com"},
+    "half verified admin": {"sub": "e3", "email": "boss@example.com", "email_verified": "true"},
+    "look-alike": {
+        "sub": "OLGA",
+        "email": "owner@example.com.evil.example",
+        "email_verified": True,
+    },
+    "nameless": {"sub": "e4", "email": "", "email_verified": True},
+}
+
+
+@functools.cache
+def bearer(who: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {make_token(PEOPLE[who])}"}
+
+
+def office(key_server: KeyServer | None, **tables: Any) -> Json:
+    """The tables of a server with an admin API; without a key server it has none."""
+    firebase: Json = {"admins": ["root", "Boss@Example.com"]}
+    if key_server is not None:
+        firebase |= {"project_id": PROJECT, "keys_url": key_server.url}
+    return {"sites": [MANAGED, FOREIGN], "firebase": firebase, **tables}
+
+
+async def manage(
+    server: Server, method: str, path: str = "", body: Any = None, who: str = "owner"
+) -> Answer:
+    """A request to /api/admin/sites<path>."""
+    path = f"/api/admin/sites{path}"
+    return await server.call(method, path, body, origin=None, headers=bearer(who))
+
+
+async def details(server: Server, site_id: str = "shop") -> Json:
+    answer = await manage(server, "GET", f"/{site_id}", who="admin")
+    assert answer.status == 200, answer.raw
+    return cast(Json, answer.body)
+
+
+# ---------------------------------------------------------------------------------------------
+# A browser: Debian's Chromium, started once; each visit has cookies and storage of its own
+
+# Headless and quiet: nothing is looked up or updated over the network.
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+    " --disable-background-networking --disable-component-update --remote-debugging-port=0"
+).split()
+# What Chromium itself complains of when a test cuts a wire, or leaves a page with a socket.
+NO_FAULT = re.compile("net::ERR|Failed to load resource|Back-Forward Cache")
+Visit = Callable[..., Awaitable[Page]]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshots", action="store_true", help="draw the README's pictures anew")
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start Chromium; yields the address that playwright connects to."""
+    program = needs("chromium", "chromium-browser")
+    folder = tmp_path_factory.mktemp("chromium")
+    with subprocess.Popen(
+        [program, *FLAGS, f"--user-data-dir={folder}", "about:blank"],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as browser:
+        assert browser.stderr is not None
+        for line in browser.stderr:
+            if found := re.search(r"DevTools listening on (ws://\S+)", line):
+                break
+        else:
+            pytest.fail("chromium did not start")
+        yield found[1]
+        browser.kill()
+
+
+@pytest.fixture
+async def visit(chromium: str, serve: Serve) -> AsyncIterator[Visit]:
+    """Open pages as visitors: visit(url, width=..., dark=True, ...). Errors of a page fail.
+
+    It names `serve` so that browsers leave before servers do.
+    """
+    problems: list[str] = []
+    async with async_playwright() as playwright, contextlib.AsyncExitStack() as stack:
+        browser = await playwright.chromium.connect_over_cdp(chromium)
+
+        async def start(
+            url: str, width: int = 1280, height: int = 800, dark: bool = False, **options: Any
+        ) -> Page:
+            context = await browser.new_context(
+                viewport={"width": width, "height": height},
+                color_scheme="dark" if dark else "light",
+                **options,
+            )
+            stack.push_async_callback(context.close)
+            page = await context.new_page()
+            page.set_default_timeout(10_000)
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.on(
+                "console",
+                lambda line: (
+                    problems.append(line.text)
+                    if line.type == "error" and not NO_FAULT.search(line.text)
+                    else None
+                ),
+            )
+            await page.goto(url)
+            return page
+
+        yield start
+    assert not problems
