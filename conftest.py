@@ -188,6 +188,157 @@ async def model() -> AsyncIterator[FakeModel]:
 
 
 # ---------------------------------------------------------------------------------------------
+# Tokens: keys as Google publishes them, and what they sign
+
+PROJECT = "leflux-test"
+ISSUER = f"https://securetoken.google.com/{PROJECT}"
+NOW = int(time.time())
+MISSING = object()
+CLAIMS: Json = {
+    "aud": PROJECT,
+    "iss": ISSUER,
+    "sub": "olga",
+    "user_id": "olga",
+    "exp": NOW + 3600,
+    "iat": NOW - 60,
+    "auth_time": NOW - 600,
+    "firebase": {"sign_in_provider": "google.com"},
+}
+HEADER: Json = {"alg": "RS256", "kid": "key-1", "typ": "JWT"}
+
+
+@functools.cache
+def private_key(number: int) -> rsa.RSAPrivateKey:
+    return rsa.generate_private_key(public_exponent=65537, key_size=2048)
+
+
+@functools.cache
+def certificate(number: int) -> str:
+    """A self-signed X.509 certificate as Google publishes them; number 0 is not RSA."""
+    key = private_key(number) if number else ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "securetoken.test")])
+    today = datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(today - timedelta(1)).not_valid_after(today + timedelta(1))
+    signed = builder.sign(key, hashes.SHA256())
+    return signed.public_bytes(serialization.Encoding.PEM).decode()
+
+
+def base64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def sign_rsa(signed: bytes, number: int = 1, digest: hashes.HashAlgorithm | None = None) -> bytes:
+    return private_key(number).sign(signed, padding.PKCS1v15(), digest or hashes.SHA256())
+
+
+Signer = Callable[[bytes], bytes]
+
+
+def join_token(header: bytes, payload: bytes, sign: Signer = sign_rsa) -> str:
+    signed = f"{base64url(header)}.{base64url(payload)}"
+    return f"{signed}.{base64url(sign(signed.encode()))}"
+
+
+def changed(original: Json, changes: Mapping[str, Any]) -> bytes:
+    fields = {**original, **changes}
+    return json.dumps({k: v for k, v in fields.items() if v is not MISSING}).encode()
+
+
+def make_token(
+    claims: Mapping[str, Any] | None = None,
+    header: Mapping[str, Any] | None = None,
+    sign: Signer = sign_rsa,
+) -> str:
+    """A Firebase ID token with changed claims and header fields, rightly signed all the same."""
+    return join_token(changed(HEADER, header or {}), changed(CLAIMS, claims or {}), sign)
+
+
+class KeyServer:
+    """Publishes certificates as Google does."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.certificates: Any = {"key-1": certificate(1)}
+        self.cache_control = "public, max-age=3600, must-revalidate, no-transform"
+        self.fetches = 0
+        self.instead: Callable[[web.Request], Awaitable[web.StreamResponse]] | None = None
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        self.fetches += 1
+        if self.instead is not None:
+            return await self.instead(request)
+        headers = {"Cache-Control": self.cache_control} if self.cache_control else {}
+        return web.json_response(self.certificates, headers=headers)
+
+
+@pytest.fixture
+async def key_server() -> AsyncIterator[KeyServer]:
+    published = KeyServer()
+    app = web.Application()
+    app.router.add_get("/keys", published.answer)
+    async with hosted(app) as port:
+        published.url = f"http://127.0.0.1:{port}/keys"
+        yield published
+
+
+# ---------------------------------------------------------------------------------------------
+# The admin API: two sites, and who comes to it
+
+REFUSAL = "Enough for today, see you tomorrow."
+MANAGED: Json = {
+    **SHOP,
+    "owners": ["olga", "Owner@Example.com"],
+    "instructions": "Be kind.",
+    "refusal": REFUSAL,
+    "config": {"greeting": "Welcome!", "launcher": {"shape": "pill", "size": "lg"}},
+}
+FOREIGN: Json = {**OTHER, "owners": ["otto"]}
+MANAGED_CONFIG: Json = {
+    "layout": "floating",
+    "primaryColor": "#a855f7",
+    "greeting": "Welcome!",
+    "position": "bottom-right",
+    "launcher": {"hidden": False, "shape": "pill", "size": "lg", "icon": "chat", "glow": True},
+    "nudge": {"enabled": False},
+    "quickChips": [],
+}
+MANAGED_SITE: Json = {
+    "id": "shop",
+    "name": "Acme Shop",
+    "allowedHosts": ["acme.com", "localhost"],
+    "owners": ["olga", "Owner@Example.com"],
+    "instructions": "Be kind.",
+    "refusal": REFUSAL,
+    "restrictions": [],
+    "config": MANAGED_CONFIG,
+    "usage": {"messagesToday": 0, "tokensToday": 0},
+}
+PEOPLE: dict[str, Json] = {
+    "owner": {"sub": "olga"},
+    "owner by mail": {"sub": "o1", "email": "OWNER@example.COM", "email_verified": True},
+    "other owner": {"sub": "otto"},
+    "admin": {"sub": "root"},
+    "admin by mail": {"sub": "r1", "email": "boss@EXAMPLE.com", "email_verified": True},
+    "stranger": {"sub": "eve"},
+    "unverified owner": {"sub": "e1", "email": "owner@example.com", "email_verified": False},
+    "unverified admin": {"sub": "e2", "email": "boss@example.com"},
+    "half verified admin": {"sub": "e3", "email": "boss@example.com", "email_verified": "true"},
+    "look-alike": {
+        "sub": "OLGA",
+        "email": "owner@example.com.evil.example",
+        "email_verified": True,
+    },
+    "nameless": {"sub": "e4", "email": "", "email_verified": True},
+}
+
+
+@functools.cache
+def bearer(who: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {make_token(PEOPLE[who])}"}
+
+
+# ---------------------------------------------------------------------------------------------
 # A server and its visitors
 
 
@@ -296,6 +447,19 @@ class Server:
         )
         self.sockets.append(ws)
         return ws
+
+    async def manage(
+        self, method: str, path: str = "", body: Any = None, who: str = "owner"
+    ) -> Answer:
+        """A request of one of PEOPLE to /api/admin/sites<path>."""
+        path = f"/api/admin/sites{path}"
+        return await self.call(method, path, body, origin=None, headers=bearer(who))
+
+    async def details(self, site_id: str = "shop") -> Json:
+        """A site as an admin sees it."""
+        answer = await self.manage("GET", f"/{site_id}", who="admin")
+        assert answer.status == 200, answer.raw
+        return cast(Json, answer.body)
 
     def age(self, visitor: Visitor, seconds: float) -> None:
         """Let a session have been idle for so much longer."""
@@ -427,11 +591,20 @@ def needs(*names: str) -> str:
 
 
 Serve = Callable[..., Awaitable[Server]]
+with_config = pytest.mark.config  # @with_config(limits={...}): tables for the server of a test
+with_constants = pytest.mark.constants  # @with_constants(PING_SECONDS=0.1): what the server waits
+
+
+def marked(request: pytest.FixtureRequest, name: str) -> Json:
+    """What the marks of a test say; the one next to it counts."""
+    return {k: v for mark in request.node.iter_markers(name) for k, v in mark.kwargs.items()}
 
 
 @pytest.fixture
-async def serve() -> AsyncIterator[Serve]:
+async def serve(request: pytest.FixtureRequest, monkeypatch: Patch) -> AsyncIterator[Serve]:
     """Start servers: serve(model, limits={...}, ...) takes what make_config takes."""
+    for name, value in marked(request, "constants").items():
+        monkeypatch.setattr(lf, name, value)
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(model: FakeModel | None = None, **tables: Any) -> Server:
@@ -440,6 +613,34 @@ async def serve() -> AsyncIterator[Serve]:
             return await stack.enter_async_context(Server(url, app[lf.HUB]))
 
         yield start
+
+
+@pytest.fixture
+async def server(request: pytest.FixtureRequest, serve: Serve, model: FakeModel) -> Server:
+    """A server with a fake model."""
+    return await serve(model, **marked(request, "config"))
+
+
+@pytest.fixture
+async def visitor(server: Server) -> Visitor:
+    """A visitor of that server, on a page of the shop, with an open socket."""
+    return await server.visitor()
+
+
+def office(key_server: KeyServer | None, **tables: Any) -> Json:
+    """The tables of a server with an admin API; without a key server it has none."""
+    firebase: Json = {"admins": ["root", "Boss@Example.com"]}
+    if key_server is not None:
+        firebase |= {"project_id": PROJECT, "keys_url": key_server.url}
+    return {"sites": [MANAGED, FOREIGN], "firebase": firebase, **tables}
+
+
+@pytest.fixture
+async def admin(
+    request: pytest.FixtureRequest, serve: Serve, model: FakeModel, key_server: KeyServer
+) -> Server:
+    """A server with an admin API, a fake model, and two sites to manage."""
+    return await serve(model, **office(key_server, **marked(request, "config")))
 
 
 @pytest.fixture(autouse=True)
@@ -698,179 +899,6 @@ DAMAGES = (
     "UPDATE session SET state = 'junk'",
     "UPDATE message SET body = '[]'",
 )
-# ---------------------------------------------------------------------------------------------
-# Tokens: keys as Google publishes them, and what they sign
-
-PROJECT = "leflux-test"
-ISSUER = f"https://securetoken.google.com/{PROJECT}"
-NOW = int(time.time())
-MISSING = object()
-CLAIMS: Json = {
-    "aud": PROJECT,
-    "iss": ISSUER,
-    "sub": "olga",
-    "user_id": "olga",
-    "exp": NOW + 3600,
-    "iat": NOW - 60,
-    "auth_time": NOW - 600,
-    "firebase": {"sign_in_provider": "google.com"},
-}
-HEADER: Json = {"alg": "RS256", "kid": "key-1", "typ": "JWT"}
-
-
-@functools.cache
-def private_key(number: int) -> rsa.RSAPrivateKey:
-    return rsa.generate_private_key(public_exponent=65537, key_size=2048)
-
-
-@functools.cache
-def certificate(number: int) -> str:
-    """A self-signed X.509 certificate as Google publishes them; number 0 is not RSA."""
-    key = private_key(number) if number else ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "securetoken.test")])
-    today = datetime.now(UTC)
-    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-    builder = builder.not_valid_before(today - timedelta(1)).not_valid_after(today + timedelta(1))
-    signed = builder.sign(key, hashes.SHA256())
-    return signed.public_bytes(serialization.Encoding.PEM).decode()
-
-
-def base64url(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
-
-
-def sign_rsa(signed: bytes, number: int = 1, digest: hashes.HashAlgorithm | None = None) -> bytes:
-    return private_key(number).sign(signed, padding.PKCS1v15(), digest or hashes.SHA256())
-
-
-Signer = Callable[[bytes], bytes]
-
-
-def join_token(header: bytes, payload: bytes, sign: Signer = sign_rsa) -> str:
-    signed = f"{base64url(header)}.{base64url(payload)}"
-    return f"{signed}.{base64url(sign(signed.encode()))}"
-
-
-def changed(original: Json, changes: Mapping[str, Any]) -> bytes:
-    fields = {**original, **changes}
-    return json.dumps({k: v for k, v in fields.items() if v is not MISSING}).encode()
-
-
-def make_token(
-    claims: Mapping[str, Any] | None = None,
-    header: Mapping[str, Any] | None = None,
-    sign: Signer = sign_rsa,
-) -> str:
-    """A Firebase ID token with changed claims and header fields, rightly signed all the same."""
-    return join_token(changed(HEADER, header or {}), changed(CLAIMS, claims or {}), sign)
-
-
-class KeyServer:
-    """Publishes certificates as Google does."""
-
-    def __init__(self) -> None:
-        self.url = ""
-        self.certificates: Any = {"key-1": certificate(1)}
-        self.cache_control = "public, max-age=3600, must-revalidate, no-transform"
-        self.fetches = 0
-        self.instead: Callable[[web.Request], Awaitable[web.StreamResponse]] | None = None
-
-    async def answer(self, request: web.Request) -> web.StreamResponse:
-        self.fetches += 1
-        if self.instead is not None:
-            return await self.instead(request)
-        headers = {"Cache-Control": self.cache_control} if self.cache_control else {}
-        return web.json_response(self.certificates, headers=headers)
-
-
-@pytest.fixture
-async def key_server() -> AsyncIterator[KeyServer]:
-    published = KeyServer()
-    app = web.Application()
-    app.router.add_get("/keys", published.answer)
-    async with hosted(app) as port:
-        published.url = f"http://127.0.0.1:{port}/keys"
-        yield published
-
-
-# ---------------------------------------------------------------------------------------------
-# The admin API: two sites, and who comes to it
-
-REFUSAL = "Enough for today, see you tomorrow."
-MANAGED: Json = {
-    **SHOP,
-    "owners": ["olga", "Owner@Example.com"],
-    "instructions": "Be kind.",
-    "refusal": REFUSAL,
-    "config": {"greeting": "Welcome!", "launcher": {"shape": "pill", "size": "lg"}},
-}
-FOREIGN: Json = {**OTHER, "owners": ["otto"]}
-MANAGED_CONFIG: Json = {
-    "layout": "floating",
-    "primaryColor": "#a855f7",
-    "greeting": "Welcome!",
-    "position": "bottom-right",
-    "launcher": {"hidden": False, "shape": "pill", "size": "lg", "icon": "chat", "glow": True},
-    "nudge": {"enabled": False},
-    "quickChips": [],
-}
-MANAGED_SITE: Json = {
-    "id": "shop",
-    "name": "Acme Shop",
-    "allowedHosts": ["acme.com", "localhost"],
-    "owners": ["olga", "Owner@Example.com"],
-    "instructions": "Be kind.",
-    "refusal": REFUSAL,
-    "restrictions": [],
-    "config": MANAGED_CONFIG,
-    "usage": {"messagesToday": 0, "tokensToday": 0},
-}
-PEOPLE: dict[str, Json] = {
-    "owner": {"sub": "olga"},
-    "owner by mail": {"sub": "o1", "email": "OWNER@example.COM", "email_verified": True},
-    "other owner": {"sub": "otto"},
-    "admin": {"sub": "root"},
-    "admin by mail": {"sub": "r1", "email": "boss@EXAMPLE.com", "email_verified": True},
-    "stranger": {"sub": "eve"},
-    "unverified owner": {"sub": "e1", "email": "owner@example.com", "email_verified": False},
-    "unverified admin": {"sub": "e2", "email": "boss@example.com"},
-    "half verified admin": {"sub": "e3", "email": "boss@example.com", "email_verified": "true"},
-    "look-alike": {
-        "sub": "OLGA",
-        "email": "owner@example.com.evil.example",
-        "email_verified": True,
-    },
-    "nameless": {"sub": "e4", "email": "", "email_verified": True},
-}
-
-
-@functools.cache
-def bearer(who: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {make_token(PEOPLE[who])}"}
-
-
-def office(key_server: KeyServer | None, **tables: Any) -> Json:
-    """The tables of a server with an admin API; without a key server it has none."""
-    firebase: Json = {"admins": ["root", "Boss@Example.com"]}
-    if key_server is not None:
-        firebase |= {"project_id": PROJECT, "keys_url": key_server.url}
-    return {"sites": [MANAGED, FOREIGN], "firebase": firebase, **tables}
-
-
-async def manage(
-    server: Server, method: str, path: str = "", body: Any = None, who: str = "owner"
-) -> Answer:
-    """A request to /api/admin/sites<path>."""
-    path = f"/api/admin/sites{path}"
-    return await server.call(method, path, body, origin=None, headers=bearer(who))
-
-
-async def details(server: Server, site_id: str = "shop") -> Json:
-    answer = await manage(server, "GET", f"/{site_id}", who="admin")
-    assert answer.status == 200, answer.raw
-    return cast(Json, answer.body)
-
-
 # ---------------------------------------------------------------------------------------------
 # A browser: Debian's Chromium, started once; each visit has cookies and storage of its own
 
