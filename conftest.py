@@ -41,6 +41,7 @@ import leflux_server as lf
 
 Json = dict[str, Any]
 Patch = pytest.MonkeyPatch
+Log = pytest.LogCaptureFixture
 ORIGIN = "https://acme.com"
 SHOP: Json = {"id": "shop", "name": "Acme Shop", "allowed_hosts": ["acme.com", "localhost"]}
 OTHER: Json = {"id": "other", "name": "Other", "allowed_hosts": ["other.example"]}
@@ -644,7 +645,7 @@ async def admin(
 
 
 @pytest.fixture(autouse=True)
-def quiet_log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+def quiet_log(caplog: Log) -> Iterator[None]:
     """Nothing that visitors or providers do wrong is an error of ours, and ids stay secret."""
     caplog.set_level(logging.INFO)
     yield
@@ -789,7 +790,7 @@ def names(frames: list[Json]) -> list[str]:
     return [frame["event"] for frame in frames]
 
 
-def errors_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+def errors_in(caplog: Log) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
 
 
