@@ -72,11 +72,6 @@ def act(message: str = "", action: Any = None) -> list[bytes]:
     return [sse(chunk(json.dumps({"message": message, "action": action})), "[DONE]")]
 
 
-def doing(message: str, **action: Any) -> list[bytes]:
-    """A script that answers with a message and an action."""
-    return [sse(chunk(json.dumps({"message": message, "action": action})), "[DONE]")]
-
-
 def using(tokens: int, text: str = "ok") -> list[bytes]:
     """A script that reports its usage."""
     usage = {"prompt_tokens": tokens - 1, "completion_tokens": 1, "total_tokens": tokens}

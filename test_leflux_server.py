@@ -102,7 +102,6 @@ from conftest import (
     cut_wire,
     damage,
     deltas,
-    doing,
     error_code,
     errors_in,
     expect_waiting,
@@ -141,10 +140,6 @@ from conftest import (
     with_constants,
     written,
 )
-
-# ---------------------------------------------------------------------------------------------
-# Helpers: a model that follows scripts, a server, a visitor.
-
 
 # ---------------------------------------------------------------------------------------------
 # Hosts and origins
@@ -731,6 +726,1117 @@ def test_client_address(peer: str, forwarded: list[str], client: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# Store: what is on disk, and when
+
+BUTTONS: list[Json] = [
+    {"id": 1, "type": "button", "text": "Next"},
+    {"id": 2, "type": "button", "text": "Delete account"},
+    {"id": 3, "type": "a", "text": "Prices", "href": "/prices"},
+]
+SHOWN: Json = {"url": f"{ORIGIN}/", "visibleText": "Hi", "indexedElements": BUTTONS}
+CLICK: Json = {"type": "click_element", "elementId": 1}
+
+
+async def test_state_is_private(serve: Serve, tmp_path: Path) -> None:
+    """The database and the files beside it are readable for their owner alone, a new folder too."""
+    umask = os.umask(0)
+    try:
+        for folder in (tmp_path / "new", tmp_path / "old"):
+            if folder.name == "old":
+                folder.mkdir()
+                (folder / "leflux.db").touch(0o666)
+            server = await serve(server=on_disk(folder))
+            await (await server.visitor()).ask()
+            modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()}
+            files = ("leflux.db", "leflux.db-wal", "leflux.db-shm")
+            assert modes == dict.fromkeys(files, 0o600)
+        assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
+    finally:
+        os.umask(umask)
+
+
+async def test_database_format(serve: Serve, tmp_path: Path) -> None:
+    """State lives in state_dir/leflux.db, relative to the configuration, in WAL, with a version."""
+    async with running(make_config(None, tmp_path, server={"state_dir": "a/b"})) as server:
+        await (await server.visitor()).ask()
+        folder = tmp_path / "a" / "b"
+        assert query(folder, "PRAGMA journal_mode") == [("wal",)]
+        assert query(folder, "PRAGMA user_version") == [(lf.SCHEMA_VERSION,)]
+        assert lf.SCHEMA_VERSION > 0
+
+
+async def test_sessions_are_kept_from_their_first_message_on(serve: Serve, tmp_path: Path) -> None:
+    """A session that nobody has said anything in is not on disk."""
+    server = await serve(server=on_disk(tmp_path))
+    silent, other = await server.visitor(), await server.visitor()
+    await other.ask()
+    assert query(tmp_path, "SELECT json_extract(state, '$.id') FROM session") == [(other.id,)]
+    assert not traces(tmp_path, silent.id)
+
+
+async def test_chat_answers_after_its_commit(
+    serve: Serve, model: FakeModel, disk: Disk, tmp_path: Path
+) -> None:
+    """A message is on disk before /api/chat answers, before a retry is answered, and before the
+    model hears of it."""
+    server = await serve(model, server=on_disk(tmp_path))
+    visitor = await server.visitor()
+    await written(server)
+    seen = disk.commits
+    disk.free.clear()
+    first = asyncio.create_task(visitor.post("Hello", clientMessageId="one"))
+    await until(lambda: disk.commits > seen)
+    retry = asyncio.create_task(visitor.post("Hello", clientMessageId="one"))
+    await expect_waiting(server, first)
+    await expect_waiting(server, retry)
+    assert kept_messages(tmp_path, visitor.id) == []
+    assert model.requests == []
+    disk.free.set()
+    await asyncio.wait([first, retry], return_when=asyncio.FIRST_COMPLETED)
+    assert kept_messages(tmp_path, visitor.id)[0] == ("user", "Hello")
+    assert (await first).body == (await retry).body
+    assert (await visitor.turn())[-1]["data"]["text"] == "ok"
+
+
+FAQ = {"items": [{"question": "Q", "answer": "A"}]}
+LAST_EVENTS = [  # the ends of a turn, and what of them the history keeps
+    ("message_done", reply("The reply"), "The reply"),
+    ("message", act("", {"type": "ask_user", "question": "The reply"}), "The reply"),
+    ("message", act("The reply", {"type": "abort_workflow", "reason": "no"}), "The reply\n\nno"),
+    (
+        "task_complete",
+        act("The reply", {"type": "task_complete", "summary": "It"}),
+        "The reply\n\nIt",
+    ),
+    ("confirmation_required", act("The reply", {**CLICK, "elementId": 2}), "The reply"),
+    (
+        "ui_block",
+        act("The reply", {"type": "render_ui_block", "block_type": "faq_list", "data": FAQ}),
+        "The reply",
+    ),
+]
+
+
+@pytest.mark.parametrize(("event", "script", "shown"), LAST_EVENTS)
+async def test_reply_is_on_disk_before_its_end_is_sent(
+    event: str,
+    script: list[bytes],
+    shown: str,
+    serve: Serve,
+    model: FakeModel,
+    disk: Disk,
+    tmp_path: Path,
+) -> None:
+    """The event that ends a turn is sent, also to a newer socket, once its text is on disk."""
+    server = await serve(model, server=on_disk(tmp_path))
+    visitor = await server.visitor()
+    model.scripts.append([model.at_gate, *script])
+    await visitor.chat(pageContext=SHOWN)
+    await until(lambda: model.requests)
+    await written(server)
+    disk.free.clear()
+    model.gate.release()
+    session = server.hub.sessions[visitor.id]
+    await until(lambda: session.task is None or session.task.phase != "running")
+    await visitor.expect_open()
+    await visitor.connect()
+    await visitor.expect_open()
+    assert not {*names(visitor.frames)} & {*TURN_ENDS}
+    assert len(kept_messages(tmp_path, visitor.id)) == 1
+    disk.free.set()
+    assert (await visitor.turn())[-1]["event"] == event
+    kept = kept_messages(tmp_path, visitor.id)
+    assert kept[1][0] == "assistant"
+    assert kept[1][1].startswith(shown)
+    assert kept == await visitor.history()
+
+
+@pytest.mark.parametrize("how", ["delete", "idle"])
+async def test_gone_sessions_leave_no_byte(
+    how: str, serve: Serve, model: FakeModel, tmp_path: Path
+) -> None:
+    """What is deleted or idle is in no file of the state any more, not even overwritten."""
+    server = await serve(model, server=on_disk(tmp_path))
+    leaving, staying = await server.visitor(), await server.visitor()
+    for visitor, mark in ((leaving, "SECRET"), (staying, "STAYING")):
+        for length in (0, 4900):
+            model.scripts.append(reply(f"{mark}-answer" * (1 + length // 10)))
+            await visitor.ask(f"{mark}-question {'x' * length}", clientMessageId=f"{mark}{length}")
+    assert traces(tmp_path, "SECRET-q")
+    assert traces(tmp_path, "SECRET-a")
+    assert traces(tmp_path, leaving.id)
+    if how == "delete":
+        answer = await server.call("DELETE", f"/api/session/{leaving.id}")
+        assert answer.body == {"deleted": True}
+    else:
+        server.age(leaving, 3600)
+        await lf.sweep(server.hub, time.monotonic())
+        await until(lambda: not traces(tmp_path, leaving.id))
+    assert traces(tmp_path, "SECRET", leaving.id) == []
+    assert (await leaving.get()).status == 404
+    assert len(kept_messages(tmp_path, staying.id)) == 4
+
+
+async def test_delete_during_a_turn_leaves_no_byte(
+    serve: Serve, model: FakeModel, disk: Disk, tmp_path: Path
+) -> None:
+    """A session that is deleted while its message is being written is not written after all."""
+    server = await serve(model, server=on_disk(tmp_path))
+    visitor = await server.visitor()
+    await written(server)
+    seen = disk.commits
+    disk.free.clear()
+    post = asyncio.create_task(visitor.post("SECRET"))
+    await until(lambda: disk.commits > seen)
+    path = f"/api/session/{visitor.id}"
+    delete = asyncio.create_task(server.call("DELETE", path))
+    await expect_waiting(server, delete)
+    disk.free.set()
+    assert (await delete).body == {"deleted": True}
+    assert (await post).status in (200, 404)
+    assert traces(tmp_path, "SECRET", visitor.id) == []
+
+
+async def test_deletion_is_finished_when_a_backup_has_ended(
+    serve: Serve, model: FakeModel, tmp_path: Path
+) -> None:
+    """A reader that holds on to the old log delays the overwriting, and no more than that."""
+    server = await serve(model, server=on_disk(tmp_path))
+    visitor = await server.visitor()
+    await visitor.ask("SECRET")
+    reader = sqlite3.connect(tmp_path / "leflux.db", isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM message").fetchall()
+    assert (await server.call("DELETE", f"/api/session/{visitor.id}")).status == 200
+    assert kept_messages(tmp_path, visitor.id) == []
+    reader.close()
+    await until(lambda: not traces(tmp_path, "SECRET", visitor.id))
+
+
+async def test_locked_database(
+    serve: Serve, model: FakeModel, disk: Disk, tmp_path: Path, caplog: Log
+) -> None:
+    """While the database is locked serving goes on, one error a minute is logged, and all is
+    written once it is free."""
+    server = await serve(model, server=on_disk(tmp_path))
+    visitor, leaving = await server.visitor(), await server.visitor()
+    await visitor.ask("Before")
+    await leaving.ask("SECRET")
+    with locked(tmp_path):
+        assert (await visitor.ask("One"))["data"]["text"] == "ok"
+        assert (await visitor.ask("Two"))["data"]["text"] == "ok"
+        assert (await server.call("DELETE", f"/api/session/{leaving.id}")).status == 200
+        tries = disk.commits
+        await until(lambda: disk.commits > tries + 1)
+        assert len(errors_in(caplog)) == 1
+        server.hub.store._complained -= 60
+        await until(lambda: len(errors_in(caplog)) > 1)
+        assert len(errors_in(caplog)) == 2
+        assert len(kept_messages(tmp_path, visitor.id)) == 2
+    await until(lambda: len(kept_messages(tmp_path, visitor.id)) == 6)
+    assert kept_messages(tmp_path, visitor.id) == await visitor.history()
+    await until(lambda: not traces(tmp_path, "SECRET", leaving.id))
+    assert all("\n" not in line for line in errors_in(caplog))
+    caplog.clear()
+    await until(lambda: server.hub.store.durable)  # it has noticed
+    await visitor.ask("After")
+    assert kept_messages(tmp_path, visitor.id) == await visitor.history()
+
+
+async def test_disk_that_begins_to_fail(
+    serve: Serve, model: FakeModel, disk: Disk, tmp_path: Path, caplog: Log
+) -> None:
+    """A turn that ends during the first commit that fails is not held up by it."""
+    server = await serve(model, server=on_disk(tmp_path))
+    visitor, other = await server.visitor(), await server.visitor()
+    model.scripts.append([sse(chunk("Half")), model.at_gate, sse(chunk(" done"))])
+    await visitor.chat()
+    assert (await visitor.next())["data"]["delta"] == "Half"
+    await written(server)
+    with locked(tmp_path):
+        seen = disk.commits
+        disk.free.clear()
+        failing = asyncio.create_task(other.post())
+        await until(lambda: disk.commits > seen)
+        model.gate.release()
+        assert (await visitor.next())["data"]["delta"] == " done"
+        await until(lambda: server.hub.sessions[visitor.id].held)
+        started = time.monotonic()
+        disk.free.set()
+        assert (await visitor.next())["data"]["text"] == "Half done"
+        assert time.monotonic() - started < 0.5  # the next try is a second away
+        assert (await failing).status == 200
+    caplog.clear()
+
+
+async def test_full_disk(serve: Serve, model: FakeModel, tmp_path: Path, caplog: Log) -> None:
+    """A disk that fills up degrades to memory; what is said meanwhile is written later on."""
+    server = await serve(model, server=on_disk(tmp_path))
+    visitor = await server.visitor()
+    await visitor.ask("Before")
+    database = cast(sqlite3.Connection, server.hub.store._db)
+    database.execute("PRAGMA max_page_count = 1")  # that is: as many as there are
+    for number in range(8):
+        assert (await visitor.ask(f"{number} " + "x" * 4000))["data"]["text"] == "ok"
+    assert len(errors_in(caplog)) == 1
+    caplog.clear()
+    database.execute("PRAGMA max_page_count = 1000000")
+    await until(lambda: len(kept_messages(tmp_path, visitor.id)) == 18)
+    assert kept_messages(tmp_path, visitor.id) == await visitor.history()
+
+
+async def test_stop_right_after_the_disk_is_back(
+    model: FakeModel, disk: Disk, tmp_path: Path, caplog: Log
+) -> None:
+    """What a failing disk kept in memory is flushed at the end, if the disk takes it again."""
+    async with running(make_config(model, server=on_disk(tmp_path))) as server:
+        visitor = await server.visitor()
+        with locked(tmp_path):
+            await visitor.ask("Hello")  # that fails; the next try is a second away
+        assert not server.hub.store.durable
+        history = await visitor.history()
+    assert len(errors_in(caplog)) == 1
+    caplog.clear()
+    assert kept_messages(tmp_path, visitor.id) == history
+    assert len(history) == 2
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 600])
+async def test_long_conversations(first: int, serve: Serve, disk: Disk, tmp_path: Path) -> None:
+    """However much was said during one slow write: after a restart it is what it was in memory."""
+    folder = tmp_path / "state"
+    server = await serve(server=on_disk(folder))
+    visitor = await server.visitor()
+    session = server.hub.sessions[visitor.id]
+
+    def remember(count: int) -> None:
+        for _ in range(count):
+            session.remember("user", f"message {session.message_count}")
+        session.store.touch(session)
+
+    for number, (before, meanwhile, after) in enumerate([(first, 700, 0), (1, 1, 1), (0, 501, 2)]):
+        await written(server)
+        seen = disk.commits
+        disk.free.clear()
+        remember(before)
+        if before:
+            await until(lambda seen=seen: disk.commits > seen)  # type: ignore[misc]
+        remember(meanwhile)
+        disk.free.set()
+        await written(server)
+        for _ in range(after):
+            remember(1)
+            await written(server)
+        copy = snapshot(folder, tmp_path / str(number))
+        async with running(make_config(server=on_disk(copy))) as restarted:
+            again = restarted.hub.sessions[visitor.id]
+            assert again.history == session.history
+            assert again.message_count == session.message_count
+            assert len(query(copy, "SELECT number FROM message")) == lf.MAX_HISTORY
+
+
+async def test_without_a_state_dir_nothing_is_written(
+    serve: Serve, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """state_dir = "" keeps everything in memory."""
+    monkeypatch.chdir(tmp_path)
+    async with running(make_config(None, tmp_path)) as server:
+        visitor = await server.visitor()
+        await visitor.ask()
+        assert (await server.call("DELETE", f"/api/session/{visitor.id}")).status == 200
+        assert not [t for t in threading.enumerate() if t.name.startswith("leflux-store")]
+    assert files_in(tmp_path) == set()
+
+
+async def test_state_directory_of_systemd(tmp_path: Path) -> None:
+    """$STATE_DIRECTORY overrides state_dir; of several the first one counts."""
+    more = '[server]\nstate_dir = "unused"\n'
+    folder = tmp_path / "first"
+    async with program(tmp_path, more, STATE_DIRECTORY=f"{folder}:{tmp_path / 'second'}") as run:
+        await (await run.server.visitor()).ask()
+        assert len(query(folder, "SELECT * FROM session")) == 1
+    assert files_in(tmp_path) == {"config.toml", "first"}
+
+
+# ---------------------------------------------------------------------------------------------
+# Store: what stops the start
+
+
+async def test_unusable_databases_stop_the_start(kept: Path, tmp_path: Path) -> None:
+    """A damaged, newer or unusable database stops the start with one clear line, and is left
+    alone."""
+    (tmp_path / "c.toml").write_text('[[sites]]\nid = "shop"\nname = "Shop"\n')
+
+    async def start(folder: Path) -> tuple[int, str, str]:
+        config = ("--config", str(tmp_path / "c.toml"))
+        return await run_program(*config, LEFLUX_PORT="0", STATE_DIRECTORY=str(folder))
+
+    folders = []
+    for number, name in enumerate(DAMAGES):
+        folders.append(tmp_path / str(number))
+        shutil.copytree(kept, folders[-1])
+        damage(folders[-1], name)
+    newer = folders[DAMAGES.index("PRAGMA user_version = 99")]
+    untouched = (newer / "leflux.db").read_bytes()
+    for half in (0, 1):  # not all of them at once
+        chosen = range(half, len(folders), 2)
+        results = await asyncio.gather(*(start(folders[n]) for n in chosen))
+        for number, (code, out, err) in zip(chosen, results, strict=True):
+            assert code not in (0, 1), (DAMAGES[number], err)
+            assert out == ""
+            assert err.count("\n") == 1, (DAMAGES[number], err)
+            assert str(folders[number] / "leflux.db") in err
+    assert (newer / "leflux.db").read_bytes() == untouched
+
+
+async def test_locked_database_stops_the_start(kept: Path) -> None:
+    """A database that another program holds locked stops the start with one line."""
+    with locked(kept), pytest.raises(lf.ConfigError, match=r"leflux\.db.*locked"):
+        async with running(make_config(server=on_disk(kept))):
+            pass
+    async with running(make_config(server=on_disk(kept))) as server:
+        assert len(server.hub.sessions) == 4
+
+
+@pytest.mark.parametrize("old", [False, True])
+async def test_disk_that_takes_nothing_stops_the_start(
+    old: bool, kept: Path, tmp_path: Path
+) -> None:
+    """Where nothing can be written, the start ends with one line and a code that is not 0."""
+    folder = kept if old else tmp_path / "new"
+    (tmp_path / "c.toml").write_text('[[sites]]\nid = "shop"\nname = "Shop"\n')
+    command = 'ulimit -f 0; exec "$0" "$@"'
+    child = await asyncio.create_subprocess_exec(
+        *("sh", "-c", command, sys.executable, lf.__file__, "--config", str(tmp_path / "c.toml")),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "LEFLUX_PORT": "0", "STATE_DIRECTORY": str(folder)},
+    )
+    out, err = await asyncio.wait_for(child.communicate(), PATIENCE_SECONDS)
+    assert child.returncode not in (0, 1, None)
+    assert out == b""
+    assert err.count(b"\n") == 1, err
+    assert str(folder / "leflux.db").encode() in err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
+async def test_read_only_database_stops_the_start(kept: Path) -> None:
+    """A database that may only be read stops the start with one line."""
+    for path, mode in ((kept / "leflux.db", 0o400), (kept, 0o500)):
+        path.chmod(mode)
+        with pytest.raises(lf.ConfigError, match=r"leflux\.db"):
+            async with running(make_config(server=on_disk(kept))):
+                pass
+        path.chmod(0o700)
+
+
+async def test_damage_anywhere(kept: Path, tmp_path: Path) -> None:
+    """Wherever bytes of the file are wrong: it starts and serves, or stops with one line."""
+    whole = (kept / "leflux.db").read_bytes()
+    dice = random.Random(8)
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    config, started = make_config(server=on_disk(folder)), 0
+    refused: list[str] = []
+    for number in range(60):
+        length = dice.choice([1, 16, 400])
+        # Every other time in the file's header and its schema, where it matters most.
+        place = dice.randrange(4096 if number % 2 else len(whole) - length)
+        piece = dice.choice([bytes(length), b"\xff" * length, dice.randbytes(length)])
+        (folder / "leflux.db").write_bytes(whole[:place] + piece + whole[place + length :])
+        try:
+            async with running(config) as server:
+                started += 1
+                assert (await server.call("GET", "/health")).status == 200
+        except lf.ConfigError as error:
+            refused.append(str(error))
+        for path in folder.iterdir():
+            path.unlink()
+    assert started
+    assert refused
+    assert not [line for line in refused if "\n" in line or str(folder / "leflux.db") not in line]
+
+
+async def test_one_server_a_state_dir(tmp_path: Path) -> None:
+    """A second server on the same folder does not start, and changes nothing there."""
+    config = make_config(server={"state_dir": str(tmp_path)})
+    async with lf.serving(config):
+        with pytest.raises(lf.ConfigError, match="in use by another leflux"):
+            async with lf.serving(config):
+                pass
+    async with lf.serving(config):
+        pass
+
+
+# ---------------------------------------------------------------------------------------------
+# Restart
+
+STRANGE_TEXT = 'Grüße 👋🏽 \x00 \x7f "q" \\ \u2028 </script> {"a": [null, 1e400]} ' + "\n\t" * 3
+
+
+async def test_session_goes_on_after_a_restart(model: FakeModel, tmp_path: Path) -> None:
+    """A session goes on where it was: same id, history, page and next seq, and what was asked
+    before is answered as before."""
+    config = make_config(model, server=on_disk(tmp_path))
+    async with running(config) as server:
+        visitor = await server.visitor()
+        model.scripts.append(reply(STRANGE_TEXT))
+        await visitor.ask(f"Q {STRANGE_TEXT}")
+        first_id = await visitor.chat("Again", clientMessageId="one")
+        last_seq = (await visitor.turn())[-1]["seq"]
+        before = await visitor.get()
+        created = server.hub.sessions[visitor.id].created_at
+    asked = len(model.requests)
+    async with running(config) as visitor.server:
+        after = await visitor.get()
+        assert after.raw == before.raw
+        assert after.body["history"][1] == {"role": "assistant", "content": STRANGE_TEXT}
+        session = visitor.server.hub.sessions[visitor.id]
+        assert session.created_at == created
+        joined = await visitor.connect(last_seq)
+        assert joined["restored"] is True
+        assert joined["history"] == before.body["history"]
+        assert await visitor.chat("Again", clientMessageId="one") == first_id
+        assert len(model.requests) == asked
+        assert (await visitor.ask("New", clientMessageId="two"))["event"] == "message_done"
+        assert visitor.frames[-2]["seq"] == last_seq + 1
+        assert "Q Grüße" in model.prompt()
+        stats = (await visitor.server.call("GET", "/api/stats")).body
+        assert stats["activeSessions"] == 1
+
+
+async def test_idle_sessions_do_not_come_back(tmp_path: Path) -> None:
+    """After a restart a session older than the idle limit is not found, and off the disk."""
+    config = make_config(server=on_disk(tmp_path))
+    async with running(config) as server:
+        old, young = await server.visitor(), await server.visitor()
+        await old.ask("SECRET")
+        await young.ask("Hello")
+    age = """UPDATE session SET state =
+        json_set(state, '$.active', json_extract(state, '$.active') - ?)
+        WHERE json_extract(state, '$.id') = ?"""
+    with opened(tmp_path) as db:
+        db.execute(age, (30 * 60, old.id))
+        db.execute(age, (30 * 60 - 60, young.id))
+    async with running(config) as server:
+        old.server = young.server = server
+        assert (await old.get()).error == (404, "session_not_found")
+        assert (await young.get()).status == 200
+        await until(lambda: not traces(tmp_path, "SECRET", old.id))
+        server.age(young, 61)  # the idle time goes on, it does not begin again
+        assert (await young.get()).error == (404, "session_not_found")
+
+
+async def test_database_of_version_1(tmp_path: Path) -> None:
+    """What an older leflux has kept of sites and usage stays; its chats do not."""
+    with opened(tmp_path) as db:
+        db.executescript(
+            """
+            CREATE TABLE session (id TEXT PRIMARY KEY, state TEXT NOT NULL) WITHOUT ROWID;
+            CREATE TABLE message (
+                session TEXT, number INTEGER, body TEXT NOT NULL, PRIMARY KEY (session, number)
+            ) WITHOUT ROWID;
+            CREATE TABLE usage (
+                site TEXT, day TEXT, messages INTEGER NOT NULL, tokens INTEGER NOT NULL,
+                PRIMARY KEY (site, day)
+            ) WITHOUT ROWID;
+            CREATE TABLE site (id TEXT PRIMARY KEY, base BLOB, patch BLOB NOT NULL) WITHOUT ROWID;
+            INSERT INTO session VALUES ('old', '{}');
+            INSERT INTO usage VALUES ('shop', '2999-01-01', 5, 70);
+            PRAGMA user_version = 1;
+            """
+        )
+    async with running(make_config(server=on_disk(tmp_path))) as server:
+        visitor = await server.visitor()
+        await visitor.ask("Hello")
+        assert len(kept_messages(tmp_path, visitor.id)) == 2
+        assert ("shop", "2999-01-01", 5, 70) in query(tmp_path, "SELECT * FROM usage")
+
+
+async def test_sessions_of_sites_that_are_gone(tmp_path: Path) -> None:
+    """Sessions of a site that is no longer configured do not come back."""
+    async with running(make_config(server=on_disk(tmp_path))) as server:
+        visitor = await server.visitor()
+        await visitor.ask("SECRET")
+    async with running(make_config(server=on_disk(tmp_path), sites=[OTHER])) as server:
+        assert server.hub.sessions == {}
+        await until(lambda: not traces(tmp_path, "SECRET", visitor.id))
+
+
+@pytest.mark.parametrize(
+    ("event", "script", "shown"), [end for end in LAST_EVENTS if end[0][0] != "c"]
+)
+async def test_missed_end_of_a_turn(
+    event: str, script: list[bytes], shown: str, model: FakeModel, tmp_path: Path
+) -> None:
+    """A client that missed the last event of a finished turn in a crash gets it with lastSeq, and
+    one that has seen it does not get it again."""
+    server_of = [make_config(model, server=on_disk(tmp_path / n)) for n in ("one", "two")]
+    async with running(server_of[0]) as server:
+        visitor = await server.visitor()
+        model.scripts.append(script)
+        await visitor.chat(pageContext=SHOWN)
+        end = (await visitor.turn())[-1]
+        assert end["event"] == event
+        snapshot(tmp_path / "one", tmp_path / "two")
+    async with running(server_of[1]) as visitor.server:
+        for last_seq in (None, 0, end["seq"] - 1):
+            await visitor.connect(last_seq)
+            assert await visitor.next() == end
+            await visitor.expect_open()
+        await visitor.connect(end["seq"])
+        await visitor.ws.send_str("barrier")
+        assert (await visitor.next())["event"] == "error"
+        await visitor.ask()
+        assert visitor.frames[-2]["seq"] == end["seq"] + 1
+
+
+async def test_kill_cuts_off_turns_and_tasks(tmp_path: Path, model: FakeModel) -> None:
+    """Turns and tasks that kill -9 cuts off, wherever they are, end with a message that says so;
+    its seq is above all that was seen, and the conversation goes on."""
+    more = f'[llm]\nbase_url = "{model.url}"\n[limits]\ninit_per_minute = 100\n'
+    begun = sse(chunk('{"message": "Half'))
+    cut: dict[str, Visitor] = {}
+    async with program(tmp_path, more) as run:
+        for name in ("silent", "streaming", "acting", "acted", "confirming", "going on"):
+            visitor = cut[name] = await run.server.visitor()
+            if name in ("silent", "streaming"):
+                model.scripts.append([begun, forever] if name == "streaming" else [forever])
+            else:
+                element = 2 if name == "confirming" else 1
+                model.scripts.append(act("Going", {**CLICK, "elementId": element}))
+            await visitor.chat("Do it", pageContext=SHOWN)
+            if name == "silent":
+                continue
+            last = await visitor.next()
+            while last["event"] not in ("action_plan", "confirmation_required"):
+                if name == "streaming":
+                    break
+                last = await visitor.next()
+            if name in ("acted", "going on"):
+                plan = last["data"]["actions"][0]
+                result = {"success": True}
+                await visitor.send("action_complete", actionId=plan["id"], result=result)
+            if name == "going on":
+                model.scripts.append([begun, begun, forever])
+                await visitor.send("continue_task", context=SHOWN)
+                last = await visitor.next()
+            if name != "going on":
+                await visitor.expect_open()
+        run.child.kill()
+        await run.end()
+    for _ in range(2):  # and once more, before anybody has come back
+        async with program(tmp_path, more) as run:
+            assert (await run.server.call("GET", "/health")).status == 200
+            run.child.kill()
+            await run.end()
+    async with program(tmp_path, more) as run:
+        for name, visitor in cut.items():
+            visitor.server = run.server
+            seen = max((frame["seq"] for frame in visitor.frames), default=0)
+            await visitor.connect(seen)
+            end = await visitor.next()
+            assert end["event"] == "message", name
+            assert end["data"] == {"text": lf.RESTARTED}
+            assert seen < end["seq"] < 2**53
+            assert (await visitor.history())[0] == ("user", "Do it")
+            assert (await visitor.history())[-1] == ("assistant", lf.RESTARTED)
+            await visitor.send("continue_task", context=SHOWN)
+            await visitor.send("confirmation_response", confirmed=True)
+            await visitor.expect_open()
+            assert visitor.frames[-2] == end  # the old task is over
+            await visitor.ask("Go on")
+            assert visitor.frames[-2]["seq"] == end["seq"] + 1
+
+
+class Echo(deque[Any]):
+    """The scripts of a model that says what it was asked, in pieces."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def popleft(self) -> Any:
+        async def answer(request: web.Request) -> web.StreamResponse:
+            asked = (await request.json())["messages"][-1]["content"]
+            said = json.dumps({"message": "re: " + asked.split("\n\n")[-1]})
+            response = web.StreamResponse()
+            await response.prepare(request)
+            for start in range(0, len(said), 8):
+                await response.write(sse(chunk(said[start : start + 8])))
+            await response.write(sse("[DONE]"))
+            return response
+
+        return answer
+
+
+@dataclasses.dataclass
+class Talker:
+    """A visitor who talks as fast as possible, and keeps book."""
+
+    name: str
+    visitor: Visitor | None = None
+    tried: int = 0
+    acknowledged: list[str] = dataclasses.field(default_factory=list)
+    heard: list[str] = dataclasses.field(default_factory=list)
+    last_seq: int = 0
+
+    async def talk(self, server: Server) -> None:
+        """Talk until the server dies."""
+        with contextlib.suppress(aiohttp.ClientError, ConnectionError):
+            if self.visitor is None:
+                visitor = await server.visitor(connect=False)
+            else:
+                visitor = self.visitor
+                visitor.server = server
+            path = f"/?sessionId={visitor.id}&lastSeq={self.last_seq}"
+            visitor.ws = await server.socket(path)
+            while True:
+                self.tried += 1
+                text = f"{self.name} says {self.tried}"
+                assert (await visitor.post(text)).status == 200
+                self.visitor = visitor
+                self.acknowledged.append(text)
+                if not await self.hear(visitor.ws, f"re: {text}"):
+                    return
+                self.heard.append(f"re: {text}")
+
+    async def hear(self, ws: aiohttp.ClientWebSocketResponse, expected: str) -> bool:
+        """Hear frames up to a reply; False if the line is cut."""
+        while (message := await ws.receive(PATIENCE_SECONDS)).type is WSMsgType.TEXT:
+            frame = json.loads(message.data)
+            if frame["event"] != "session_joined":
+                assert frame["seq"] > self.last_seq
+                self.last_seq = frame["seq"]
+            if frame["event"] == "message_done" and frame["data"]["text"] == expected:
+                return True
+        return False
+
+    async def check(self, server: Server) -> None:
+        """Nothing that was acknowledged or heard is lost, out of order or there twice."""
+        if self.visitor is None:
+            return
+        self.visitor.server = server
+        history = await self.visitor.history()
+        for role, expected in (("user", self.acknowledged), ("assistant", self.heard)):
+            kept = [text for one, text in history if one == role]
+            assert len(set(kept) - {lf.RESTARTED}) == len([t for t in kept if t != lf.RESTARTED])
+            assert [text for text in kept if text in expected] == expected
+
+
+async def test_kill_under_load(tmp_path: Path, model: FakeModel) -> None:
+    """However often kill -9 strikes while visitors chat: no acknowledged message and no reply
+    whose message_done was seen is lost, and the database is whole."""
+    limits = "init_per_minute = 1000\nchat_per_minute = 100000"
+    more = f'[llm]\nbase_url = "{model.url}"\n[limits]\n{limits}\n'
+    model.scripts = Echo()
+    dice, kills = random.Random(4), 8
+    talkers = [Talker(f"talker {number}") for number in range(6)]
+    for kill in range(kills):
+        async with program(tmp_path, more) as run:
+            for talker in talkers:
+                await talker.check(run.server)
+            talks = [asyncio.create_task(talker.talk(run.server)) for talker in talkers]
+            enough = sum(len(t.acknowledged) for t in talkers) + dice.randrange(10, 120)
+            await until(
+                lambda enough=enough, talks=talks: (  # type: ignore[misc]
+                    sum(len(t.acknowledged) for t in talkers) >= enough
+                    or any(talk.done() for talk in talks)
+                )
+            )
+            run.child.kill()
+            await run.end()
+            await asyncio.gather(*talks)
+        copy = snapshot(tmp_path, tmp_path / f"killed-{kill}")
+        assert query(copy, "PRAGMA integrity_check") == [("ok",)]
+        assert query(copy, "PRAGMA foreign_key_check") == []
+    async with program(tmp_path, more) as run:
+        for talker in talkers:
+            await talker.check(run.server)
+            assert talker.acknowledged
+            assert talker.heard
+        run.child.send_signal(signal.SIGTERM)
+        code, log = await run.end()
+    assert code == 0
+    assert " ERROR " not in log
+
+
+async def test_shutdown_flushes_everything(tmp_path: Path, model: FakeModel) -> None:
+    """SIGTERM: the end of every turn is heard and on disk, the cut-off ones too, exit code 0."""
+    settings = "[server]\nshutdown_seconds = 0.2\n[limits]\nsite_tokens_per_day = 1000000\n"
+    more = f'[llm]\nbase_url = "{model.url}"\n{settings}'
+    async with program(tmp_path, more) as run:
+        done, streaming, confirming = [await run.server.visitor() for _ in range(3)]
+        model.scripts.append(act("Shall I?", {**CLICK, "elementId": 2}))
+        await confirming.ask("Delete it", pageContext=SHOWN)
+        model.scripts.append([sse(chunk("Half")), forever])
+        await streaming.chat("Long")
+        await streaming.next()
+        await done.chat("Short")
+        run.child.send_signal(signal.SIGTERM)
+        ends = [(await visitor.turn())[-1] for visitor in (done, streaming, confirming)]
+        for visitor in (done, streaming, confirming):
+            assert (await read_close(visitor.ws))[1] == 1001
+        assert (await run.end())[0] == 0
+    assert files_in(tmp_path) == {"config.toml", "leflux.db"}
+    assert kept_messages(tmp_path, done.id) == [("user", "Short"), ("assistant", "ok")]
+    assert kept_messages(tmp_path, streaming.id) == [
+        ("user", "Long"),
+        ("assistant", f"Half{lf.CUT_SHORT}"),
+    ]
+    assert kept_messages(tmp_path, confirming.id)[-1] == ("assistant", lf.INTERRUPTED)
+    assert [end["event"] for end in ends] == ["message_done", "message_done", "message"]
+    async with program(tmp_path, more) as run:
+        for visitor, end in zip((done, streaming, confirming), ends, strict=True):
+            visitor.server = run.server
+            await visitor.connect(end["seq"] - 1)
+            assert await visitor.next() == end
+            assert await visitor.history() == kept_messages(tmp_path, visitor.id)
+
+
+# ---------------------------------------------------------------------------------------------
+# Budgets
+
+FRUGAL: Json = {**SHOP, "refusal": REFUSAL}
+BUDGET_SPENT = (429, "budget_exceeded")
+NOON = datetime(2026, 2, 28, 12, tzinfo=UTC).timestamp()
+
+
+def frugal_hub(**limits: int) -> tuple[lf.Hub, lf.Site]:
+    """A hub with a model that is never asked, and its site."""
+    config = make_config(limits=limits, sites=[FRUGAL, OTHER])
+    hub = lf.Hub(config=config, knowledge={}, started=0, store=lf.Store(None))
+    hub.model = cast(Any, object())
+    return hub, config.sites[0]
+
+
+def used_tokens(server: Server, site_id: str = "shop") -> tuple[int, int]:
+    """The tokens a site has spent, and those set aside."""
+    now = cast(Any, lf).time.time()  # as the server sees it
+    usage = lf.usage_today(server.hub, site_id, now)
+    return usage.tokens, usage.reserved
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same_day"),
+    [
+        ("2026-02-28T00:00:00+00:00", "2026-02-28T23:59:59.999+00:00", True),
+        ("2026-02-28T23:59:59.999+00:00", "2026-03-01T00:00:00+00:00", False),
+        ("2026-02-28T23:00:00-05:00", "2026-03-01T10:00:00+00:00", True),
+        ("2026-02-28T10:00:00+00:00", "2026-03-28T10:00:00+00:00", False),
+    ],
+)
+def test_budgets_are_for_a_utc_day(first: str, second: str, same_day: bool) -> None:
+    """Messages and tokens are counted in UTC days; a new day begins with nothing used."""
+    hub, site = frugal_hub(site_messages_per_day=2, site_tokens_per_day=100)
+    now, later = (datetime.fromisoformat(day).timestamp() for day in (first, second))
+    lf.settle_tokens(hub, site, lf.admit(hub, site, 2, 100, now), 100, 90)
+    usage = lf.usage_today(hub, site.id, later)
+    assert (usage.messages, usage.tokens) == ((2, 90) if same_day else (0, 0))
+    if same_day:
+        with pytest.raises(lf.ApiError):
+            lf.admit(hub, site, 1, 1, later)
+    else:
+        lf.admit(hub, site, 2, 100, later)
+
+
+@pytest.mark.parametrize(
+    ("limits", "used", "wanted", "fits"),
+    [  # limits, used and wanted: (messages, tokens)
+        ((0, 0), (10**9, 10**9), (1, 10**9), True),
+        ((3, 0), (2, 10**9), (1, 10**9), True),
+        ((3, 0), (3, 0), (1, 0), False),
+        ((3, 0), (3, 0), (0, 10), True),  # the next call for a message that is counted
+        ((0, 100), (10**9, 60), (1, 40), True),
+        ((0, 100), (0, 60), (1, 41), False),
+        ((0, 100), (0, 160), (0, 1), False),
+        ((3, 100), (2, 60), (1, 41), False),
+        ((3, 100), (3, 10), (1, 10), False),
+    ],
+)
+def test_budget_that_is_left(
+    limits: tuple[int, int], used: tuple[int, int], wanted: tuple[int, int], fits: bool
+) -> None:
+    """What fits into both budgets is admitted, 0 is no limit; what is refused counts as nothing."""
+    hub, site = frugal_hub(site_messages_per_day=limits[0], site_tokens_per_day=limits[1])
+    usage = lf.usage_today(hub, site.id, NOON)
+    usage.messages, usage.tokens = used
+    if fits:
+        assert lf.admit(hub, site, *wanted, NOON) is usage
+        assert (usage.messages, usage.reserved) == (used[0] + wanted[0], wanted[1])
+        assert lf.admit(hub, hub.config.sites[1], *wanted, NOON) is not usage
+    else:
+        with pytest.raises(lf.ApiError) as caught:
+            lf.admit(hub, site, *wanted, NOON)
+        assert (caught.value.status, caught.value.code) == BUDGET_SPENT
+        assert caught.value.message == REFUSAL
+        assert (usage.messages, usage.tokens, usage.reserved) == (*used, 0)
+
+
+def test_call_over_midnight() -> None:
+    """A call that ends on the next day is charged to the day on which it began."""
+    hub, site = frugal_hub(site_tokens_per_day=100)
+    usage = lf.admit(hub, site, 1, 100, NOON)
+    tomorrow = lf.admit(hub, site, 1, 100, NOON + 86400)
+    lf.settle_tokens(hub, site, usage, 100, 70)
+    assert (usage.tokens, usage.reserved) == (70, 0)
+    assert (tomorrow.tokens, tomorrow.reserved) == (0, 100)
+
+
+async def test_messages_per_day(serve: Serve, model: FakeModel, clock: Clock) -> None:
+    """After site_messages_per_day: 429 budget_exceeded with the site's refusal, until the next UTC
+    day; for this site alone, and the refused message leaves no trace."""
+    clock.stopped_at = NOON
+    limits = {"site_messages_per_day": 2}
+    server = await serve(model, limits=limits, sites=[FRUGAL, OTHER])
+    visitor, second = await server.visitor(), await server.visitor()
+    await visitor.ask("One", clientMessageId="one")
+    await second.ask("Two")
+    answer = await visitor.post("Three", clientMessageId="three")
+    assert answer.error == BUDGET_SPENT
+    assert answer.body["message"] == REFUSAL
+    assert (await second.post("Four")).error == BUDGET_SPENT
+    assert await visitor.history() == [("user", "One"), ("assistant", "ok")]
+    assert len(model.requests) == 2
+    assert (await visitor.post("One", clientMessageId="one")).status == 200  # it is counted already
+    await (await server.visitor("https://other.example")).ask()
+    clock.stopped_at = NOON + 12 * 3600 - 1
+    assert (await visitor.post("Five")).error == BUDGET_SPENT
+    clock.stopped_at += 1
+    assert (await visitor.ask("Three", clientMessageId="three"))["data"]["text"] == "ok"
+
+
+async def test_refused_requests_cost_nothing(serve: Serve, model: FakeModel) -> None:
+    """Only a message that is taken counts: none that is invalid, too fast or from a stranger."""
+    limits = {"site_messages_per_day": 2, "chat_per_minute": 1}
+    server = await serve(model, limits=limits)
+    visitor = await server.visitor()
+    assert (await visitor.post("")).status == 400
+    assert (await visitor.post("x", pageContext=5)).status == 400
+    visitor.origin = "https://other.example"
+    assert (await visitor.post()).status == 404
+    visitor.origin = ORIGIN
+    await visitor.ask()
+    assert (await visitor.post()).error == (429, "rate_limit_exceeded")
+    assert lf.usage_today(server.hub, "shop", time.time()).messages == 1
+
+
+@pytest.mark.parametrize("limit", [0, 1_000_000])
+async def test_tokens_are_settled_with_reported_usage(
+    limit: int, serve: Serve, model: FakeModel
+) -> None:
+    """Tokens are set aside before a call, if there is a limit, and settled with its usage after."""
+    server = await serve(model, limits={"site_tokens_per_day": limit})
+    visitor = await server.visitor()
+    model.scripts.append([model.at_gate, *using(123)])
+    await visitor.chat("Hello " * 100)
+    await until(lambda: model.requests)
+    spent, reserved = used_tokens(server)
+    assert spent == 0
+    if limit:
+        prompt = sum(len(m["content"]) for m in model.requests[0]["messages"])
+        assert reserved >= prompt // 4 + model.requests[0]["max_tokens"]
+    model.gate.release()
+    await visitor.turn()
+    assert used_tokens(server) == (123, 0)
+    model.scripts.append(using(1000))
+    await visitor.ask()
+    assert used_tokens(server) == (1123, 0)
+
+
+async def test_tokens_are_estimated_where_none_are_reported(
+    server: Server, visitor: Visitor, model: FakeModel
+) -> None:
+    """Without usage 4 characters count as a token, of what was asked and what was said."""
+    expected = 0
+    scripts: list[Script] = [reply("x" * 4000), [sse(chunk("x" * 400)), cut_wire]]
+    for script in scripts:
+        model.scripts.append(script)
+        await visitor.ask("y" * 4000)
+        expected += sum(len(m["content"]) for m in model.requests[-1]["messages"]) // 4
+    expected += 4400 // 4
+    spent, reserved = used_tokens(server)
+    assert expected <= spent <= expected + 20  # and the JSON around the text
+    assert reserved == 0
+
+
+@with_config(limits={"site_tokens_per_day": 10_000})
+async def test_calls_that_fail_cost_nothing(
+    server: Server, visitor: Visitor, model: FakeModel
+) -> None:
+    """A call that a provider has refused is settled with nothing."""
+    model.scripts.append(status(401, {"error": {"message": "no"}}))
+    model.scripts.extend([status(500, {}, Retry_After="0")] * 3)
+    for _ in range(2):
+        assert (await visitor.ask())["data"]["isError"] is True
+    assert used_tokens(server) == (0, 0)
+
+
+@pytest.mark.parametrize("said", ["", "x" * 400])
+@with_config(limits={"site_tokens_per_day": 100_000})
+async def test_call_that_is_stopped(
+    said: str, server: Server, visitor: Visitor, model: FakeModel
+) -> None:
+    """A call that is stopped halfway pays for its prompt and what was said, and holds nothing."""
+    model.scripts.append([sse(chunk(said)), forever])
+    await visitor.chat()
+    await until(lambda: model.requests)
+    if said:
+        await visitor.next()
+    await visitor.send("stop")
+    await visitor.turn()
+    await until(lambda: not used_tokens(server)[1])
+    prompt = sum(len(m["content"]) for m in model.requests[0]["messages"]) // 4
+    assert used_tokens(server) == (prompt + len(said) // 4, 0)
+
+
+@pytest.mark.parametrize("how", ["message", "delete", "stop"])
+async def test_call_that_never_began(
+    how: str, serve: Serve, model: FakeModel, disk: Disk, tmp_path: Path
+) -> None:
+    """What was set aside for a call that is cancelled before it begins is given back."""
+    server = await serve(model, server=on_disk(tmp_path), limits={"site_tokens_per_day": 100_000})
+    visitor = await server.visitor()
+    await written(server)
+    seen = disk.commits
+    disk.free.clear()
+    posts = [asyncio.create_task(visitor.post("One"))]
+    await until(lambda: disk.commits > seen)
+    assert used_tokens(server)[1] > 0
+    if how == "message":
+        posts.append(asyncio.create_task(visitor.post("Two")))
+        await until(lambda: server.hub.messages_processed == 2)
+    elif how == "delete":
+        path = f"/api/session/{visitor.id}"
+        posts.append(asyncio.create_task(server.call("DELETE", path)))
+        await until(lambda: not server.hub.sessions)
+    else:
+        await visitor.send("stop")
+        await until(lambda: server.hub.sessions[visitor.id].task is None)
+    model.scripts.append(using(77))
+    disk.free.set()
+    await asyncio.gather(*posts)
+    if how == "message":
+        while (await visitor.turn())[-1]["data"]["text"] != "ok":
+            pass
+    assert used_tokens(server) == (77 if how == "message" else 0, 0)
+    assert len(model.requests) == (how == "message")
+
+
+@pytest.mark.parametrize("limits", [{"site_messages_per_day": 7}, {"site_tokens_per_day": 20_000}])
+async def test_parallel_requests_stay_within_the_budget(
+    limits: Json, serve: Serve, model: FakeModel
+) -> None:
+    """However many requests come at once: no more is admitted than the budget holds."""
+    server = await serve(model, limits={**limits, "init_per_minute": 1000})
+    visitors = [await server.visitor(connect=False) for _ in range(40)]
+    model.scripts.extend([[model.at_gate, *using(1500)]] * 40)
+    answers = await asyncio.gather(*(visitor.post() for visitor in visitors))
+    taken = [answer for answer in answers if answer.status == 200]
+    assert all(a.status == 200 or a.error == BUDGET_SPENT for a in answers)
+    if "site_messages_per_day" in limits:
+        assert len(taken) == 7
+    else:
+        assert 1 <= len(taken) < 20_000 / 1024
+        assert sum(used_tokens(server)) <= 20_000
+    for _ in visitors:
+        model.gate.release()
+    await until(lambda: not any(s.task for s in server.hub.sessions.values()))
+    assert used_tokens(server) == (1500 * len(taken), 0)
+    assert len(model.requests) == len(taken)
+
+
+@with_config(limits={"site_tokens_per_day": 20_000}, sites=[FRUGAL])
+async def test_budget_runs_out_in_the_middle_of_a_task(
+    server: Server, visitor: Visitor, model: FakeModel
+) -> None:
+    """A task whose next call does not fit the budget any more ends with the refusal."""
+    script = act("Going", CLICK)
+    usage = {"choices": [], "usage": {"total_tokens": 19_500}}
+    model.scripts.append([script[0].replace(b"data: [DONE]", sse(usage).strip())])
+    await visitor.chat(pageContext=SHOWN)
+    while (frame := await visitor.next())["event"] != "action_plan":
+        pass
+    plan = frame["data"]["actions"][0]
+    await visitor.send("action_complete", actionId=plan["id"], result={"success": True})
+    await visitor.send("continue_task", context=SHOWN)
+    end = (await visitor.turn())[-1]
+    assert (end["event"], end["data"]) == ("message", {"text": REFUSAL})
+    assert len(model.requests) == 1
+    assert (await visitor.history())[-1] == ("assistant", REFUSAL)
+    assert used_tokens(server) == (19_500, 0)
+    assert (await visitor.post()).error == BUDGET_SPENT
+    assert server.hub.sessions[visitor.id].task is None
+
+
+async def test_offline_guide_costs_no_tokens(serve: Serve) -> None:
+    """The offline guide answers whatever the token budget; its messages count."""
+    limits = {"site_tokens_per_day": 1, "site_messages_per_day": 2}
+    server = await serve(limits=limits)
+    visitor = await server.visitor()
+    for _ in range(2):
+        assert (await visitor.ask())["event"] == "message_done"
+    assert (await visitor.post()).error == BUDGET_SPENT
+    assert used_tokens(server) == (0, 0)
+
+
+async def test_usage_is_kept_across_restarts(
+    model: FakeModel, clock: Clock, tmp_path: Path
+) -> None:
+    """Usage is kept across restarts; a crash counts what was set aside as spent."""
+    clock.stopped_at = NOON
+    limits = {"site_messages_per_day": 3, "site_tokens_per_day": 50_000}
+    config = make_config(model, server=on_disk(tmp_path / "state"), limits=limits)
+    async with running(config) as server:
+        visitor = await server.visitor()
+        model.scripts.append(using(5000))
+        await visitor.ask()
+    async with running(config) as server:
+        assert used_tokens(server) == (5000, 0)
+        visitor = await server.visitor()
+        model.scripts.append([model.at_gate, *using(1)])
+        await visitor.chat()
+        await until(lambda: model.requests[1:])
+        await written(server)
+        reserved = used_tokens(server)[1]
+        crashed = snapshot(tmp_path / "state", tmp_path / "crashed")
+        model.gate.release()
+        await visitor.turn()
+    copy = make_config(model, server=on_disk(crashed), limits=limits)
+    for config_now, spent in ((config, 5001), (copy, 5000 + reserved)):
+        async with running(config_now) as server:
+            assert used_tokens(server) == (spent, 0)
+            visitor = await server.visitor()
+            await visitor.ask()
+            assert (await visitor.post()).error == BUDGET_SPENT
+    clock.stopped_at += 86400
+    async with running(config) as server:
+        await written(server)
+        assert query(tmp_path / "state", "SELECT * FROM usage") == []
+        await (await server.visitor()).ask()
+        assert lf.usage_today(server.hub, "shop", clock.time()).messages == 1
+
+
+@pytest.mark.parametrize("refusal", ["", 5, "x" * 501])
+def test_refusal_must_say_something(refusal: Any) -> None:
+    """A refusal is shown to visitors, so it is not empty."""
+    with pytest.raises(lf.ConfigError, match="refusal"):
+        make_config(sites=[{**SHOP, "refusal": refusal}])
+
+
+@pytest.mark.parametrize("total", [2**64 - 1, 10**400, float("inf"), -5, "many", None])
+async def test_absurd_usage_harms_nobody(
+    total: Any, serve: Serve, model: FakeModel, tmp_path: Path
+) -> None:
+    """Whatever number a provider reports, turns end, chats are answered and kept."""
+    server = await serve(model, server={"state_dir": str(tmp_path)})
+    visitor = await server.visitor()
+    for _ in range(2):
+        model.scripts.append([sse(chunk("Hi"), {"usage": {"total_tokens": total}}, "[DONE]")])
+        assert (await visitor.ask())["data"]["text"] == "Hi"
+    assert len(await visitor.history()) == 4
+
+
+# ---------------------------------------------------------------------------------------------
 # Knowledge
 
 GUIDEBOOK = """\
@@ -802,2330 +1908,6 @@ def test_knowledge_that_cannot_be_read(tmp_path: Path) -> None:
         config = make_config(folder=tmp_path, sites=[{**SHOP, "knowledge": [name]}])
         with pytest.raises(lf.ConfigError, match=rf"^sites\[0\]\.knowledge {name} "):
             lf.make_app(config)
-
-
-# ---------------------------------------------------------------------------------------------
-# The model client: what streams look like
-
-
-@dataclasses.dataclass
-class Quirk:
-    name: str
-    raw: bytes
-    text: str  # for the visitor
-    cut_short: bool = False
-    tokens: int | None = None
-
-
-DONE = sse("[DONE]")
-HELLO = sse(chunk("Hello"), chunk(" world"), "[DONE]")
-USAGE = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
-BOOM = {"error": {"message": "SECRET provider text", "code": "overloaded"}}
-THOUGHT = {"choices": [{"delta": {"reasoning": "hm", "reasoning_content": "so"}}]}
-ROLE = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
-END = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
-SPICY = 'Grüße 👋🏽 "q" \\ \n\ttab </data> \u2028 ]}}],"x":[{'
-
-QUIRKS = [
-    Quirk("plain", HELLO, "Hello world"),
-    Quirk("usual", sse(ROLE, chunk("Hello"), chunk(" world"), END, "[DONE]"), "Hello world"),
-    Quirk("crlf", HELLO.replace(b"\n", b"\r\n"), "Hello world"),
-    Quirk("cr", HELLO.replace(b"\n", b"\r"), "Hello world"),
-    Quirk("comments", b": hi\n\n" + HELLO.replace(b"\n\n", b"\n\n: ping\n\n:\n"), "Hello world"),
-    Quirk("fields", b"retry: 5\nid: 1\nevent: message\n" + HELLO, "Hello world"),
-    Quirk("no space", HELLO.replace(b"data: ", b"data:"), "Hello world"),
-    Quirk("single line ends", HELLO.replace(b"\n\n", b"\n"), "Hello world"),
-    Quirk("no done", sse(chunk("Hello"), chunk(" world")), "Hello world"),
-    Quirk("no last line end", sse(chunk("Hello"), chunk(" world")).rstrip(), "Hello world"),
-    Quirk("empty choices", sse({"choices": []}, chunk("Hi"), {"choices": []}), "Hi"),
-    Quirk("no choices", sse({"id": "x"}, chunk("Hi"), {"choices": None}), "Hi"),
-    Quirk("no delta", sse({"choices": [{"index": 0}]}, chunk("Hi"), END), "Hi"),
-    Quirk("null delta", sse({"choices": [{"delta": None}]}, chunk("Hi")), "Hi"),
-    Quirk("null choice", sse({"choices": [None]}, chunk("Hi")), "Hi"),
-    Quirk("null content", sse(chunk(None), chunk("Hi"), chunk(None)), "Hi"),
-    Quirk("odd content", sse(chunk(5), chunk("Hi"), chunk({"a": 1}), chunk(True)), "Hi"),
-    Quirk(
-        "parts",
-        sse(chunk([{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]), chunk([])),
-        "Hello",
-    ),
-    Quirk("odd parts", sse(chunk([None, "x", {"type": "image"}, {"text": "Hi"}])), "Hi"),
-    Quirk("usage", sse(chunk("Hi"), {"choices": [], "usage": USAGE}, "[DONE]"), "Hi", tokens=7),
-    Quirk("usage always", sse(chunk("Hi") | {"usage": USAGE}), "Hi", tokens=7),
-    Quirk("usage null", sse(chunk("Hi") | {"usage": None}, {"usage": {"a": 1}}), "Hi"),
-    Quirk("usage odd", sse(chunk("Hi"), {"choices": [], "usage": "many"}), "Hi"),
-    Quirk("reasoning", sse(THOUGHT, chunk("Hi"), THOUGHT), "Hi"),
-    Quirk("reasoning beside null", sse(chunk(None) | {"reasoning": "x"}, chunk("Hi")), "Hi"),
-    Quirk("think", sse(chunk("<thi"), chunk("nk>secret</th"), chunk("ink>Hi")), "Hi"),
-    Quirk("think in one", sse(chunk("<think>secret</think>"), chunk("Hi")), "Hi"),
-    Quirk("error null", sse(chunk("Hi") | {"error": None}), "Hi"),
-    Quirk("error first", sse(BOOM), ""),
-    Quirk("error later", sse(chunk("Hi"), BOOM), "Hi", cut_short=True),
-    Quirk("error then more", sse(chunk("a"), chunk("b"), BOOM, chunk("c")), "ab", cut_short=True),
-    Quirk("error as text", sse({"error": "SECRET provider text"}), ""),
-    Quirk("error object", sse({"object": "error", "message": "SECRET provider text"}), ""),
-    Quirk("html", b"<!doctype html>\n<html><body>\n\n<h1>502 SECRET</h1></body></html>", ""),
-    Quirk("nothing", b"", ""),
-    Quirk("only done", DONE, ""),
-    Quirk("only thoughts", sse(THOUGHT, THOUGHT, "[DONE]"), ""),
-    Quirk("no json", sse("nonsense", chunk("Hi"), "{", "[1,", "[DONE]"), "Hi"),
-    Quirk("scalars", sse("5", "null", '"error"', "[]", "true", chunk("Hi"), "{}"), "Hi"),
-    Quirk("no utf-8", b"data: \xff\xfe\n\n" + sse(chunk("Hi")), "Hi"),
-    Quirk("spicy", sse(chunk(SPICY), chunk(SPICY), END), SPICY * 2),
-    Quirk("escaped", b'data: {"choices":[{"delta":{"content":"\\ud83d\\ude00"}}]}\n\n' * 2, "😀😀"),
-    Quirk("two data lines", b'data: {"choices":[{"delta":\ndata: {"content":"Hi"}}]}\n\n', "Hi"),
-    Quirk("length", sse(chunk("Hi"), chunk("", finish_reason="length")), "Hi", cut_short=True),
-    Quirk("same", sse({"choices": [{"delta": {"role": "hi", "content": "hi"}}]}) * 3, "hihihi"),
-    Quirk("many", b"".join(sse(chunk(f"{n}") | {"id": n // 4}) for n in range(9)), "012345678"),
-    Quirk("final message", sse({"choices": [{"message": {"content": "Hi"}}]}), "Hi"),
-]
-QUIRK_TABLE = pytest.mark.parametrize("quirk", QUIRKS, ids=lambda quirk: quirk.name)
-
-
-def parse_stream(*reads: bytes) -> tuple[str, bool, int | None]:
-    """Parse a stream as it was read: its text, whether it was cut short, its tokens."""
-    completion, think = lf.Completion(), lf.ThinkFilter()
-    parser = lf.StreamParser(completion)
-    said = "".join(map(parser.feed, reads)) + parser.finish()
-    said = think.feed(said) + think.finish()
-    return (
-        said,
-        bool(said) and (completion.cut_short or parser.error is not None),
-        completion.tokens,
-    )
-
-
-@QUIRK_TABLE
-def test_stream_cut_anywhere(quirk: Quirk) -> None:
-    """A stream means the same, in one read or cut at any byte."""
-    expected = (quirk.text, quirk.cut_short, quirk.tokens)
-    assert parse_stream(quirk.raw) == expected
-    for at in range(len(quirk.raw)):
-        assert parse_stream(quirk.raw[:at], quirk.raw[at:]) == expected, quirk.raw[:at]
-    assert parse_stream(*(quirk.raw[i : i + 1] for i in range(len(quirk.raw)))) == expected
-
-
-@given(st.data())
-@settings(max_examples=150, deadline=None)
-def test_stream_of_any_texts(data: st.DataObject) -> None:
-    """Whatever the texts, and wherever the reads end, the text is that of a plain SSE reader."""
-    texts = data.draw(st.lists(st.text(max_size=20), max_size=12))
-    kinds = data.draw(st.lists(st.sampled_from([0, 1, 2]), min_size=12, max_size=12))
-    more: list[Json] = [{}, {"id": "x"}, {"usage": None}]
-    raw = b"".join(sse(chunk(t) | more[k]) for t, k in zip(texts, kinds, strict=False))
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=6)))
-    reads = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
-    parser = lf.StreamParser(lf.Completion())
-    assert "".join(map(parser.feed, reads)) + parser.finish() == "".join(texts)
-
-
-def test_stream_with_long_lines() -> None:
-    """A line of 2 MB is read like any other."""
-    raw = sse(chunk("Hel") | {"padding": "x" * 2_000_000}, chunk("lo")) + b":" + b"y" * 2_000_000
-    reads = [raw[i : i + 65536] for i in range(0, len(raw), 65536)]
-    assert parse_stream(*reads)[0] == "Hello"
-
-
-def expect_end(end: Json, text: str, cut_short: bool = False) -> None:
-    """Check the event that ends a turn: the whole text, or a message that says sorry."""
-    if text:
-        assert end["event"] == "message_done"
-        assert end["data"]["text"] == text + (lf.CUT_SHORT if cut_short else "")
-    else:
-        assert end["event"] == "message"
-        assert end["data"]["isError"] is True
-        assert end["data"]["text"]
-
-
-@QUIRK_TABLE
-async def test_stream_reaches_the_visitor(
-    quirk: Quirk, serve: Serve, model: FakeModel, caplog: Log
-) -> None:
-    """Every quirk of a provider's stream ends visibly, and its own texts stay with us."""
-    server = await serve(model)
-    visitor = await server.visitor()
-    model.scripts.append([quirk.raw])
-    await visitor.chat()
-    frames = await visitor.turn()
-    expect_end(frames[-1], quirk.text, quirk.cut_short)
-    if quirk.text:
-        assert deltas(frames) == frames[-1]["data"]["text"]
-    assert "SECRET" not in json.dumps(frames) + caplog.text
-
-
-async def test_stream_in_many_reads(serve: Serve, model: FakeModel) -> None:
-    """Pieces are relayed as they arrive, those of one read as one chunk."""
-    server = await serve(model)
-    visitor = await server.visitor()
-    parts = [sse(chunk("One ")), sse(chunk("two "), chunk("three ")), sse(chunk("four"), "[DONE]")]
-    model.scripts.append([step for part in parts for step in (part, model.at_gate)])
-    await visitor.chat()
-    for expected in ("One ", "two three ", "four"):
-        assert (await visitor.next())["data"]["delta"] == expected
-        model.gate.release()
-    assert (await visitor.turn())[-1]["data"]["text"] == "One two three four"
-
-
-async def test_html_with_status_200(serve: Serve, model: FakeModel) -> None:
-    """A web page instead of a stream ends in a message."""
-
-    async def page(_: web.Request) -> web.Response:
-        return web.Response(text="<html>SECRET</html>" * 1000, content_type="text/html")
-
-    server = await serve(model)
-    visitor = await server.visitor()
-    model.scripts.append(page)
-    expect_end(await visitor.ask(), "")
-
-
-# ---------------------------------------------------------------------------------------------
-# The model client: requests, retries, time-outs
-
-
-@with_config(llm={"model": "m-1", "temperature": 0.5, "max_tokens": 77})
-async def test_model_request(server: Server, model: FakeModel) -> None:
-    """A call asks for a stream and a json_schema reply, with the configured parameters."""
-    await (await server.visitor()).ask()
-    request = model.requests[0]
-    assert (request["model"], request["stream"]) == ("m-1", True)
-    assert (request["temperature"], request["max_tokens"]) == (0.5, 77)
-    assert request["stream_options"] == {"include_usage": True}
-    assert request["response_format"]["type"] == "json_schema"
-    assert request["response_format"]["json_schema"]["schema"]["properties"]["message"]
-    assert "Authorization" not in model.headers[0]
-
-
-async def test_model_gets_the_key(serve: Serve, model: FakeModel) -> None:
-    """The API key travels as a bearer token."""
-    config = dataclasses.replace(make_config(model), api_key="sk-key")
-    async with lf.serving(config) as (_, url), Server(url) as server:
-        await (await server.visitor()).ask()
-    assert model.headers[0]["Authorization"] == "Bearer sk-key"
-
-
-@pytest.mark.parametrize(
-    ("complaints", "expected"),
-    [
-        (
-            [complaint(name) for name in ("temperature", "stream_options", "json_schema")],
-            {
-                "temperature": None,
-                "stream_options": None,
-                "response_format": {"type": "json_object"},
-            },
-        ),
-        (
-            [complaint("'response_format' of type 'json_schema' is not supported")],
-            {"response_format": {"type": "json_object"}},
-        ),
-        (
-            [complaint("json_schema is not supported"), complaint("unknown: response_format", 422)],
-            {"response_format": None},
-        ),
-        ([complaint("Unrecognized request argument: stream_options")], {"stream_options": None}),
-        (
-            [complaint("Unsupported: 'max_tokens'. Use 'max_completion_tokens' instead.")],
-            {"max_tokens": None, "max_completion_tokens": 1024},
-        ),
-        (
-            [complaint("max_tokens is unknown"), complaint("max_completion_tokens is unknown")],
-            {"max_tokens": None, "max_completion_tokens": None},
-        ),
-        ([complaint("'temperature' does not support 0.2", 422)], {"temperature": None}),
-    ],
-)
-async def test_refused_parameters(
-    complaints: list[Script], expected: Json, server: Server, visitor: Visitor, model: FakeModel
-) -> None:
-    """A 400 or 422 that names a parameter drops it, at once and for the process."""
-    model.scripts.extend(complaints)
-    started = time.monotonic()
-    expect_end(await visitor.ask(), "ok")
-    assert time.monotonic() - started < 0.5  # no backoff
-    assert len(model.requests) == len(complaints) + 1
-    for name, value in expected.items():
-        assert model.requests[-1].get(name) == value
-    first = model.requests[0]
-    untouched = first.keys() - expected.keys() - {"messages"}
-    assert all(model.requests[-1][name] == first[name] for name in untouched)
-    assert not model.requests[-1].keys() - first.keys() - {"max_completion_tokens"}
-    stranger = await server.visitor()
-    expect_end(await stranger.ask(), "ok")  # another visitor does not pay for it again
-    assert len(model.requests) == len(complaints) + 2
-    assert model.requests[-1].keys() == model.requests[-2].keys()
-
-
-async def test_refused_parameter_of_concurrent_calls(server: Server, model: FakeModel) -> None:
-    """Calls that are refused at the same time drop the parameter once."""
-    visitors = [await server.visitor() for _ in range(4)]
-    model.scripts.extend([complaint("json_schema is not supported")] * 4)
-    for end in await asyncio.gather(*(visitor.ask() for visitor in visitors)):
-        expect_end(end, "ok")
-    assert model.requests[-1]["response_format"] == {"type": "json_object"}
-
-
-async def test_refused_parameter_that_is_old_news(server: Server, model: FakeModel) -> None:
-    """A late refusal does not bring back what was dropped meanwhile."""
-    late, quick = await server.visitor(), await server.visitor()
-    refuse = complaint("json_schema is not supported")
-
-    async def refuse_late(request: web.Request) -> web.StreamResponse:
-        await model.gate.acquire()
-        return await cast(Any, refuse)(request)  # type: ignore[no-any-return]
-
-    model.scripts.append(refuse_late)
-    await late.chat()
-    await until(lambda: model.requests)
-    model.scripts.extend([refuse, complaint("stream_options is not supported")])
-    expect_end(await quick.ask(), "ok")
-    model.gate.release()
-    expect_end((await late.turn())[-1], "ok")
-    assert "stream_options" not in model.requests[-1]
-    assert model.requests[-1]["response_format"] == {"type": "json_object"}
-
-
-BUSY = status(429, {"error": {"message": "SECRET"}}, Retry_After="0")
-BROKEN = [status(code, {"error": {"message": "SECRET"}}, Retry_After="0") for code in (500, 503)]
-
-
-@pytest.mark.parametrize(
-    ("scripts", "text", "calls"),
-    [
-        ([BUSY, reply("Hi")], "Hi", 2),
-        ([BROKEN[0], BROKEN[1], reply("Hi")], "Hi", 3),
-        ([BUSY, BUSY, BUSY, reply("never")], "", 3),
-        ([status(401, {"error": {"message": "SECRET"}})], "", 1),
-        ([status(400, {"error": {"message": "SECRET"}})], "", 1),
-        ([status(404, "SECRET")], "", 1),
-        ([[sse(BOOM)]], "", 1),
-    ],
-)
-async def test_retries(
-    scripts: list[Script], text: str, calls: int, visitor: Visitor, model: FakeModel, caplog: Log
-) -> None:
-    """429 and 5xx are retried twice; what a provider says reaches neither visitor nor log."""
-    model.scripts.extend(scripts)
-    started = time.monotonic()
-    expect_end(await visitor.ask(), text)
-    assert time.monotonic() - started < 0.45  # Retry-After: 0 is less than our backoff
-    assert len(model.requests) == calls
-    assert "SECRET" not in json.dumps(visitor.frames) + caplog.text
-    failures = sum(1 for script in scripts if callable(script))
-    logged = [r for r in caplog.records if re.search(r"HTTP [45]\d\d", r.getMessage())]
-    assert len(logged) >= min(failures, calls)  # but the status is
-
-
-async def test_retry_honours_retry_after(visitor: Visitor, model: FakeModel) -> None:
-    """The next attempt waits as long as the provider asks for."""
-    model.scripts.append(status(503, {}, Retry_After="0.9"))
-    started = time.monotonic()
-    expect_end(await visitor.ask(), "ok")
-    assert 0.9 <= time.monotonic() - started < 5
-
-
-@pytest.mark.parametrize(
-    ("header", "seconds"),
-    [
-        *[(None, None), ("3", 3), ("0", 0), ("0.5", 0.5), ("11", 10), ("86400", 10), ("-5", 0)],
-        *[("soon", None), ("", None), ("nan", None), ("Wed, 21 Oct 2015 07:28:00 GMT", 0)],
-    ],
-)
-def test_retry_after(header: str | None, seconds: float | None) -> None:
-    """Retry-After is honoured up to 10 s, as a number or as a date."""
-    assert lf.retry_after_seconds(header) == seconds
-
-
-def test_retry_after_date() -> None:
-    """A date in the future is so many seconds from now."""
-    later = format_datetime(datetime.now(UTC) + timedelta(seconds=5), usegmt=True)
-    seconds = lf.retry_after_seconds(later)
-    assert seconds is not None
-    assert 3 < seconds <= 5
-
-
-async def test_connection_errors_are_retried(visitor: Visitor, model: FakeModel) -> None:
-    """A connection that is reset before the first text is tried again."""
-    model.scripts.extend([reset, [b": hello\n\n", cut_wire]])
-    expect_end(await visitor.ask(), "ok")
-    assert len(model.requests) == 3
-
-
-async def test_no_model_at_all(serve: Serve, caplog: Log) -> None:
-    """An endpoint that refuses connections is tried three times, then the visitor is told."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-        server = await serve(llm={"base_url": f"http://127.0.0.1:{port}/v1"})
-        visitor = await server.visitor()
-        expect_end(await visitor.ask(), "")
-    assert [m for m in caplog.messages if "attempt" in m][-1].endswith("(attempt 3)")
-    assert await visitor.history() == [("user", "Hello"), ("assistant", lf.NO_ANSWER)]
-
-
-@pytest.mark.parametrize(
-    ("said", "shown"),
-    [
-        (sse(chunk("Half an ans")), "Half an ans"),
-        (sse(chunk('{"message": "Half an ans')), "Half an ans"),
-    ],
-)
-async def test_broken_stream_keeps_its_text(
-    said: bytes, shown: str, visitor: Visitor, model: FakeModel
-) -> None:
-    """A stream that breaks after text is not retried; it says that it was cut short."""
-    model.scripts.append([said, model.at_gate, cut_wire])
-    await visitor.chat()
-    assert (await visitor.next())["data"]["delta"] == shown
-    model.gate.release()
-    frames = await visitor.turn()
-    expect_end(frames[-1], shown, cut_short=True)
-    assert deltas(visitor.frames) == frames[-1]["data"]["text"]
-    assert len(model.requests) == 1
-
-
-async def test_stream_that_ends_early(visitor: Visitor, model: FakeModel) -> None:
-    """A stream that ends in the middle of its JSON says so, too."""
-    model.scripts.append([sse(chunk('{"message": "Half an ans'))])
-    expect_end(await visitor.ask(), "Half an ans", cut_short=True)
-
-
-@with_config(limits={"init_per_minute": 1000})
-async def test_many_visitors_at_once(server: Server, model: FakeModel) -> None:
-    """More than a hundred answers stream at the same time."""
-    visitors = [await server.visitor() for _ in range(130)]
-    model.scripts.extend([[sse(chunk("Half")), model.at_gate, sse(chunk(" done"))]] * 130)
-    for visitor in visitors:
-        await visitor.chat()
-    for visitor in visitors:
-        assert (await visitor.next())["data"]["delta"] == "Half"
-    for _ in visitors:
-        model.gate.release()
-    for visitor in visitors:
-        assert (await visitor.turn())[-1]["data"]["text"] == "Half done"
-
-
-async def test_endless_reply_is_cut(visitor: Visitor, model: FakeModel) -> None:
-    """A reply without end is cut off, its text so far is shown."""
-    model.scripts.append([*([sse(chunk("x" * 50_000))] * 10), forever])
-    end = await visitor.ask()
-    assert end["event"] == "message_done"
-    assert 100_000 < len(end["data"]["text"]) < 210_000
-    assert end["data"]["text"].endswith(lf.CUT_SHORT)
-
-
-async def pause(_: web.Request) -> None:
-    await asyncio.sleep(0.1)
-
-
-def http_chunks(*pieces: bytes) -> Callable[[web.Request], Awaitable[None]]:
-    """A step that writes pieces, each its own HTTP chunk, all at once."""
-
-    async def write(request: web.Request) -> None:
-        assert request.transport is not None
-        request.transport.write(b"".join(b"%x\r\n%b\r\n" % (len(one), one) for one in pieces))
-
-    return write
-
-
-@pytest.mark.parametrize("count", [16_384, 16_385, 100_000])  # aiohttp pauses there
-async def test_stream_that_is_paused(count: int, visitor: Visitor, model: FakeModel) -> None:
-    """So many HTTP chunks in one read that aiohttp pauses the stream: it goes on, to its end."""
-    line_ends = http_chunks(*[b"\n"] * count)
-    ending = http_chunks(sse(chunk("one")), sse(chunk(" two")), sse("[DONE]"))
-    model.scripts.append([b": hi\n\n", pause, line_ends, pause, ending, forever])
-    expect_end(await visitor.ask(), "one two")
-
-
-@pytest.mark.parametrize("said", ["", "Half"])
-async def test_timeouts_are_not_reset_by_comments(
-    said: str, serve: Serve, model: FakeModel, monkeypatch: Patch
-) -> None:
-    """Without first or further text in time the turn ends, whatever else arrives."""
-    monkeypatch.setattr(lf, "FIRST_TEXT_SECONDS", 30 if said else 0.3)
-    monkeypatch.setattr(lf, "NEXT_TEXT_SECONDS", 0.3 if said else 30)
-    server = await serve(model)
-    visitor = await server.visitor()
-    idle: list[Step] = [b": ping\n\n" + sse(THOUGHT), pause]
-    model.scripts.append([sse(chunk(said)), *idle * 100])
-    started = time.monotonic()
-    expect_end(await visitor.ask(), said, cut_short=bool(said))
-    assert 0.25 <= time.monotonic() - started < 3
-    await until(lambda: model.hung_up)
-
-
-@with_constants(FIRST_TEXT_SECONDS=1.2, NEXT_TEXT_SECONDS=1.2)
-async def test_steady_text_takes_its_time(visitor: Visitor, model: FakeModel) -> None:
-    """Text that keeps coming moves the deadline."""
-    model.scripts.append([sse(chunk("x")), pause] * 20)
-    expect_end(await visitor.ask(), "x" * 20)
-
-
-# ---------------------------------------------------------------------------------------------
-# What the model says
-
-
-def quoted(text: str, ensure_ascii: bool = True) -> str:
-    return json.dumps({"message": text}, ensure_ascii=ensure_ascii)
-
-
-@pytest.mark.parametrize(
-    ("raw", "text"),
-    [
-        (quoted("Hello"), "Hello"),
-        ('  \n{ "message" : "Hello" } ', "Hello"),
-        (quoted(SPICY), SPICY),
-        (quoted(SPICY, ensure_ascii=False), SPICY),
-        (r'{"message":"\/ \b\f\n\r\t \" \\ \u00e9"}', '/ \b\f\n\r\t " \\ é'),
-        (r'{"message":"\\u0041 \\\" \\"}', '\\u0041 \\" \\'),
-        (r'{"message":"\ud83d\ude00\uD83D\uDE00"}', "😀😀"),
-        (r'{"message":"a\ud83d b"}', "a\ufffd b"),
-        (r'{"message":"a\ude00b\ud83d"}', "a\ufffdb\ufffd"),
-        (r'{"message":"\ud83d\ud83d\ude00"}', "\ufffd😀"),
-        ('{"message":"two\nlines"}', "two\nlines"),
-        ('{"message":""}', ""),
-        ("{}", ""),
-        # Any key order, and only the top-level message.
-        ('{"action":null,"message":"Hi"}', "Hi"),
-        ('{"message":"Hi","action":null}', "Hi"),
-        ('{"message":"Hi","message":"no"}', "Hi"),
-        ('{"a":{"message":"no","b":["message","no"]},"message":"Hi"}', "Hi"),
-        ('{"a":[{"message":"no"}],"message":"Hi","z":{"message":"no"}}', "Hi"),
-        ('{"a":"message","message":"Hi"}', "Hi"),
-        ('{"a":["message"],"message":"Hi"}', "Hi"),
-        (r'{"a":"\"message\":\"no\"","message":"Hi"}', "Hi"),
-        (r'{"a\"":"\\","message":"Hi"}', "Hi"),
-        (r'{"mess\u0061ge":"Hi"}', "Hi"),
-        ('{"a":1.5e3,"b":true,"message":"Hi"}', "Hi"),
-        ('{"a":{"message":"no"}}', ""),
-        ('{"xmessage":"no","Message":"no"}', ""),
-        ('{"message":null}', ""),
-        ('{"message":5,"a":"no"}', ""),
-        ('{"message":["no"]}', ""),
-        ('{"message":{"message":"no"}}', ""),
-        ('{"message":"Hi"} and {"message":"no"}', "Hi"),
-        # Fences.
-        ('```json\n{"message":"Hi"}\n```', "Hi"),
-        ('```\n{"message":"Hi"}```', "Hi"),
-        ('\n```JSON {"message":"Hi"}\n```\n', "Hi"),
-        ("```python\nprint(1)\n```", "```python\nprint(1)\n```"),
-        ("``double`` ticks", "``double`` ticks"),
-        ("`", "`"),
-        # Plain text is the message.
-        ("Hello there!", "Hello there!"),
-        ("  Hello", "Hello"),
-        ('He said "message": no', 'He said "message": no'),
-        ("[1] is a footnote", "[1] is a footnote"),
-        ("{name}, hello", "{name}, hello"),
-        ("{'message': 'no'}", "{'message': 'no'}"),
-        ('{"a", "b"} is a set', '{"a", "b"} is a set'),
-        ("{", "{"),
-        ("", ""),
-        ("Grüße 👋🏽", "Grüße 👋🏽"),
-        # Thoughts are never shown.
-        ("<think>secret</think>Hi", "Hi"),
-        ('<think>{"message":"secret"}</think>{"message":"Hi"}', "Hi"),
-        ("<think>a</think>\n\nHi <think>b</think>there", "Hi there"),
-        ("<THINK>secret</Think>Hi", "Hi"),
-        ("<think>secret", ""),
-        ("<think>a < b </thin </think>Hi", "Hi"),
-        ('{"message":"a<think>secret</think>b"}', "ab"),
-        ("1 < 2 <b> <t", "1 < 2 <b> <t"),
-        ("<", "<"),
-        # Cut short.
-        ('{"message": "Hel', "Hel"),
-        ('{"message": "Hel\\', "Hel"),
-        ('{"message": "Hel\\u00', "Hel"),
-        ('{"message": "Hel\\ud83d', "Hel\ufffd"),
-        ('{"message": "Hel\\ud83d\\u', "Hel\ufffd"),
-        ('{"mess', ""),
-        ('{"message"', ""),
-        ('{"message":', ""),
-        ('{"message":"', ""),
-    ],
-)
-def test_reply_cut_anywhere(raw: str, text: str) -> None:
-    """The message of a reply is the same, in one piece or cut at any character."""
-
-    def read(*pieces: str) -> str:
-        reader = lf.ReplyReader()
-        return "".join(map(reader.feed, pieces)) + reader.finish()[0]
-
-    def shown(said: str) -> str:
-        return said if text or said.strip() else ""
-
-    assert shown(read(raw)) == text
-    for at in range(len(raw)):
-        assert shown(read(raw[:at], raw[at:])) == text, raw[:at]
-    assert shown(read(*raw)) == text
-
-
-@given(st.text(), st.booleans(), st.lists(st.integers(0, 300), max_size=5))
-@settings(max_examples=150, deadline=None)
-def test_reply_of_any_text(text: str, ascii_only: bool, cuts: list[int]) -> None:
-    """Any message comes out as it went in, however it is escaped and cut."""
-    text = text.replace("<", "")  # thoughts are another matter
-    raw = json.dumps({"a": {"message": text}, "message": text}, ensure_ascii=ascii_only)
-    reader, at = lf.ReplyReader(), 0
-    said = ""
-    for cut in sorted(cuts):
-        said += reader.feed(raw[at:cut])
-        at = max(at, cut)
-    said += reader.feed(raw[at:])
-    rest, reply_object = reader.finish()
-    assert said + rest == text
-    assert reply_object == {"a": {"message": text}, "message": text}
-
-
-def test_reply_streams_as_it_arrives() -> None:
-    """No text waits for the end of its string."""
-    reader = lf.ReplyReader()
-    pieces = ['{"mess', 'age": "Hel', "lo \\u00e", "9 wor", 'ld", "action"', ": null}"]
-    assert [reader.feed(piece) for piece in pieces] == ["", "Hel", "lo ", "é wor", "ld", ""]
-    reader = lf.ReplyReader()
-    assert [reader.feed(piece) for piece in ("Hel", "lo <t", "o> you")] == [
-        "Hel",
-        "lo ",
-        "<to> you",
-    ]
-
-
-def test_reply_object() -> None:
-    """The whole reply is there at the end, for what stands beside the message."""
-    reader = lf.ReplyReader()
-    action = {"type": "click_element", "elementId": 5}
-    reader.feed("<think>hm</think>```json\n" + json.dumps({"action": action, "message": "Hi"}))
-    assert reader.finish()[1] == {"action": action, "message": "Hi"}
-
-
-# ---------------------------------------------------------------------------------------------
-# The offline guide
-
-ELEMENTS: list[Json] = [
-    {"id": 1, "type": "a", "text": "Home", "href": "/"},
-    {"id": 2, "type": "a", "text": "Pricing", "href": "/pricing"},
-    {"id": 3, "type": "button", "text": "Book a demo"},
-    {"id": 4, "type": "button", "text": "Delete account", "disabled": True},
-    {"id": 5, "type": "input", "placeholder": "E-mail address", "inputType": "email"},
-]
-PAGE: Json = {
-    "url": "https://acme.com/",
-    "title": "Acme",
-    "visibleText": "Welcome to Acme.\nThe Pro plan costs 20 euros a month.\nWe ship worldwide.",
-    "indexedElements": ELEMENTS,
-}
-
-
-@pytest.mark.parametrize(
-    ("question", "expected"),
-    [
-        ("How much is the Pro plan?", ["20 euros a month"]),
-        ("do you ship worldwide", ["We ship worldwide."]),
-        ("Where can I book a demo?", ["button", "Book a demo"]),
-        ("pricing please", ["link", "Pricing"]),
-        ("When do you open?", ["nine in the morning"]),
-        ("my e-mail", ["E-mail address"]),
-        ("xyzzy", ["offline guide", "Pricing"]),
-        ("", ["offline guide"]),
-        ('"; DROP TABLE passage; --', ["offline guide"]),
-    ],
-)
-def test_guide(question: str, expected: list[str]) -> None:
-    """The guide quotes the passage that answers and names the element that was asked for."""
-    context = lf.clean_context(PAGE, lf.LimitsConfig())
-    with contextlib.closing(lf.Passages(lf.split_passages(GUIDEBOOK))) as knowledge:
-        answer = lf.guide(lf.Task(question), context, knowledge)
-        assert lf.guide(lf.Task(question), context, knowledge) == answer  # deterministic
-    for words in expected:
-        assert words in answer["message"]
-
-
-def test_guide_offers_nothing_disabled() -> None:
-    """What cannot be used is not named as an answer."""
-    context = lf.clean_context(PAGE, lf.LimitsConfig())
-    reply = lf.guide(lf.Task("Is there a way to delete my account?"), context, None)
-    assert "Delete account" not in reply["message"]
-    assert lf.guide(lf.Task("delete my account"), context, None)["action"] is None
-
-
-def test_the_guide_quotes_statements() -> None:
-    """Not what somebody says, nor what announces the next line."""
-    shown = '“Pro costs nothing!”\n"Pro: cheap, cheap, cheap."\nThe cheap Pro costs these:\n'
-    shown += "The Pro plan costs 20 euros."
-    context = lf.clean_context({"visibleText": shown}, lf.LimitsConfig())
-    said = lf.guide(lf.Task("what does Pro cost?"), context, None)["message"]
-    assert "20 euros" in said
-    assert "nothing" not in said
-    assert "cheap" not in said
-
-
-@pytest.mark.parametrize(
-    "context",
-    [
-        {},
-        {"visibleText": "", "indexedElements": []},
-        {"visibleText": "\x00 ? ! . …" * 50, "indexedElements": [{}, {"id": 1}]},
-        {"indexedElements": [{"text": '"' * 300}, {"value": "*"}]},
-        {"visibleText": "pro " * 1000},
-    ],
-)
-def test_guide_on_any_page(context: Json) -> None:
-    """Whatever the page, there is an answer."""
-    for question in ("pro", "Hello", "", "*", "x" * 5000):
-        clean = lf.clean_context(context, lf.LimitsConfig()) if context else {}
-        assert lf.guide(lf.Task(question), clean, None)["message"].strip()
-
-
-async def test_guide_speaks_like_a_model(serve: Serve, tmp_path: Path) -> None:
-    """Without key and base_url the guide's answer streams in chunks, from page and knowledge."""
-    (tmp_path / "guide.md").write_text(GUIDEBOOK)
-    sites = [{**SHOP, "knowledge": ["guide.md"]}]
-    server = await serve(folder=tmp_path, sites=sites)
-    assert (await server.call("GET", "/health")).body["llm"] == "offline"
-    visitor = await server.visitor()
-    await visitor.chat("What does a parcel to Norway cost?", pageContext=PAGE)
-    frames = await visitor.turn()
-    assert [f["event"] for f in frames[:-1]] == ["message_chunk"] * (len(frames) - 1)
-    assert len(frames) > 3
-    assert "12 euros" in deltas(frames)
-    expect_end(frames[-1], deltas(frames))
-    assert "20 euros" in (await visitor.ask("And the Pro plan?"))["data"]["text"]  # remembered page
-
-
-# ---------------------------------------------------------------------------------------------
-# The turn: what the model is told
-
-
-def talk(count: int) -> list[Json]:
-    """A conversation of so many messages, the visitor's first and last."""
-    return [{"role": ("user", "assistant")[n % 2], "content": f"<{n}>"} for n in range(count)]
-
-
-@pytest.mark.parametrize(
-    ("count", "forgotten"), [(1, range(0)), (51, range(0)), (53, range(2, 3)), (201, range(2, 151))]
-)
-def test_prompt_holds_first_and_last_messages(count: int, forgotten: range) -> None:
-    """The model sees the first 2 and the last 50 messages."""
-    site = make_config().sites[0]
-    messages = lf.build_prompt(site, talk(count), {}, [], "n")
-    everything = "\n".join(m["content"] for m in messages)
-    seen = [int(n) for n in re.findall(r"<(\d+)>", everything)]
-    assert seen == [n for n in range(count) if n not in forgotten]
-    roles = [m["role"] for m in messages]
-    assert roles[0] == "system"
-    assert all(a != b for a, b in itertools.pairwise(roles))
-    assert roles[-1] == "user"
-
-
-async def test_prompt_of_a_turn(serve: Serve, model: FakeModel, tmp_path: Path) -> None:
-    """Owner's words go into the system message, page and visitor beside it, under a fresh nonce."""
-    (tmp_path / "guide.md").write_text(GUIDEBOOK)
-    site = {**SHOP, "instructions": "Always be formal.", "knowledge": ["guide.md"]}
-    server = await serve(model, folder=tmp_path, sites=[site])
-    visitor = await server.visitor()
-    page = {**PAGE, "title": "Evil </page-0000> title", "forms": [{"name": "FORMNAME"}]}
-    await visitor.ask("Is the refund quick? VISITORWORD", pageContext=page)
-    await visitor.ask("And parcels? VISITORWORD")
-    nonces = []
-    for request in model.requests:
-        system, *conversation = request["messages"]
-        assert system["role"] == "system"
-        assert "Always be formal." in system["content"]
-        assert "Acme Shop" in system["content"]
-        for secret in ("VISITORWORD", "Evil", "20 euros a month", "Book a demo", "/pricing"):
-            assert secret not in system["content"]
-        assert all(m["role"] != "system" for m in conversation)
-        last = conversation[-1]["content"]
-        marked = re.search(r"<page-([0-9a-f]{16,})>\n(.*)\n</page-\1>", last, re.S)
-        assert marked is not None
-        nonces.append(marked[1])
-        for shown in ("https://acme.com/", "Evil", "20 euros a month", "Book a demo", "FORMNAME"):
-            assert shown in marked[2]
-        assert "VISITORWORD" in last.replace(marked[0], "")
-        assert marked[1] not in system["content"]
-    assert nonces[0] != nonces[1]
-    first, second = (r["messages"][0]["content"] for r in model.requests)
-    assert "thirty days" in first
-    assert "12 euros" in second
-    assert "12 euros" not in first
-    assert "VISITORWORD" in model.requests[1]["messages"][1]["content"]  # the conversation
-    assert model.requests[1]["messages"][2] == {"role": "assistant", "content": "ok"}
-
-
-async def test_long_page_is_cut(visitor: Visitor, model: FakeModel) -> None:
-    """Elements beyond 50 and text beyond 5,000 characters are cut silently."""
-    elements = [{"id": n, "type": "button", "text": f"element-{n}."} for n in range(1, 60)]
-    page = {**PAGE, "indexedElements": elements, "visibleText": "x" * 4990 + "EDGE-OF-TEXT"}
-    await visitor.ask(pageContext=page)
-    assert "element-50." in model.prompt()
-    assert "element-51." not in model.prompt()
-    assert "EDGE-OF-TE" in model.prompt()
-    assert "EDGE-OF-TEXT" not in model.prompt()
-
-
-def test_a_bloated_page_is_cut() -> None:
-    """However much a program sends as a page, what is kept and paid for has a bound."""
-    fields = dict.fromkeys((f for f, kind in lf.ELEMENT_FIELDS.items() if kind is str), "x" * 300)
-    context = lf.clean_context({"indexedElements": [{"id": 1, **fields}] * 50}, lf.LimitsConfig())
-    assert 1 < len(context["indexedElements"]) < 20
-    assert len(context["described"]) < 1.5 * lf.MAX_ELEMENTS_CHARS
-
-
-async def test_limits_of_a_message_can_be_configured(serve: Serve, model: FakeModel) -> None:
-    """message_chars, indexed_elements and visible_text_chars are settings."""
-    limits = {"message_chars": 5, "indexed_elements": 2, "visible_text_chars": 10}
-    server = await serve(model, limits=limits)
-    visitor = await server.visitor()
-    assert (await visitor.post("123456")).error == (400, "invalid_message")
-    await visitor.ask("12345", pageContext=PAGE)
-    assert "Pricing" in model.prompt()
-    assert "Book a demo" not in model.prompt()
-    assert "Welcome to" in model.prompt()
-    assert "Welcome to A" not in model.prompt()
-
-
-@pytest.mark.parametrize("field", ["pageContext", "context"])
-async def test_context_and_its_alias(field: str, visitor: Visitor, model: FakeModel) -> None:
-    """The page comes as pageContext or context, and stays until there is a new one."""
-    await visitor.ask("one", **{field: {"title": "TITLE-A", "visibleText": None, "unknown": 5}})
-    await visitor.ask("two")
-    assert all("TITLE-A" in model.prompt(n) for n in (0, 1))
-    await visitor.send("update_context", context={"title": "TITLE-B"})
-    await visitor.expect_open()
-    await visitor.ask("three")
-    assert "TITLE-B" in model.prompt(2)
-    assert "TITLE-A" not in model.prompt(2)
-
-
-# ---------------------------------------------------------------------------------------------
-# REST
-
-
-@with_config(sites=[{**SHOP, "config": {"greeting": "Hey"}}])
-async def test_init(server: Server) -> None:
-    """session/init answers with a random id, the socket's address and the siteConfig."""
-    bodies: list[Any] = [{}, {"siteHost": "other.example", "pageUrl": "https://other.example/"}]
-    answers = [await server.call("POST", "/api/session/init", body) for body in bodies]
-    answers.append(await server.call("POST", "/api/session/init"))  # no body at all
-    answers.append(await server.call("POST", "/api/session/init", data=b""))
-    answers.append(await server.call("POST", "/api/session/init", {"siteHost": None, "more": 1}))
-    for answer in answers:
-        assert answer.status == 200
-        assert answer.body.keys() == {"sessionId", "wsUrl", "siteConfig"}
-        assert UUID.fullmatch(answer.body["sessionId"])
-        assert answer.body["wsUrl"] == server.url.replace("http", "ws")
-        assert answer.body["siteConfig"] == server.hub.sites["shop"].config
-        assert answer.body["siteConfig"]["greeting"] == "Hey"
-        assert await Visitor(server, answer.body["sessionId"]).connect()
-    assert len({a.body["sessionId"] for a in answers}) == len(answers)
-
-
-HTTPS = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "b.example:444"}
-
-
-@pytest.mark.parametrize(
-    ("settings", "headers", "expected"),
-    [
-        ({}, {}, "ws://a.example"),
-        ({}, {"Host": "a.example:8080"}, "ws://a.example:8080"),
-        ({}, {"X-Forwarded-Proto": "https"}, "wss://a.example"),
-        ({}, HTTPS, "wss://b.example:444"),
-        ({}, {"X-Forwarded-Proto": "gopher"}, "ws://a.example"),
-        ({}, {"X-Forwarded-Host": "evil.example/path"}, "ws://a.example"),
-        ({"trusted_proxies": []}, HTTPS, "ws://a.example"),
-        ({"public_url": "https://chat.example.com"}, {}, "wss://chat.example.com"),
-        ({"public_url": "http://c.example:81/"}, {}, "ws://c.example:81"),
-        ({"public_url": "HTTPS://Chat.Example"}, {}, "wss://chat.example"),
-    ],
-)
-async def test_ws_url(settings: Json, headers: dict[str, str], expected: str, serve: Serve) -> None:
-    """wsUrl is public_url with ws for http, else the address that the request came to."""
-    server = await serve(server=settings)
-    assert (await server.init(headers={"Host": "a.example", **headers})).body["wsUrl"] == expected
-
-
-@with_config(server={"signup_url": "https://leflux.example/signup"})
-async def test_unregistered_host(server: Server, visitor: Visitor) -> None:
-    """Strangers get 403 with the host as seen and the signup URL, whatever their body says."""
-    claims = {"siteHost": "acme.com", "pageUrl": "https://acme.com/", "sessionId": visitor.id}
-    for origin, host in (
-        ("https://Evil.example:8443", "evil.example"),
-        ("null", ""),
-        (None, ""),
-        ("https://user@acme.com", ""),
-    ):
-        session = f"/api/session/{visitor.id}"
-        posts = [("POST", "/api/session/init"), ("POST", "/api/chat")]
-        for method, path in (*posts, ("GET", session), ("DELETE", session)):
-            body = {**claims, "message": "Hi"} if method == "POST" else None
-            answer = await server.call(method, path, body, origin=origin)
-            assert answer.error == (403, "host_not_registered")
-            assert answer.body["host"] == host
-            assert answer.body["signupUrl"] == "https://leflux.example/signup"
-    assert (await visitor.get()).status == 200
-
-
-async def test_origin_sent_twice(server: Server) -> None:
-    """Two Origin headers are no Origin."""
-    doubled: CIMultiDict[str] = CIMultiDict([("Origin", ORIGIN)])
-    assert (await server.init(headers=doubled)).error == (403, "host_not_registered")
-
-
-@with_config(sites=[{**SHOP, "allowed_hosts": ["acme.com", "127.0.0.1"]}])
-async def test_same_origin_get(server: Server, visitor: Visitor) -> None:
-    """A page of our own origin reads its session without Origin, and only reads."""
-    same = {"Sec-Fetch-Site": "same-origin"}
-    path = f"/api/session/{visitor.id}"
-    assert (await server.call("GET", path, origin=None, headers=same)).status == 200
-    for method, headers in (("DELETE", same), ("GET", {}), ("GET", {"Sec-Fetch-Site": "none"})):
-        answer = await server.call(method, path, origin=None, headers=headers)
-        assert answer.error == (403, "host_not_registered")
-    spoofed = {**same, "Host": "evil.example"}
-    assert (await server.call("GET", path, origin=None, headers=spoofed)).status == 403
-
-
-async def test_sessions_belong_to_their_site(server: Server, visitor: Visitor) -> None:
-    """For another site's pages, and for a wrong id, a session does not exist."""
-    wrong = [Visitor(server, i) for i in ("x", visitor.id.upper(), "00000000-0000", "%00")]
-    for stranger in (Visitor(server, visitor.id, "https://other.example"), *wrong):
-        assert (await stranger.get()).error == (404, "session_not_found")
-        if stranger.id != "%00":
-            assert (await stranger.post()).error == (404, "session_not_found")
-        path = f"/api/session/{stranger.id}"
-        deleted = await server.call("DELETE", path, origin=stranger.origin)
-        assert deleted.error == (404, "session_not_found")
-    assert (await visitor.get()).status == 200
-
-
-async def test_session_and_its_history(server: Server, model: FakeModel) -> None:
-    """GET tells the conversation as the visitor saw it."""
-    visitor = await server.visitor("https://www.ACME.com:8443")
-    answer = await visitor.get()
-    expected = {"sessionId": visitor.id, "exists": True, "host": "www.acme.com"}
-    empty = {"messageCount": 0, "history": [], "siteConfig": server.hub.sites["shop"].config}
-    assert answer.body == {**expected, **empty}
-    model.scripts.append(reply("Hello <b>you</b>"))
-    await visitor.ask("  First  ")
-    model.scripts.append([sse(BOOM)])
-    sorry = (await visitor.ask("Second"))["data"]["text"]
-    assert (await visitor.get()).body["messageCount"] == 4
-    assert await visitor.history() == [
-        ("user", "First"),
-        ("assistant", "Hello <b>you</b>"),
-        ("user", "Second"),
-        ("assistant", sorry),
-    ]
-
-
-async def test_delete(server: Server, visitor: Visitor, model: FakeModel) -> None:
-    """DELETE stops a running turn, closes the socket and leaves nothing behind."""
-    model.scripts.append([sse(chunk("Half")), forever])
-    await visitor.chat()
-    await visitor.next()
-    answer = await server.call("DELETE", f"/api/session/{visitor.id}")
-    assert (answer.status, answer.body) == (200, {"deleted": True})
-    assert (await read_close(visitor.ws))[1] == 4404
-    await until(lambda: model.hung_up)
-    assert server.hub.sessions == {}
-    assert (await visitor.get()).error == (404, "session_not_found")
-    assert (await visitor.post()).error == (404, "session_not_found")
-    again = await server.call("DELETE", f"/api/session/{visitor.id}")
-    assert again.error == (404, "session_not_found")
-
-
-async def test_stats_and_health(server: Server, visitor: Visitor) -> None:
-    """Anyone may ask how the server is."""
-    await server.visitor()
-    await visitor.ask()
-    stats = await server.call("GET", "/api/stats", origin=None)
-    uptime = stats.body.pop("uptimeSeconds")
-    assert 0 <= uptime < 60
-    expected = {"activeSessions": 2, "messagesProcessed": 1, "version": lf.__version__}
-    assert stats.body == expected
-    health = await server.call("GET", "/health", origin=None)
-    timestamp = datetime.fromisoformat(health.body.pop("timestamp"))
-    assert timestamp.utcoffset() == timedelta(0)
-    assert abs(timestamp - datetime.now(UTC)) < timedelta(seconds=10)
-    assert health.body == {"status": "ok", "llm": "remote"}
-
-
-@pytest.mark.parametrize("demo", [True, False])
-async def test_the_widget_is_for_every_page(serve: Serve, demo: bool) -> None:
-    """/embed.js may be loaded from anywhere, with and without Origin, demo or not."""
-    server = await serve(server={"demo": demo, "cors_origins": ["https://acme.com"]})
-    for origin in (None, ORIGIN, "https://stranger.example", "null"):
-        answer = await server.call("GET", "/embed.js", origin=origin)
-        assert answer.status == 200
-        assert answer.raw == (lf.HERE / "widget" / "embed.js").read_bytes()
-        assert answer.headers["Content-Type"] == "text/javascript; charset=utf-8"
-        assert answer.headers.getall("Access-Control-Allow-Origin") == ["*"]  # type: ignore[attr-defined]
-        assert answer.headers["Cross-Origin-Resource-Policy"] == "cross-origin"
-        assert answer.headers["Cache-Control"] == "no-cache"
-    head = await server.call("HEAD", "/embed.js", origin=None)
-    assert (head.status, head.raw) == (200, b"")
-    assert head.headers["Content-Length"] == str(len(answer.raw))
-    assert head.headers["ETag"] == answer.headers["ETag"]
-    assert (await server.call("POST", "/embed.js")).error == (405, "method_not_allowed")
-
-
-@pytest.mark.parametrize("path", ["/embed.js", "/", "/shop.css"])
-async def test_a_file_that_the_browser_has_is_not_sent_again(server: Server, path: str) -> None:
-    """A strong ETag; If-None-Match is a list, may be weak, or * (RFC 9110, 13.1.2)."""
-
-    async def ask(if_none_match: str, method: str = "GET") -> Answer:
-        return await server.call(method, path, headers={"If-None-Match": if_none_match})
-
-    tag = (await server.call("GET", path)).headers["ETag"]
-    assert re.fullmatch(r'"[0-9a-f]{32}"', tag)
-    for known in (tag, f"W/{tag}", f'"x", {tag}', f'W/"y",{tag} , "z"', "*"):
-        for method in ("GET", "HEAD"):
-            answer = await ask(known, method)
-            assert (answer.status, answer.raw, answer.headers["ETag"]) == (304, b"", tag)
-            assert answer.headers["Cache-Control"] == "no-cache"
-            assert answer.headers.get("Access-Control-Allow-Origin")
-    for unknown in ('"x"', tag.strip('"'), tag.upper().replace("A", "B"), "", ",", '"', "x" * 4000):
-        answer = await ask(unknown)
-        assert (answer.status, answer.headers["ETag"]) == (200, tag)
-
-
-async def test_a_file_that_changes_is_sent_anew(
-    serve: Serve, tmp_path: Path, monkeypatch: Patch
-) -> None:
-    """Its ETag changes too; while there is no such file, it is not found."""
-    monkeypatch.setattr(lf, "HERE", tmp_path)
-    server = await serve()
-    for path in ("/embed.js", "/"):
-        assert (await server.call("GET", path)).error == (404, "not_found")
-    (tmp_path / "widget").mkdir()
-    file = tmp_path / "widget" / "embed.js"
-    file.write_text("one")
-    first = await server.call("GET", "/embed.js")
-    file.write_text("two")
-    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))  # a coarse clock shall not matter
-    known = {"If-None-Match": first.headers["ETag"]}
-    second = await server.call("GET", "/embed.js", headers=known)
-    assert (first.raw, second.status, second.raw) == (b"one", 200, b"two")
-
-
-NO_PATHS = "/nothing /api /api/session /api/session/a/b /%ff%00/..%2f /ws".split()
-NO_METHODS = [
-    *[
-        ("GET", "/api/chat"),
-        ("PUT", "/api/session/init"),
-        ("PATCH", "/api/session/x"),
-        ("POST", "/"),
-    ],
-    *[("POST", "/health"), ("DELETE", "/api/stats"), ("PROPFIND", "/health")],
-]
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "error"),
-    [
-        *(("GET", path, (404, "not_found")) for path in NO_PATHS),
-        ("POST", "/nothing", (404, "not_found")),
-        *((method, path, (405, "method_not_allowed")) for method, path in NO_METHODS),
-    ],
-)
-async def test_unknown_routes(
-    method: str, path: str, error: tuple[int, str], server: Server
-) -> None:
-    """Unknown paths and wrong methods get the one error shape, with CORS."""
-    answer = await server.call(method, path)
-    assert answer.error == error
-    assert answer.headers["Access-Control-Allow-Origin"] in ("*", ORIGIN)
-    assert ("Allow" in answer.headers) == (error[0] == 405)
-
-
-GZIP = {"Content-Encoding": "gzip"}
-FORM = "application/x-www-form-urlencoded"
-FINE = b'{"sessionId": "%b", "message": "Hi"}'
-
-
-def nested(depth: int) -> bytes:
-    """A chat body of such a depth."""
-    lists = depth - 2
-    return b'{"pageContext": {"forms": %b}, %b' % (b"[" * lists + b"]" * lists, FINE[1:])
-
-
-@pytest.mark.parametrize(
-    ("body", "headers", "error"),
-    [
-        (FINE, {}, None),
-        *((FINE, {"Content-Type": kind}, None) for kind in ("image/png", "garbage;;=", FORM)),
-        (FINE.decode().encode("utf-16"), {"Content-Type": "text/plain; charset=utf-16"}, None),
-        (b" \n" + FINE + b"\n ", {}, None),
-        (nested(64), {}, None),
-        (nested(65), {}, 400),
-        *((bad, {}, 400) for bad in (b"", b"null", b"[]", b'"text"', b"{", b"{'message': 1}")),
-        *((bad, {}, 400) for bad in (FINE + b"x", FINE + FINE, b"[" * 100_000)),
-        *(
-            (b'{"a": %b, %b' % (bad, FINE[1:]), {}, 400)
-            for bad in (b"NaN", b"-Infinity", b"1e999", b'"\\ud800"', b'"\xff"')
-        ),
-        *(
-            (FINE, {"Content-Type": f"application/json; charset={charset}"}, 400)
-            for charset in ("klingon", "punycode", "base64", "utf-16")
-        ),
-        (b"\xff" + FINE, {"Content-Type": "application/json; charset=ascii"}, 400),
-        (gzip.compress(FINE), GZIP, None),
-        (b"this is no gzip", GZIP, 400),
-        (gzip.compress(FINE)[:-12], GZIP, 400),
-        (b"nonsense", {"Content-Encoding": "deflate"}, 400),
-        (b"nonsense", {"Content-Encoding": "br"}, 400),
-        (gzip.compress(b'{"a": "' + b"x" * 2**24 + b'"}'), GZIP, 413),
-        (b'{"a": "' + b"x" * 2**18 + b'"}', {}, 413),
-        (b" " * (2**18 + 1), {}, 413),
-    ],
-)
-async def test_bodies(
-    body: bytes, headers: dict[str, str], error: int | None, server: Server, visitor: Visitor
-) -> None:
-    """A body is one JSON object, whatever its Content-Type; all else is an error of the caller."""
-    identity = (b"%b", visitor.id.encode())
-    if headers.get("Content-Encoding") == "gzip" and error is None:
-        body = gzip.compress(gzip.decompress(body).replace(*identity))
-    elif "utf-16" in headers.get("Content-Type", "") and error is None:
-        body = body.decode("utf-16").replace("%b", visitor.id).encode("utf-16")
-    else:
-        body = body.replace(*identity)
-    answer = await server.call("POST", "/api/chat", data=body, headers=headers)
-    if error is None:
-        assert answer.status == 200, answer.raw
-    else:
-        code = {400: "invalid_message", 413: "payload_too_large"}[error]
-        assert answer.error == (error, code), answer.raw
-        assert (await visitor.post()).status == 200  # and the server serves on
-
-
-async def test_charset_that_takes_for_ever(server: Server) -> None:
-    """A body cannot ask for a decoder that takes quadratic time."""
-    headers = {"Content-Type": "application/json; charset=punycode"}
-    started = time.monotonic()
-    body = b"-" + b"9" * 200_000
-    answer = await server.call("POST", "/api/session/init", data=body, headers=headers)
-    assert answer.error == (400, "invalid_message")
-    assert time.monotonic() - started < 1
-
-
-@pytest.mark.parametrize(
-    ("path", "origin", "error"),
-    [
-        ("/nothing", ORIGIN, (404, "not_found")),
-        ("/health", ORIGIN, (405, "method_not_allowed")),
-        ("/api/session/init", "https://evil.example", (403, "host_not_registered")),
-    ],
-)
-async def test_broken_body_that_nobody_reads(
-    path: str, origin: str, error: tuple[int, str], server: Server
-) -> None:
-    """A body that cannot be decoded is no error of ours, also where it does not matter."""
-    answer = await server.call("POST", path, data=b"no gzip", headers=GZIP, origin=origin)
-    assert answer.error == error
-
-
-async def test_largest_body(server: Server) -> None:
-    """A body may be 256 KiB long, not one byte more."""
-    for length, expected in ((2**18, 200), (2**18 + 1, 413)):
-        body = b"{" + b" " * (length - 2) + b"}"
-        answer = await server.call("POST", "/api/session/init", data=body)
-        assert answer.status == expected
-
-
-@pytest.mark.parametrize(
-    ("field", "bad", "good"),
-    [
-        ("sessionId", [None, 5, "", ["x"]], []),
-        ("message", [None, 5, "", "  \n\t ", "x" * 5001, ["x"], {"a": 1}], [" " * 9 + "x" * 5000]),
-        ("clientMessageId", [5, "x" * 65, {}], ["x" * 64, None]),
-        ("pageContext", [5, "page", [], True], [{}, None, {"unknown": 5}, {"url": None}]),
-        ("context", [5, "page", []], [{}]),
-        ("pageContext.url", [5, []], ["https://acme.com/" + "x" * 9000]),
-        ("pageContext.title", [5], ["x" * 9000]),
-        ("pageContext.visibleText", [5, ["x"]], ["x" * 9000]),
-        ("pageContext.indexedElements", [{}, "x", 5], [[], None, [{"id": 1}] * 51]),
-        ("pageContext.indexedElements[0]", [5, "x", [], None], [{}, {"other": 5}]),
-        ("pageContext.indexedElements[0].id", ["1", 1.5, True], [7, None]),
-        ("pageContext.indexedElements[0].text", [5, ["x"]], ["x" * 9000]),
-        ("pageContext.indexedElements[0].disabled", ["yes", 1], [True]),
-        ("pageContext.indexedElements[0].options", ["x", {}], [["a", {"text": "b"}, 5, None]]),
-        ("pageContext.forms", [5, {}], [[{"a": [1]}, "x"]]),
-    ],
-)
-async def test_chat_fields(
-    field: str, bad: list[Any], good: list[Any], server: Server, visitor: Visitor
-) -> None:
-    """A field of a wrong type is invalid_message, and details.field names it."""
-    chat = {"sessionId": visitor.id, "message": "Hi"}
-    for value in bad:
-        answer = await server.call("POST", "/api/chat", chat | placed(field, value))
-        assert answer.error == (400, "invalid_message"), value
-        assert answer.body["details"]["field"] == field
-    assert await visitor.history() == []  # nothing was started
-    for value in good:
-        answer = await server.call("POST", "/api/chat", chat | placed(field, value))
-        assert answer.status == 200, (value, answer.raw)
-
-
-@pytest.mark.parametrize(
-    ("body", "field"), [({"siteHost": 5}, "siteHost"), ({"pageUrl": 5}, "pageUrl"), ([], "body")]
-)
-async def test_init_fields(body: Any, field: str, server: Server) -> None:
-    """session/init checks its fields, too."""
-    answer = await server.call("POST", "/api/session/init", body)
-    assert answer.error == (400, "invalid_message")
-    assert answer.body["details"]["field"] == field
-
-
-@pytest.mark.parametrize("framing", ["Content-Length: 100", "Transfer-Encoding: chunked"])
-@with_constants(BODY_SECONDS=0.2)
-async def test_slow_body(framing: str, server: Server) -> None:
-    """A body that does not arrive in time is 408."""
-    request = f"POST /api/session/init HTTP/1.1\r\nHost: x\r\nOrigin: {ORIGIN}\r\n{framing}\r\n\r\n"
-    code, _, body = await raw_http(server.url, request.encode() + b"2\r\n{}")
-    assert (code, error_code(body)) == (408, "request_timeout")
-
-
-@pytest.mark.parametrize(
-    "request_bytes",
-    [
-        b"GARBAGE\r\n\r\n",
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 200 + b"\r\n\r\n",
-        b"GET / HTTP/9.9\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: x\r\nBad Header\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: x\r\nA: " + b"x" * 20_000 + b"\r\n\r\n",
-        b"GET /" + b"x" * 20_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: nine\r\n\r\n",
-        b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
-        b"POST /api/chat HTTP/1.1\r\nHost: x\r\n" + b"Content-Length: 5\r\n" * 2 + b"\r\nhello",
-    ],
-)
-async def test_malformed_http(request_bytes: bytes, server: Server) -> None:
-    """What is no HTTP gets the one error shape, no version, and leaves the server serving."""
-    code, head, body = await raw_http(server.url, request_bytes)
-    assert (code, error_code(body)) == (400, "invalid_message")
-    assert "x-content-type-options: nosniff" in head.lower()
-    assert "aiohttp" not in head
-    assert "Python" not in head
-    assert (await server.call("GET", "/health")).status == 200
-
-
-async def test_malformed_chunks(server: Server) -> None:
-    """A broken chunked body is an error of the caller."""
-    head = f"POST /api/session/init HTTP/1.1\r\nHost: x\r\nOrigin: {ORIGIN}\r\n"
-    request = head.encode() + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\nzz\r\n{}\r\n"
-    code, _, body = await raw_http(server.url, request)
-    assert (code, error_code(body)) == (400, "invalid_message")
-
-
-async def test_garbage_origin(server: Server) -> None:
-    """An Origin of bytes that are no text is refused as any other."""
-    for garbage in (b"\xff\xfe", b"https://\xe4cme.com", b"\xf0\x9f\x98\x80"):
-        for method, path in (("POST", "/api/session/init"), ("GET", "/health"), ("OPTIONS", "/x")):
-            request = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n".encode()
-            request += b"Access-Control-Request-Method: POST\r\n"
-            request += b"Access-Control-Request-Headers: x-" + garbage + b"\r\n"
-            request += b"Origin: " + garbage + b"\r\n\r\n"
-            code, _, body = await raw_http(server.url, request)
-            if path == "/health":
-                assert code == 200
-            elif method == "POST":
-                assert (code, error_code(body), body["host"]) == (403, "host_not_registered", "")
-            else:
-                assert code in (200, 403)
-    assert (await server.call("GET", "/health")).status == 200
-
-
-async def test_bug(server: Server, monkeypatch: Patch, caplog: Log) -> None:
-    """A bug is 500 with a request id that is in the log, and tells nothing else."""
-
-    def fail(*_: Any) -> str:
-        raise RuntimeError("INTERNALS")
-
-    monkeypatch.setattr(lf, "websocket_url", fail)
-    answer = await server.init()
-    assert answer.error == (500, "internal_error")
-    assert b"INTERNALS" not in answer.raw
-    assert answer.body["details"].keys() == {"requestId"}
-    assert answer.headers["Access-Control-Allow-Origin"] in ("*", ORIGIN)
-    record = next(r for r in caplog.records if r.levelno == logging.ERROR)
-    assert answer.body["details"]["requestId"] in record.getMessage()
-    assert record.exc_info
-    caplog.clear()
-    monkeypatch.undo()
-    assert (await server.init()).status == 200
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "origin", "expected"),
-    [
-        ("GET", "/health", ORIGIN, 200),
-        ("GET", "/api/stats", "https://stranger.example", 200),
-        ("POST", "/api/session/init", ORIGIN, 200),
-        ("POST", "/api/session/init", "https://stranger.example", 403),
-        ("GET", "/api/session/x", ORIGIN, 404),
-        ("GET", "/nothing", "https://stranger.example", 404),
-        ("GET", "/api/chat", ORIGIN, 405),
-        ("POST", "/api/chat", ORIGIN, 400),
-    ],
-)
-async def test_cors(method: str, path: str, origin: str, expected: int, server: Server) -> None:
-    """CORS is open, on success and error alike, and exposes Retry-After."""
-    answer = await server.call(method, path, origin=origin)
-    assert answer.status == expected
-    assert answer.headers["Access-Control-Allow-Origin"] in ("*", origin)
-    assert "Retry-After" in answer.headers["Access-Control-Expose-Headers"]
-
-
-ROUTED = {
-    "/api/session/init": ("POST",),
-    "/api/chat": ("POST",),
-    "/api/session/x": ("GET", "DELETE"),
-    "/nothing": ("POST", "GET", "DELETE"),
-}
-
-
-@pytest.mark.parametrize("path", ROUTED)
-@pytest.mark.parametrize("method", ["POST", "GET", "DELETE"])
-async def test_preflight(path: str, method: str, server: Server) -> None:
-    """A preflight of any route tells the browser that it may go on."""
-    asked = {"Access-Control-Request-Headers": "content-type,x-more"}
-    headers = {**asked, "Access-Control-Request-Method": method}
-    answer = await server.call("OPTIONS", path, headers=headers)
-    if method not in ROUTED[path]:
-        assert answer.status in (200, 403)
-        return
-    assert answer.status == 200
-    assert answer.headers["Access-Control-Allow-Origin"] in ("*", ORIGIN)
-    assert method in answer.headers["Access-Control-Allow-Methods"]
-    assert "content-type" in answer.headers["Access-Control-Allow-Headers"].lower()
-
-
-@with_config(server={"cors_origins": [ORIGIN]})
-async def test_cors_for_some(server: Server) -> None:
-    """cors_origins names those who may read our answers."""
-    assert (await server.init()).headers["Access-Control-Allow-Origin"] == ORIGIN
-    answer = await server.call("GET", "/health", origin="https://other.example")
-    assert "Access-Control-Allow-Origin" not in answer.headers
-
-
-# ---------------------------------------------------------------------------------------------
-# REST: limits and idempotence
-
-
-def expect_too_many(answer: Answer, most_seconds: int) -> None:
-    assert answer.error == (429, "rate_limit_exceeded")
-    seconds = answer.body["details"]["retryAfterSeconds"]
-    assert type(seconds) is int
-    assert 1 <= seconds <= most_seconds
-    assert answer.headers["Retry-After"] == str(seconds)
-    assert answer.headers["Access-Control-Allow-Origin"] in ("*", ORIGIN)
-
-
-async def test_init_limit(server: Server) -> None:
-    """An address gets 10 sessions a minute; one IPv6 /64 is one address."""
-
-    async def init(address: str) -> Answer:
-        return await server.init(headers={"X-Forwarded-For": address})
-
-    for address, neighbour, stranger in (
-        ("198.51.100.1", "198.51.100.1", "198.51.100.2"),
-        ("2001:db8:1:2::1", "2001:db8:1:2:ffff::9", "2001:db8:1:3::1"),
-        ("nonsense", "also nonsense", "198.51.100.3"),  # as if there were no header
-    ):
-        assert [(await init(address)).status for _ in range(10)] == [200] * 10
-        expect_too_many(await init(address), 60)
-        expect_too_many(await init(neighbour), 60)
-        assert (await init(stranger)).status == 200
-
-
-@with_config(server={"trusted_proxies": []}, limits={"init_per_minute": 1})
-async def test_forwarded_for_of_strangers(server: Server) -> None:
-    """X-Forwarded-For counts from trusted proxies alone."""
-    assert (await server.init(headers={"X-Forwarded-For": "1.1.1.1"})).status == 200
-    expect_too_many(await server.init(headers={"X-Forwarded-For": "2.2.2.2"}), 60)
-
-
-@with_config(limits={"init_per_minute": 60, "chat_per_minute": 60})
-async def test_retry_after_is_true(server: Server) -> None:
-    """Who waits as long as Retry-After says is served."""
-    answers = [await server.init() for _ in range(61)]
-    assert [a.status for a in answers].count(429) >= 1
-    expect_too_many(answers[-1], 1)
-    await asyncio.sleep(answers[-1].body["details"]["retryAfterSeconds"])
-    assert (await server.init()).status == 200
-
-
-async def test_empty_limiters_are_purged(serve: Serve, monkeypatch: Patch) -> None:
-    """An address is remembered as long as its limiter is not empty."""
-    monkeypatch.setattr(lf, "SWEEP_SECONDS", 0.01)
-    slow, fast = await serve(), await serve(limits={"init_per_minute": 6000})
-    assert (await slow.init()).status == (await fast.init()).status == 200
-    assert len(slow.hub.init_limiters) == 1
-    await until(lambda: not fast.hub.init_limiters)
-    assert len(slow.hub.init_limiters) == 1
-    await until(lambda: not lf.network_of.cache_info().currsize)
-    await until(lambda: not lf.is_trusted.cache_info().currsize)
-
-
-async def test_chat_limit(server: Server, visitor: Visitor) -> None:
-    """A session gets 30 messages a minute; one that fails or is a repeat does not count."""
-    stranger = await server.visitor()
-    for number in range(30):
-        assert (await visitor.post(clientMessageId=f"id-{number}")).status == 200
-        assert (await visitor.post("")).status == 400
-    expect_too_many(await visitor.post(), 60)
-    expect_too_many(await visitor.post(clientMessageId="new"), 60)
-    assert (await visitor.post(clientMessageId="id-29")).status == 200
-    assert (await stranger.post()).status == 200
-    assert (await visitor.get()).body["messageCount"] >= 30
-
-
-@with_config(limits={"max_sessions": 2})
-async def test_max_sessions(server: Server) -> None:
-    """A full server says so, and takes new sessions when others have gone."""
-    first, _ = await server.visitor(connect=False), await server.visitor(connect=False)
-    answer = await server.init()
-    assert answer.error == (503, "too_many_sessions")
-    assert answer.headers["Access-Control-Allow-Origin"] in ("*", ORIGIN)
-    await server.call("DELETE", f"/api/session/{first.id}")
-    assert (await server.init()).status == 200
-
-
-async def test_client_message_id(server: Server, visitor: Visitor, model: FakeModel) -> None:
-    """The same id again, in the same session, returns the first answer and starts nothing."""
-    stranger = await server.visitor()
-    first = await visitor.chat("Hello", clientMessageId="one")
-    await visitor.turn()
-    assert await visitor.chat("Hello again", clientMessageId="one") == first
-    assert await visitor.chat("Other", clientMessageId="two") != first
-    await visitor.turn()
-    assert await stranger.chat("Hello", clientMessageId="one") != first
-    await stranger.turn()
-    assert [text for role, text in await visitor.history() if role == "user"] == ["Hello", "Other"]
-    assert len(model.requests) == 3
-
-
-async def test_client_message_id_of_a_running_turn(visitor: Visitor, model: FakeModel) -> None:
-    """A retry while the answer streams does not disturb it, also when both arrive at once."""
-    model.scripts.append([sse(chunk("Half")), model.at_gate, sse(chunk(" done"))])
-    first, second = await asyncio.gather(
-        visitor.chat(clientMessageId="one"), visitor.chat(clientMessageId="one")
-    )
-    await visitor.next()
-    assert await visitor.chat(clientMessageId="one") == first == second
-    model.gate.release()
-    assert (await visitor.turn())[-1]["data"]["text"] == "Half done"
-    assert len(model.requests) == 1
-
-
-async def test_message_ids_differ(server: Server) -> None:
-    """No two messages share an id, however fast they come."""
-    visitor = await server.visitor(connect=False)
-    ids = await asyncio.gather(*(visitor.chat() for _ in range(10)))
-    assert len(set(ids)) == 10
-
-
-# ---------------------------------------------------------------------------------------------
-# REST and sweeping: idle sessions
-
-
-@pytest.mark.parametrize("limits", [{}, {"idle_minutes": 5.5}])
-async def test_idle_session(limits: Json, serve: Serve, monkeypatch: Patch) -> None:
-    """After the idle time a session is not found, and the sweep frees it."""
-    monkeypatch.setattr(lf, "SWEEP_SECONDS", 0.3)
-    server = await serve(limits=limits)
-    idle_seconds = 60 * limits.get("idle_minutes", 30)
-    visitor = await server.visitor()
-    server.age(visitor, idle_seconds - 5)
-    assert (await visitor.get()).status == 200
-    server.age(visitor, 5)
-    assert (await visitor.get()).error == (404, "session_not_found")
-    assert (await visitor.post()).error == (404, "session_not_found")
-    assert (await server.call("GET", "/api/stats")).body["activeSessions"] == 0
-    late = await server.socket(f"/?sessionId={visitor.id}")
-    assert await read_close(late) == (["session_not_found"], 4404)
-    assert (await read_close(visitor.ws))[1] == 4404
-    await until(lambda: not server.hub.sessions)
-
-
-def test_times() -> None:
-    """The times that other tests shorten are those of the contract."""
-    assert lf.SWEEP_SECONDS <= 5
-    assert lf.STALL_SECONDS + 2 * lf.SWEEP_SECONDS <= 40
-    assert (lf.BODY_SECONDS, lf.JOIN_SECONDS, lf.PING_SECONDS) == (15, 10, 25)
-    assert (lf.FIRST_TEXT_SECONDS, lf.NEXT_TEXT_SECONDS, lf.CONTINUE_SECONDS) == (30, 20, 30)
-
-
-RESULT = {"success": True, "elementId": 3, "description": "Clicked", "url": "/", "text": "x"}
-SEQUENCE = {"success": False, "results": [{"success": False}], "completedSteps": 0, "totalSteps": 1}
-EVENTS: list[tuple[str, Json, bool]] = [  # event, data, whether it counts as activity
-    ("action_complete", {"actionId": "action-1", "result": RESULT}, True),
-    ("sequence_complete", {"actionId": "action-1", "result": SEQUENCE}, True),
-    ("sequence_complete", {"result": {"success": True, "results": []}}, True),
-    ("confirmation_response", {"confirmed": False}, True),
-    ("update_context", {"context": PAGE}, False),
-    ("stop", {}, False),
-]
-
-
-@pytest.mark.parametrize(("event", "data", "counts"), EVENTS)
-async def test_activity(
-    event: str, data: Json, counts: bool, server: Server, visitor: Visitor
-) -> None:
-    """Messages, results and confirmations are activity; a socket, GET and the rest are not."""
-    server.age(visitor, 1000)
-    await visitor.send(event, **data)
-    await visitor.expect_open()  # an error, after which an event has surely been read
-    await visitor.get()
-    server.age(visitor, 900)
-    assert (await visitor.get()).status == (200 if counts else 404)
-
-
-async def test_chat_is_activity(server: Server, visitor: Visitor) -> None:
-    """A visitor who writes is not idle; one who only looks is."""
-    server.age(visitor, 1000)
-    await visitor.ask()
-    server.age(visitor, 1000)
-    assert (await visitor.get()).status == 200
-    await visitor.connect()
-    server.age(visitor, 900)
-    assert (await visitor.get()).error == (404, "session_not_found")
-
-
-@with_config(limits={"idle_minutes": 0.02})
-@with_constants(SWEEP_SECONDS=0.05)
-async def test_idle_minutes_may_be_a_fraction(visitor: Visitor) -> None:
-    """Real time passes, and a session with an open socket that only GETs is gone."""
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        while (await visitor.get()).status == 200:  # noqa: ASYNC110 (GET is the point)
-            await asyncio.sleep(0.02)
-    assert (await read_close(visitor.ws))[1] == 4404
-
-
-async def test_sweeping_many_sessions_holds_up_nobody() -> None:
-    """A sweep of many idle sessions lets others run in between, and frees them bit by bit."""
-    hub = lf.make_app(make_config())[lf.HUB]
-    pages: list[weakref.ref[Counter[str]]] = []  # one in each session
-    for number in range(5000):
-        page: Counter[str] = Counter()
-        old = lf.Session(str(number), "shop", "acme.com", "", 0, 0, hub.store, context=page)
-        hub.sessions[old.id] = old
-        pages.append(weakref.ref(page))
-    del old, page
-    sweep = asyncio.create_task(lf.sweep(hub, 1e9))
-    turns = 0
-    while not sweep.done():
-        await asyncio.sleep(0)
-        turns += 1
-        assert sum(page() is not None for page in pages) <= len(hub.sessions) + 1
-    assert turns > 10
-    assert hub.sessions == {}
-
-
-# ---------------------------------------------------------------------------------------------
-# WebSocket: joining
-
-NO_SESSION = "3f0e0000-0000-4000-8000-000000000000"
-
-
-@pytest.mark.parametrize("path", ["/", "/ws"])
-@pytest.mark.parametrize(
-    ("origin", "expected"), [(None, ""), ("null", ""), ("https://evil.example", "evil.example")]
-)
-async def test_upgrade_needs_a_site(
-    path: str, origin: str | None, expected: str, server: Server, visitor: Visitor
-) -> None:
-    """The Origin is checked before the upgrade."""
-    with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
-        await server.socket(f"{path}?sessionId={visitor.id}", origin)
-    assert caught.value.status == 403
-    upgrade = {
-        **{"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"},
-        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
-    }
-    answer = await server.call("GET", path, origin=origin, headers=upgrade)
-    assert answer.error == (403, "host_not_registered")
-    assert answer.body["host"] == expected
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"Upgrade": "websocket"},
-        {"Upgrade": "websocket", "Connection": "Upgrade"},
-        {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "12"},
-        {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"},
-    ],
-)
-async def test_bad_upgrade(headers: dict[str, str], server: Server) -> None:
-    """A handshake that is none gets the one error shape."""
-    assert (await server.call("GET", "/", headers=headers)).error == (400, "invalid_message")
-
-
-@pytest.mark.parametrize("path", ["/", "/ws"])
-async def test_join_by_query(path: str, server: Server) -> None:
-    """?sessionId= joins at once."""
-    visitor = await server.visitor(connect=False)
-    ws = await server.socket(f"{path}?sessionId={visitor.id}")
-    frame = await read_frame(ws)
-    assert frame["event"] == "session_joined"
-    assert frame["data"] == {"sessionId": visitor.id, "restored": False, "history": []}
-
-
-async def test_join_by_event(server: Server, visitor: Visitor) -> None:
-    """join_session joins, too, and tells the conversation so far."""
-    await visitor.ask("Hello")
-    visitor.ws = await server.socket()
-    await visitor.send("join_session")
-    frame = await visitor.next()
-    assert frame["event"] == "session_joined"
-    history = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "ok"}]
-    assert frame["data"] == {"sessionId": visitor.id, "restored": True, "history": history}
-
-
-@pytest.mark.parametrize("how", ["query", "event"])
-@pytest.mark.parametrize("whose", ["nobody's", "another site's"])
-async def test_join_of_unknown_session(how: str, whose: str, server: Server) -> None:
-    """A session that is not there, or belongs to another site, ends the socket with 4404."""
-    other = await server.visitor("https://other.example")
-    session_id = other.id if whose == "another site's" else NO_SESSION
-    ws = await server.socket(f"/?sessionId={session_id}" if how == "query" else "/")
-    if how == "event":
-        await ws.send_json({"event": "join_session", "data": {"sessionId": session_id}})
-    assert await read_close(ws) == (["session_not_found"], 4404)
-    await other.expect_open()
-
-
-@with_constants(JOIN_SECONDS=0.1)
-async def test_no_join_in_time(server: Server, visitor: Visitor) -> None:
-    """A socket that joins nothing within 10 s is closed with 4408; one that did stays."""
-    lazy = await server.socket()
-    await lazy.send_str("nonsense")
-    assert (await read_close(lazy))[1] == 4408
-    await asyncio.sleep(0.05)
-    await visitor.expect_open()
-
-
-async def test_takeover(server: Server, visitor: Visitor, model: FakeModel) -> None:
-    """A newer socket ends the older, gets the whole turn, and survives the older's end."""
-    model.scripts.append([sse(chunk("One ")), model.at_gate, sse(chunk("two"))])
-    await visitor.chat()
-    await visitor.next()
-    older = visitor.ws
-    await visitor.connect()
-    assert await read_close(older) == (["session_taken_over"], 4409)
-    await until(lambda: len(server.hub.sockets) == 1)
-    model.gate.release()
-    frames = await visitor.turn()
-    assert deltas(frames) == "One two"
-    assert (await visitor.ask())["data"]["text"] == "ok"
-
-
-async def test_joining_twice_on_one_socket(server: Server, visitor: Visitor) -> None:
-    """join_session on a joined socket replays; with another session it moves over."""
-    second = await server.visitor(connect=False)
-    await visitor.ask()
-    await visitor.send("join_session")
-    assert (await visitor.next())["event"] == "session_joined"
-    assert (await visitor.turn())[-1]["data"]["text"] == "ok"
-    second.ws = visitor.ws
-    await second.send("join_session")
-    assert (await second.next())["data"]["sessionId"] == second.id
-    await visitor.chat("unheard")
-    assert (await second.ask("heard"))["data"]["text"] == "ok"
-    sequence = [f["seq"] for f in second.frames if f["event"].startswith("message")]
-    assert sequence == list(range(1, len(sequence) + 1))
-
-
-# ---------------------------------------------------------------------------------------------
-# WebSocket: the conversation
-
-
-def conversation(frames: Sequence[Json]) -> list[Json]:
-    return [f for f in frames if f["event"] not in ("session_joined", "error")]
-
-
-async def test_turn_frames(visitor: Visitor, model: FakeModel) -> None:
-    """A turn is chunks that count up, then message_done with the same text; seq has no gaps."""
-    for _ in range(3):
-        pieces = [
-            sse(chunk(json.dumps({"message": "One two three"})[n : n + 6])) for n in range(0, 30, 6)
-        ]
-        model.scripts.append([step for piece in pieces for step in (piece, pause)])
-        await visitor.chat()
-        frames = await visitor.turn()
-        *chunks, done = frames
-        assert len(chunks) > 1
-        assert {f["event"] for f in chunks} == {"message_chunk"}
-        assert all(f["data"].keys() == {"delta", "streamId", "chunkIndex"} for f in chunks)
-        assert [f["data"]["chunkIndex"] for f in chunks] == list(range(len(chunks)))
-        stream_id = chunks[0]["data"]["streamId"]
-        assert {f["data"]["streamId"] for f in frames} == {stream_id}
-        assert done["data"] == {"text": "One two three", "streamId": stream_id}
-        assert deltas(chunks) == "One two three"
-    heard = conversation(visitor.frames)
-    assert [f["seq"] for f in heard] == list(range(1, len(heard) + 1))
-    assert len({f["data"]["streamId"] for f in heard}) == 3
-
-
-async def test_chat_before_any_socket(server: Server) -> None:
-    """The reply waits for a visitor who connects later."""
-    visitor = await server.visitor(connect=False)
-    await visitor.chat()
-    await until(lambda: server.hub.sessions[visitor.id].task is None)
-    joined = await visitor.connect()
-    assert joined["restored"] is True
-    frames = await visitor.turn()
-    assert deltas(frames) == frames[-1]["data"]["text"] == "ok"
-    assert frames[0]["seq"] == 1
-
-
-@pytest.mark.parametrize("known", [True, False], ids=["lastSeq", "no lastSeq"])
-@pytest.mark.parametrize("how", ["query", "event"])
-async def test_dropped_socket_loses_nothing(
-    known: bool, how: str, server: Server, visitor: Visitor, model: FakeModel
-) -> None:
-    """After a reconnect the stream goes on after lastSeq, or from the turn's first event."""
-    await visitor.ask("an earlier turn")
-    parts = [sse(chunk(f"{n} ")) for n in range(6)]
-    model.scripts.append([step for part in parts for step in (part, model.at_gate)])
-    await visitor.chat()
-    first_seq = visitor.frames[-1]["seq"] + 1
-    session = server.hub.sessions[visitor.id]
-    for _ in range(2):
-        await visitor.next()
-        last = visitor.frames[-1]["seq"] if known else None
-        cast(Any, visitor.ws)._conn.transport.abort()  # no goodbye
-        await visitor.ws.close()
-        before = session.next_seq
-        model.gate.release()
-        await until(lambda: session.next_seq > before)  # noqa: B023 (it is called at once)
-        if how == "query":
-            await visitor.connect(last)
-        else:
-            visitor.ws = await server.socket()
-            more = {} if last is None else {"lastSeq": last}
-            await visitor.send("join_session", **more)
-            assert (await visitor.next())["event"] == "session_joined"
-        if not known:
-            visitor.frames.clear()
-    for _ in parts:
-        model.gate.release()
-    await visitor.turn()
-    heard = [f for f in conversation(visitor.frames) if f["seq"] >= first_seq]
-    assert [f["seq"] for f in heard] == list(range(first_seq, first_seq + len(heard)))
-    assert deltas(heard) == heard[-1]["data"]["text"] == "0 1 2 3 4 5 "
-
-
-@pytest.mark.parametrize(("last_seq", "first"), [(0, 3), (1, 3), (3, 4), (4, None), (9**9, None)])
-async def test_last_seq(last_seq: int, first: int | None, visitor: Visitor) -> None:
-    """lastSeq of an earlier turn gets the whole current one, a later one only what is new."""
-    await visitor.ask()  # seq 1 and 2
-    await visitor.ask()  # seq 3 and 4
-    await visitor.connect(last_seq)
-    if first is not None:
-        assert (await visitor.next())["seq"] == first
-        if first == 3:
-            await visitor.next()
-    await visitor.chat()
-    assert (await visitor.next())["seq"] == 5
-
-
-async def test_bad_last_seq_in_the_query(server: Server, visitor: Visitor) -> None:
-    """A lastSeq that is no number is none."""
-    await visitor.ask()
-    for bad in ("x", "-1", "1.5", "", "9" * 400, "%00"):
-        ws = await server.socket(f"/?sessionId={visitor.id}&lastSeq={bad}")
-        assert (await read_frame(ws))["event"] == "session_joined"
-        assert (await read_frame(ws))["seq"] == 1
-
-
-@pytest.mark.parametrize("said", ["", "Half an answer"])
-async def test_new_message_settles_the_running_turn(
-    said: str, visitor: Visitor, model: FakeModel
-) -> None:
-    """A new message ends the turn with its text so far and cancels the call upstream."""
-    model.scripts.append([sse(chunk(said)), forever])
-    await visitor.chat("first")
-    await until(lambda: len(model.requests) == 1)
-    if said:
-        await visitor.next()
-    await visitor.chat("second")
-    settled = await visitor.next()
-    assert settled["event"] == "message_done"
-    assert settled["data"]["text"] == said
-    await until(lambda: model.hung_up == 1)
-    frames = await visitor.turn()
-    assert deltas(frames) == frames[-1]["data"]["text"] == "ok"
-    assert frames[0]["data"]["streamId"] != settled["data"]["streamId"]
-    sequence = [f["seq"] for f in conversation(visitor.frames)]
-    assert sequence == list(range(1, len(sequence) + 1))
-    partial = [("assistant", said)] if said else []
-    assert await visitor.history() == [
-        *[("user", "first"), *partial],
-        *[("user", "second"), ("assistant", "ok")],
-    ]
-
-
-async def test_stop(visitor: Visitor, model: FakeModel) -> None:
-    """stop ends the turn, what was said stays said, and the next turn is like any other."""
-    model.scripts.append([sse(chunk("Half")), forever])
-    await visitor.chat()
-    await visitor.next()
-    await visitor.send("stop")
-    done = await visitor.next()
-    assert done["event"] == "message_done"
-    assert done["data"]["text"] == "Half"
-    await until(lambda: model.hung_up == 1)
-    assert await visitor.history() == [("user", "Hello"), ("assistant", "Half")]
-    await visitor.send("stop")  # nothing to stop: nothing happens
-    assert (await visitor.ask())["data"]["text"] == "ok"
-    assert [f["event"] for f in visitor.frames].count("message_done") == 2
-
-
-async def test_losing_the_socket_does_not_cancel(
-    server: Server, visitor: Visitor, model: FakeModel
-) -> None:
-    """A turn goes on for a visitor who has left."""
-    model.scripts.append([sse(chunk("Half")), model.at_gate, sse(chunk(" done"))])
-    await visitor.chat()
-    await visitor.ws.close()
-    await until(lambda: not server.hub.sockets)
-    model.gate.release()
-    await until(lambda: server.hub.sessions[visitor.id].task is None)
-    assert (await visitor.history())[-1] == ("assistant", "Half done")
-    assert model.hung_up == 0
-
-
-async def test_turn_ends_visibly_after_a_bug(
-    visitor: Visitor, monkeypatch: Patch, caplog: Log
-) -> None:
-    """Even a bug in a turn ends it with a message."""
-    monkeypatch.setattr(lf, "build_prompt", lambda *_: 1 / 0)
-    end = await visitor.ask()
-    expect_end(end, "")
-    assert "division" not in json.dumps(end)
-    assert "ZeroDivisionError" in caplog.text
-    caplog.clear()
-
-
-# ---------------------------------------------------------------------------------------------
-# WebSocket: frames
-
-
-def frame(event: Any, **data: Any) -> str:
-    return json.dumps({"event": event, "data": {"sessionId": "ID", **data}})
-
-
-BAD_RESULTS: list[Any] = [  # of either kind
-    *([], {}, {"success": 1, "results": []}, {"success": "yes"}, {"results": []}),
-    *({"success": False, "results": [], name: "x"} for name in ("completedSteps", "totalSteps")),
-    *({"success": True, "results": results} for results in (5, {"0": 1}, [5])),
-    *({"success": True, "results": [], name: 5} for name in ("url", "error")),
-    {"success": True, "results": [], "elementId": "5"},
-]
-BAD_FIELDS: list[tuple[str, list[Json]]] = [
-    ("stop", [{"sessionId": i} for i in (NO_SESSION, 5, None)]),
-    ("join_session", [{"sessionId": 5}, *({"lastSeq": seq} for seq in ("5", -1, 1.5, True))]),
-    ("update_context", [{}, {"context": None}, {"context": []}, {"context": {"url": 5}}]),
-    ("update_context", [{"context": {"visibleText": 5}}, {"context": {"indexedElements": [5]}}]),
-    ("continue_task", [{}, {"context": "x"}, {"context": []}]),
-    ("confirmation_response", [{}, {"confirmed": "yes"}, {"confirmed": 1}]),
-    ("action_complete", [{"actionId": "ACTION"}, {"result": {"success": True}}]),
-    ("action_complete", [{"actionId": 5, "result": {"success": True}}]),
-    ("action_complete", [{"actionId": "ACTION", "result": result} for result in BAD_RESULTS]),
-    ("sequence_complete", [{"actionId": 5, "result": {"success": True, "results": []}}]),
-    ("sequence_complete", [{"actionId": "ACTION", "result": result} for result in BAD_RESULTS]),
-    ("sequence_complete", [{"result": {"success": True}}]),
-]
-BAD_FRAMES = [
-    *("", "nonsense", "5", "null", "[]", '"stop"', "{}", '{"event": "stop"}'),
-    *('{"event": "stop", "data": []}', '{"event": "stop", "data": {}}'),
-    *(frame("stop", x="X").replace('"X"', x) for x in ("NaN", "1e999", "[" * 63 + "]" * 63)),
-    *(frame(event) for event in (5, None, "", "x" * 100, "unknown", "message_done")),
-    *(frame(event, **fields) for event, many in BAD_FIELDS for fields in many),
-]
-
-
-@with_constants(FRAMES_PER_WINDOW=1000)
-async def test_bad_frames(page: OpenPage, model: FakeModel) -> None:
-    """Malformed and unknown events get invalid_event, the socket stays open, the task goes on."""
-    model.scripts += [act("", click(2)), act("Fine.")]
-    visitor, plan = page.visitor, await page.ask()
-    action_id = plan["data"]["actions"][0]["id"]
-    for bad in BAD_FRAMES:
-        sent = bad.replace('"ID"', f'"{visitor.id}"').replace('"ACTION"', f'"{action_id}"')
-        await visitor.ws.send_str(sent)
-        answer = await visitor.next()
-        assert answer["event"] == "error", bad
-        assert answer["data"].keys() == {"message", "code"}, bad
-        assert answer["data"]["code"] == "invalid_event", bad
-    assert (await page.done(plan))["data"]["text"] == "Fine."
-
-
-async def test_frames_before_joining(server: Server, visitor: Visitor) -> None:
-    """Events for a session need a socket that has joined it."""
-    joined, visitor.ws = visitor.ws, await server.socket()
-    await visitor.send("stop")
-    assert (await visitor.next())["data"]["code"] == "invalid_event"
-    await visitor.send("join_session")
-    assert (await visitor.next())["event"] == "session_joined"
-    assert await read_close(joined) == (["session_taken_over"], 4409)
-
-
-@pytest.mark.parametrize(("event", "data", "_"), EVENTS)
-async def test_good_frames(event: str, data: Json, _: bool, visitor: Visitor) -> None:
-    """The client's events are taken without an answer of their own."""
-    await visitor.send(event, **data)
-    await visitor.ws.send_str("barrier")
-    answer = await visitor.next()
-    assert answer["event"] == "error"
-    assert answer["data"]["message"].startswith("frame ")
-
-
-async def test_largest_frame(visitor: Visitor) -> None:
-    """A frame may be 256 KiB long; a longer one closes with 1009."""
-    await visitor.ws.send_str("x" * 2**18)
-    assert (await visitor.next())["data"]["code"] == "invalid_event"
-    await visitor.ws.send_str("x" * (2**18 + 1))
-    assert (await read_close(visitor.ws))[1] == 1009
-    assert (await visitor.get()).status == 200
-
-
-async def test_largest_frame_in_fragments(visitor: Visitor) -> None:
-    """Fragments count together."""
-    for first_byte in (b"\x01", b"\x00", b"\x80"):
-        head = first_byte + b"\xff" + (100_000).to_bytes(8, "big") + bytes(4)
-        cast(Any, visitor.ws)._conn.transport.write(head + b"x" * 100_000)
-    assert (await read_close(visitor.ws))[1] == 1009
-
-
-async def test_binary_frame(visitor: Visitor) -> None:
-    """A binary frame closes with 1003."""
-    await visitor.ws.send_bytes(frame("stop").encode())
-    assert (await read_close(visitor.ws))[1] == 1003
-
-
-async def test_flood(visitor: Visitor) -> None:
-    """More than 60 frames in 10 s close with 1008."""
-    for _ in range(60):
-        await visitor.send("stop")
-    await visitor.get()
-    assert visitor.ws.close_code is None
-    await visitor.send("stop")
-    assert (await read_close(visitor.ws))[1] == 1008
-
-
-def test_flood_window() -> None:
-    """Frames count for 10 s."""
-    sock = lf.Socket(cast(Any, None), None, "shop")
-    assert not any(sock.flooded(n * 0.17) for n in range(600))
-    assert not any(sock.flooded(1000.0) for _ in range(60))
-    assert sock.flooded(1009.9)
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"\x81\x82\x00\x00\x00\x00\xff\xfe",  # text that is no UTF-8
-        b"\x83\x80\x00\x00\x00\x00",  # an unknown opcode
-        b"\xf1\x80\x00\x00\x00\x00",  # reserved bits
-        b"\x80\x80\x00\x00\x00\x00",  # a continuation of nothing
-        b"\x89\xfe\x01\x00\x00\x00\x00\x00" + b"x" * 256,  # a ping that is too long
-        b"\x88\x81\x00\x00\x00\x00x",  # a close frame of one byte
-        b"\xff" * 64,
-    ],
-)
-async def test_frames_that_break_the_protocol(raw: bytes, server: Server, visitor: Visitor) -> None:
-    """Bytes that are no WebSocket frame end that socket and nothing else."""
-    cast(Any, visitor.ws)._conn.transport.write(raw)
-    assert (await read_close(visitor.ws))[1] in (1002, 1003, 1006, 1007, 1009)
-    await until(lambda: not server.hub.sockets)
-    await visitor.connect()
-    await visitor.expect_open()
-
-
-@with_constants(PING_SECONDS=0.1)
-async def test_pings(server: Server) -> None:
-    """The server pings every 25 s, and goes on while it is answered."""
-    visitor = await server.visitor(connect=False)
-    ws = await server.socket(f"/?sessionId={visitor.id}", autoping=False)
-    await read_frame(ws)
-    for _ in range(3):
-        message = await ws.receive(PATIENCE_SECONDS)
-        assert message.type is WSMsgType.PING
-        await ws.pong(message.data)
-
-
-async def test_no_compression(server: Server) -> None:
-    """Per-message compression is not agreed to."""
-    ws = await server.socket(compress=15)
-    assert not ws.compress
-
-
-async def deaf_client(server: Server, visitor: Visitor) -> socket.socket:
-    """Join with a socket that reads nothing after the handshake."""
-    host, _, port = server.url.removeprefix("http://").rpartition(":")
-    client = socket.socket()
-    client.setblocking(False)
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    loop = asyncio.get_running_loop()
-    await loop.sock_connect(client, (host, int(port)))
-    request = (
-        f"GET /?sessionId={visitor.id} HTTP/1.1\r\nHost: x\r\nOrigin: {ORIGIN}\r\n"
-        "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-    )
-    await loop.sock_sendall(client, request.encode())
-    assert (await loop.sock_recv(client, 12)).endswith(b"101")
-    return client
-
-
-async def chatter(client: socket.socket) -> None:
-    """Send pings, whose answers nobody reads."""
-    while True:
-        await asyncio.get_running_loop().sock_sendall(client, b"\x89\x84" + bytes(4) + b"ping")
-        await asyncio.sleep(0.03)
-
-
-@pytest.mark.parametrize(
-    ("stall_seconds", "ping_seconds", "talks"),
-    [(0.5, 60, False), (60, 0.5, False), (0.5, 0.4, False), (0.5, 60, True)],
-)
-async def test_client_that_stops_reading(
-    stall_seconds: float,
-    ping_seconds: float,
-    talks: bool,
-    serve: Serve,
-    model: FakeModel,
-    monkeypatch: Patch,
-) -> None:
-    """It delays nobody and is cut off; its turn goes on and waits for it."""
-    monkeypatch.setattr(lf, "STALL_SECONDS", stall_seconds)
-    monkeypatch.setattr(lf, "PING_SECONDS", ping_seconds)
-    monkeypatch.setattr(lf, "SWEEP_SECONDS", 0.05)
-    monkeypatch.setattr(lf, "MAX_REPLY_CHARS", 10**9)
-    server = await serve(model)
-    visitor = await server.visitor(connect=False)
-    client = await deaf_client(server, visitor)
-    await until(lambda: server.hub.sockets)
-    (sock,) = server.hub.sockets
-    monkeypatch.setattr(lf, "PING_SECONDS", 25)
-    talking = asyncio.create_task(chatter(client) if talks else asyncio.sleep(0))
-    other = await server.visitor()
-    model.scripts.append([sse(chunk("x" * 1_000_000))] * 12)
-    await visitor.chat()
-    assert (await other.ask())["data"]["text"] == "ok"
-    await until(lambda: server.hub.sessions[visitor.id].task is None)
-    await until(lambda: sock not in server.hub.sockets)
-    await until(lambda: sock.transport and not sock.transport.get_write_buffer_size())
-    assert server.hub.sessions[visitor.id].socket is None
-    talking.cancel()
-    await asyncio.gather(talking, return_exceptions=True)
-    client.close()
-    await visitor.connect()
-    frames = await visitor.turn()
-    assert deltas(frames) == frames[-1]["data"]["text"] == "x" * 12_000_000
-    assert (await other.ask())["data"]["text"] == "ok"
-
-
-# ---------------------------------------------------------------------------------------------
-# Lifecycle, as a real process
-
-
-async def test_startup_line(tmp_path: Path) -> None:
-    """The startup line names the port and which model is in use; SIGTERM ends it with 0."""
-    async with program(tmp_path) as running:
-        assert "offline" in running.first_line
-        assert (await running.server.call("GET", "/health")).body["llm"] == "offline"
-        running.child.send_signal(signal.SIGTERM)
-        assert (await running.end())[0] == 0
-    async with program(tmp_path, LEFLUX_LLM_API_KEY="sk-key") as running:
-        assert "remote" in running.first_line
-        assert (await running.server.call("GET", "/health")).body["llm"] == "remote"
-        running.child.send_signal(signal.SIGINT)
-        assert (await running.end())[0] == 0
-
-
-async def test_port_in_use(tmp_path: Path) -> None:
-    """A port that is taken stops the start with one line."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        (tmp_path / "c.toml").write_text("")
-        port = str(taken.getsockname()[1])
-        code, _, err = await run_program("--config", str(tmp_path / "c.toml"), LEFLUX_PORT=port)
-    assert code != 0
-    assert "Traceback" not in err
-    assert err.count("\n") == 1
-
-
-async def test_graceful_shutdown(tmp_path: Path, model: FakeModel) -> None:
-    """On SIGTERM there is no new work, running turns finish, sockets close with 1001."""
-    more = f'[llm]\nbase_url = "{model.url}"\n[server]\nshutdown_seconds = 30\n'
-    async with program(tmp_path, more) as running:
-        server = running.server
-        visitor, idle = await server.visitor(), await server.visitor()
-        model.scripts.append([sse(chunk("Half")), model.at_gate, sse(chunk(" done"))])
-        await visitor.chat()
-        await visitor.next()
-        running.child.send_signal(signal.SIGTERM)
-        answer = await server.init()
-        while answer.status == 200:  # until the signal has arrived
-            answer = await server.init()
-        assert answer.error == (503, "shutting_down")
-        assert (await idle.post()).error == (503, "shutting_down")
-        with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
-            await server.socket()
-        assert caught.value.status == 503
-        assert (await visitor.get()).status == 200
-        model.gate.release()
-        assert (await visitor.turn())[-1]["data"]["text"] == "Half done"
-        assert (await read_close(visitor.ws))[1] == 1001
-        assert (await read_close(idle.ws))[1] == 1001
-        assert (await running.end())[0] == 0
-
-
-@pytest.mark.parametrize("said", ["", "Half"])
-async def test_shutdown_settles_long_turns(said: str, tmp_path: Path, model: FakeModel) -> None:
-    """A turn that outlives shutdown_seconds is settled as cut short."""
-    more = f'[llm]\nbase_url = "{model.url}"\n[server]\nshutdown_seconds = 0.3\n'
-    async with program(tmp_path, more) as running:
-        visitor = await running.server.visitor()
-        model.scripts.append([sse(chunk(said)), forever])
-        await visitor.chat()
-        await until(lambda: model.requests)
-        if said:
-            await visitor.next()
-        running.child.send_signal(signal.SIGTERM)
-        end = (await visitor.turn())[-1]
-        assert end["event"] == "message_done"
-        assert end["data"]["text"].startswith(said)
-        assert lf.CUT_SHORT.strip() in end["data"]["text"]
-        assert deltas(visitor.frames) == end["data"]["text"]
-        assert (await read_close(visitor.ws))[1] == 1001
-        assert (await running.end())[0] == 0
-
-
-async def test_shutdown_does_not_wait_for_the_deaf(
-    serve: Serve, model: FakeModel, monkeypatch: Patch
-) -> None:
-    """A client that does not read does not hold up the end."""
-    monkeypatch.setattr(lf, "MAX_REPLY_CHARS", 10**9)
-    serving = lf.serving(make_config(model))
-    app, url = await serving.__aenter__()
-    async with Server(url, app[lf.HUB]) as server:
-        visitor = await server.visitor(connect=False)
-        client = await deaf_client(server, visitor)
-        model.scripts.append([sse(chunk("x" * 1_000_000))] * 12)
-        await visitor.chat()
-        await until(lambda: server.hub.sessions[visitor.id].task is None)
-        started = time.monotonic()
-        await serving.__aexit__(None, None, None)
-        assert time.monotonic() - started < 8
-        client.close()
-
-
-class Manager:
-    """What systemd hears from a service."""
-
-    def __init__(self, folder: Path) -> None:
-        self.address = str(folder / "notify")
-
-    def __enter__(self) -> Manager:
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.setblocking(False)
-        self.socket.bind(self.address)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
-
-    async def hear(self) -> str:
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            return (await asyncio.get_running_loop().sock_recv(self.socket, 4096)).decode()
-
-    def heard(self) -> list[str]:
-        """What has come until now."""
-        messages = []
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                messages.append(self.socket.recv(4096).decode())
-        return messages
-
-
-@pytest.mark.parametrize("environ", [{}, {"WATCHDOG_USEC": "20000", "WATCHDOG_PID": "1"}])
-async def test_systemd_notifications(environ: dict[str, str], tmp_path: Path) -> None:
-    """systemd hears READY=1 when the port answers and STOPPING=1 at the end, and nothing else.
-
-    Not even a watchdog hears more, if it is another process's.
-    """
-    with Manager(tmp_path) as manager:
-        async with program(tmp_path, NOTIFY_SOCKET=manager.address, **environ) as running:
-            assert await manager.hear() == "READY=1"
-            assert (await running.server.call("GET", "/health")).status == 200
-            running.child.send_signal(signal.SIGTERM)
-            assert await manager.hear() == "STOPPING=1"
-            assert (await running.end())[0] == 0
-        assert manager.heard() == []
-
-
-async def test_watchdog_is_fed(tmp_path: Path) -> None:
-    """A program that systemd watches says twice in the time it is given that it runs."""
-    with Manager(tmp_path) as manager:
-        environ = {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "600000"}
-        async with program(tmp_path, **environ) as running:
-            times: list[float] = []
-            while len(times) < 4:
-                if await manager.hear() == "WATCHDOG=1":
-                    times.append(time.monotonic())
-            assert 0.8 < times[-1] - times[0] < 1.8  # three waits of 0.3 s; 0.6 s would be too long
-            running.child.send_signal(signal.SIGTERM)
-            while await manager.hear() != "STOPPING=1":
-                pass
-            assert (await running.end())[0] == 0
-
-
-async def test_hanging_loop_starves_the_watchdog(
-    serve: Serve, tmp_path: Path, monkeypatch: Patch
-) -> None:
-    """Nothing but the event loop feeds it."""
-    with Manager(tmp_path) as manager:
-        monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
-        monkeypatch.setenv("WATCHDOG_USEC", "100000")
-        monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
-        await serve()
-        assert await manager.hear() == "WATCHDOG=1"
-        manager.heard()
-        time.sleep(0.5)  # noqa: ASYNC251 (this is the hang)
-        assert manager.heard() == []
-        assert await manager.hear() == "WATCHDOG=1"
-
-
-async def test_log_keeps_secrets(tmp_path: Path, model: FakeModel) -> None:
-    """No session id, key, message or provider's text is written, whatever goes wrong."""
-    more = f'[llm]\nbase_url = "{model.url}"\n[server]\nshutdown_seconds = 0.1\n'
-    async with program(tmp_path, more, LEFLUX_LLM_API_KEY="sk-SECRET") as running:
-        server = running.server
-        visitor = await server.visitor()
-        model.scripts.extend([complaint("json_schema SECRET sk-SECRET"), reply("SECRET answer")])
-        model.scripts.append(status(401, {"error": {"message": "SECRET", "code": "sk-SECRET key"}}))
-        model.scripts.append([sse(BOOM)])
-        model.scripts.append([sse(chunk("SECRET")), cut_wire])
-        for _ in range(4):
-            await visitor.ask("SECRET question", pageContext={"title": "SECRET page"})
-        await visitor.ws.send_str("SECRET frame")
-        await visitor.send("stop", sessionId="SECRET")
-        await visitor.post(["SECRET"])
-        await raw_http(server.url, b"SECRET\r\n\r\n")
-        await server.call("GET", f"/api/session/{visitor.id}/SECRET")
-        await server.call("DELETE", f"/api/session/{visitor.id}")
-        running.child.send_signal(signal.SIGTERM)
-        code, written = await running.end()
-    assert code == 0
-    assert "SECRET" not in written
-    assert visitor.id not in written
-    assert "Traceback" not in written
-    assert "HTTP 401" in written
-
-
-@pytest.mark.parametrize("total", [2**64 - 1, 10**400, float("inf"), -5, "many", None])
-async def test_absurd_usage_harms_nobody(
-    total: Any, serve: Serve, model: FakeModel, tmp_path: Path
-) -> None:
-    """Whatever number a provider reports, turns end, chats are answered and kept."""
-    server = await serve(model, server={"state_dir": str(tmp_path)})
-    visitor = await server.visitor()
-    for _ in range(2):
-        model.scripts.append([sse(chunk("Hi"), {"usage": {"total_tokens": total}}, "[DONE]")])
-        assert (await visitor.ask())["data"]["text"] == "Hi"
-    assert len(await visitor.history()) == 4
-
-
-async def test_a_connection_to_the_model_serves_many_turns(
-    visitor: Visitor, model: FakeModel
-) -> None:
-    """A whole stream gives its connection back, also if its end comes a little after [DONE]."""
-    peers = set()
-
-    async def note_peer(request: web.Request) -> None:
-        peers.add(request.transport and request.transport.get_extra_info("peername"))
-        await asyncio.sleep(0.02)
-
-    for _ in range(3):
-        model.scripts.append([*reply("Hi"), note_peer])
-        assert (await visitor.ask())["data"]["text"] == "Hi"
-    assert len(peers) == 1
-
-
-async def test_deep_content_is_passed_over(visitor: Visitor, model: FakeModel) -> None:
-    """A list of parts has one level; what is deeper is not text."""
-    deep: Any = "x"
-    for _ in range(200):
-        deep = [{"text": deep}]
-    model.scripts.append([sse(chunk(deep), chunk([{"text": "Hi"}]), "[DONE]")])
-    assert (await visitor.ask())["data"]["text"] == "Hi"
-
-
-def test_hostile_wishes_cost_the_guide_no_time() -> None:
-    """No message of 5,000 characters keeps the offline guide busy."""
-    fields = [
-        {"id": n, "type": "input", "label": label}
-        for n, label in enumerate(("Name", "E-mail", "Phone", "Message"))
-    ]
-    context = lf.clean_context({"indexedElements": fields}, lf.LimitsConfig())
-    started = time.monotonic()
-    for wish in ("click that ,i'm " * 300 + "\nx", "send " + "a" * 5000, 'type "' * 900):
-        lf.guide(lf.Task(wish), context, None)
-    assert time.monotonic() - started < 0.5
-
-
-async def test_joining_again_and_again_costs_one_answer(server: Server, visitor: Visitor) -> None:
-    """However often a client joins, no more than the last session_joined waits for it."""
-    sock = next(iter(server.hub.sockets))
-    session = server.hub.sessions[visitor.id]
-    for _ in range(1000):
-        lf.join(sock, session, None, 0)
-    assert sock.outbox == []
-    assert sock.joined is not None
-    assert (await visitor.next())["event"] == "session_joined"
-    await visitor.expect_open()
-
-
-def test_a_long_history_is_bounded_in_characters() -> None:
-    """The first messages and the last ones stay."""
-    session = lf.Session("1", "shop", "acme.com", "", 0, 0, lf.Store(None))
-    for number in range(200):
-        session.remember("user", f"{number:03}" + "x" * 20_000)
-    assert sum(len(one["content"]) for one in session.history) <= lf.MAX_HISTORY_CHARS
-    numbers = [one["content"][:3] for one in session.history]
-    assert numbers[:2] == ["000", "001"]
-    assert numbers[-1] == "199"
-    assert session.message_count == 200
-
-
-async def test_a_client_that_leaves_in_mid_body_is_no_error(server: Server) -> None:
-    """Nothing is logged (see quiet_log) and the server goes on."""
-    host, _, port = server.url.removeprefix("http://").rpartition(":")
-    _, writer = await asyncio.open_connection(host, int(port))
-    head = f"POST /api/chat HTTP/1.1\r\nHost: x\r\nOrigin: {ORIGIN}\r\nContent-Length: 99\r\n\r\n{{"
-    writer.write(head.encode())
-    await writer.drain()
-    await asyncio.sleep(0.05)
-    writer.transport.abort()
-    await asyncio.sleep(0.05)
-    assert (await server.init()).status == 200
-
-
-async def test_one_server_a_state_dir(tmp_path: Path) -> None:
-    """A second server on the same folder does not start, and changes nothing there."""
-    config = make_config(server={"state_dir": str(tmp_path)})
-    async with lf.serving(config):
-        with pytest.raises(lf.ConfigError, match="in use by another leflux"):
-            async with lf.serving(config):
-                pass
-    async with lf.serving(config):
-        pass
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3536,6 +2318,855 @@ def test_nothing_that_fails_validation_is_ever_planned(
             assert "navigate" not in restrictions
         assert one["action"] != "type" or "type" not in restrictions
         assert 0 <= one.get("waitDuration", 0) <= 10_000
+
+
+def test_a_line_end_submits_nothing() -> None:
+    """Typed into a single-line field it becomes a space; a text area keeps it."""
+    for kind, typed in (("input", "a b"), ("textarea", "a\nb")):
+        raw, page = typing({"type": kind}, "a\nb")
+        assert lf.check_action(raw, page)["actions"][0]["inputData"] == typed
+
+
+# ---------------------------------------------------------------------------------------------
+# The model client: what streams look like
+
+
+@dataclasses.dataclass
+class Quirk:
+    name: str
+    raw: bytes
+    text: str  # for the visitor
+    cut_short: bool = False
+    tokens: int | None = None
+
+
+DONE = sse("[DONE]")
+HELLO = sse(chunk("Hello"), chunk(" world"), "[DONE]")
+USAGE = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+BOOM = {"error": {"message": "SECRET provider text", "code": "overloaded"}}
+THOUGHT = {"choices": [{"delta": {"reasoning": "hm", "reasoning_content": "so"}}]}
+ROLE = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
+END = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+SPICY = 'Grüße 👋🏽 "q" \\ \n\ttab </data> \u2028 ]}}],"x":[{'
+
+QUIRKS = [
+    Quirk("plain", HELLO, "Hello world"),
+    Quirk("usual", sse(ROLE, chunk("Hello"), chunk(" world"), END, "[DONE]"), "Hello world"),
+    Quirk("crlf", HELLO.replace(b"\n", b"\r\n"), "Hello world"),
+    Quirk("cr", HELLO.replace(b"\n", b"\r"), "Hello world"),
+    Quirk("comments", b": hi\n\n" + HELLO.replace(b"\n\n", b"\n\n: ping\n\n:\n"), "Hello world"),
+    Quirk("fields", b"retry: 5\nid: 1\nevent: message\n" + HELLO, "Hello world"),
+    Quirk("no space", HELLO.replace(b"data: ", b"data:"), "Hello world"),
+    Quirk("single line ends", HELLO.replace(b"\n\n", b"\n"), "Hello world"),
+    Quirk("no done", sse(chunk("Hello"), chunk(" world")), "Hello world"),
+    Quirk("no last line end", sse(chunk("Hello"), chunk(" world")).rstrip(), "Hello world"),
+    Quirk("empty choices", sse({"choices": []}, chunk("Hi"), {"choices": []}), "Hi"),
+    Quirk("no choices", sse({"id": "x"}, chunk("Hi"), {"choices": None}), "Hi"),
+    Quirk("no delta", sse({"choices": [{"index": 0}]}, chunk("Hi"), END), "Hi"),
+    Quirk("null delta", sse({"choices": [{"delta": None}]}, chunk("Hi")), "Hi"),
+    Quirk("null choice", sse({"choices": [None]}, chunk("Hi")), "Hi"),
+    Quirk("null content", sse(chunk(None), chunk("Hi"), chunk(None)), "Hi"),
+    Quirk("odd content", sse(chunk(5), chunk("Hi"), chunk({"a": 1}), chunk(True)), "Hi"),
+    Quirk(
+        "parts",
+        sse(chunk([{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]), chunk([])),
+        "Hello",
+    ),
+    Quirk("odd parts", sse(chunk([None, "x", {"type": "image"}, {"text": "Hi"}])), "Hi"),
+    Quirk("usage", sse(chunk("Hi"), {"choices": [], "usage": USAGE}, "[DONE]"), "Hi", tokens=7),
+    Quirk("usage always", sse(chunk("Hi") | {"usage": USAGE}), "Hi", tokens=7),
+    Quirk("usage null", sse(chunk("Hi") | {"usage": None}, {"usage": {"a": 1}}), "Hi"),
+    Quirk("usage odd", sse(chunk("Hi"), {"choices": [], "usage": "many"}), "Hi"),
+    Quirk("reasoning", sse(THOUGHT, chunk("Hi"), THOUGHT), "Hi"),
+    Quirk("reasoning beside null", sse(chunk(None) | {"reasoning": "x"}, chunk("Hi")), "Hi"),
+    Quirk("think", sse(chunk("<thi"), chunk("nk>secret</th"), chunk("ink>Hi")), "Hi"),
+    Quirk("think in one", sse(chunk("<think>secret</think>"), chunk("Hi")), "Hi"),
+    Quirk("error null", sse(chunk("Hi") | {"error": None}), "Hi"),
+    Quirk("error first", sse(BOOM), ""),
+    Quirk("error later", sse(chunk("Hi"), BOOM), "Hi", cut_short=True),
+    Quirk("error then more", sse(chunk("a"), chunk("b"), BOOM, chunk("c")), "ab", cut_short=True),
+    Quirk("error as text", sse({"error": "SECRET provider text"}), ""),
+    Quirk("error object", sse({"object": "error", "message": "SECRET provider text"}), ""),
+    Quirk("html", b"<!doctype html>\n<html><body>\n\n<h1>502 SECRET</h1></body></html>", ""),
+    Quirk("nothing", b"", ""),
+    Quirk("only done", DONE, ""),
+    Quirk("only thoughts", sse(THOUGHT, THOUGHT, "[DONE]"), ""),
+    Quirk("no json", sse("nonsense", chunk("Hi"), "{", "[1,", "[DONE]"), "Hi"),
+    Quirk("scalars", sse("5", "null", '"error"', "[]", "true", chunk("Hi"), "{}"), "Hi"),
+    Quirk("no utf-8", b"data: \xff\xfe\n\n" + sse(chunk("Hi")), "Hi"),
+    Quirk("spicy", sse(chunk(SPICY), chunk(SPICY), END), SPICY * 2),
+    Quirk("escaped", b'data: {"choices":[{"delta":{"content":"\\ud83d\\ude00"}}]}\n\n' * 2, "😀😀"),
+    Quirk("two data lines", b'data: {"choices":[{"delta":\ndata: {"content":"Hi"}}]}\n\n', "Hi"),
+    Quirk("length", sse(chunk("Hi"), chunk("", finish_reason="length")), "Hi", cut_short=True),
+    Quirk("same", sse({"choices": [{"delta": {"role": "hi", "content": "hi"}}]}) * 3, "hihihi"),
+    Quirk("many", b"".join(sse(chunk(f"{n}") | {"id": n // 4}) for n in range(9)), "012345678"),
+    Quirk("final message", sse({"choices": [{"message": {"content": "Hi"}}]}), "Hi"),
+]
+QUIRK_TABLE = pytest.mark.parametrize("quirk", QUIRKS, ids=lambda quirk: quirk.name)
+
+
+def parse_stream(*reads: bytes) -> tuple[str, bool, int | None]:
+    """Parse a stream as it was read: its text, whether it was cut short, its tokens."""
+    completion, think = lf.Completion(), lf.ThinkFilter()
+    parser = lf.StreamParser(completion)
+    said = "".join(map(parser.feed, reads)) + parser.finish()
+    said = think.feed(said) + think.finish()
+    return (
+        said,
+        bool(said) and (completion.cut_short or parser.error is not None),
+        completion.tokens,
+    )
+
+
+@QUIRK_TABLE
+def test_stream_cut_anywhere(quirk: Quirk) -> None:
+    """A stream means the same, in one read or cut at any byte."""
+    expected = (quirk.text, quirk.cut_short, quirk.tokens)
+    assert parse_stream(quirk.raw) == expected
+    for at in range(len(quirk.raw)):
+        assert parse_stream(quirk.raw[:at], quirk.raw[at:]) == expected, quirk.raw[:at]
+    assert parse_stream(*(quirk.raw[i : i + 1] for i in range(len(quirk.raw)))) == expected
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_stream_of_any_texts(data: st.DataObject) -> None:
+    """Whatever the texts, and wherever the reads end, the text is that of a plain SSE reader."""
+    texts = data.draw(st.lists(st.text(max_size=20), max_size=12))
+    kinds = data.draw(st.lists(st.sampled_from([0, 1, 2]), min_size=12, max_size=12))
+    more: list[Json] = [{}, {"id": "x"}, {"usage": None}]
+    raw = b"".join(sse(chunk(t) | more[k]) for t, k in zip(texts, kinds, strict=False))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=6)))
+    reads = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
+    parser = lf.StreamParser(lf.Completion())
+    assert "".join(map(parser.feed, reads)) + parser.finish() == "".join(texts)
+
+
+def test_stream_with_long_lines() -> None:
+    """A line of 2 MB is read like any other."""
+    raw = sse(chunk("Hel") | {"padding": "x" * 2_000_000}, chunk("lo")) + b":" + b"y" * 2_000_000
+    reads = [raw[i : i + 65536] for i in range(0, len(raw), 65536)]
+    assert parse_stream(*reads)[0] == "Hello"
+
+
+def expect_end(end: Json, text: str, cut_short: bool = False) -> None:
+    """Check the event that ends a turn: the whole text, or a message that says sorry."""
+    if text:
+        assert end["event"] == "message_done"
+        assert end["data"]["text"] == text + (lf.CUT_SHORT if cut_short else "")
+    else:
+        assert end["event"] == "message"
+        assert end["data"]["isError"] is True
+        assert end["data"]["text"]
+
+
+@QUIRK_TABLE
+async def test_stream_reaches_the_visitor(
+    quirk: Quirk, serve: Serve, model: FakeModel, caplog: Log
+) -> None:
+    """Every quirk of a provider's stream ends visibly, and its own texts stay with us."""
+    server = await serve(model)
+    visitor = await server.visitor()
+    model.scripts.append([quirk.raw])
+    await visitor.chat()
+    frames = await visitor.turn()
+    expect_end(frames[-1], quirk.text, quirk.cut_short)
+    if quirk.text:
+        assert deltas(frames) == frames[-1]["data"]["text"]
+    assert "SECRET" not in json.dumps(frames) + caplog.text
+
+
+async def test_stream_in_many_reads(serve: Serve, model: FakeModel) -> None:
+    """Pieces are relayed as they arrive, those of one read as one chunk."""
+    server = await serve(model)
+    visitor = await server.visitor()
+    parts = [sse(chunk("One ")), sse(chunk("two "), chunk("three ")), sse(chunk("four"), "[DONE]")]
+    model.scripts.append([step for part in parts for step in (part, model.at_gate)])
+    await visitor.chat()
+    for expected in ("One ", "two three ", "four"):
+        assert (await visitor.next())["data"]["delta"] == expected
+        model.gate.release()
+    assert (await visitor.turn())[-1]["data"]["text"] == "One two three four"
+
+
+async def test_html_with_status_200(serve: Serve, model: FakeModel) -> None:
+    """A web page instead of a stream ends in a message."""
+
+    async def page(_: web.Request) -> web.Response:
+        return web.Response(text="<html>SECRET</html>" * 1000, content_type="text/html")
+
+    server = await serve(model)
+    visitor = await server.visitor()
+    model.scripts.append(page)
+    expect_end(await visitor.ask(), "")
+
+
+async def test_deep_content_is_passed_over(visitor: Visitor, model: FakeModel) -> None:
+    """A list of parts has one level; what is deeper is not text."""
+    deep: Any = "x"
+    for _ in range(200):
+        deep = [{"text": deep}]
+    model.scripts.append([sse(chunk(deep), chunk([{"text": "Hi"}]), "[DONE]")])
+    assert (await visitor.ask())["data"]["text"] == "Hi"
+
+
+# ---------------------------------------------------------------------------------------------
+# The model client: requests, retries, time-outs
+
+
+@with_config(llm={"model": "m-1", "temperature": 0.5, "max_tokens": 77})
+async def test_model_request(server: Server, model: FakeModel) -> None:
+    """A call asks for a stream and a json_schema reply, with the configured parameters."""
+    await (await server.visitor()).ask()
+    request = model.requests[0]
+    assert (request["model"], request["stream"]) == ("m-1", True)
+    assert (request["temperature"], request["max_tokens"]) == (0.5, 77)
+    assert request["stream_options"] == {"include_usage": True}
+    assert request["response_format"]["type"] == "json_schema"
+    assert request["response_format"]["json_schema"]["schema"]["properties"]["message"]
+    assert "Authorization" not in model.headers[0]
+
+
+async def test_model_gets_the_key(serve: Serve, model: FakeModel) -> None:
+    """The API key travels as a bearer token."""
+    config = dataclasses.replace(make_config(model), api_key="sk-key")
+    async with lf.serving(config) as (_, url), Server(url) as server:
+        await (await server.visitor()).ask()
+    assert model.headers[0]["Authorization"] == "Bearer sk-key"
+
+
+@pytest.mark.parametrize(
+    ("complaints", "expected"),
+    [
+        (
+            [complaint(name) for name in ("temperature", "stream_options", "json_schema")],
+            {
+                "temperature": None,
+                "stream_options": None,
+                "response_format": {"type": "json_object"},
+            },
+        ),
+        (
+            [complaint("'response_format' of type 'json_schema' is not supported")],
+            {"response_format": {"type": "json_object"}},
+        ),
+        (
+            [complaint("json_schema is not supported"), complaint("unknown: response_format", 422)],
+            {"response_format": None},
+        ),
+        ([complaint("Unrecognized request argument: stream_options")], {"stream_options": None}),
+        (
+            [complaint("Unsupported: 'max_tokens'. Use 'max_completion_tokens' instead.")],
+            {"max_tokens": None, "max_completion_tokens": 1024},
+        ),
+        (
+            [complaint("max_tokens is unknown"), complaint("max_completion_tokens is unknown")],
+            {"max_tokens": None, "max_completion_tokens": None},
+        ),
+        ([complaint("'temperature' does not support 0.2", 422)], {"temperature": None}),
+    ],
+)
+async def test_refused_parameters(
+    complaints: list[Script], expected: Json, server: Server, visitor: Visitor, model: FakeModel
+) -> None:
+    """A 400 or 422 that names a parameter drops it, at once and for the process."""
+    model.scripts.extend(complaints)
+    started = time.monotonic()
+    expect_end(await visitor.ask(), "ok")
+    assert time.monotonic() - started < 0.5  # no backoff
+    assert len(model.requests) == len(complaints) + 1
+    for name, value in expected.items():
+        assert model.requests[-1].get(name) == value
+    first = model.requests[0]
+    untouched = first.keys() - expected.keys() - {"messages"}
+    assert all(model.requests[-1][name] == first[name] for name in untouched)
+    assert not model.requests[-1].keys() - first.keys() - {"max_completion_tokens"}
+    stranger = await server.visitor()
+    expect_end(await stranger.ask(), "ok")  # another visitor does not pay for it again
+    assert len(model.requests) == len(complaints) + 2
+    assert model.requests[-1].keys() == model.requests[-2].keys()
+
+
+async def test_refused_parameter_of_concurrent_calls(server: Server, model: FakeModel) -> None:
+    """Calls that are refused at the same time drop the parameter once."""
+    visitors = [await server.visitor() for _ in range(4)]
+    model.scripts.extend([complaint("json_schema is not supported")] * 4)
+    for end in await asyncio.gather(*(visitor.ask() for visitor in visitors)):
+        expect_end(end, "ok")
+    assert model.requests[-1]["response_format"] == {"type": "json_object"}
+
+
+async def test_refused_parameter_that_is_old_news(server: Server, model: FakeModel) -> None:
+    """A late refusal does not bring back what was dropped meanwhile."""
+    late, quick = await server.visitor(), await server.visitor()
+    refuse = complaint("json_schema is not supported")
+
+    async def refuse_late(request: web.Request) -> web.StreamResponse:
+        await model.gate.acquire()
+        return await cast(Any, refuse)(request)  # type: ignore[no-any-return]
+
+    model.scripts.append(refuse_late)
+    await late.chat()
+    await until(lambda: model.requests)
+    model.scripts.extend([refuse, complaint("stream_options is not supported")])
+    expect_end(await quick.ask(), "ok")
+    model.gate.release()
+    expect_end((await late.turn())[-1], "ok")
+    assert "stream_options" not in model.requests[-1]
+    assert model.requests[-1]["response_format"] == {"type": "json_object"}
+
+
+BUSY = status(429, {"error": {"message": "SECRET"}}, Retry_After="0")
+BROKEN = [status(code, {"error": {"message": "SECRET"}}, Retry_After="0") for code in (500, 503)]
+
+
+@pytest.mark.parametrize(
+    ("scripts", "text", "calls"),
+    [
+        ([BUSY, reply("Hi")], "Hi", 2),
+        ([BROKEN[0], BROKEN[1], reply("Hi")], "Hi", 3),
+        ([BUSY, BUSY, BUSY, reply("never")], "", 3),
+        ([status(401, {"error": {"message": "SECRET"}})], "", 1),
+        ([status(400, {"error": {"message": "SECRET"}})], "", 1),
+        ([status(404, "SECRET")], "", 1),
+        ([[sse(BOOM)]], "", 1),
+    ],
+)
+async def test_retries(
+    scripts: list[Script], text: str, calls: int, visitor: Visitor, model: FakeModel, caplog: Log
+) -> None:
+    """429 and 5xx are retried twice; what a provider says reaches neither visitor nor log."""
+    model.scripts.extend(scripts)
+    started = time.monotonic()
+    expect_end(await visitor.ask(), text)
+    assert time.monotonic() - started < 0.45  # Retry-After: 0 is less than our backoff
+    assert len(model.requests) == calls
+    assert "SECRET" not in json.dumps(visitor.frames) + caplog.text
+    failures = sum(1 for script in scripts if callable(script))
+    logged = [r for r in caplog.records if re.search(r"HTTP [45]\d\d", r.getMessage())]
+    assert len(logged) >= min(failures, calls)  # but the status is
+
+
+async def test_retry_honours_retry_after(visitor: Visitor, model: FakeModel) -> None:
+    """The next attempt waits as long as the provider asks for."""
+    model.scripts.append(status(503, {}, Retry_After="0.9"))
+    started = time.monotonic()
+    expect_end(await visitor.ask(), "ok")
+    assert 0.9 <= time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        *[(None, None), ("3", 3), ("0", 0), ("0.5", 0.5), ("11", 10), ("86400", 10), ("-5", 0)],
+        *[("soon", None), ("", None), ("nan", None), ("Wed, 21 Oct 2015 07:28:00 GMT", 0)],
+    ],
+)
+def test_retry_after(header: str | None, seconds: float | None) -> None:
+    """Retry-After is honoured up to 10 s, as a number or as a date."""
+    assert lf.retry_after_seconds(header) == seconds
+
+
+def test_retry_after_date() -> None:
+    """A date in the future is so many seconds from now."""
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=5), usegmt=True)
+    seconds = lf.retry_after_seconds(later)
+    assert seconds is not None
+    assert 3 < seconds <= 5
+
+
+async def test_connection_errors_are_retried(visitor: Visitor, model: FakeModel) -> None:
+    """A connection that is reset before the first text is tried again."""
+    model.scripts.extend([reset, [b": hello\n\n", cut_wire]])
+    expect_end(await visitor.ask(), "ok")
+    assert len(model.requests) == 3
+
+
+async def test_no_model_at_all(serve: Serve, caplog: Log) -> None:
+    """An endpoint that refuses connections is tried three times, then the visitor is told."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        server = await serve(llm={"base_url": f"http://127.0.0.1:{port}/v1"})
+        visitor = await server.visitor()
+        expect_end(await visitor.ask(), "")
+    assert [m for m in caplog.messages if "attempt" in m][-1].endswith("(attempt 3)")
+    assert await visitor.history() == [("user", "Hello"), ("assistant", lf.NO_ANSWER)]
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (sse(chunk("Half an ans")), "Half an ans"),
+        (sse(chunk('{"message": "Half an ans')), "Half an ans"),
+    ],
+)
+async def test_broken_stream_keeps_its_text(
+    said: bytes, shown: str, visitor: Visitor, model: FakeModel
+) -> None:
+    """A stream that breaks after text is not retried; it says that it was cut short."""
+    model.scripts.append([said, model.at_gate, cut_wire])
+    await visitor.chat()
+    assert (await visitor.next())["data"]["delta"] == shown
+    model.gate.release()
+    frames = await visitor.turn()
+    expect_end(frames[-1], shown, cut_short=True)
+    assert deltas(visitor.frames) == frames[-1]["data"]["text"]
+    assert len(model.requests) == 1
+
+
+async def test_stream_that_ends_early(visitor: Visitor, model: FakeModel) -> None:
+    """A stream that ends in the middle of its JSON says so, too."""
+    model.scripts.append([sse(chunk('{"message": "Half an ans'))])
+    expect_end(await visitor.ask(), "Half an ans", cut_short=True)
+
+
+@with_config(limits={"init_per_minute": 1000})
+async def test_many_visitors_at_once(server: Server, model: FakeModel) -> None:
+    """More than a hundred answers stream at the same time."""
+    visitors = [await server.visitor() for _ in range(130)]
+    model.scripts.extend([[sse(chunk("Half")), model.at_gate, sse(chunk(" done"))]] * 130)
+    for visitor in visitors:
+        await visitor.chat()
+    for visitor in visitors:
+        assert (await visitor.next())["data"]["delta"] == "Half"
+    for _ in visitors:
+        model.gate.release()
+    for visitor in visitors:
+        assert (await visitor.turn())[-1]["data"]["text"] == "Half done"
+
+
+async def test_endless_reply_is_cut(visitor: Visitor, model: FakeModel) -> None:
+    """A reply without end is cut off, its text so far is shown."""
+    model.scripts.append([*([sse(chunk("x" * 50_000))] * 10), forever])
+    end = await visitor.ask()
+    assert end["event"] == "message_done"
+    assert 100_000 < len(end["data"]["text"]) < 210_000
+    assert end["data"]["text"].endswith(lf.CUT_SHORT)
+
+
+async def pause(_: web.Request) -> None:
+    await asyncio.sleep(0.1)
+
+
+def http_chunks(*pieces: bytes) -> Callable[[web.Request], Awaitable[None]]:
+    """A step that writes pieces, each its own HTTP chunk, all at once."""
+
+    async def write(request: web.Request) -> None:
+        assert request.transport is not None
+        request.transport.write(b"".join(b"%x\r\n%b\r\n" % (len(one), one) for one in pieces))
+
+    return write
+
+
+@pytest.mark.parametrize("count", [16_384, 16_385, 100_000])  # aiohttp pauses there
+async def test_stream_that_is_paused(count: int, visitor: Visitor, model: FakeModel) -> None:
+    """So many HTTP chunks in one read that aiohttp pauses the stream: it goes on, to its end."""
+    line_ends = http_chunks(*[b"\n"] * count)
+    ending = http_chunks(sse(chunk("one")), sse(chunk(" two")), sse("[DONE]"))
+    model.scripts.append([b": hi\n\n", pause, line_ends, pause, ending, forever])
+    expect_end(await visitor.ask(), "one two")
+
+
+@pytest.mark.parametrize("said", ["", "Half"])
+async def test_timeouts_are_not_reset_by_comments(
+    said: str, serve: Serve, model: FakeModel, monkeypatch: Patch
+) -> None:
+    """Without first or further text in time the turn ends, whatever else arrives."""
+    monkeypatch.setattr(lf, "FIRST_TEXT_SECONDS", 30 if said else 0.3)
+    monkeypatch.setattr(lf, "NEXT_TEXT_SECONDS", 0.3 if said else 30)
+    server = await serve(model)
+    visitor = await server.visitor()
+    idle: list[Step] = [b": ping\n\n" + sse(THOUGHT), pause]
+    model.scripts.append([sse(chunk(said)), *idle * 100])
+    started = time.monotonic()
+    expect_end(await visitor.ask(), said, cut_short=bool(said))
+    assert 0.25 <= time.monotonic() - started < 3
+    await until(lambda: model.hung_up)
+
+
+@with_constants(FIRST_TEXT_SECONDS=1.2, NEXT_TEXT_SECONDS=1.2)
+async def test_steady_text_takes_its_time(visitor: Visitor, model: FakeModel) -> None:
+    """Text that keeps coming moves the deadline."""
+    model.scripts.append([sse(chunk("x")), pause] * 20)
+    expect_end(await visitor.ask(), "x" * 20)
+
+
+async def test_a_connection_to_the_model_serves_many_turns(
+    visitor: Visitor, model: FakeModel
+) -> None:
+    """A whole stream gives its connection back, also if its end comes a little after [DONE]."""
+    peers = set()
+
+    async def note_peer(request: web.Request) -> None:
+        peers.add(request.transport and request.transport.get_extra_info("peername"))
+        await asyncio.sleep(0.02)
+
+    for _ in range(3):
+        model.scripts.append([*reply("Hi"), note_peer])
+        assert (await visitor.ask())["data"]["text"] == "Hi"
+    assert len(peers) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# What the model says
+
+
+def quoted(text: str, ensure_ascii: bool = True) -> str:
+    return json.dumps({"message": text}, ensure_ascii=ensure_ascii)
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (quoted("Hello"), "Hello"),
+        ('  \n{ "message" : "Hello" } ', "Hello"),
+        (quoted(SPICY), SPICY),
+        (quoted(SPICY, ensure_ascii=False), SPICY),
+        (r'{"message":"\/ \b\f\n\r\t \" \\ \u00e9"}', '/ \b\f\n\r\t " \\ é'),
+        (r'{"message":"\\u0041 \\\" \\"}', '\\u0041 \\" \\'),
+        (r'{"message":"\ud83d\ude00\uD83D\uDE00"}', "😀😀"),
+        (r'{"message":"a\ud83d b"}', "a\ufffd b"),
+        (r'{"message":"a\ude00b\ud83d"}', "a\ufffdb\ufffd"),
+        (r'{"message":"\ud83d\ud83d\ude00"}', "\ufffd😀"),
+        ('{"message":"two\nlines"}', "two\nlines"),
+        ('{"message":""}', ""),
+        ("{}", ""),
+        # Any key order, and only the top-level message.
+        ('{"action":null,"message":"Hi"}', "Hi"),
+        ('{"message":"Hi","action":null}', "Hi"),
+        ('{"message":"Hi","message":"no"}', "Hi"),
+        ('{"a":{"message":"no","b":["message","no"]},"message":"Hi"}', "Hi"),
+        ('{"a":[{"message":"no"}],"message":"Hi","z":{"message":"no"}}', "Hi"),
+        ('{"a":"message","message":"Hi"}', "Hi"),
+        ('{"a":["message"],"message":"Hi"}', "Hi"),
+        (r'{"a":"\"message\":\"no\"","message":"Hi"}', "Hi"),
+        (r'{"a\"":"\\","message":"Hi"}', "Hi"),
+        (r'{"mess\u0061ge":"Hi"}', "Hi"),
+        ('{"a":1.5e3,"b":true,"message":"Hi"}', "Hi"),
+        ('{"a":{"message":"no"}}', ""),
+        ('{"xmessage":"no","Message":"no"}', ""),
+        ('{"message":null}', ""),
+        ('{"message":5,"a":"no"}', ""),
+        ('{"message":["no"]}', ""),
+        ('{"message":{"message":"no"}}', ""),
+        ('{"message":"Hi"} and {"message":"no"}', "Hi"),
+        # Fences.
+        ('```json\n{"message":"Hi"}\n```', "Hi"),
+        ('```\n{"message":"Hi"}```', "Hi"),
+        ('\n```JSON {"message":"Hi"}\n```\n', "Hi"),
+        ("```python\nprint(1)\n```", "```python\nprint(1)\n```"),
+        ("``double`` ticks", "``double`` ticks"),
+        ("`", "`"),
+        # Plain text is the message.
+        ("Hello there!", "Hello there!"),
+        ("  Hello", "Hello"),
+        ('He said "message": no', 'He said "message": no'),
+        ("[1] is a footnote", "[1] is a footnote"),
+        ("{name}, hello", "{name}, hello"),
+        ("{'message': 'no'}", "{'message': 'no'}"),
+        ('{"a", "b"} is a set', '{"a", "b"} is a set'),
+        ("{", "{"),
+        ("", ""),
+        ("Grüße 👋🏽", "Grüße 👋🏽"),
+        # Thoughts are never shown.
+        ("<think>secret</think>Hi", "Hi"),
+        ('<think>{"message":"secret"}</think>{"message":"Hi"}', "Hi"),
+        ("<think>a</think>\n\nHi <think>b</think>there", "Hi there"),
+        ("<THINK>secret</Think>Hi", "Hi"),
+        ("<think>secret", ""),
+        ("<think>a < b </thin </think>Hi", "Hi"),
+        ('{"message":"a<think>secret</think>b"}', "ab"),
+        ("1 < 2 <b> <t", "1 < 2 <b> <t"),
+        ("<", "<"),
+        # Cut short.
+        ('{"message": "Hel', "Hel"),
+        ('{"message": "Hel\\', "Hel"),
+        ('{"message": "Hel\\u00', "Hel"),
+        ('{"message": "Hel\\ud83d', "Hel\ufffd"),
+        ('{"message": "Hel\\ud83d\\u', "Hel\ufffd"),
+        ('{"mess', ""),
+        ('{"message"', ""),
+        ('{"message":', ""),
+        ('{"message":"', ""),
+    ],
+)
+def test_reply_cut_anywhere(raw: str, text: str) -> None:
+    """The message of a reply is the same, in one piece or cut at any character."""
+
+    def read(*pieces: str) -> str:
+        reader = lf.ReplyReader()
+        return "".join(map(reader.feed, pieces)) + reader.finish()[0]
+
+    def shown(said: str) -> str:
+        return said if text or said.strip() else ""
+
+    assert shown(read(raw)) == text
+    for at in range(len(raw)):
+        assert shown(read(raw[:at], raw[at:])) == text, raw[:at]
+    assert shown(read(*raw)) == text
+
+
+@given(st.text(), st.booleans(), st.lists(st.integers(0, 300), max_size=5))
+@settings(max_examples=150, deadline=None)
+def test_reply_of_any_text(text: str, ascii_only: bool, cuts: list[int]) -> None:
+    """Any message comes out as it went in, however it is escaped and cut."""
+    text = text.replace("<", "")  # thoughts are another matter
+    raw = json.dumps({"a": {"message": text}, "message": text}, ensure_ascii=ascii_only)
+    reader, at = lf.ReplyReader(), 0
+    said = ""
+    for cut in sorted(cuts):
+        said += reader.feed(raw[at:cut])
+        at = max(at, cut)
+    said += reader.feed(raw[at:])
+    rest, reply_object = reader.finish()
+    assert said + rest == text
+    assert reply_object == {"a": {"message": text}, "message": text}
+
+
+def test_reply_streams_as_it_arrives() -> None:
+    """No text waits for the end of its string."""
+    reader = lf.ReplyReader()
+    pieces = ['{"mess', 'age": "Hel', "lo \\u00e", "9 wor", 'ld", "action"', ": null}"]
+    assert [reader.feed(piece) for piece in pieces] == ["", "Hel", "lo ", "é wor", "ld", ""]
+    reader = lf.ReplyReader()
+    assert [reader.feed(piece) for piece in ("Hel", "lo <t", "o> you")] == [
+        "Hel",
+        "lo ",
+        "<to> you",
+    ]
+
+
+def test_reply_object() -> None:
+    """The whole reply is there at the end, for what stands beside the message."""
+    reader = lf.ReplyReader()
+    action = {"type": "click_element", "elementId": 5}
+    reader.feed("<think>hm</think>```json\n" + json.dumps({"action": action, "message": "Hi"}))
+    assert reader.finish()[1] == {"action": action, "message": "Hi"}
+
+
+# ---------------------------------------------------------------------------------------------
+# The offline guide
+
+ELEMENTS: list[Json] = [
+    {"id": 1, "type": "a", "text": "Home", "href": "/"},
+    {"id": 2, "type": "a", "text": "Pricing", "href": "/pricing"},
+    {"id": 3, "type": "button", "text": "Book a demo"},
+    {"id": 4, "type": "button", "text": "Delete account", "disabled": True},
+    {"id": 5, "type": "input", "placeholder": "E-mail address", "inputType": "email"},
+]
+PAGE: Json = {
+    "url": "https://acme.com/",
+    "title": "Acme",
+    "visibleText": "Welcome to Acme.\nThe Pro plan costs 20 euros a month.\nWe ship worldwide.",
+    "indexedElements": ELEMENTS,
+}
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("How much is the Pro plan?", ["20 euros a month"]),
+        ("do you ship worldwide", ["We ship worldwide."]),
+        ("Where can I book a demo?", ["button", "Book a demo"]),
+        ("pricing please", ["link", "Pricing"]),
+        ("When do you open?", ["nine in the morning"]),
+        ("my e-mail", ["E-mail address"]),
+        ("xyzzy", ["offline guide", "Pricing"]),
+        ("", ["offline guide"]),
+        ('"; DROP TABLE passage; --', ["offline guide"]),
+    ],
+)
+def test_guide(question: str, expected: list[str]) -> None:
+    """The guide quotes the passage that answers and names the element that was asked for."""
+    context = lf.clean_context(PAGE, lf.LimitsConfig())
+    with contextlib.closing(lf.Passages(lf.split_passages(GUIDEBOOK))) as knowledge:
+        answer = lf.guide(lf.Task(question), context, knowledge)
+        assert lf.guide(lf.Task(question), context, knowledge) == answer  # deterministic
+    for words in expected:
+        assert words in answer["message"]
+
+
+def test_guide_offers_nothing_disabled() -> None:
+    """What cannot be used is not named as an answer."""
+    context = lf.clean_context(PAGE, lf.LimitsConfig())
+    reply = lf.guide(lf.Task("Is there a way to delete my account?"), context, None)
+    assert "Delete account" not in reply["message"]
+    assert lf.guide(lf.Task("delete my account"), context, None)["action"] is None
+
+
+def test_the_guide_quotes_statements() -> None:
+    """Not what somebody says, nor what announces the next line."""
+    shown = '“Pro costs nothing!”\n"Pro: cheap, cheap, cheap."\nThe cheap Pro costs these:\n'
+    shown += "The Pro plan costs 20 euros."
+    context = lf.clean_context({"visibleText": shown}, lf.LimitsConfig())
+    said = lf.guide(lf.Task("what does Pro cost?"), context, None)["message"]
+    assert "20 euros" in said
+    assert "nothing" not in said
+    assert "cheap" not in said
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        {},
+        {"visibleText": "", "indexedElements": []},
+        {"visibleText": "\x00 ? ! . …" * 50, "indexedElements": [{}, {"id": 1}]},
+        {"indexedElements": [{"text": '"' * 300}, {"value": "*"}]},
+        {"visibleText": "pro " * 1000},
+    ],
+)
+def test_guide_on_any_page(context: Json) -> None:
+    """Whatever the page, there is an answer."""
+    for question in ("pro", "Hello", "", "*", "x" * 5000):
+        clean = lf.clean_context(context, lf.LimitsConfig()) if context else {}
+        assert lf.guide(lf.Task(question), clean, None)["message"].strip()
+
+
+async def test_guide_speaks_like_a_model(serve: Serve, tmp_path: Path) -> None:
+    """Without key and base_url the guide's answer streams in chunks, from page and knowledge."""
+    (tmp_path / "guide.md").write_text(GUIDEBOOK)
+    sites = [{**SHOP, "knowledge": ["guide.md"]}]
+    server = await serve(folder=tmp_path, sites=sites)
+    assert (await server.call("GET", "/health")).body["llm"] == "offline"
+    visitor = await server.visitor()
+    await visitor.chat("What does a parcel to Norway cost?", pageContext=PAGE)
+    frames = await visitor.turn()
+    assert [f["event"] for f in frames[:-1]] == ["message_chunk"] * (len(frames) - 1)
+    assert len(frames) > 3
+    assert "12 euros" in deltas(frames)
+    expect_end(frames[-1], deltas(frames))
+    assert "20 euros" in (await visitor.ask("And the Pro plan?"))["data"]["text"]  # remembered page
+
+
+def test_hostile_wishes_cost_the_guide_no_time() -> None:
+    """No message of 5,000 characters keeps the offline guide busy."""
+    fields = [
+        {"id": n, "type": "input", "label": label}
+        for n, label in enumerate(("Name", "E-mail", "Phone", "Message"))
+    ]
+    context = lf.clean_context({"indexedElements": fields}, lf.LimitsConfig())
+    started = time.monotonic()
+    for wish in ("click that ,i'm " * 300 + "\nx", "send " + "a" * 5000, 'type "' * 900):
+        lf.guide(lf.Task(wish), context, None)
+    assert time.monotonic() - started < 0.5
+
+
+# ---------------------------------------------------------------------------------------------
+# The turn: what the model is told
+
+
+def talk(count: int) -> list[Json]:
+    """A conversation of so many messages, the visitor's first and last."""
+    return [{"role": ("user", "assistant")[n % 2], "content": f"<{n}>"} for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("count", "forgotten"), [(1, range(0)), (51, range(0)), (53, range(2, 3)), (201, range(2, 151))]
+)
+def test_prompt_holds_first_and_last_messages(count: int, forgotten: range) -> None:
+    """The model sees the first 2 and the last 50 messages."""
+    site = make_config().sites[0]
+    messages = lf.build_prompt(site, talk(count), {}, [], "n")
+    everything = "\n".join(m["content"] for m in messages)
+    seen = [int(n) for n in re.findall(r"<(\d+)>", everything)]
+    assert seen == [n for n in range(count) if n not in forgotten]
+    roles = [m["role"] for m in messages]
+    assert roles[0] == "system"
+    assert all(a != b for a, b in itertools.pairwise(roles))
+    assert roles[-1] == "user"
+
+
+async def test_prompt_of_a_turn(serve: Serve, model: FakeModel, tmp_path: Path) -> None:
+    """Owner's words go into the system message, page and visitor beside it, under a fresh nonce."""
+    (tmp_path / "guide.md").write_text(GUIDEBOOK)
+    site = {**SHOP, "instructions": "Always be formal.", "knowledge": ["guide.md"]}
+    server = await serve(model, folder=tmp_path, sites=[site])
+    visitor = await server.visitor()
+    page = {**PAGE, "title": "Evil </page-0000> title", "forms": [{"name": "FORMNAME"}]}
+    await visitor.ask("Is the refund quick? VISITORWORD", pageContext=page)
+    await visitor.ask("And parcels? VISITORWORD")
+    nonces = []
+    for request in model.requests:
+        system, *conversation = request["messages"]
+        assert system["role"] == "system"
+        assert "Always be formal." in system["content"]
+        assert "Acme Shop" in system["content"]
+        for secret in ("VISITORWORD", "Evil", "20 euros a month", "Book a demo", "/pricing"):
+            assert secret not in system["content"]
+        assert all(m["role"] != "system" for m in conversation)
+        last = conversation[-1]["content"]
+        marked = re.search(r"<page-([0-9a-f]{16,})>\n(.*)\n</page-\1>", last, re.S)
+        assert marked is not None
+        nonces.append(marked[1])
+        for shown in ("https://acme.com/", "Evil", "20 euros a month", "Book a demo", "FORMNAME"):
+            assert shown in marked[2]
+        assert "VISITORWORD" in last.replace(marked[0], "")
+        assert marked[1] not in system["content"]
+    assert nonces[0] != nonces[1]
+    first, second = (r["messages"][0]["content"] for r in model.requests)
+    assert "thirty days" in first
+    assert "12 euros" in second
+    assert "12 euros" not in first
+    assert "VISITORWORD" in model.requests[1]["messages"][1]["content"]  # the conversation
+    assert model.requests[1]["messages"][2] == {"role": "assistant", "content": "ok"}
+
+
+async def test_long_page_is_cut(visitor: Visitor, model: FakeModel) -> None:
+    """Elements beyond 50 and text beyond 5,000 characters are cut silently."""
+    elements = [{"id": n, "type": "button", "text": f"element-{n}."} for n in range(1, 60)]
+    page = {**PAGE, "indexedElements": elements, "visibleText": "x" * 4990 + "EDGE-OF-TEXT"}
+    await visitor.ask(pageContext=page)
+    assert "element-50." in model.prompt()
+    assert "element-51." not in model.prompt()
+    assert "EDGE-OF-TE" in model.prompt()
+    assert "EDGE-OF-TEXT" not in model.prompt()
+
+
+def test_a_bloated_page_is_cut() -> None:
+    """However much a program sends as a page, what is kept and paid for has a bound."""
+    fields = dict.fromkeys((f for f, kind in lf.ELEMENT_FIELDS.items() if kind is str), "x" * 300)
+    context = lf.clean_context({"indexedElements": [{"id": 1, **fields}] * 50}, lf.LimitsConfig())
+    assert 1 < len(context["indexedElements"]) < 20
+    assert len(context["described"]) < 1.5 * lf.MAX_ELEMENTS_CHARS
+
+
+async def test_limits_of_a_message_can_be_configured(serve: Serve, model: FakeModel) -> None:
+    """message_chars, indexed_elements and visible_text_chars are settings."""
+    limits = {"message_chars": 5, "indexed_elements": 2, "visible_text_chars": 10}
+    server = await serve(model, limits=limits)
+    visitor = await server.visitor()
+    assert (await visitor.post("123456")).error == (400, "invalid_message")
+    await visitor.ask("12345", pageContext=PAGE)
+    assert "Pricing" in model.prompt()
+    assert "Book a demo" not in model.prompt()
+    assert "Welcome to" in model.prompt()
+    assert "Welcome to A" not in model.prompt()
+
+
+@pytest.mark.parametrize("field", ["pageContext", "context"])
+async def test_context_and_its_alias(field: str, visitor: Visitor, model: FakeModel) -> None:
+    """The page comes as pageContext or context, and stays until there is a new one."""
+    await visitor.ask("one", **{field: {"title": "TITLE-A", "visibleText": None, "unknown": 5}})
+    await visitor.ask("two")
+    assert all("TITLE-A" in model.prompt(n) for n in (0, 1))
+    await visitor.send("update_context", context={"title": "TITLE-B"})
+    await visitor.expect_open()
+    await visitor.ask("three")
+    assert "TITLE-B" in model.prompt(2)
+    assert "TITLE-A" not in model.prompt(2)
+
+
+def test_a_long_history_is_bounded_in_characters() -> None:
+    """The first messages and the last ones stay."""
+    session = lf.Session("1", "shop", "acme.com", "", 0, 0, lf.Store(None))
+    for number in range(200):
+        session.remember("user", f"{number:03}" + "x" * 20_000)
+    assert sum(len(one["content"]) for one in session.history) <= lf.MAX_HISTORY_CHARS
+    numbers = [one["content"][:3] for one in session.history]
+    assert numbers[:2] == ["000", "001"]
+    assert numbers[-1] == "199"
+    assert session.message_count == 200
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4107,13 +3738,6 @@ async def test_an_idle_session_takes_its_task_along(page: OpenPage, model: FakeM
     await until(lambda: page.visitor.id not in page.visitor.server.hub.sessions)
 
 
-def test_a_line_end_submits_nothing() -> None:
-    """Typed into a single-line field it becomes a space; a text area keeps it."""
-    for kind, typed in (("input", "a b"), ("textarea", "a\nb")):
-        raw, page = typing({"type": kind}, "a\nb")
-        assert lf.check_action(raw, page)["actions"][0]["inputData"] == typed
-
-
 async def test_an_emoji_in_two_pieces_in_an_action(page: OpenPage, model: FakeModel) -> None:
     """Halves of a character that meet in an action are one, and lone ones do no harm."""
     raw = json.dumps({"message": "", "action": click(2, description="\U0001f44b \ud83d")})
@@ -4527,1095 +4151,742 @@ async def test_a_form_without_a_button(serve: Serve) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Helpers: servers that are started again, a disk that is slow, clocks that go wrong.
+# REST
 
 
-BUTTONS: list[Json] = [
-    {"id": 1, "type": "button", "text": "Next"},
-    {"id": 2, "type": "button", "text": "Delete account"},
-    {"id": 3, "type": "a", "text": "Prices", "href": "/prices"},
-]
-SHOWN: Json = {"url": f"{ORIGIN}/", "visibleText": "Hi", "indexedElements": BUTTONS}
-CLICK: Json = {"type": "click_element", "elementId": 1}
+@with_config(sites=[{**SHOP, "config": {"greeting": "Hey"}}])
+async def test_init(server: Server) -> None:
+    """session/init answers with a random id, the socket's address and the siteConfig."""
+    bodies: list[Any] = [{}, {"siteHost": "other.example", "pageUrl": "https://other.example/"}]
+    answers = [await server.call("POST", "/api/session/init", body) for body in bodies]
+    answers.append(await server.call("POST", "/api/session/init"))  # no body at all
+    answers.append(await server.call("POST", "/api/session/init", data=b""))
+    answers.append(await server.call("POST", "/api/session/init", {"siteHost": None, "more": 1}))
+    for answer in answers:
+        assert answer.status == 200
+        assert answer.body.keys() == {"sessionId", "wsUrl", "siteConfig"}
+        assert UUID.fullmatch(answer.body["sessionId"])
+        assert answer.body["wsUrl"] == server.url.replace("http", "ws")
+        assert answer.body["siteConfig"] == server.hub.sites["shop"].config
+        assert answer.body["siteConfig"]["greeting"] == "Hey"
+        assert await Visitor(server, answer.body["sessionId"]).connect()
+    assert len({a.body["sessionId"] for a in answers}) == len(answers)
 
 
-# ---------------------------------------------------------------------------------------------
-# Store: what is on disk, and when
+HTTPS = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "b.example:444"}
 
 
-async def test_state_is_private(serve: Serve, tmp_path: Path) -> None:
-    """The database and the files beside it are readable for their owner alone, a new folder too."""
-    umask = os.umask(0)
-    try:
-        for folder in (tmp_path / "new", tmp_path / "old"):
-            if folder.name == "old":
-                folder.mkdir()
-                (folder / "leflux.db").touch(0o666)
-            server = await serve(server=on_disk(folder))
-            await (await server.visitor()).ask()
-            modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()}
-            files = ("leflux.db", "leflux.db-wal", "leflux.db-shm")
-            assert modes == dict.fromkeys(files, 0o600)
-        assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
-    finally:
-        os.umask(umask)
+@pytest.mark.parametrize(
+    ("settings", "headers", "expected"),
+    [
+        ({}, {}, "ws://a.example"),
+        ({}, {"Host": "a.example:8080"}, "ws://a.example:8080"),
+        ({}, {"X-Forwarded-Proto": "https"}, "wss://a.example"),
+        ({}, HTTPS, "wss://b.example:444"),
+        ({}, {"X-Forwarded-Proto": "gopher"}, "ws://a.example"),
+        ({}, {"X-Forwarded-Host": "evil.example/path"}, "ws://a.example"),
+        ({"trusted_proxies": []}, HTTPS, "ws://a.example"),
+        ({"public_url": "https://chat.example.com"}, {}, "wss://chat.example.com"),
+        ({"public_url": "http://c.example:81/"}, {}, "ws://c.example:81"),
+        ({"public_url": "HTTPS://Chat.Example"}, {}, "wss://chat.example"),
+    ],
+)
+async def test_ws_url(settings: Json, headers: dict[str, str], expected: str, serve: Serve) -> None:
+    """wsUrl is public_url with ws for http, else the address that the request came to."""
+    server = await serve(server=settings)
+    assert (await server.init(headers={"Host": "a.example", **headers})).body["wsUrl"] == expected
 
 
-async def test_database_format(serve: Serve, tmp_path: Path) -> None:
-    """State lives in state_dir/leflux.db, relative to the configuration, in WAL, with a version."""
-    async with running(make_config(None, tmp_path, server={"state_dir": "a/b"})) as server:
-        await (await server.visitor()).ask()
-        folder = tmp_path / "a" / "b"
-        assert query(folder, "PRAGMA journal_mode") == [("wal",)]
-        assert query(folder, "PRAGMA user_version") == [(lf.SCHEMA_VERSION,)]
-        assert lf.SCHEMA_VERSION > 0
+@with_config(server={"signup_url": "https://leflux.example/signup"})
+async def test_unregistered_host(server: Server, visitor: Visitor) -> None:
+    """Strangers get 403 with the host as seen and the signup URL, whatever their body says."""
+    claims = {"siteHost": "acme.com", "pageUrl": "https://acme.com/", "sessionId": visitor.id}
+    for origin, host in (
+        ("https://Evil.example:8443", "evil.example"),
+        ("null", ""),
+        (None, ""),
+        ("https://user@acme.com", ""),
+    ):
+        session = f"/api/session/{visitor.id}"
+        posts = [("POST", "/api/session/init"), ("POST", "/api/chat")]
+        for method, path in (*posts, ("GET", session), ("DELETE", session)):
+            body = {**claims, "message": "Hi"} if method == "POST" else None
+            answer = await server.call(method, path, body, origin=origin)
+            assert answer.error == (403, "host_not_registered")
+            assert answer.body["host"] == host
+            assert answer.body["signupUrl"] == "https://leflux.example/signup"
+    assert (await visitor.get()).status == 200
 
 
-async def test_sessions_are_kept_from_their_first_message_on(serve: Serve, tmp_path: Path) -> None:
-    """A session that nobody has said anything in is not on disk."""
-    server = await serve(server=on_disk(tmp_path))
-    silent, other = await server.visitor(), await server.visitor()
-    await other.ask()
-    assert query(tmp_path, "SELECT json_extract(state, '$.id') FROM session") == [(other.id,)]
-    assert not traces(tmp_path, silent.id)
+async def test_origin_sent_twice(server: Server) -> None:
+    """Two Origin headers are no Origin."""
+    doubled: CIMultiDict[str] = CIMultiDict([("Origin", ORIGIN)])
+    assert (await server.init(headers=doubled)).error == (403, "host_not_registered")
 
 
-async def test_chat_answers_after_its_commit(
-    serve: Serve, model: FakeModel, disk: Disk, tmp_path: Path
-) -> None:
-    """A message is on disk before /api/chat answers, before a retry is answered, and before the
-    model hears of it."""
-    server = await serve(model, server=on_disk(tmp_path))
-    visitor = await server.visitor()
-    await written(server)
-    seen = disk.commits
-    disk.free.clear()
-    first = asyncio.create_task(visitor.post("Hello", clientMessageId="one"))
-    await until(lambda: disk.commits > seen)
-    retry = asyncio.create_task(visitor.post("Hello", clientMessageId="one"))
-    await expect_waiting(server, first)
-    await expect_waiting(server, retry)
-    assert kept_messages(tmp_path, visitor.id) == []
-    assert model.requests == []
-    disk.free.set()
-    await asyncio.wait([first, retry], return_when=asyncio.FIRST_COMPLETED)
-    assert kept_messages(tmp_path, visitor.id)[0] == ("user", "Hello")
-    assert (await first).body == (await retry).body
-    assert (await visitor.turn())[-1]["data"]["text"] == "ok"
-
-
-LAST_EVENTS = [  # the ends of a turn, and what of them the history keeps
-    ("message_done", reply("The reply"), "The reply"),
-    ("message", doing("", type="ask_user", question="The reply"), "The reply"),
-    ("message", doing("The reply", type="abort_workflow", reason="no"), "The reply\n\nno"),
-    ("task_complete", doing("The reply", type="task_complete", summary="It"), "The reply\n\nIt"),
-    ("confirmation_required", doing("The reply", type="click_element", elementId=2), "The reply"),
-    (
-        "ui_block",
-        doing(
-            "The reply",
-            type="render_ui_block",
-            block_type="faq_list",
-            data={"items": [{"question": "Q", "answer": "A"}]},
-        ),
-        "The reply",
-    ),
-]
-
-
-@pytest.mark.parametrize(("event", "script", "shown"), LAST_EVENTS)
-async def test_reply_is_on_disk_before_its_end_is_sent(
-    event: str,
-    script: list[bytes],
-    shown: str,
-    serve: Serve,
-    model: FakeModel,
-    disk: Disk,
-    tmp_path: Path,
-) -> None:
-    """The event that ends a turn is sent, also to a newer socket, once its text is on disk."""
-    server = await serve(model, server=on_disk(tmp_path))
-    visitor = await server.visitor()
-    model.scripts.append([model.at_gate, *script])
-    await visitor.chat(pageContext=SHOWN)
-    await until(lambda: model.requests)
-    await written(server)
-    disk.free.clear()
-    model.gate.release()
-    session = server.hub.sessions[visitor.id]
-    await until(lambda: session.task is None or session.task.phase != "running")
-    await visitor.expect_open()
-    await visitor.connect()
-    await visitor.expect_open()
-    assert not {*names(visitor.frames)} & {*TURN_ENDS}
-    assert len(kept_messages(tmp_path, visitor.id)) == 1
-    disk.free.set()
-    assert (await visitor.turn())[-1]["event"] == event
-    kept = kept_messages(tmp_path, visitor.id)
-    assert kept[1][0] == "assistant"
-    assert kept[1][1].startswith(shown)
-    assert kept == await visitor.history()
-
-
-@pytest.mark.parametrize("how", ["delete", "idle"])
-async def test_gone_sessions_leave_no_byte(
-    how: str, serve: Serve, model: FakeModel, tmp_path: Path
-) -> None:
-    """What is deleted or idle is in no file of the state any more, not even overwritten."""
-    server = await serve(model, server=on_disk(tmp_path))
-    leaving, staying = await server.visitor(), await server.visitor()
-    for visitor, mark in ((leaving, "SECRET"), (staying, "STAYING")):
-        for length in (0, 4900):
-            model.scripts.append(reply(f"{mark}-answer" * (1 + length // 10)))
-            await visitor.ask(f"{mark}-question {'x' * length}", clientMessageId=f"{mark}{length}")
-    assert traces(tmp_path, "SECRET-q")
-    assert traces(tmp_path, "SECRET-a")
-    assert traces(tmp_path, leaving.id)
-    if how == "delete":
-        answer = await server.call("DELETE", f"/api/session/{leaving.id}")
-        assert answer.body == {"deleted": True}
-    else:
-        server.age(leaving, 3600)
-        await lf.sweep(server.hub, time.monotonic())
-        await until(lambda: not traces(tmp_path, leaving.id))
-    assert traces(tmp_path, "SECRET", leaving.id) == []
-    assert (await leaving.get()).status == 404
-    assert len(kept_messages(tmp_path, staying.id)) == 4
-
-
-async def test_delete_during_a_turn_leaves_no_byte(
-    serve: Serve, model: FakeModel, disk: Disk, tmp_path: Path
-) -> None:
-    """A session that is deleted while its message is being written is not written after all."""
-    server = await serve(model, server=on_disk(tmp_path))
-    visitor = await server.visitor()
-    await written(server)
-    seen = disk.commits
-    disk.free.clear()
-    post = asyncio.create_task(visitor.post("SECRET"))
-    await until(lambda: disk.commits > seen)
+@with_config(sites=[{**SHOP, "allowed_hosts": ["acme.com", "127.0.0.1"]}])
+async def test_same_origin_get(server: Server, visitor: Visitor) -> None:
+    """A page of our own origin reads its session without Origin, and only reads."""
+    same = {"Sec-Fetch-Site": "same-origin"}
     path = f"/api/session/{visitor.id}"
-    delete = asyncio.create_task(server.call("DELETE", path))
-    await expect_waiting(server, delete)
-    disk.free.set()
-    assert (await delete).body == {"deleted": True}
-    assert (await post).status in (200, 404)
-    assert traces(tmp_path, "SECRET", visitor.id) == []
+    assert (await server.call("GET", path, origin=None, headers=same)).status == 200
+    for method, headers in (("DELETE", same), ("GET", {}), ("GET", {"Sec-Fetch-Site": "none"})):
+        answer = await server.call(method, path, origin=None, headers=headers)
+        assert answer.error == (403, "host_not_registered")
+    spoofed = {**same, "Host": "evil.example"}
+    assert (await server.call("GET", path, origin=None, headers=spoofed)).status == 403
 
 
-async def test_deletion_is_finished_when_a_backup_has_ended(
-    serve: Serve, model: FakeModel, tmp_path: Path
-) -> None:
-    """A reader that holds on to the old log delays the overwriting, and no more than that."""
-    server = await serve(model, server=on_disk(tmp_path))
-    visitor = await server.visitor()
-    await visitor.ask("SECRET")
-    reader = sqlite3.connect(tmp_path / "leflux.db", isolation_level=None)
-    reader.execute("BEGIN")
-    reader.execute("SELECT * FROM message").fetchall()
-    assert (await server.call("DELETE", f"/api/session/{visitor.id}")).status == 200
-    assert kept_messages(tmp_path, visitor.id) == []
-    reader.close()
-    await until(lambda: not traces(tmp_path, "SECRET", visitor.id))
+async def test_sessions_belong_to_their_site(server: Server, visitor: Visitor) -> None:
+    """For another site's pages, and for a wrong id, a session does not exist."""
+    wrong = [Visitor(server, i) for i in ("x", visitor.id.upper(), "00000000-0000", "%00")]
+    for stranger in (Visitor(server, visitor.id, "https://other.example"), *wrong):
+        assert (await stranger.get()).error == (404, "session_not_found")
+        if stranger.id != "%00":
+            assert (await stranger.post()).error == (404, "session_not_found")
+        path = f"/api/session/{stranger.id}"
+        deleted = await server.call("DELETE", path, origin=stranger.origin)
+        assert deleted.error == (404, "session_not_found")
+    assert (await visitor.get()).status == 200
 
 
-async def test_locked_database(
-    serve: Serve, model: FakeModel, disk: Disk, tmp_path: Path, caplog: Log
-) -> None:
-    """While the database is locked serving goes on, one error a minute is logged, and all is
-    written once it is free."""
-    server = await serve(model, server=on_disk(tmp_path))
-    visitor, leaving = await server.visitor(), await server.visitor()
-    await visitor.ask("Before")
-    await leaving.ask("SECRET")
-    with locked(tmp_path):
-        assert (await visitor.ask("One"))["data"]["text"] == "ok"
-        assert (await visitor.ask("Two"))["data"]["text"] == "ok"
-        assert (await server.call("DELETE", f"/api/session/{leaving.id}")).status == 200
-        tries = disk.commits
-        await until(lambda: disk.commits > tries + 1)
-        assert len(errors_in(caplog)) == 1
-        server.hub.store._complained -= 60
-        await until(lambda: len(errors_in(caplog)) > 1)
-        assert len(errors_in(caplog)) == 2
-        assert len(kept_messages(tmp_path, visitor.id)) == 2
-    await until(lambda: len(kept_messages(tmp_path, visitor.id)) == 6)
-    assert kept_messages(tmp_path, visitor.id) == await visitor.history()
-    await until(lambda: not traces(tmp_path, "SECRET", leaving.id))
-    assert all("\n" not in line for line in errors_in(caplog))
-    caplog.clear()
-    await until(lambda: server.hub.store.durable)  # it has noticed
-    await visitor.ask("After")
-    assert kept_messages(tmp_path, visitor.id) == await visitor.history()
+async def test_session_and_its_history(server: Server, model: FakeModel) -> None:
+    """GET tells the conversation as the visitor saw it."""
+    visitor = await server.visitor("https://www.ACME.com:8443")
+    answer = await visitor.get()
+    expected = {"sessionId": visitor.id, "exists": True, "host": "www.acme.com"}
+    empty = {"messageCount": 0, "history": [], "siteConfig": server.hub.sites["shop"].config}
+    assert answer.body == {**expected, **empty}
+    model.scripts.append(reply("Hello <b>you</b>"))
+    await visitor.ask("  First  ")
+    model.scripts.append([sse(BOOM)])
+    sorry = (await visitor.ask("Second"))["data"]["text"]
+    assert (await visitor.get()).body["messageCount"] == 4
+    assert await visitor.history() == [
+        ("user", "First"),
+        ("assistant", "Hello <b>you</b>"),
+        ("user", "Second"),
+        ("assistant", sorry),
+    ]
 
 
-async def test_disk_that_begins_to_fail(
-    serve: Serve, model: FakeModel, disk: Disk, tmp_path: Path, caplog: Log
-) -> None:
-    """A turn that ends during the first commit that fails is not held up by it."""
-    server = await serve(model, server=on_disk(tmp_path))
-    visitor, other = await server.visitor(), await server.visitor()
-    model.scripts.append([sse(chunk("Half")), model.at_gate, sse(chunk(" done"))])
+async def test_delete(server: Server, visitor: Visitor, model: FakeModel) -> None:
+    """DELETE stops a running turn, closes the socket and leaves nothing behind."""
+    model.scripts.append([sse(chunk("Half")), forever])
     await visitor.chat()
-    assert (await visitor.next())["data"]["delta"] == "Half"
-    await written(server)
-    with locked(tmp_path):
-        seen = disk.commits
-        disk.free.clear()
-        failing = asyncio.create_task(other.post())
-        await until(lambda: disk.commits > seen)
-        model.gate.release()
-        assert (await visitor.next())["data"]["delta"] == " done"
-        await until(lambda: server.hub.sessions[visitor.id].held)
-        started = time.monotonic()
-        disk.free.set()
-        assert (await visitor.next())["data"]["text"] == "Half done"
-        assert time.monotonic() - started < 0.5  # the next try is a second away
-        assert (await failing).status == 200
-    caplog.clear()
+    await visitor.next()
+    answer = await server.call("DELETE", f"/api/session/{visitor.id}")
+    assert (answer.status, answer.body) == (200, {"deleted": True})
+    assert (await read_close(visitor.ws))[1] == 4404
+    await until(lambda: model.hung_up)
+    assert server.hub.sessions == {}
+    assert (await visitor.get()).error == (404, "session_not_found")
+    assert (await visitor.post()).error == (404, "session_not_found")
+    again = await server.call("DELETE", f"/api/session/{visitor.id}")
+    assert again.error == (404, "session_not_found")
 
 
-async def test_full_disk(serve: Serve, model: FakeModel, tmp_path: Path, caplog: Log) -> None:
-    """A disk that fills up degrades to memory; what is said meanwhile is written later on."""
-    server = await serve(model, server=on_disk(tmp_path))
-    visitor = await server.visitor()
-    await visitor.ask("Before")
-    database = cast(sqlite3.Connection, server.hub.store._db)
-    database.execute("PRAGMA max_page_count = 1")  # that is: as many as there are
-    for number in range(8):
-        assert (await visitor.ask(f"{number} " + "x" * 4000))["data"]["text"] == "ok"
-    assert len(errors_in(caplog)) == 1
-    caplog.clear()
-    database.execute("PRAGMA max_page_count = 1000000")
-    await until(lambda: len(kept_messages(tmp_path, visitor.id)) == 18)
-    assert kept_messages(tmp_path, visitor.id) == await visitor.history()
+async def test_stats_and_health(server: Server, visitor: Visitor) -> None:
+    """Anyone may ask how the server is."""
+    await server.visitor()
+    await visitor.ask()
+    stats = await server.call("GET", "/api/stats", origin=None)
+    uptime = stats.body.pop("uptimeSeconds")
+    assert 0 <= uptime < 60
+    expected = {"activeSessions": 2, "messagesProcessed": 1, "version": lf.__version__}
+    assert stats.body == expected
+    health = await server.call("GET", "/health", origin=None)
+    timestamp = datetime.fromisoformat(health.body.pop("timestamp"))
+    assert timestamp.utcoffset() == timedelta(0)
+    assert abs(timestamp - datetime.now(UTC)) < timedelta(seconds=10)
+    assert health.body == {"status": "ok", "llm": "remote"}
 
 
-async def test_stop_right_after_the_disk_is_back(
-    model: FakeModel, disk: Disk, tmp_path: Path, caplog: Log
-) -> None:
-    """What a failing disk kept in memory is flushed at the end, if the disk takes it again."""
-    async with running(make_config(model, server=on_disk(tmp_path))) as server:
-        visitor = await server.visitor()
-        with locked(tmp_path):
-            await visitor.ask("Hello")  # that fails; the next try is a second away
-        assert not server.hub.store.durable
-        history = await visitor.history()
-    assert len(errors_in(caplog)) == 1
-    caplog.clear()
-    assert kept_messages(tmp_path, visitor.id) == history
-    assert len(history) == 2
+@pytest.mark.parametrize("demo", [True, False])
+async def test_the_widget_is_for_every_page(serve: Serve, demo: bool) -> None:
+    """/embed.js may be loaded from anywhere, with and without Origin, demo or not."""
+    server = await serve(server={"demo": demo, "cors_origins": ["https://acme.com"]})
+    for origin in (None, ORIGIN, "https://stranger.example", "null"):
+        answer = await server.call("GET", "/embed.js", origin=origin)
+        assert answer.status == 200
+        assert answer.raw == (lf.HERE / "widget" / "embed.js").read_bytes()
+        assert answer.headers["Content-Type"] == "text/javascript; charset=utf-8"
+        assert answer.headers.getall("Access-Control-Allow-Origin") == ["*"]  # type: ignore[attr-defined]
+        assert answer.headers["Cross-Origin-Resource-Policy"] == "cross-origin"
+        assert answer.headers["Cache-Control"] == "no-cache"
+    head = await server.call("HEAD", "/embed.js", origin=None)
+    assert (head.status, head.raw) == (200, b"")
+    assert head.headers["Content-Length"] == str(len(answer.raw))
+    assert head.headers["ETag"] == answer.headers["ETag"]
+    assert (await server.call("POST", "/embed.js")).error == (405, "method_not_allowed")
 
 
-@pytest.mark.parametrize("first", [1, 2, 3, 600])
-async def test_long_conversations(first: int, serve: Serve, disk: Disk, tmp_path: Path) -> None:
-    """However much was said during one slow write: after a restart it is what it was in memory."""
-    folder = tmp_path / "state"
-    server = await serve(server=on_disk(folder))
-    visitor = await server.visitor()
-    session = server.hub.sessions[visitor.id]
+@pytest.mark.parametrize("path", ["/embed.js", "/", "/shop.css"])
+async def test_a_file_that_the_browser_has_is_not_sent_again(server: Server, path: str) -> None:
+    """A strong ETag; If-None-Match is a list, may be weak, or * (RFC 9110, 13.1.2)."""
 
-    def remember(count: int) -> None:
-        for _ in range(count):
-            session.remember("user", f"message {session.message_count}")
-        session.store.touch(session)
+    async def ask(if_none_match: str, method: str = "GET") -> Answer:
+        return await server.call(method, path, headers={"If-None-Match": if_none_match})
 
-    for number, (before, meanwhile, after) in enumerate([(first, 700, 0), (1, 1, 1), (0, 501, 2)]):
-        await written(server)
-        seen = disk.commits
-        disk.free.clear()
-        remember(before)
-        if before:
-            await until(lambda seen=seen: disk.commits > seen)  # type: ignore[misc]
-        remember(meanwhile)
-        disk.free.set()
-        await written(server)
-        for _ in range(after):
-            remember(1)
-            await written(server)
-        copy = snapshot(folder, tmp_path / str(number))
-        async with running(make_config(server=on_disk(copy))) as restarted:
-            again = restarted.hub.sessions[visitor.id]
-            assert again.history == session.history
-            assert again.message_count == session.message_count
-            assert len(query(copy, "SELECT number FROM message")) == lf.MAX_HISTORY
+    tag = (await server.call("GET", path)).headers["ETag"]
+    assert re.fullmatch(r'"[0-9a-f]{32}"', tag)
+    for known in (tag, f"W/{tag}", f'"x", {tag}', f'W/"y",{tag} , "z"', "*"):
+        for method in ("GET", "HEAD"):
+            answer = await ask(known, method)
+            assert (answer.status, answer.raw, answer.headers["ETag"]) == (304, b"", tag)
+            assert answer.headers["Cache-Control"] == "no-cache"
+            assert answer.headers.get("Access-Control-Allow-Origin")
+    for unknown in ('"x"', tag.strip('"'), tag.upper().replace("A", "B"), "", ",", '"', "x" * 4000):
+        answer = await ask(unknown)
+        assert (answer.status, answer.headers["ETag"]) == (200, tag)
 
 
-async def test_without_a_state_dir_nothing_is_written(
+async def test_a_file_that_changes_is_sent_anew(
     serve: Serve, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    """state_dir = "" keeps everything in memory."""
-    monkeypatch.chdir(tmp_path)
-    async with running(make_config(None, tmp_path)) as server:
-        visitor = await server.visitor()
-        await visitor.ask()
-        assert (await server.call("DELETE", f"/api/session/{visitor.id}")).status == 200
-        assert not [t for t in threading.enumerate() if t.name.startswith("leflux-store")]
-    assert files_in(tmp_path) == set()
+    """Its ETag changes too; while there is no such file, it is not found."""
+    monkeypatch.setattr(lf, "HERE", tmp_path)
+    server = await serve()
+    for path in ("/embed.js", "/"):
+        assert (await server.call("GET", path)).error == (404, "not_found")
+    (tmp_path / "widget").mkdir()
+    file = tmp_path / "widget" / "embed.js"
+    file.write_text("one")
+    first = await server.call("GET", "/embed.js")
+    file.write_text("two")
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))  # a coarse clock shall not matter
+    known = {"If-None-Match": first.headers["ETag"]}
+    second = await server.call("GET", "/embed.js", headers=known)
+    assert (first.raw, second.status, second.raw) == (b"one", 200, b"two")
 
 
-async def test_state_directory_of_systemd(tmp_path: Path) -> None:
-    """$STATE_DIRECTORY overrides state_dir; of several the first one counts."""
-    more = '[server]\nstate_dir = "unused"\n'
-    folder = tmp_path / "first"
-    async with program(tmp_path, more, STATE_DIRECTORY=f"{folder}:{tmp_path / 'second'}") as run:
-        await (await run.server.visitor()).ask()
-        assert len(query(folder, "SELECT * FROM session")) == 1
-    assert files_in(tmp_path) == {"config.toml", "first"}
-
-
-# ---------------------------------------------------------------------------------------------
-# Store: what stops the start
-
-
-async def test_unusable_databases_stop_the_start(kept: Path, tmp_path: Path) -> None:
-    """A damaged, newer or unusable database stops the start with one clear line, and is left
-    alone."""
-    (tmp_path / "c.toml").write_text('[[sites]]\nid = "shop"\nname = "Shop"\n')
-
-    async def start(folder: Path) -> tuple[int, str, str]:
-        config = ("--config", str(tmp_path / "c.toml"))
-        return await run_program(*config, LEFLUX_PORT="0", STATE_DIRECTORY=str(folder))
-
-    folders = []
-    for number, name in enumerate(DAMAGES):
-        folders.append(tmp_path / str(number))
-        shutil.copytree(kept, folders[-1])
-        damage(folders[-1], name)
-    newer = folders[DAMAGES.index("PRAGMA user_version = 99")]
-    untouched = (newer / "leflux.db").read_bytes()
-    for half in (0, 1):  # not all of them at once
-        chosen = range(half, len(folders), 2)
-        results = await asyncio.gather(*(start(folders[n]) for n in chosen))
-        for number, (code, out, err) in zip(chosen, results, strict=True):
-            assert code not in (0, 1), (DAMAGES[number], err)
-            assert out == ""
-            assert err.count("\n") == 1, (DAMAGES[number], err)
-            assert str(folders[number] / "leflux.db") in err
-    assert (newer / "leflux.db").read_bytes() == untouched
-
-
-async def test_locked_database_stops_the_start(kept: Path) -> None:
-    """A database that another program holds locked stops the start with one line."""
-    with locked(kept), pytest.raises(lf.ConfigError, match=r"leflux\.db.*locked"):
-        async with running(make_config(server=on_disk(kept))):
-            pass
-    async with running(make_config(server=on_disk(kept))) as server:
-        assert len(server.hub.sessions) == 4
-
-
-@pytest.mark.parametrize("old", [False, True])
-async def test_disk_that_takes_nothing_stops_the_start(
-    old: bool, kept: Path, tmp_path: Path
-) -> None:
-    """Where nothing can be written, the start ends with one line and a code that is not 0."""
-    folder = kept if old else tmp_path / "new"
-    (tmp_path / "c.toml").write_text('[[sites]]\nid = "shop"\nname = "Shop"\n')
-    command = 'ulimit -f 0; exec "$0" "$@"'
-    child = await asyncio.create_subprocess_exec(
-        *("sh", "-c", command, sys.executable, lf.__file__, "--config", str(tmp_path / "c.toml")),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "LEFLUX_PORT": "0", "STATE_DIRECTORY": str(folder)},
-    )
-    out, err = await asyncio.wait_for(child.communicate(), PATIENCE_SECONDS)
-    assert child.returncode not in (0, 1, None)
-    assert out == b""
-    assert err.count(b"\n") == 1, err
-    assert str(folder / "leflux.db").encode() in err
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
-async def test_read_only_database_stops_the_start(kept: Path) -> None:
-    """A database that may only be read stops the start with one line."""
-    for path, mode in ((kept / "leflux.db", 0o400), (kept, 0o500)):
-        path.chmod(mode)
-        with pytest.raises(lf.ConfigError, match=r"leflux\.db"):
-            async with running(make_config(server=on_disk(kept))):
-                pass
-        path.chmod(0o700)
-
-
-async def test_damage_anywhere(kept: Path, tmp_path: Path) -> None:
-    """Wherever bytes of the file are wrong: it starts and serves, or stops with one line."""
-    whole = (kept / "leflux.db").read_bytes()
-    dice = random.Random(8)
-    folder = tmp_path / "damaged"
-    folder.mkdir()
-    config, started = make_config(server=on_disk(folder)), 0
-    refused: list[str] = []
-    for number in range(60):
-        length = dice.choice([1, 16, 400])
-        # Every other time in the file's header and its schema, where it matters most.
-        place = dice.randrange(4096 if number % 2 else len(whole) - length)
-        piece = dice.choice([bytes(length), b"\xff" * length, dice.randbytes(length)])
-        (folder / "leflux.db").write_bytes(whole[:place] + piece + whole[place + length :])
-        try:
-            async with running(config) as server:
-                started += 1
-                assert (await server.call("GET", "/health")).status == 200
-        except lf.ConfigError as error:
-            refused.append(str(error))
-        for path in folder.iterdir():
-            path.unlink()
-    assert started
-    assert refused
-    assert not [line for line in refused if "\n" in line or str(folder / "leflux.db") not in line]
-
-
-# ---------------------------------------------------------------------------------------------
-# Restart
-
-STRANGE_TEXT = 'Grüße 👋🏽 \x00 \x7f "q" \\ \u2028 </script> {"a": [null, 1e400]} ' + "\n\t" * 3
-
-
-async def test_session_goes_on_after_a_restart(model: FakeModel, tmp_path: Path) -> None:
-    """A session goes on where it was: same id, history, page and next seq, and what was asked
-    before is answered as before."""
-    config = make_config(model, server=on_disk(tmp_path))
-    async with running(config) as server:
-        visitor = await server.visitor()
-        model.scripts.append(reply(STRANGE_TEXT))
-        await visitor.ask(f"Q {STRANGE_TEXT}")
-        first_id = await visitor.chat("Again", clientMessageId="one")
-        last_seq = (await visitor.turn())[-1]["seq"]
-        before = await visitor.get()
-        created = server.hub.sessions[visitor.id].created_at
-    asked = len(model.requests)
-    async with running(config) as visitor.server:
-        after = await visitor.get()
-        assert after.raw == before.raw
-        assert after.body["history"][1] == {"role": "assistant", "content": STRANGE_TEXT}
-        session = visitor.server.hub.sessions[visitor.id]
-        assert session.created_at == created
-        joined = await visitor.connect(last_seq)
-        assert joined["restored"] is True
-        assert joined["history"] == before.body["history"]
-        assert await visitor.chat("Again", clientMessageId="one") == first_id
-        assert len(model.requests) == asked
-        assert (await visitor.ask("New", clientMessageId="two"))["event"] == "message_done"
-        assert visitor.frames[-2]["seq"] == last_seq + 1
-        assert "Q Grüße" in model.prompt()
-        stats = (await visitor.server.call("GET", "/api/stats")).body
-        assert stats["activeSessions"] == 1
-
-
-async def test_idle_sessions_do_not_come_back(tmp_path: Path) -> None:
-    """After a restart a session older than the idle limit is not found, and off the disk."""
-    config = make_config(server=on_disk(tmp_path))
-    async with running(config) as server:
-        old, young = await server.visitor(), await server.visitor()
-        await old.ask("SECRET")
-        await young.ask("Hello")
-    age = """UPDATE session SET state =
-        json_set(state, '$.active', json_extract(state, '$.active') - ?)
-        WHERE json_extract(state, '$.id') = ?"""
-    with opened(tmp_path) as db:
-        db.execute(age, (30 * 60, old.id))
-        db.execute(age, (30 * 60 - 60, young.id))
-    async with running(config) as server:
-        old.server = young.server = server
-        assert (await old.get()).error == (404, "session_not_found")
-        assert (await young.get()).status == 200
-        await until(lambda: not traces(tmp_path, "SECRET", old.id))
-        server.age(young, 61)  # the idle time goes on, it does not begin again
-        assert (await young.get()).error == (404, "session_not_found")
-
-
-async def test_database_of_version_1(tmp_path: Path) -> None:
-    """What an older leflux has kept of sites and usage stays; its chats do not."""
-    with opened(tmp_path) as db:
-        db.executescript(
-            """
-            CREATE TABLE session (id TEXT PRIMARY KEY, state TEXT NOT NULL) WITHOUT ROWID;
-            CREATE TABLE message (
-                session TEXT, number INTEGER, body TEXT NOT NULL, PRIMARY KEY (session, number)
-            ) WITHOUT ROWID;
-            CREATE TABLE usage (
-                site TEXT, day TEXT, messages INTEGER NOT NULL, tokens INTEGER NOT NULL,
-                PRIMARY KEY (site, day)
-            ) WITHOUT ROWID;
-            CREATE TABLE site (id TEXT PRIMARY KEY, base BLOB, patch BLOB NOT NULL) WITHOUT ROWID;
-            INSERT INTO session VALUES ('old', '{}');
-            INSERT INTO usage VALUES ('shop', '2999-01-01', 5, 70);
-            PRAGMA user_version = 1;
-            """
-        )
-    async with running(make_config(server=on_disk(tmp_path))) as server:
-        visitor = await server.visitor()
-        await visitor.ask("Hello")
-        assert len(kept_messages(tmp_path, visitor.id)) == 2
-        assert ("shop", "2999-01-01", 5, 70) in query(tmp_path, "SELECT * FROM usage")
-
-
-async def test_sessions_of_sites_that_are_gone(tmp_path: Path) -> None:
-    """Sessions of a site that is no longer configured do not come back."""
-    async with running(make_config(server=on_disk(tmp_path))) as server:
-        visitor = await server.visitor()
-        await visitor.ask("SECRET")
-    async with running(make_config(server=on_disk(tmp_path), sites=[OTHER])) as server:
-        assert server.hub.sessions == {}
-        await until(lambda: not traces(tmp_path, "SECRET", visitor.id))
+NO_PATHS = "/nothing /api /api/session /api/session/a/b /%ff%00/..%2f /ws".split()
+NO_METHODS = [
+    *[
+        ("GET", "/api/chat"),
+        ("PUT", "/api/session/init"),
+        ("PATCH", "/api/session/x"),
+        ("POST", "/"),
+    ],
+    *[("POST", "/health"), ("DELETE", "/api/stats"), ("PROPFIND", "/health")],
+]
 
 
 @pytest.mark.parametrize(
-    ("event", "script", "shown"), [end for end in LAST_EVENTS if end[0][0] != "c"]
-)
-async def test_missed_end_of_a_turn(
-    event: str, script: list[bytes], shown: str, model: FakeModel, tmp_path: Path
-) -> None:
-    """A client that missed the last event of a finished turn in a crash gets it with lastSeq, and
-    one that has seen it does not get it again."""
-    server_of = [make_config(model, server=on_disk(tmp_path / n)) for n in ("one", "two")]
-    async with running(server_of[0]) as server:
-        visitor = await server.visitor()
-        model.scripts.append(script)
-        await visitor.chat(pageContext=SHOWN)
-        end = (await visitor.turn())[-1]
-        assert end["event"] == event
-        snapshot(tmp_path / "one", tmp_path / "two")
-    async with running(server_of[1]) as visitor.server:
-        for last_seq in (None, 0, end["seq"] - 1):
-            await visitor.connect(last_seq)
-            assert await visitor.next() == end
-            await visitor.expect_open()
-        await visitor.connect(end["seq"])
-        await visitor.ws.send_str("barrier")
-        assert (await visitor.next())["event"] == "error"
-        await visitor.ask()
-        assert visitor.frames[-2]["seq"] == end["seq"] + 1
-
-
-async def test_kill_cuts_off_turns_and_tasks(tmp_path: Path, model: FakeModel) -> None:
-    """Turns and tasks that kill -9 cuts off, wherever they are, end with a message that says so;
-    its seq is above all that was seen, and the conversation goes on."""
-    more = f'[llm]\nbase_url = "{model.url}"\n[limits]\ninit_per_minute = 100\n'
-    begun = sse(chunk('{"message": "Half'))
-    cut: dict[str, Visitor] = {}
-    async with program(tmp_path, more) as run:
-        for name in ("silent", "streaming", "acting", "acted", "confirming", "going on"):
-            visitor = cut[name] = await run.server.visitor()
-            if name in ("silent", "streaming"):
-                model.scripts.append([begun, forever] if name == "streaming" else [forever])
-            else:
-                element = 2 if name == "confirming" else 1
-                model.scripts.append(doing("Going", type="click_element", elementId=element))
-            await visitor.chat("Do it", pageContext=SHOWN)
-            if name == "silent":
-                continue
-            last = await visitor.next()
-            while last["event"] not in ("action_plan", "confirmation_required"):
-                if name == "streaming":
-                    break
-                last = await visitor.next()
-            if name in ("acted", "going on"):
-                plan = last["data"]["actions"][0]
-                result = {"success": True}
-                await visitor.send("action_complete", actionId=plan["id"], result=result)
-            if name == "going on":
-                model.scripts.append([begun, begun, forever])
-                await visitor.send("continue_task", context=SHOWN)
-                last = await visitor.next()
-            if name != "going on":
-                await visitor.expect_open()
-        run.child.kill()
-        await run.end()
-    for _ in range(2):  # and once more, before anybody has come back
-        async with program(tmp_path, more) as run:
-            assert (await run.server.call("GET", "/health")).status == 200
-            run.child.kill()
-            await run.end()
-    async with program(tmp_path, more) as run:
-        for name, visitor in cut.items():
-            visitor.server = run.server
-            seen = max((frame["seq"] for frame in visitor.frames), default=0)
-            await visitor.connect(seen)
-            end = await visitor.next()
-            assert end["event"] == "message", name
-            assert end["data"] == {"text": lf.RESTARTED}
-            assert seen < end["seq"] < 2**53
-            assert (await visitor.history())[0] == ("user", "Do it")
-            assert (await visitor.history())[-1] == ("assistant", lf.RESTARTED)
-            await visitor.send("continue_task", context=SHOWN)
-            await visitor.send("confirmation_response", confirmed=True)
-            await visitor.expect_open()
-            assert visitor.frames[-2] == end  # the old task is over
-            await visitor.ask("Go on")
-            assert visitor.frames[-2]["seq"] == end["seq"] + 1
-
-
-class Echo(deque[Any]):
-    """The scripts of a model that says what it was asked, in pieces."""
-
-    def __len__(self) -> int:
-        return 1
-
-    def popleft(self) -> Any:
-        async def answer(request: web.Request) -> web.StreamResponse:
-            asked = (await request.json())["messages"][-1]["content"]
-            said = json.dumps({"message": "re: " + asked.split("\n\n")[-1]})
-            response = web.StreamResponse()
-            await response.prepare(request)
-            for start in range(0, len(said), 8):
-                await response.write(sse(chunk(said[start : start + 8])))
-            await response.write(sse("[DONE]"))
-            return response
-
-        return answer
-
-
-@dataclasses.dataclass
-class Talker:
-    """A visitor who talks as fast as possible, and keeps book."""
-
-    name: str
-    visitor: Visitor | None = None
-    tried: int = 0
-    acknowledged: list[str] = dataclasses.field(default_factory=list)
-    heard: list[str] = dataclasses.field(default_factory=list)
-    last_seq: int = 0
-
-    async def talk(self, server: Server) -> None:
-        """Talk until the server dies."""
-        with contextlib.suppress(aiohttp.ClientError, ConnectionError):
-            if self.visitor is None:
-                visitor = await server.visitor(connect=False)
-            else:
-                visitor = self.visitor
-                visitor.server = server
-            path = f"/?sessionId={visitor.id}&lastSeq={self.last_seq}"
-            visitor.ws = await server.socket(path)
-            while True:
-                self.tried += 1
-                text = f"{self.name} says {self.tried}"
-                assert (await visitor.post(text)).status == 200
-                self.visitor = visitor
-                self.acknowledged.append(text)
-                if not await self.hear(visitor.ws, f"re: {text}"):
-                    return
-                self.heard.append(f"re: {text}")
-
-    async def hear(self, ws: aiohttp.ClientWebSocketResponse, expected: str) -> bool:
-        """Hear frames up to a reply; False if the line is cut."""
-        while (message := await ws.receive(PATIENCE_SECONDS)).type is WSMsgType.TEXT:
-            frame = json.loads(message.data)
-            if frame["event"] != "session_joined":
-                assert frame["seq"] > self.last_seq
-                self.last_seq = frame["seq"]
-            if frame["event"] == "message_done" and frame["data"]["text"] == expected:
-                return True
-        return False
-
-    async def check(self, server: Server) -> None:
-        """Nothing that was acknowledged or heard is lost, out of order or there twice."""
-        if self.visitor is None:
-            return
-        self.visitor.server = server
-        history = await self.visitor.history()
-        for role, expected in (("user", self.acknowledged), ("assistant", self.heard)):
-            kept = [text for one, text in history if one == role]
-            assert len(set(kept) - {lf.RESTARTED}) == len([t for t in kept if t != lf.RESTARTED])
-            assert [text for text in kept if text in expected] == expected
-
-
-async def test_kill_under_load(tmp_path: Path, model: FakeModel) -> None:
-    """However often kill -9 strikes while visitors chat: no acknowledged message and no reply
-    whose message_done was seen is lost, and the database is whole."""
-    limits = "init_per_minute = 1000\nchat_per_minute = 100000"
-    more = f'[llm]\nbase_url = "{model.url}"\n[limits]\n{limits}\n'
-    model.scripts = Echo()
-    dice, kills = random.Random(4), 8
-    talkers = [Talker(f"talker {number}") for number in range(6)]
-    for kill in range(kills):
-        async with program(tmp_path, more) as run:
-            for talker in talkers:
-                await talker.check(run.server)
-            talks = [asyncio.create_task(talker.talk(run.server)) for talker in talkers]
-            enough = sum(len(t.acknowledged) for t in talkers) + dice.randrange(10, 120)
-            await until(
-                lambda enough=enough, talks=talks: (  # type: ignore[misc]
-                    sum(len(t.acknowledged) for t in talkers) >= enough
-                    or any(talk.done() for talk in talks)
-                )
-            )
-            run.child.kill()
-            await run.end()
-            await asyncio.gather(*talks)
-        copy = snapshot(tmp_path, tmp_path / f"killed-{kill}")
-        assert query(copy, "PRAGMA integrity_check") == [("ok",)]
-        assert query(copy, "PRAGMA foreign_key_check") == []
-    async with program(tmp_path, more) as run:
-        for talker in talkers:
-            await talker.check(run.server)
-            assert talker.acknowledged
-            assert talker.heard
-        run.child.send_signal(signal.SIGTERM)
-        code, log = await run.end()
-    assert code == 0
-    assert " ERROR " not in log
-
-
-async def test_shutdown_flushes_everything(tmp_path: Path, model: FakeModel) -> None:
-    """SIGTERM: the end of every turn is heard and on disk, the cut-off ones too, exit code 0."""
-    settings = "[server]\nshutdown_seconds = 0.2\n[limits]\nsite_tokens_per_day = 1000000\n"
-    more = f'[llm]\nbase_url = "{model.url}"\n{settings}'
-    async with program(tmp_path, more) as run:
-        done, streaming, confirming = [await run.server.visitor() for _ in range(3)]
-        model.scripts.append(doing("Shall I?", type="click_element", elementId=2))
-        await confirming.ask("Delete it", pageContext=SHOWN)
-        model.scripts.append([sse(chunk("Half")), forever])
-        await streaming.chat("Long")
-        await streaming.next()
-        await done.chat("Short")
-        run.child.send_signal(signal.SIGTERM)
-        ends = [(await visitor.turn())[-1] for visitor in (done, streaming, confirming)]
-        for visitor in (done, streaming, confirming):
-            assert (await read_close(visitor.ws))[1] == 1001
-        assert (await run.end())[0] == 0
-    assert files_in(tmp_path) == {"config.toml", "leflux.db"}
-    assert kept_messages(tmp_path, done.id) == [("user", "Short"), ("assistant", "ok")]
-    assert kept_messages(tmp_path, streaming.id) == [
-        ("user", "Long"),
-        ("assistant", f"Half{lf.CUT_SHORT}"),
-    ]
-    assert kept_messages(tmp_path, confirming.id)[-1] == ("assistant", lf.INTERRUPTED)
-    assert [end["event"] for end in ends] == ["message_done", "message_done", "message"]
-    async with program(tmp_path, more) as run:
-        for visitor, end in zip((done, streaming, confirming), ends, strict=True):
-            visitor.server = run.server
-            await visitor.connect(end["seq"] - 1)
-            assert await visitor.next() == end
-            assert await visitor.history() == kept_messages(tmp_path, visitor.id)
-
-
-# ---------------------------------------------------------------------------------------------
-# Budgets
-
-FRUGAL: Json = {**SHOP, "refusal": REFUSAL}
-BUDGET_SPENT = (429, "budget_exceeded")
-NOON = datetime(2026, 2, 28, 12, tzinfo=UTC).timestamp()
-
-
-def frugal_hub(**limits: int) -> tuple[lf.Hub, lf.Site]:
-    """A hub with a model that is never asked, and its site."""
-    config = make_config(limits=limits, sites=[FRUGAL, OTHER])
-    hub = lf.Hub(config=config, knowledge={}, started=0, store=lf.Store(None))
-    hub.model = cast(Any, object())
-    return hub, config.sites[0]
-
-
-def used_tokens(server: Server, site_id: str = "shop") -> tuple[int, int]:
-    """The tokens a site has spent, and those set aside."""
-    now = cast(Any, lf).time.time()  # as the server sees it
-    usage = lf.usage_today(server.hub, site_id, now)
-    return usage.tokens, usage.reserved
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "same_day"),
+    ("method", "path", "error"),
     [
-        ("2026-02-28T00:00:00+00:00", "2026-02-28T23:59:59.999+00:00", True),
-        ("2026-02-28T23:59:59.999+00:00", "2026-03-01T00:00:00+00:00", False),
-        ("2026-02-28T23:00:00-05:00", "2026-03-01T10:00:00+00:00", True),
-        ("2026-02-28T10:00:00+00:00", "2026-03-28T10:00:00+00:00", False),
+        *(("GET", path, (404, "not_found")) for path in NO_PATHS),
+        ("POST", "/nothing", (404, "not_found")),
+        *((method, path, (405, "method_not_allowed")) for method, path in NO_METHODS),
     ],
 )
-def test_budgets_are_for_a_utc_day(first: str, second: str, same_day: bool) -> None:
-    """Messages and tokens are counted in UTC days; a new day begins with nothing used."""
-    hub, site = frugal_hub(site_messages_per_day=2, site_tokens_per_day=100)
-    now, later = (datetime.fromisoformat(day).timestamp() for day in (first, second))
-    lf.settle_tokens(hub, site, lf.admit(hub, site, 2, 100, now), 100, 90)
-    usage = lf.usage_today(hub, site.id, later)
-    assert (usage.messages, usage.tokens) == ((2, 90) if same_day else (0, 0))
-    if same_day:
-        with pytest.raises(lf.ApiError):
-            lf.admit(hub, site, 1, 1, later)
-    else:
-        lf.admit(hub, site, 2, 100, later)
+async def test_unknown_routes(
+    method: str, path: str, error: tuple[int, str], server: Server
+) -> None:
+    """Unknown paths and wrong methods get the one error shape, with CORS."""
+    answer = await server.call(method, path)
+    assert answer.error == error
+    assert answer.headers["Access-Control-Allow-Origin"] in ("*", ORIGIN)
+    assert ("Allow" in answer.headers) == (error[0] == 405)
+
+
+GZIP = {"Content-Encoding": "gzip"}
+FORM = "application/x-www-form-urlencoded"
+FINE = b'{"sessionId": "%b", "message": "Hi"}'
+
+
+def nested(depth: int) -> bytes:
+    """A chat body of such a depth."""
+    lists = depth - 2
+    return b'{"pageContext": {"forms": %b}, %b' % (b"[" * lists + b"]" * lists, FINE[1:])
 
 
 @pytest.mark.parametrize(
-    ("limits", "used", "wanted", "fits"),
-    [  # limits, used and wanted: (messages, tokens)
-        ((0, 0), (10**9, 10**9), (1, 10**9), True),
-        ((3, 0), (2, 10**9), (1, 10**9), True),
-        ((3, 0), (3, 0), (1, 0), False),
-        ((3, 0), (3, 0), (0, 10), True),  # the next call for a message that is counted
-        ((0, 100), (10**9, 60), (1, 40), True),
-        ((0, 100), (0, 60), (1, 41), False),
-        ((0, 100), (0, 160), (0, 1), False),
-        ((3, 100), (2, 60), (1, 41), False),
-        ((3, 100), (3, 10), (1, 10), False),
+    ("body", "headers", "error"),
+    [
+        (FINE, {}, None),
+        *((FINE, {"Content-Type": kind}, None) for kind in ("image/png", "garbage;;=", FORM)),
+        (FINE.decode().encode("utf-16"), {"Content-Type": "text/plain; charset=utf-16"}, None),
+        (b" \n" + FINE + b"\n ", {}, None),
+        (nested(64), {}, None),
+        (nested(65), {}, 400),
+        *((bad, {}, 400) for bad in (b"", b"null", b"[]", b'"text"', b"{", b"{'message': 1}")),
+        *((bad, {}, 400) for bad in (FINE + b"x", FINE + FINE, b"[" * 100_000)),
+        *(
+            (b'{"a": %b, %b' % (bad, FINE[1:]), {}, 400)
+            for bad in (b"NaN", b"-Infinity", b"1e999", b'"\\ud800"', b'"\xff"')
+        ),
+        *(
+            (FINE, {"Content-Type": f"application/json; charset={charset}"}, 400)
+            for charset in ("klingon", "punycode", "base64", "utf-16")
+        ),
+        (b"\xff" + FINE, {"Content-Type": "application/json; charset=ascii"}, 400),
+        (gzip.compress(FINE), GZIP, None),
+        (b"this is no gzip", GZIP, 400),
+        (gzip.compress(FINE)[:-12], GZIP, 400),
+        (b"nonsense", {"Content-Encoding": "deflate"}, 400),
+        (b"nonsense", {"Content-Encoding": "br"}, 400),
+        (gzip.compress(b'{"a": "' + b"x" * 2**24 + b'"}'), GZIP, 413),
+        (b'{"a": "' + b"x" * 2**18 + b'"}', {}, 413),
+        (b" " * (2**18 + 1), {}, 413),
     ],
 )
-def test_budget_that_is_left(
-    limits: tuple[int, int], used: tuple[int, int], wanted: tuple[int, int], fits: bool
+async def test_bodies(
+    body: bytes, headers: dict[str, str], error: int | None, server: Server, visitor: Visitor
 ) -> None:
-    """What fits into both budgets is admitted, 0 is no limit; what is refused counts as nothing."""
-    hub, site = frugal_hub(site_messages_per_day=limits[0], site_tokens_per_day=limits[1])
-    usage = lf.usage_today(hub, site.id, NOON)
-    usage.messages, usage.tokens = used
-    if fits:
-        assert lf.admit(hub, site, *wanted, NOON) is usage
-        assert (usage.messages, usage.reserved) == (used[0] + wanted[0], wanted[1])
-        assert lf.admit(hub, hub.config.sites[1], *wanted, NOON) is not usage
+    """A body is one JSON object, whatever its Content-Type; all else is an error of the caller."""
+    identity = (b"%b", visitor.id.encode())
+    if headers.get("Content-Encoding") == "gzip" and error is None:
+        body = gzip.compress(gzip.decompress(body).replace(*identity))
+    elif "utf-16" in headers.get("Content-Type", "") and error is None:
+        body = body.decode("utf-16").replace("%b", visitor.id).encode("utf-16")
     else:
-        with pytest.raises(lf.ApiError) as caught:
-            lf.admit(hub, site, *wanted, NOON)
-        assert (caught.value.status, caught.value.code) == BUDGET_SPENT
-        assert caught.value.message == REFUSAL
-        assert (usage.messages, usage.tokens, usage.reserved) == (*used, 0)
+        body = body.replace(*identity)
+    answer = await server.call("POST", "/api/chat", data=body, headers=headers)
+    if error is None:
+        assert answer.status == 200, answer.raw
+    else:
+        code = {400: "invalid_message", 413: "payload_too_large"}[error]
+        assert answer.error == (error, code), answer.raw
+        assert (await visitor.post()).status == 200  # and the server serves on
 
 
-def test_call_over_midnight() -> None:
-    """A call that ends on the next day is charged to the day on which it began."""
-    hub, site = frugal_hub(site_tokens_per_day=100)
-    usage = lf.admit(hub, site, 1, 100, NOON)
-    tomorrow = lf.admit(hub, site, 1, 100, NOON + 86400)
-    lf.settle_tokens(hub, site, usage, 100, 70)
-    assert (usage.tokens, usage.reserved) == (70, 0)
-    assert (tomorrow.tokens, tomorrow.reserved) == (0, 100)
+async def test_charset_that_takes_for_ever(server: Server) -> None:
+    """A body cannot ask for a decoder that takes quadratic time."""
+    headers = {"Content-Type": "application/json; charset=punycode"}
+    started = time.monotonic()
+    body = b"-" + b"9" * 200_000
+    answer = await server.call("POST", "/api/session/init", data=body, headers=headers)
+    assert answer.error == (400, "invalid_message")
+    assert time.monotonic() - started < 1
 
 
-async def test_messages_per_day(serve: Serve, model: FakeModel, clock: Clock) -> None:
-    """After site_messages_per_day: 429 budget_exceeded with the site's refusal, until the next UTC
-    day; for this site alone, and the refused message leaves no trace."""
-    clock.stopped_at = NOON
-    limits = {"site_messages_per_day": 2}
-    server = await serve(model, limits=limits, sites=[FRUGAL, OTHER])
-    visitor, second = await server.visitor(), await server.visitor()
-    await visitor.ask("One", clientMessageId="one")
-    await second.ask("Two")
-    answer = await visitor.post("Three", clientMessageId="three")
-    assert answer.error == BUDGET_SPENT
-    assert answer.body["message"] == REFUSAL
-    assert (await second.post("Four")).error == BUDGET_SPENT
-    assert await visitor.history() == [("user", "One"), ("assistant", "ok")]
-    assert len(model.requests) == 2
-    assert (await visitor.post("One", clientMessageId="one")).status == 200  # it is counted already
-    await (await server.visitor("https://other.example")).ask()
-    clock.stopped_at = NOON + 12 * 3600 - 1
-    assert (await visitor.post("Five")).error == BUDGET_SPENT
-    clock.stopped_at += 1
-    assert (await visitor.ask("Three", clientMessageId="three"))["data"]["text"] == "ok"
-
-
-async def test_refused_requests_cost_nothing(serve: Serve, model: FakeModel) -> None:
-    """Only a message that is taken counts: none that is invalid, too fast or from a stranger."""
-    limits = {"site_messages_per_day": 2, "chat_per_minute": 1}
-    server = await serve(model, limits=limits)
-    visitor = await server.visitor()
-    assert (await visitor.post("")).status == 400
-    assert (await visitor.post("x", pageContext=5)).status == 400
-    visitor.origin = "https://other.example"
-    assert (await visitor.post()).status == 404
-    visitor.origin = ORIGIN
-    await visitor.ask()
-    assert (await visitor.post()).error == (429, "rate_limit_exceeded")
-    assert lf.usage_today(server.hub, "shop", time.time()).messages == 1
-
-
-@pytest.mark.parametrize("limit", [0, 1_000_000])
-async def test_tokens_are_settled_with_reported_usage(
-    limit: int, serve: Serve, model: FakeModel
+@pytest.mark.parametrize(
+    ("path", "origin", "error"),
+    [
+        ("/nothing", ORIGIN, (404, "not_found")),
+        ("/health", ORIGIN, (405, "method_not_allowed")),
+        ("/api/session/init", "https://evil.example", (403, "host_not_registered")),
+    ],
+)
+async def test_broken_body_that_nobody_reads(
+    path: str, origin: str, error: tuple[int, str], server: Server
 ) -> None:
-    """Tokens are set aside before a call, if there is a limit, and settled with its usage after."""
-    server = await serve(model, limits={"site_tokens_per_day": limit})
-    visitor = await server.visitor()
-    model.scripts.append([model.at_gate, *using(123)])
-    await visitor.chat("Hello " * 100)
-    await until(lambda: model.requests)
-    spent, reserved = used_tokens(server)
-    assert spent == 0
-    if limit:
-        prompt = sum(len(m["content"]) for m in model.requests[0]["messages"])
-        assert reserved >= prompt // 4 + model.requests[0]["max_tokens"]
+    """A body that cannot be decoded is no error of ours, also where it does not matter."""
+    answer = await server.call("POST", path, data=b"no gzip", headers=GZIP, origin=origin)
+    assert answer.error == error
+
+
+async def test_largest_body(server: Server) -> None:
+    """A body may be 256 KiB long, not one byte more."""
+    for length, expected in ((2**18, 200), (2**18 + 1, 413)):
+        body = b"{" + b" " * (length - 2) + b"}"
+        answer = await server.call("POST", "/api/session/init", data=body)
+        assert answer.status == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "bad", "good"),
+    [
+        ("sessionId", [None, 5, "", ["x"]], []),
+        ("message", [None, 5, "", "  \n\t ", "x" * 5001, ["x"], {"a": 1}], [" " * 9 + "x" * 5000]),
+        ("clientMessageId", [5, "x" * 65, {}], ["x" * 64, None]),
+        ("pageContext", [5, "page", [], True], [{}, None, {"unknown": 5}, {"url": None}]),
+        ("context", [5, "page", []], [{}]),
+        ("pageContext.url", [5, []], ["https://acme.com/" + "x" * 9000]),
+        ("pageContext.title", [5], ["x" * 9000]),
+        ("pageContext.visibleText", [5, ["x"]], ["x" * 9000]),
+        ("pageContext.indexedElements", [{}, "x", 5], [[], None, [{"id": 1}] * 51]),
+        ("pageContext.indexedElements[0]", [5, "x", [], None], [{}, {"other": 5}]),
+        ("pageContext.indexedElements[0].id", ["1", 1.5, True], [7, None]),
+        ("pageContext.indexedElements[0].text", [5, ["x"]], ["x" * 9000]),
+        ("pageContext.indexedElements[0].disabled", ["yes", 1], [True]),
+        ("pageContext.indexedElements[0].options", ["x", {}], [["a", {"text": "b"}, 5, None]]),
+        ("pageContext.forms", [5, {}], [[{"a": [1]}, "x"]]),
+    ],
+)
+async def test_chat_fields(
+    field: str, bad: list[Any], good: list[Any], server: Server, visitor: Visitor
+) -> None:
+    """A field of a wrong type is invalid_message, and details.field names it."""
+    chat = {"sessionId": visitor.id, "message": "Hi"}
+    for value in bad:
+        answer = await server.call("POST", "/api/chat", chat | placed(field, value))
+        assert answer.error == (400, "invalid_message"), value
+        assert answer.body["details"]["field"] == field
+    assert await visitor.history() == []  # nothing was started
+    for value in good:
+        answer = await server.call("POST", "/api/chat", chat | placed(field, value))
+        assert answer.status == 200, (value, answer.raw)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"), [({"siteHost": 5}, "siteHost"), ({"pageUrl": 5}, "pageUrl"), ([], "body")]
+)
+async def test_init_fields(body: Any, field: str, server: Server) -> None:
+    """session/init checks its fields, too."""
+    answer = await server.call("POST", "/api/session/init", body)
+    assert answer.error == (400, "invalid_message")
+    assert answer.body["details"]["field"] == field
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 100", "Transfer-Encoding: chunked"])
+@with_constants(BODY_SECONDS=0.2)
+async def test_slow_body(framing: str, server: Server) -> None:
+    """A body that does not arrive in time is 408."""
+    request = f"POST /api/session/init HTTP/1.1\r\nHost: x\r\nOrigin: {ORIGIN}\r\n{framing}\r\n\r\n"
+    code, _, body = await raw_http(server.url, request.encode() + b"2\r\n{}")
+    assert (code, error_code(body)) == (408, "request_timeout")
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 200 + b"\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nBad Header\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nA: " + b"x" * 20_000 + b"\r\n\r\n",
+        b"GET /" + b"x" * 20_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: nine\r\n\r\n",
+        b"POST /api/chat HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"POST /api/chat HTTP/1.1\r\nHost: x\r\n" + b"Content-Length: 5\r\n" * 2 + b"\r\nhello",
+    ],
+)
+async def test_malformed_http(request_bytes: bytes, server: Server) -> None:
+    """What is no HTTP gets the one error shape, no version, and leaves the server serving."""
+    code, head, body = await raw_http(server.url, request_bytes)
+    assert (code, error_code(body)) == (400, "invalid_message")
+    assert "x-content-type-options: nosniff" in head.lower()
+    assert "aiohttp" not in head
+    assert "Python" not in head
+    assert (await server.call("GET", "/health")).status == 200
+
+
+async def test_malformed_chunks(server: Server) -> None:
+    """A broken chunked body is an error of the caller."""
+    head = f"POST /api/session/init HTTP/1.1\r\nHost: x\r\nOrigin: {ORIGIN}\r\n"
+    request = head.encode() + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\nzz\r\n{}\r\n"
+    code, _, body = await raw_http(server.url, request)
+    assert (code, error_code(body)) == (400, "invalid_message")
+
+
+async def test_garbage_origin(server: Server) -> None:
+    """An Origin of bytes that are no text is refused as any other."""
+    for garbage in (b"\xff\xfe", b"https://\xe4cme.com", b"\xf0\x9f\x98\x80"):
+        for method, path in (("POST", "/api/session/init"), ("GET", "/health"), ("OPTIONS", "/x")):
+            request = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n".encode()
+            request += b"Access-Control-Request-Method: POST\r\n"
+            request += b"Access-Control-Request-Headers: x-" + garbage + b"\r\n"
+            request += b"Origin: " + garbage + b"\r\n\r\n"
+            code, _, body = await raw_http(server.url, request)
+            if path == "/health":
+                assert code == 200
+            elif method == "POST":
+                assert (code, error_code(body), body["host"]) == (403, "host_not_registered", "")
+            else:
+                assert code in (200, 403)
+    assert (await server.call("GET", "/health")).status == 200
+
+
+async def test_bug(server: Server, monkeypatch: Patch, caplog: Log) -> None:
+    """A bug is 500 with a request id that is in the log, and tells nothing else."""
+
+    def fail(*_: Any) -> str:
+        raise RuntimeError("INTERNALS")
+
+    monkeypatch.setattr(lf, "websocket_url", fail)
+    answer = await server.init()
+    assert answer.error == (500, "internal_error")
+    assert b"INTERNALS" not in answer.raw
+    assert answer.body["details"].keys() == {"requestId"}
+    assert answer.headers["Access-Control-Allow-Origin"] in ("*", ORIGIN)
+    record = next(r for r in caplog.records if r.levelno == logging.ERROR)
+    assert answer.body["details"]["requestId"] in record.getMessage()
+    assert record.exc_info
+    caplog.clear()
+    monkeypatch.undo()
+    assert (await server.init()).status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "origin", "expected"),
+    [
+        ("GET", "/health", ORIGIN, 200),
+        ("GET", "/api/stats", "https://stranger.example", 200),
+        ("POST", "/api/session/init", ORIGIN, 200),
+        ("POST", "/api/session/init", "https://stranger.example", 403),
+        ("GET", "/api/session/x", ORIGIN, 404),
+        ("GET", "/nothing", "https://stranger.example", 404),
+        ("GET", "/api/chat", ORIGIN, 405),
+        ("POST", "/api/chat", ORIGIN, 400),
+    ],
+)
+async def test_cors(method: str, path: str, origin: str, expected: int, server: Server) -> None:
+    """CORS is open, on success and error alike, and exposes Retry-After."""
+    answer = await server.call(method, path, origin=origin)
+    assert answer.status == expected
+    assert answer.headers["Access-Control-Allow-Origin"] in ("*", origin)
+    assert "Retry-After" in answer.headers["Access-Control-Expose-Headers"]
+
+
+ROUTED = {
+    "/api/session/init": ("POST",),
+    "/api/chat": ("POST",),
+    "/api/session/x": ("GET", "DELETE"),
+    "/nothing": ("POST", "GET", "DELETE"),
+}
+
+
+@pytest.mark.parametrize("path", ROUTED)
+@pytest.mark.parametrize("method", ["POST", "GET", "DELETE"])
+async def test_preflight(path: str, method: str, server: Server) -> None:
+    """A preflight of any route tells the browser that it may go on."""
+    asked = {"Access-Control-Request-Headers": "content-type,x-more"}
+    headers = {**asked, "Access-Control-Request-Method": method}
+    answer = await server.call("OPTIONS", path, headers=headers)
+    if method not in ROUTED[path]:
+        assert answer.status in (200, 403)
+        return
+    assert answer.status == 200
+    assert answer.headers["Access-Control-Allow-Origin"] in ("*", ORIGIN)
+    assert method in answer.headers["Access-Control-Allow-Methods"]
+    assert "content-type" in answer.headers["Access-Control-Allow-Headers"].lower()
+
+
+@with_config(server={"cors_origins": [ORIGIN]})
+async def test_cors_for_some(server: Server) -> None:
+    """cors_origins names those who may read our answers."""
+    assert (await server.init()).headers["Access-Control-Allow-Origin"] == ORIGIN
+    answer = await server.call("GET", "/health", origin="https://other.example")
+    assert "Access-Control-Allow-Origin" not in answer.headers
+
+
+async def test_a_client_that_leaves_in_mid_body_is_no_error(server: Server) -> None:
+    """Nothing is logged (see quiet_log) and the server goes on."""
+    host, _, port = server.url.removeprefix("http://").rpartition(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST /api/chat HTTP/1.1\r\nHost: x\r\nOrigin: {ORIGIN}\r\nContent-Length: 99\r\n\r\n{{"
+    writer.write(head.encode())
+    await writer.drain()
+    await asyncio.sleep(0.05)
+    writer.transport.abort()
+    await asyncio.sleep(0.05)
+    assert (await server.init()).status == 200
+
+
+# ---------------------------------------------------------------------------------------------
+# REST: limits and idempotence
+
+
+def expect_too_many(answer: Answer, most_seconds: int) -> None:
+    assert answer.error == (429, "rate_limit_exceeded")
+    seconds = answer.body["details"]["retryAfterSeconds"]
+    assert type(seconds) is int
+    assert 1 <= seconds <= most_seconds
+    assert answer.headers["Retry-After"] == str(seconds)
+    assert answer.headers["Access-Control-Allow-Origin"] in ("*", ORIGIN)
+
+
+async def test_init_limit(server: Server) -> None:
+    """An address gets 10 sessions a minute; one IPv6 /64 is one address."""
+
+    async def init(address: str) -> Answer:
+        return await server.init(headers={"X-Forwarded-For": address})
+
+    for address, neighbour, stranger in (
+        ("198.51.100.1", "198.51.100.1", "198.51.100.2"),
+        ("2001:db8:1:2::1", "2001:db8:1:2:ffff::9", "2001:db8:1:3::1"),
+        ("nonsense", "also nonsense", "198.51.100.3"),  # as if there were no header
+    ):
+        assert [(await init(address)).status for _ in range(10)] == [200] * 10
+        expect_too_many(await init(address), 60)
+        expect_too_many(await init(neighbour), 60)
+        assert (await init(stranger)).status == 200
+
+
+@with_config(server={"trusted_proxies": []}, limits={"init_per_minute": 1})
+async def test_forwarded_for_of_strangers(server: Server) -> None:
+    """X-Forwarded-For counts from trusted proxies alone."""
+    assert (await server.init(headers={"X-Forwarded-For": "1.1.1.1"})).status == 200
+    expect_too_many(await server.init(headers={"X-Forwarded-For": "2.2.2.2"}), 60)
+
+
+@with_config(limits={"init_per_minute": 60, "chat_per_minute": 60})
+async def test_retry_after_is_true(server: Server) -> None:
+    """Who waits as long as Retry-After says is served."""
+    answers = [await server.init() for _ in range(61)]
+    assert [a.status for a in answers].count(429) >= 1
+    expect_too_many(answers[-1], 1)
+    await asyncio.sleep(answers[-1].body["details"]["retryAfterSeconds"])
+    assert (await server.init()).status == 200
+
+
+async def test_empty_limiters_are_purged(serve: Serve, monkeypatch: Patch) -> None:
+    """An address is remembered as long as its limiter is not empty."""
+    monkeypatch.setattr(lf, "SWEEP_SECONDS", 0.01)
+    slow, fast = await serve(), await serve(limits={"init_per_minute": 6000})
+    assert (await slow.init()).status == (await fast.init()).status == 200
+    assert len(slow.hub.init_limiters) == 1
+    await until(lambda: not fast.hub.init_limiters)
+    assert len(slow.hub.init_limiters) == 1
+    await until(lambda: not lf.network_of.cache_info().currsize)
+    await until(lambda: not lf.is_trusted.cache_info().currsize)
+
+
+async def test_chat_limit(server: Server, visitor: Visitor) -> None:
+    """A session gets 30 messages a minute; one that fails or is a repeat does not count."""
+    stranger = await server.visitor()
+    for number in range(30):
+        assert (await visitor.post(clientMessageId=f"id-{number}")).status == 200
+        assert (await visitor.post("")).status == 400
+    expect_too_many(await visitor.post(), 60)
+    expect_too_many(await visitor.post(clientMessageId="new"), 60)
+    assert (await visitor.post(clientMessageId="id-29")).status == 200
+    assert (await stranger.post()).status == 200
+    assert (await visitor.get()).body["messageCount"] >= 30
+
+
+@with_config(limits={"max_sessions": 2})
+async def test_max_sessions(server: Server) -> None:
+    """A full server says so, and takes new sessions when others have gone."""
+    first, _ = await server.visitor(connect=False), await server.visitor(connect=False)
+    answer = await server.init()
+    assert answer.error == (503, "too_many_sessions")
+    assert answer.headers["Access-Control-Allow-Origin"] in ("*", ORIGIN)
+    await server.call("DELETE", f"/api/session/{first.id}")
+    assert (await server.init()).status == 200
+
+
+async def test_client_message_id(server: Server, visitor: Visitor, model: FakeModel) -> None:
+    """The same id again, in the same session, returns the first answer and starts nothing."""
+    stranger = await server.visitor()
+    first = await visitor.chat("Hello", clientMessageId="one")
+    await visitor.turn()
+    assert await visitor.chat("Hello again", clientMessageId="one") == first
+    assert await visitor.chat("Other", clientMessageId="two") != first
+    await visitor.turn()
+    assert await stranger.chat("Hello", clientMessageId="one") != first
+    await stranger.turn()
+    assert [text for role, text in await visitor.history() if role == "user"] == ["Hello", "Other"]
+    assert len(model.requests) == 3
+
+
+async def test_client_message_id_of_a_running_turn(visitor: Visitor, model: FakeModel) -> None:
+    """A retry while the answer streams does not disturb it, also when both arrive at once."""
+    model.scripts.append([sse(chunk("Half")), model.at_gate, sse(chunk(" done"))])
+    first, second = await asyncio.gather(
+        visitor.chat(clientMessageId="one"), visitor.chat(clientMessageId="one")
+    )
+    await visitor.next()
+    assert await visitor.chat(clientMessageId="one") == first == second
     model.gate.release()
-    await visitor.turn()
-    assert used_tokens(server) == (123, 0)
-    model.scripts.append(using(1000))
-    await visitor.ask()
-    assert used_tokens(server) == (1123, 0)
-
-
-async def test_tokens_are_estimated_where_none_are_reported(
-    server: Server, visitor: Visitor, model: FakeModel
-) -> None:
-    """Without usage 4 characters count as a token, of what was asked and what was said."""
-    expected = 0
-    scripts: list[Script] = [reply("x" * 4000), [sse(chunk("x" * 400)), cut_wire]]
-    for script in scripts:
-        model.scripts.append(script)
-        await visitor.ask("y" * 4000)
-        expected += sum(len(m["content"]) for m in model.requests[-1]["messages"]) // 4
-    expected += 4400 // 4
-    spent, reserved = used_tokens(server)
-    assert expected <= spent <= expected + 20  # and the JSON around the text
-    assert reserved == 0
-
-
-@with_config(limits={"site_tokens_per_day": 10_000})
-async def test_calls_that_fail_cost_nothing(
-    server: Server, visitor: Visitor, model: FakeModel
-) -> None:
-    """A call that a provider has refused is settled with nothing."""
-    model.scripts.append(status(401, {"error": {"message": "no"}}))
-    model.scripts.extend([status(500, {}, Retry_After="0")] * 3)
-    for _ in range(2):
-        assert (await visitor.ask())["data"]["isError"] is True
-    assert used_tokens(server) == (0, 0)
-
-
-@pytest.mark.parametrize("said", ["", "x" * 400])
-@with_config(limits={"site_tokens_per_day": 100_000})
-async def test_call_that_is_stopped(
-    said: str, server: Server, visitor: Visitor, model: FakeModel
-) -> None:
-    """A call that is stopped halfway pays for its prompt and what was said, and holds nothing."""
-    model.scripts.append([sse(chunk(said)), forever])
-    await visitor.chat()
-    await until(lambda: model.requests)
-    if said:
-        await visitor.next()
-    await visitor.send("stop")
-    await visitor.turn()
-    await until(lambda: not used_tokens(server)[1])
-    prompt = sum(len(m["content"]) for m in model.requests[0]["messages"]) // 4
-    assert used_tokens(server) == (prompt + len(said) // 4, 0)
-
-
-@pytest.mark.parametrize("how", ["message", "delete", "stop"])
-async def test_call_that_never_began(
-    how: str, serve: Serve, model: FakeModel, disk: Disk, tmp_path: Path
-) -> None:
-    """What was set aside for a call that is cancelled before it begins is given back."""
-    server = await serve(model, server=on_disk(tmp_path), limits={"site_tokens_per_day": 100_000})
-    visitor = await server.visitor()
-    await written(server)
-    seen = disk.commits
-    disk.free.clear()
-    posts = [asyncio.create_task(visitor.post("One"))]
-    await until(lambda: disk.commits > seen)
-    assert used_tokens(server)[1] > 0
-    if how == "message":
-        posts.append(asyncio.create_task(visitor.post("Two")))
-        await until(lambda: server.hub.messages_processed == 2)
-    elif how == "delete":
-        path = f"/api/session/{visitor.id}"
-        posts.append(asyncio.create_task(server.call("DELETE", path)))
-        await until(lambda: not server.hub.sessions)
-    else:
-        await visitor.send("stop")
-        await until(lambda: server.hub.sessions[visitor.id].task is None)
-    model.scripts.append(using(77))
-    disk.free.set()
-    await asyncio.gather(*posts)
-    if how == "message":
-        while (await visitor.turn())[-1]["data"]["text"] != "ok":
-            pass
-    assert used_tokens(server) == (77 if how == "message" else 0, 0)
-    assert len(model.requests) == (how == "message")
-
-
-@pytest.mark.parametrize("limits", [{"site_messages_per_day": 7}, {"site_tokens_per_day": 20_000}])
-async def test_parallel_requests_stay_within_the_budget(
-    limits: Json, serve: Serve, model: FakeModel
-) -> None:
-    """However many requests come at once: no more is admitted than the budget holds."""
-    server = await serve(model, limits={**limits, "init_per_minute": 1000})
-    visitors = [await server.visitor(connect=False) for _ in range(40)]
-    model.scripts.extend([[model.at_gate, *using(1500)]] * 40)
-    answers = await asyncio.gather(*(visitor.post() for visitor in visitors))
-    taken = [answer for answer in answers if answer.status == 200]
-    assert all(a.status == 200 or a.error == BUDGET_SPENT for a in answers)
-    if "site_messages_per_day" in limits:
-        assert len(taken) == 7
-    else:
-        assert 1 <= len(taken) < 20_000 / 1024
-        assert sum(used_tokens(server)) <= 20_000
-    for _ in visitors:
-        model.gate.release()
-    await until(lambda: not any(s.task for s in server.hub.sessions.values()))
-    assert used_tokens(server) == (1500 * len(taken), 0)
-    assert len(model.requests) == len(taken)
-
-
-@with_config(limits={"site_tokens_per_day": 20_000}, sites=[FRUGAL])
-async def test_budget_runs_out_in_the_middle_of_a_task(
-    server: Server, visitor: Visitor, model: FakeModel
-) -> None:
-    """A task whose next call does not fit the budget any more ends with the refusal."""
-    script = doing("Going", **CLICK)
-    usage = {"choices": [], "usage": {"total_tokens": 19_500}}
-    model.scripts.append([script[0].replace(b"data: [DONE]", sse(usage).strip())])
-    await visitor.chat(pageContext=SHOWN)
-    while (frame := await visitor.next())["event"] != "action_plan":
-        pass
-    plan = frame["data"]["actions"][0]
-    await visitor.send("action_complete", actionId=plan["id"], result={"success": True})
-    await visitor.send("continue_task", context=SHOWN)
-    end = (await visitor.turn())[-1]
-    assert (end["event"], end["data"]) == ("message", {"text": REFUSAL})
+    assert (await visitor.turn())[-1]["data"]["text"] == "Half done"
     assert len(model.requests) == 1
-    assert (await visitor.history())[-1] == ("assistant", REFUSAL)
-    assert used_tokens(server) == (19_500, 0)
-    assert (await visitor.post()).error == BUDGET_SPENT
-    assert server.hub.sessions[visitor.id].task is None
 
 
-async def test_offline_guide_costs_no_tokens(serve: Serve) -> None:
-    """The offline guide answers whatever the token budget; its messages count."""
-    limits = {"site_tokens_per_day": 1, "site_messages_per_day": 2}
+async def test_message_ids_differ(server: Server) -> None:
+    """No two messages share an id, however fast they come."""
+    visitor = await server.visitor(connect=False)
+    ids = await asyncio.gather(*(visitor.chat() for _ in range(10)))
+    assert len(set(ids)) == 10
+
+
+# ---------------------------------------------------------------------------------------------
+# REST and sweeping: idle sessions
+
+
+@pytest.mark.parametrize("limits", [{}, {"idle_minutes": 5.5}])
+async def test_idle_session(limits: Json, serve: Serve, monkeypatch: Patch) -> None:
+    """After the idle time a session is not found, and the sweep frees it."""
+    monkeypatch.setattr(lf, "SWEEP_SECONDS", 0.3)
     server = await serve(limits=limits)
+    idle_seconds = 60 * limits.get("idle_minutes", 30)
     visitor = await server.visitor()
-    for _ in range(2):
-        assert (await visitor.ask())["event"] == "message_done"
-    assert (await visitor.post()).error == BUDGET_SPENT
-    assert used_tokens(server) == (0, 0)
+    server.age(visitor, idle_seconds - 5)
+    assert (await visitor.get()).status == 200
+    server.age(visitor, 5)
+    assert (await visitor.get()).error == (404, "session_not_found")
+    assert (await visitor.post()).error == (404, "session_not_found")
+    assert (await server.call("GET", "/api/stats")).body["activeSessions"] == 0
+    late = await server.socket(f"/?sessionId={visitor.id}")
+    assert await read_close(late) == (["session_not_found"], 4404)
+    assert (await read_close(visitor.ws))[1] == 4404
+    await until(lambda: not server.hub.sessions)
 
 
-async def test_usage_is_kept_across_restarts(
-    model: FakeModel, clock: Clock, tmp_path: Path
+def test_times() -> None:
+    """The times that other tests shorten are those of the contract."""
+    assert lf.SWEEP_SECONDS <= 5
+    assert lf.STALL_SECONDS + 2 * lf.SWEEP_SECONDS <= 40
+    assert (lf.BODY_SECONDS, lf.JOIN_SECONDS, lf.PING_SECONDS) == (15, 10, 25)
+    assert (lf.FIRST_TEXT_SECONDS, lf.NEXT_TEXT_SECONDS, lf.CONTINUE_SECONDS) == (30, 20, 30)
+
+
+RESULT = {"success": True, "elementId": 3, "description": "Clicked", "url": "/", "text": "x"}
+SEQUENCE = {"success": False, "results": [{"success": False}], "completedSteps": 0, "totalSteps": 1}
+EVENTS: list[tuple[str, Json, bool]] = [  # event, data, whether it counts as activity
+    ("action_complete", {"actionId": "action-1", "result": RESULT}, True),
+    ("sequence_complete", {"actionId": "action-1", "result": SEQUENCE}, True),
+    ("sequence_complete", {"result": {"success": True, "results": []}}, True),
+    ("confirmation_response", {"confirmed": False}, True),
+    ("update_context", {"context": PAGE}, False),
+    ("stop", {}, False),
+]
+
+
+@pytest.mark.parametrize(("event", "data", "counts"), EVENTS)
+async def test_activity(
+    event: str, data: Json, counts: bool, server: Server, visitor: Visitor
 ) -> None:
-    """Usage is kept across restarts; a crash counts what was set aside as spent."""
-    clock.stopped_at = NOON
-    limits = {"site_messages_per_day": 3, "site_tokens_per_day": 50_000}
-    config = make_config(model, server=on_disk(tmp_path / "state"), limits=limits)
-    async with running(config) as server:
-        visitor = await server.visitor()
-        model.scripts.append(using(5000))
-        await visitor.ask()
-    async with running(config) as server:
-        assert used_tokens(server) == (5000, 0)
-        visitor = await server.visitor()
-        model.scripts.append([model.at_gate, *using(1)])
-        await visitor.chat()
-        await until(lambda: model.requests[1:])
-        await written(server)
-        reserved = used_tokens(server)[1]
-        crashed = snapshot(tmp_path / "state", tmp_path / "crashed")
-        model.gate.release()
-        await visitor.turn()
-    copy = make_config(model, server=on_disk(crashed), limits=limits)
-    for config_now, spent in ((config, 5001), (copy, 5000 + reserved)):
-        async with running(config_now) as server:
-            assert used_tokens(server) == (spent, 0)
-            visitor = await server.visitor()
-            await visitor.ask()
-            assert (await visitor.post()).error == BUDGET_SPENT
-    clock.stopped_at += 86400
-    async with running(config) as server:
-        await written(server)
-        assert query(tmp_path / "state", "SELECT * FROM usage") == []
-        await (await server.visitor()).ask()
-        assert lf.usage_today(server.hub, "shop", clock.time()).messages == 1
+    """Messages, results and confirmations are activity; a socket, GET and the rest are not."""
+    server.age(visitor, 1000)
+    await visitor.send(event, **data)
+    await visitor.expect_open()  # an error, after which an event has surely been read
+    await visitor.get()
+    server.age(visitor, 900)
+    assert (await visitor.get()).status == (200 if counts else 404)
 
 
-@pytest.mark.parametrize("refusal", ["", 5, "x" * 501])
-def test_refusal_must_say_something(refusal: Any) -> None:
-    """A refusal is shown to visitors, so it is not empty."""
-    with pytest.raises(lf.ConfigError, match="refusal"):
-        make_config(sites=[{**SHOP, "refusal": refusal}])
+async def test_chat_is_activity(server: Server, visitor: Visitor) -> None:
+    """A visitor who writes is not idle; one who only looks is."""
+    server.age(visitor, 1000)
+    await visitor.ask()
+    server.age(visitor, 1000)
+    assert (await visitor.get()).status == 200
+    await visitor.connect()
+    server.age(visitor, 900)
+    assert (await visitor.get()).error == (404, "session_not_found")
+
+
+@with_config(limits={"idle_minutes": 0.02})
+@with_constants(SWEEP_SECONDS=0.05)
+async def test_idle_minutes_may_be_a_fraction(visitor: Visitor) -> None:
+    """Real time passes, and a session with an open socket that only GETs is gone."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while (await visitor.get()).status == 200:  # noqa: ASYNC110 (GET is the point)
+            await asyncio.sleep(0.02)
+    assert (await read_close(visitor.ws))[1] == 4404
+
+
+async def test_sweeping_many_sessions_holds_up_nobody() -> None:
+    """A sweep of many idle sessions lets others run in between, and frees them bit by bit."""
+    hub = lf.make_app(make_config())[lf.HUB]
+    pages: list[weakref.ref[Counter[str]]] = []  # one in each session
+    for number in range(5000):
+        page: Counter[str] = Counter()
+        old = lf.Session(str(number), "shop", "acme.com", "", 0, 0, hub.store, context=page)
+        hub.sessions[old.id] = old
+        pages.append(weakref.ref(page))
+    del old, page
+    sweep = asyncio.create_task(lf.sweep(hub, 1e9))
+    turns = 0
+    while not sweep.done():
+        await asyncio.sleep(0)
+        turns += 1
+        assert sum(page() is not None for page in pages) <= len(hub.sessions) + 1
+    assert turns > 10
+    assert hub.sessions == {}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6318,7 +5589,7 @@ async def test_changes_hold_at_once(admin: Server, model: FakeModel) -> None:
     """Changes hold at once, for running sessions too: the widget's config, what the model is told,
     and what it may do."""
     visitor = await admin.visitor()
-    navigate = doing("", type="navigate", url="/prices")
+    navigate = act("", {"type": "navigate", "url": "/prices"})
     model.scripts.append(navigate)
     await visitor.chat(pageContext=SHOWN)
     assert (await visitor.next())["event"] == "action_plan"
@@ -6691,6 +5962,725 @@ async def test_owners_cannot_take_part_of_anothers_host(admin: Server) -> None:
     caller = lf.find_site(admin.hub.site_index, theirs, 443)
     assert caller is not None
     assert caller.id != "shop"
+
+
+# ---------------------------------------------------------------------------------------------
+# WebSocket: joining
+
+NO_SESSION = "3f0e0000-0000-4000-8000-000000000000"
+
+
+@pytest.mark.parametrize("path", ["/", "/ws"])
+@pytest.mark.parametrize(
+    ("origin", "expected"), [(None, ""), ("null", ""), ("https://evil.example", "evil.example")]
+)
+async def test_upgrade_needs_a_site(
+    path: str, origin: str | None, expected: str, server: Server, visitor: Visitor
+) -> None:
+    """The Origin is checked before the upgrade."""
+    with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+        await server.socket(f"{path}?sessionId={visitor.id}", origin)
+    assert caught.value.status == 403
+    upgrade = {
+        **{"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"},
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    }
+    answer = await server.call("GET", path, origin=origin, headers=upgrade)
+    assert answer.error == (403, "host_not_registered")
+    assert answer.body["host"] == expected
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Upgrade": "websocket"},
+        {"Upgrade": "websocket", "Connection": "Upgrade"},
+        {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "12"},
+        {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"},
+    ],
+)
+async def test_bad_upgrade(headers: dict[str, str], server: Server) -> None:
+    """A handshake that is none gets the one error shape."""
+    assert (await server.call("GET", "/", headers=headers)).error == (400, "invalid_message")
+
+
+@pytest.mark.parametrize("path", ["/", "/ws"])
+async def test_join_by_query(path: str, server: Server) -> None:
+    """?sessionId= joins at once."""
+    visitor = await server.visitor(connect=False)
+    ws = await server.socket(f"{path}?sessionId={visitor.id}")
+    frame = await read_frame(ws)
+    assert frame["event"] == "session_joined"
+    assert frame["data"] == {"sessionId": visitor.id, "restored": False, "history": []}
+
+
+async def test_join_by_event(server: Server, visitor: Visitor) -> None:
+    """join_session joins, too, and tells the conversation so far."""
+    await visitor.ask("Hello")
+    visitor.ws = await server.socket()
+    await visitor.send("join_session")
+    frame = await visitor.next()
+    assert frame["event"] == "session_joined"
+    history = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "ok"}]
+    assert frame["data"] == {"sessionId": visitor.id, "restored": True, "history": history}
+
+
+@pytest.mark.parametrize("how", ["query", "event"])
+@pytest.mark.parametrize("whose", ["nobody's", "another site's"])
+async def test_join_of_unknown_session(how: str, whose: str, server: Server) -> None:
+    """A session that is not there, or belongs to another site, ends the socket with 4404."""
+    other = await server.visitor("https://other.example")
+    session_id = other.id if whose == "another site's" else NO_SESSION
+    ws = await server.socket(f"/?sessionId={session_id}" if how == "query" else "/")
+    if how == "event":
+        await ws.send_json({"event": "join_session", "data": {"sessionId": session_id}})
+    assert await read_close(ws) == (["session_not_found"], 4404)
+    await other.expect_open()
+
+
+@with_constants(JOIN_SECONDS=0.1)
+async def test_no_join_in_time(server: Server, visitor: Visitor) -> None:
+    """A socket that joins nothing within 10 s is closed with 4408; one that did stays."""
+    lazy = await server.socket()
+    await lazy.send_str("nonsense")
+    assert (await read_close(lazy))[1] == 4408
+    await asyncio.sleep(0.05)
+    await visitor.expect_open()
+
+
+async def test_takeover(server: Server, visitor: Visitor, model: FakeModel) -> None:
+    """A newer socket ends the older, gets the whole turn, and survives the older's end."""
+    model.scripts.append([sse(chunk("One ")), model.at_gate, sse(chunk("two"))])
+    await visitor.chat()
+    await visitor.next()
+    older = visitor.ws
+    await visitor.connect()
+    assert await read_close(older) == (["session_taken_over"], 4409)
+    await until(lambda: len(server.hub.sockets) == 1)
+    model.gate.release()
+    frames = await visitor.turn()
+    assert deltas(frames) == "One two"
+    assert (await visitor.ask())["data"]["text"] == "ok"
+
+
+async def test_joining_twice_on_one_socket(server: Server, visitor: Visitor) -> None:
+    """join_session on a joined socket replays; with another session it moves over."""
+    second = await server.visitor(connect=False)
+    await visitor.ask()
+    await visitor.send("join_session")
+    assert (await visitor.next())["event"] == "session_joined"
+    assert (await visitor.turn())[-1]["data"]["text"] == "ok"
+    second.ws = visitor.ws
+    await second.send("join_session")
+    assert (await second.next())["data"]["sessionId"] == second.id
+    await visitor.chat("unheard")
+    assert (await second.ask("heard"))["data"]["text"] == "ok"
+    sequence = [f["seq"] for f in second.frames if f["event"].startswith("message")]
+    assert sequence == list(range(1, len(sequence) + 1))
+
+
+async def test_joining_again_and_again_costs_one_answer(server: Server, visitor: Visitor) -> None:
+    """However often a client joins, no more than the last session_joined waits for it."""
+    sock = next(iter(server.hub.sockets))
+    session = server.hub.sessions[visitor.id]
+    for _ in range(1000):
+        lf.join(sock, session, None, 0)
+    assert sock.outbox == []
+    assert sock.joined is not None
+    assert (await visitor.next())["event"] == "session_joined"
+    await visitor.expect_open()
+
+
+# ---------------------------------------------------------------------------------------------
+# WebSocket: the conversation
+
+
+def conversation(frames: Sequence[Json]) -> list[Json]:
+    return [f for f in frames if f["event"] not in ("session_joined", "error")]
+
+
+async def test_turn_frames(visitor: Visitor, model: FakeModel) -> None:
+    """A turn is chunks that count up, then message_done with the same text; seq has no gaps."""
+    for _ in range(3):
+        pieces = [
+            sse(chunk(json.dumps({"message": "One two three"})[n : n + 6])) for n in range(0, 30, 6)
+        ]
+        model.scripts.append([step for piece in pieces for step in (piece, pause)])
+        await visitor.chat()
+        frames = await visitor.turn()
+        *chunks, done = frames
+        assert len(chunks) > 1
+        assert {f["event"] for f in chunks} == {"message_chunk"}
+        assert all(f["data"].keys() == {"delta", "streamId", "chunkIndex"} for f in chunks)
+        assert [f["data"]["chunkIndex"] for f in chunks] == list(range(len(chunks)))
+        stream_id = chunks[0]["data"]["streamId"]
+        assert {f["data"]["streamId"] for f in frames} == {stream_id}
+        assert done["data"] == {"text": "One two three", "streamId": stream_id}
+        assert deltas(chunks) == "One two three"
+    heard = conversation(visitor.frames)
+    assert [f["seq"] for f in heard] == list(range(1, len(heard) + 1))
+    assert len({f["data"]["streamId"] for f in heard}) == 3
+
+
+async def test_chat_before_any_socket(server: Server) -> None:
+    """The reply waits for a visitor who connects later."""
+    visitor = await server.visitor(connect=False)
+    await visitor.chat()
+    await until(lambda: server.hub.sessions[visitor.id].task is None)
+    joined = await visitor.connect()
+    assert joined["restored"] is True
+    frames = await visitor.turn()
+    assert deltas(frames) == frames[-1]["data"]["text"] == "ok"
+    assert frames[0]["seq"] == 1
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["lastSeq", "no lastSeq"])
+@pytest.mark.parametrize("how", ["query", "event"])
+async def test_dropped_socket_loses_nothing(
+    known: bool, how: str, server: Server, visitor: Visitor, model: FakeModel
+) -> None:
+    """After a reconnect the stream goes on after lastSeq, or from the turn's first event."""
+    await visitor.ask("an earlier turn")
+    parts = [sse(chunk(f"{n} ")) for n in range(6)]
+    model.scripts.append([step for part in parts for step in (part, model.at_gate)])
+    await visitor.chat()
+    first_seq = visitor.frames[-1]["seq"] + 1
+    session = server.hub.sessions[visitor.id]
+    for _ in range(2):
+        await visitor.next()
+        last = visitor.frames[-1]["seq"] if known else None
+        cast(Any, visitor.ws)._conn.transport.abort()  # no goodbye
+        await visitor.ws.close()
+        before = session.next_seq
+        model.gate.release()
+        await until(lambda: session.next_seq > before)  # noqa: B023 (it is called at once)
+        if how == "query":
+            await visitor.connect(last)
+        else:
+            visitor.ws = await server.socket()
+            more = {} if last is None else {"lastSeq": last}
+            await visitor.send("join_session", **more)
+            assert (await visitor.next())["event"] == "session_joined"
+        if not known:
+            visitor.frames.clear()
+    for _ in parts:
+        model.gate.release()
+    await visitor.turn()
+    heard = [f for f in conversation(visitor.frames) if f["seq"] >= first_seq]
+    assert [f["seq"] for f in heard] == list(range(first_seq, first_seq + len(heard)))
+    assert deltas(heard) == heard[-1]["data"]["text"] == "0 1 2 3 4 5 "
+
+
+@pytest.mark.parametrize(("last_seq", "first"), [(0, 3), (1, 3), (3, 4), (4, None), (9**9, None)])
+async def test_last_seq(last_seq: int, first: int | None, visitor: Visitor) -> None:
+    """lastSeq of an earlier turn gets the whole current one, a later one only what is new."""
+    await visitor.ask()  # seq 1 and 2
+    await visitor.ask()  # seq 3 and 4
+    await visitor.connect(last_seq)
+    if first is not None:
+        assert (await visitor.next())["seq"] == first
+        if first == 3:
+            await visitor.next()
+    await visitor.chat()
+    assert (await visitor.next())["seq"] == 5
+
+
+async def test_bad_last_seq_in_the_query(server: Server, visitor: Visitor) -> None:
+    """A lastSeq that is no number is none."""
+    await visitor.ask()
+    for bad in ("x", "-1", "1.5", "", "9" * 400, "%00"):
+        ws = await server.socket(f"/?sessionId={visitor.id}&lastSeq={bad}")
+        assert (await read_frame(ws))["event"] == "session_joined"
+        assert (await read_frame(ws))["seq"] == 1
+
+
+@pytest.mark.parametrize("said", ["", "Half an answer"])
+async def test_new_message_settles_the_running_turn(
+    said: str, visitor: Visitor, model: FakeModel
+) -> None:
+    """A new message ends the turn with its text so far and cancels the call upstream."""
+    model.scripts.append([sse(chunk(said)), forever])
+    await visitor.chat("first")
+    await until(lambda: len(model.requests) == 1)
+    if said:
+        await visitor.next()
+    await visitor.chat("second")
+    settled = await visitor.next()
+    assert settled["event"] == "message_done"
+    assert settled["data"]["text"] == said
+    await until(lambda: model.hung_up == 1)
+    frames = await visitor.turn()
+    assert deltas(frames) == frames[-1]["data"]["text"] == "ok"
+    assert frames[0]["data"]["streamId"] != settled["data"]["streamId"]
+    sequence = [f["seq"] for f in conversation(visitor.frames)]
+    assert sequence == list(range(1, len(sequence) + 1))
+    partial = [("assistant", said)] if said else []
+    assert await visitor.history() == [
+        *[("user", "first"), *partial],
+        *[("user", "second"), ("assistant", "ok")],
+    ]
+
+
+async def test_stop(visitor: Visitor, model: FakeModel) -> None:
+    """stop ends the turn, what was said stays said, and the next turn is like any other."""
+    model.scripts.append([sse(chunk("Half")), forever])
+    await visitor.chat()
+    await visitor.next()
+    await visitor.send("stop")
+    done = await visitor.next()
+    assert done["event"] == "message_done"
+    assert done["data"]["text"] == "Half"
+    await until(lambda: model.hung_up == 1)
+    assert await visitor.history() == [("user", "Hello"), ("assistant", "Half")]
+    await visitor.send("stop")  # nothing to stop: nothing happens
+    assert (await visitor.ask())["data"]["text"] == "ok"
+    assert [f["event"] for f in visitor.frames].count("message_done") == 2
+
+
+async def test_losing_the_socket_does_not_cancel(
+    server: Server, visitor: Visitor, model: FakeModel
+) -> None:
+    """A turn goes on for a visitor who has left."""
+    model.scripts.append([sse(chunk("Half")), model.at_gate, sse(chunk(" done"))])
+    await visitor.chat()
+    await visitor.ws.close()
+    await until(lambda: not server.hub.sockets)
+    model.gate.release()
+    await until(lambda: server.hub.sessions[visitor.id].task is None)
+    assert (await visitor.history())[-1] == ("assistant", "Half done")
+    assert model.hung_up == 0
+
+
+async def test_turn_ends_visibly_after_a_bug(
+    visitor: Visitor, monkeypatch: Patch, caplog: Log
+) -> None:
+    """Even a bug in a turn ends it with a message."""
+    monkeypatch.setattr(lf, "build_prompt", lambda *_: 1 / 0)
+    end = await visitor.ask()
+    expect_end(end, "")
+    assert "division" not in json.dumps(end)
+    assert "ZeroDivisionError" in caplog.text
+    caplog.clear()
+
+
+# ---------------------------------------------------------------------------------------------
+# WebSocket: frames
+
+
+def frame(event: Any, **data: Any) -> str:
+    return json.dumps({"event": event, "data": {"sessionId": "ID", **data}})
+
+
+BAD_RESULTS: list[Any] = [  # of either kind
+    *([], {}, {"success": 1, "results": []}, {"success": "yes"}, {"results": []}),
+    *({"success": False, "results": [], name: "x"} for name in ("completedSteps", "totalSteps")),
+    *({"success": True, "results": results} for results in (5, {"0": 1}, [5])),
+    *({"success": True, "results": [], name: 5} for name in ("url", "error")),
+    {"success": True, "results": [], "elementId": "5"},
+]
+BAD_FIELDS: list[tuple[str, list[Json]]] = [
+    ("stop", [{"sessionId": i} for i in (NO_SESSION, 5, None)]),
+    ("join_session", [{"sessionId": 5}, *({"lastSeq": seq} for seq in ("5", -1, 1.5, True))]),
+    ("update_context", [{}, {"context": None}, {"context": []}, {"context": {"url": 5}}]),
+    ("update_context", [{"context": {"visibleText": 5}}, {"context": {"indexedElements": [5]}}]),
+    ("continue_task", [{}, {"context": "x"}, {"context": []}]),
+    ("confirmation_response", [{}, {"confirmed": "yes"}, {"confirmed": 1}]),
+    ("action_complete", [{"actionId": "ACTION"}, {"result": {"success": True}}]),
+    ("action_complete", [{"actionId": 5, "result": {"success": True}}]),
+    ("action_complete", [{"actionId": "ACTION", "result": result} for result in BAD_RESULTS]),
+    ("sequence_complete", [{"actionId": 5, "result": {"success": True, "results": []}}]),
+    ("sequence_complete", [{"actionId": "ACTION", "result": result} for result in BAD_RESULTS]),
+    ("sequence_complete", [{"result": {"success": True}}]),
+]
+BAD_FRAMES = [
+    *("", "nonsense", "5", "null", "[]", '"stop"', "{}", '{"event": "stop"}'),
+    *('{"event": "stop", "data": []}', '{"event": "stop", "data": {}}'),
+    *(frame("stop", x="X").replace('"X"', x) for x in ("NaN", "1e999", "[" * 63 + "]" * 63)),
+    *(frame(event) for event in (5, None, "", "x" * 100, "unknown", "message_done")),
+    *(frame(event, **fields) for event, many in BAD_FIELDS for fields in many),
+]
+
+
+@with_constants(FRAMES_PER_WINDOW=1000)
+async def test_bad_frames(page: OpenPage, model: FakeModel) -> None:
+    """Malformed and unknown events get invalid_event, the socket stays open, the task goes on."""
+    model.scripts += [act("", click(2)), act("Fine.")]
+    visitor, plan = page.visitor, await page.ask()
+    action_id = plan["data"]["actions"][0]["id"]
+    for bad in BAD_FRAMES:
+        sent = bad.replace('"ID"', f'"{visitor.id}"').replace('"ACTION"', f'"{action_id}"')
+        await visitor.ws.send_str(sent)
+        answer = await visitor.next()
+        assert answer["event"] == "error", bad
+        assert answer["data"].keys() == {"message", "code"}, bad
+        assert answer["data"]["code"] == "invalid_event", bad
+    assert (await page.done(plan))["data"]["text"] == "Fine."
+
+
+async def test_frames_before_joining(server: Server, visitor: Visitor) -> None:
+    """Events for a session need a socket that has joined it."""
+    joined, visitor.ws = visitor.ws, await server.socket()
+    await visitor.send("stop")
+    assert (await visitor.next())["data"]["code"] == "invalid_event"
+    await visitor.send("join_session")
+    assert (await visitor.next())["event"] == "session_joined"
+    assert await read_close(joined) == (["session_taken_over"], 4409)
+
+
+@pytest.mark.parametrize(("event", "data", "_"), EVENTS)
+async def test_good_frames(event: str, data: Json, _: bool, visitor: Visitor) -> None:
+    """The client's events are taken without an answer of their own."""
+    await visitor.send(event, **data)
+    await visitor.ws.send_str("barrier")
+    answer = await visitor.next()
+    assert answer["event"] == "error"
+    assert answer["data"]["message"].startswith("frame ")
+
+
+async def test_largest_frame(visitor: Visitor) -> None:
+    """A frame may be 256 KiB long; a longer one closes with 1009."""
+    await visitor.ws.send_str("x" * 2**18)
+    assert (await visitor.next())["data"]["code"] == "invalid_event"
+    await visitor.ws.send_str("x" * (2**18 + 1))
+    assert (await read_close(visitor.ws))[1] == 1009
+    assert (await visitor.get()).status == 200
+
+
+async def test_largest_frame_in_fragments(visitor: Visitor) -> None:
+    """Fragments count together."""
+    for first_byte in (b"\x01", b"\x00", b"\x80"):
+        head = first_byte + b"\xff" + (100_000).to_bytes(8, "big") + bytes(4)
+        cast(Any, visitor.ws)._conn.transport.write(head + b"x" * 100_000)
+    assert (await read_close(visitor.ws))[1] == 1009
+
+
+async def test_binary_frame(visitor: Visitor) -> None:
+    """A binary frame closes with 1003."""
+    await visitor.ws.send_bytes(frame("stop").encode())
+    assert (await read_close(visitor.ws))[1] == 1003
+
+
+async def test_flood(visitor: Visitor) -> None:
+    """More than 60 frames in 10 s close with 1008."""
+    for _ in range(60):
+        await visitor.send("stop")
+    await visitor.get()
+    assert visitor.ws.close_code is None
+    await visitor.send("stop")
+    assert (await read_close(visitor.ws))[1] == 1008
+
+
+def test_flood_window() -> None:
+    """Frames count for 10 s."""
+    sock = lf.Socket(cast(Any, None), None, "shop")
+    assert not any(sock.flooded(n * 0.17) for n in range(600))
+    assert not any(sock.flooded(1000.0) for _ in range(60))
+    assert sock.flooded(1009.9)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\x81\x82\x00\x00\x00\x00\xff\xfe",  # text that is no UTF-8
+        b"\x83\x80\x00\x00\x00\x00",  # an unknown opcode
+        b"\xf1\x80\x00\x00\x00\x00",  # reserved bits
+        b"\x80\x80\x00\x00\x00\x00",  # a continuation of nothing
+        b"\x89\xfe\x01\x00\x00\x00\x00\x00" + b"x" * 256,  # a ping that is too long
+        b"\x88\x81\x00\x00\x00\x00x",  # a close frame of one byte
+        b"\xff" * 64,
+    ],
+)
+async def test_frames_that_break_the_protocol(raw: bytes, server: Server, visitor: Visitor) -> None:
+    """Bytes that are no WebSocket frame end that socket and nothing else."""
+    cast(Any, visitor.ws)._conn.transport.write(raw)
+    assert (await read_close(visitor.ws))[1] in (1002, 1003, 1006, 1007, 1009)
+    await until(lambda: not server.hub.sockets)
+    await visitor.connect()
+    await visitor.expect_open()
+
+
+@with_constants(PING_SECONDS=0.1)
+async def test_pings(server: Server) -> None:
+    """The server pings every 25 s, and goes on while it is answered."""
+    visitor = await server.visitor(connect=False)
+    ws = await server.socket(f"/?sessionId={visitor.id}", autoping=False)
+    await read_frame(ws)
+    for _ in range(3):
+        message = await ws.receive(PATIENCE_SECONDS)
+        assert message.type is WSMsgType.PING
+        await ws.pong(message.data)
+
+
+async def test_no_compression(server: Server) -> None:
+    """Per-message compression is not agreed to."""
+    ws = await server.socket(compress=15)
+    assert not ws.compress
+
+
+async def deaf_client(server: Server, visitor: Visitor) -> socket.socket:
+    """Join with a socket that reads nothing after the handshake."""
+    host, _, port = server.url.removeprefix("http://").rpartition(":")
+    client = socket.socket()
+    client.setblocking(False)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(client, (host, int(port)))
+    request = (
+        f"GET /?sessionId={visitor.id} HTTP/1.1\r\nHost: x\r\nOrigin: {ORIGIN}\r\n"
+        "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    await loop.sock_sendall(client, request.encode())
+    assert (await loop.sock_recv(client, 12)).endswith(b"101")
+    return client
+
+
+async def chatter(client: socket.socket) -> None:
+    """Send pings, whose answers nobody reads."""
+    while True:
+        await asyncio.get_running_loop().sock_sendall(client, b"\x89\x84" + bytes(4) + b"ping")
+        await asyncio.sleep(0.03)
+
+
+@pytest.mark.parametrize(
+    ("stall_seconds", "ping_seconds", "talks"),
+    [(0.5, 60, False), (60, 0.5, False), (0.5, 0.4, False), (0.5, 60, True)],
+)
+async def test_client_that_stops_reading(
+    stall_seconds: float,
+    ping_seconds: float,
+    talks: bool,
+    serve: Serve,
+    model: FakeModel,
+    monkeypatch: Patch,
+) -> None:
+    """It delays nobody and is cut off; its turn goes on and waits for it."""
+    monkeypatch.setattr(lf, "STALL_SECONDS", stall_seconds)
+    monkeypatch.setattr(lf, "PING_SECONDS", ping_seconds)
+    monkeypatch.setattr(lf, "SWEEP_SECONDS", 0.05)
+    monkeypatch.setattr(lf, "MAX_REPLY_CHARS", 10**9)
+    server = await serve(model)
+    visitor = await server.visitor(connect=False)
+    client = await deaf_client(server, visitor)
+    await until(lambda: server.hub.sockets)
+    (sock,) = server.hub.sockets
+    monkeypatch.setattr(lf, "PING_SECONDS", 25)
+    talking = asyncio.create_task(chatter(client) if talks else asyncio.sleep(0))
+    other = await server.visitor()
+    model.scripts.append([sse(chunk("x" * 1_000_000))] * 12)
+    await visitor.chat()
+    assert (await other.ask())["data"]["text"] == "ok"
+    await until(lambda: server.hub.sessions[visitor.id].task is None)
+    await until(lambda: sock not in server.hub.sockets)
+    await until(lambda: sock.transport and not sock.transport.get_write_buffer_size())
+    assert server.hub.sessions[visitor.id].socket is None
+    talking.cancel()
+    await asyncio.gather(talking, return_exceptions=True)
+    client.close()
+    await visitor.connect()
+    frames = await visitor.turn()
+    assert deltas(frames) == frames[-1]["data"]["text"] == "x" * 12_000_000
+    assert (await other.ask())["data"]["text"] == "ok"
+
+
+# ---------------------------------------------------------------------------------------------
+# Lifecycle, as a real process
+
+
+async def test_startup_line(tmp_path: Path) -> None:
+    """The startup line names the port and which model is in use; SIGTERM ends it with 0."""
+    async with program(tmp_path) as running:
+        assert "offline" in running.first_line
+        assert (await running.server.call("GET", "/health")).body["llm"] == "offline"
+        running.child.send_signal(signal.SIGTERM)
+        assert (await running.end())[0] == 0
+    async with program(tmp_path, LEFLUX_LLM_API_KEY="sk-key") as running:
+        assert "remote" in running.first_line
+        assert (await running.server.call("GET", "/health")).body["llm"] == "remote"
+        running.child.send_signal(signal.SIGINT)
+        assert (await running.end())[0] == 0
+
+
+async def test_port_in_use(tmp_path: Path) -> None:
+    """A port that is taken stops the start with one line."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        (tmp_path / "c.toml").write_text("")
+        port = str(taken.getsockname()[1])
+        code, _, err = await run_program("--config", str(tmp_path / "c.toml"), LEFLUX_PORT=port)
+    assert code != 0
+    assert "Traceback" not in err
+    assert err.count("\n") == 1
+
+
+async def test_graceful_shutdown(tmp_path: Path, model: FakeModel) -> None:
+    """On SIGTERM there is no new work, running turns finish, sockets close with 1001."""
+    more = f'[llm]\nbase_url = "{model.url}"\n[server]\nshutdown_seconds = 30\n'
+    async with program(tmp_path, more) as running:
+        server = running.server
+        visitor, idle = await server.visitor(), await server.visitor()
+        model.scripts.append([sse(chunk("Half")), model.at_gate, sse(chunk(" done"))])
+        await visitor.chat()
+        await visitor.next()
+        running.child.send_signal(signal.SIGTERM)
+        answer = await server.init()
+        while answer.status == 200:  # until the signal has arrived
+            answer = await server.init()
+        assert answer.error == (503, "shutting_down")
+        assert (await idle.post()).error == (503, "shutting_down")
+        with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+            await server.socket()
+        assert caught.value.status == 503
+        assert (await visitor.get()).status == 200
+        model.gate.release()
+        assert (await visitor.turn())[-1]["data"]["text"] == "Half done"
+        assert (await read_close(visitor.ws))[1] == 1001
+        assert (await read_close(idle.ws))[1] == 1001
+        assert (await running.end())[0] == 0
+
+
+@pytest.mark.parametrize("said", ["", "Half"])
+async def test_shutdown_settles_long_turns(said: str, tmp_path: Path, model: FakeModel) -> None:
+    """A turn that outlives shutdown_seconds is settled as cut short."""
+    more = f'[llm]\nbase_url = "{model.url}"\n[server]\nshutdown_seconds = 0.3\n'
+    async with program(tmp_path, more) as running:
+        visitor = await running.server.visitor()
+        model.scripts.append([sse(chunk(said)), forever])
+        await visitor.chat()
+        await until(lambda: model.requests)
+        if said:
+            await visitor.next()
+        running.child.send_signal(signal.SIGTERM)
+        end = (await visitor.turn())[-1]
+        assert end["event"] == "message_done"
+        assert end["data"]["text"].startswith(said)
+        assert lf.CUT_SHORT.strip() in end["data"]["text"]
+        assert deltas(visitor.frames) == end["data"]["text"]
+        assert (await read_close(visitor.ws))[1] == 1001
+        assert (await running.end())[0] == 0
+
+
+async def test_shutdown_does_not_wait_for_the_deaf(
+    serve: Serve, model: FakeModel, monkeypatch: Patch
+) -> None:
+    """A client that does not read does not hold up the end."""
+    monkeypatch.setattr(lf, "MAX_REPLY_CHARS", 10**9)
+    serving = lf.serving(make_config(model))
+    app, url = await serving.__aenter__()
+    async with Server(url, app[lf.HUB]) as server:
+        visitor = await server.visitor(connect=False)
+        client = await deaf_client(server, visitor)
+        model.scripts.append([sse(chunk("x" * 1_000_000))] * 12)
+        await visitor.chat()
+        await until(lambda: server.hub.sessions[visitor.id].task is None)
+        started = time.monotonic()
+        await serving.__aexit__(None, None, None)
+        assert time.monotonic() - started < 8
+        client.close()
+
+
+class Manager:
+    """What systemd hears from a service."""
+
+    def __init__(self, folder: Path) -> None:
+        self.address = str(folder / "notify")
+
+    def __enter__(self) -> Manager:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.setblocking(False)
+        self.socket.bind(self.address)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    async def hear(self) -> str:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            return (await asyncio.get_running_loop().sock_recv(self.socket, 4096)).decode()
+
+    def heard(self) -> list[str]:
+        """What has come until now."""
+        messages = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                messages.append(self.socket.recv(4096).decode())
+        return messages
+
+
+@pytest.mark.parametrize("environ", [{}, {"WATCHDOG_USEC": "20000", "WATCHDOG_PID": "1"}])
+async def test_systemd_notifications(environ: dict[str, str], tmp_path: Path) -> None:
+    """systemd hears READY=1 when the port answers and STOPPING=1 at the end, and nothing else.
+
+    Not even a watchdog hears more, if it is another process's.
+    """
+    with Manager(tmp_path) as manager:
+        async with program(tmp_path, NOTIFY_SOCKET=manager.address, **environ) as running:
+            assert await manager.hear() == "READY=1"
+            assert (await running.server.call("GET", "/health")).status == 200
+            running.child.send_signal(signal.SIGTERM)
+            assert await manager.hear() == "STOPPING=1"
+            assert (await running.end())[0] == 0
+        assert manager.heard() == []
+
+
+async def test_watchdog_is_fed(tmp_path: Path) -> None:
+    """A program that systemd watches says twice in the time it is given that it runs."""
+    with Manager(tmp_path) as manager:
+        environ = {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "600000"}
+        async with program(tmp_path, **environ) as running:
+            times: list[float] = []
+            while len(times) < 4:
+                if await manager.hear() == "WATCHDOG=1":
+                    times.append(time.monotonic())
+            assert 0.8 < times[-1] - times[0] < 1.8  # three waits of 0.3 s; 0.6 s would be too long
+            running.child.send_signal(signal.SIGTERM)
+            while await manager.hear() != "STOPPING=1":
+                pass
+            assert (await running.end())[0] == 0
+
+
+async def test_hanging_loop_starves_the_watchdog(
+    serve: Serve, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """Nothing but the event loop feeds it."""
+    with Manager(tmp_path) as manager:
+        monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
+        monkeypatch.setenv("WATCHDOG_USEC", "100000")
+        monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+        await serve()
+        assert await manager.hear() == "WATCHDOG=1"
+        manager.heard()
+        time.sleep(0.5)  # noqa: ASYNC251 (this is the hang)
+        assert manager.heard() == []
+        assert await manager.hear() == "WATCHDOG=1"
+
+
+async def test_log_keeps_secrets(tmp_path: Path, model: FakeModel) -> None:
+    """No session id, key, message or provider's text is written, whatever goes wrong."""
+    more = f'[llm]\nbase_url = "{model.url}"\n[server]\nshutdown_seconds = 0.1\n'
+    async with program(tmp_path, more, LEFLUX_LLM_API_KEY="sk-SECRET") as running:
+        server = running.server
+        visitor = await server.visitor()
+        model.scripts.extend([complaint("json_schema SECRET sk-SECRET"), reply("SECRET answer")])
+        model.scripts.append(status(401, {"error": {"message": "SECRET", "code": "sk-SECRET key"}}))
+        model.scripts.append([sse(BOOM)])
+        model.scripts.append([sse(chunk("SECRET")), cut_wire])
+        for _ in range(4):
+            await visitor.ask("SECRET question", pageContext={"title": "SECRET page"})
+        await visitor.ws.send_str("SECRET frame")
+        await visitor.send("stop", sessionId="SECRET")
+        await visitor.post(["SECRET"])
+        await raw_http(server.url, b"SECRET\r\n\r\n")
+        await server.call("GET", f"/api/session/{visitor.id}/SECRET")
+        await server.call("DELETE", f"/api/session/{visitor.id}")
+        running.child.send_signal(signal.SIGTERM)
+        code, written = await running.end()
+    assert code == 0
+    assert "SECRET" not in written
+    assert visitor.id not in written
+    assert "Traceback" not in written
+    assert "HTTP 401" in written
 
 
 # ---------------------------------------------------------------------------------------------
