@@ -457,10 +457,6 @@ class Server:
         assert answer.status == 200, answer.raw
         return cast(Json, answer.body)
 
-    def age(self, visitor: Visitor, seconds: float) -> None:
-        """Let a session have been idle for so much longer."""
-        self.hub.sessions[visitor.id].last_active -= seconds
-
 
 class Visitor:
     """A session and the socket that reads it."""
@@ -511,8 +507,20 @@ class Visitor:
     async def send(self, event: str, **data: Any) -> None:
         await self.ws.send_json({"event": event, "data": {"sessionId": self.id, **data}})
 
-    async def get(self) -> Answer:
-        return await self.server.call("GET", f"/api/session/{self.id}", origin=self.origin)
+    async def get(self, method: str = "GET") -> Answer:
+        return await self.server.call(method, f"/api/session/{self.id}", origin=self.origin)
+
+    async def delete(self) -> Answer:
+        return await self.get("DELETE")
+
+    @property
+    def session(self) -> lf.Session:
+        """The session as the server has it."""
+        return self.server.hub.sessions[self.id]
+
+    def age(self, seconds: float) -> None:
+        """Let the session have been idle for so much longer."""
+        self.session.last_active -= seconds
 
     async def history(self) -> list[tuple[str, str]]:
         answer = await self.get()
@@ -550,6 +558,12 @@ async def read_close(ws: aiohttp.ClientWebSocketResponse) -> tuple[list[str], in
 
 def deltas(frames: Sequence[Json]) -> str:
     return "".join(f["data"]["delta"] for f in frames if f["event"] == "message_chunk")
+
+
+def expect_no_gaps(frames: Sequence[Json], first: int = 1) -> None:
+    """The events of a conversation are numbered one by one."""
+    numbers = [f["seq"] for f in frames if f["event"] not in ("session_joined", "error")]
+    assert numbers == list(range(first, first + len(numbers)))
 
 
 async def until(condition: Callable[[], object]) -> None:

@@ -104,6 +104,7 @@ from conftest import (
     deltas,
     error_code,
     errors_in,
+    expect_no_gaps,
     expect_waiting,
     files_in,
     forever,
@@ -836,7 +837,7 @@ async def test_reply_is_on_disk_before_its_end_is_sent(
     await written(server)
     disk.free.clear()
     model.gate.release()
-    session = server.hub.sessions[visitor.id]
+    session = visitor.session
     await until(lambda: session.task is None or session.task.phase != "running")
     await visitor.expect_open()
     await visitor.connect()
@@ -866,10 +867,10 @@ async def test_gone_sessions_leave_no_byte(
     assert traces(tmp_path, "SECRET-a")
     assert traces(tmp_path, leaving.id)
     if how == "delete":
-        answer = await server.call("DELETE", f"/api/session/{leaving.id}")
+        answer = await leaving.delete()
         assert answer.body == {"deleted": True}
     else:
-        server.age(leaving, 3600)
+        leaving.age(3600)
         await lf.sweep(server.hub, time.monotonic())
         await until(lambda: not traces(tmp_path, leaving.id))
     assert traces(tmp_path, "SECRET", leaving.id) == []
@@ -907,7 +908,7 @@ async def test_deletion_is_finished_when_a_backup_has_ended(
     reader = sqlite3.connect(tmp_path / "leflux.db", isolation_level=None)
     reader.execute("BEGIN")
     reader.execute("SELECT * FROM message").fetchall()
-    assert (await server.call("DELETE", f"/api/session/{visitor.id}")).status == 200
+    assert (await visitor.delete()).status == 200
     assert kept_messages(tmp_path, visitor.id) == []
     reader.close()
     await until(lambda: not traces(tmp_path, "SECRET", visitor.id))
@@ -925,7 +926,7 @@ async def test_locked_database(
     with locked(tmp_path):
         assert (await visitor.ask("One"))["data"]["text"] == "ok"
         assert (await visitor.ask("Two"))["data"]["text"] == "ok"
-        assert (await server.call("DELETE", f"/api/session/{leaving.id}")).status == 200
+        assert (await leaving.delete()).status == 200
         tries = disk.commits
         await until(lambda: disk.commits > tries + 1)
         assert len(errors_in(caplog)) == 1
@@ -960,7 +961,7 @@ async def test_disk_that_begins_to_fail(
         await until(lambda: disk.commits > seen)
         model.gate.release()
         assert (await visitor.next())["data"]["delta"] == " done"
-        await until(lambda: server.hub.sessions[visitor.id].held)
+        await until(lambda: visitor.session.held)
         started = time.monotonic()
         disk.free.set()
         assert (await visitor.next())["data"]["text"] == "Half done"
@@ -1007,7 +1008,7 @@ async def test_long_conversations(first: int, serve: Serve, disk: Disk, tmp_path
     folder = tmp_path / "state"
     server = await serve(server=on_disk(folder))
     visitor = await server.visitor()
-    session = server.hub.sessions[visitor.id]
+    session = visitor.session
 
     def remember(count: int) -> None:
         for _ in range(count):
@@ -1043,7 +1044,7 @@ async def test_without_a_state_dir_nothing_is_written(
     async with running(make_config(None, tmp_path)) as server:
         visitor = await server.visitor()
         await visitor.ask()
-        assert (await server.call("DELETE", f"/api/session/{visitor.id}")).status == 200
+        assert (await visitor.delete()).status == 200
         assert not [t for t in threading.enumerate() if t.name.startswith("leflux-store")]
     assert files_in(tmp_path) == set()
 
@@ -1185,13 +1186,13 @@ async def test_session_goes_on_after_a_restart(model: FakeModel, tmp_path: Path)
         first_id = await visitor.chat("Again", clientMessageId="one")
         last_seq = (await visitor.turn())[-1]["seq"]
         before = await visitor.get()
-        created = server.hub.sessions[visitor.id].created_at
+        created = visitor.session.created_at
     asked = len(model.requests)
     async with running(config) as visitor.server:
         after = await visitor.get()
         assert after.raw == before.raw
         assert after.body["history"][1] == {"role": "assistant", "content": STRANGE_TEXT}
-        session = visitor.server.hub.sessions[visitor.id]
+        session = visitor.session
         assert session.created_at == created
         joined = await visitor.connect(last_seq)
         assert joined["restored"] is True
@@ -1223,7 +1224,7 @@ async def test_idle_sessions_do_not_come_back(tmp_path: Path) -> None:
         assert (await old.get()).error == (404, "session_not_found")
         assert (await young.get()).status == 200
         await until(lambda: not traces(tmp_path, "SECRET", old.id))
-        server.age(young, 61)  # the idle time goes on, it does not begin again
+        young.age(61)  # the idle time goes on, it does not begin again
         assert (await young.get()).error == (404, "session_not_found")
 
 
@@ -1711,7 +1712,7 @@ async def test_call_that_never_began(
         await until(lambda: not server.hub.sessions)
     else:
         await visitor.send("stop")
-        await until(lambda: server.hub.sessions[visitor.id].task is None)
+        await until(lambda: visitor.session.task is None)
     model.scripts.append(using(77))
     disk.free.set()
     await asyncio.gather(*posts)
@@ -1765,7 +1766,7 @@ async def test_budget_runs_out_in_the_middle_of_a_task(
     assert (await visitor.history())[-1] == ("assistant", REFUSAL)
     assert used_tokens(server) == (19_500, 0)
     assert (await visitor.post()).error == BUDGET_SPENT
-    assert server.hub.sessions[visitor.id].task is None
+    assert visitor.session.task is None
 
 
 async def test_offline_guide_costs_no_tokens(serve: Serve) -> None:
@@ -3254,7 +3255,7 @@ async def test_a_click_goes_to_the_page_and_the_task_goes_on(
     assert "URL https://acme.com/shop/ → https://acme.com/pricing" in model.prompt()
     assert "Pro costs 12" in model.prompt()
     assert "/pricing" not in model.requests[1]["messages"][0]["content"]
-    assert page.visitor.server.hub.sessions[page.visitor.id].task is None
+    assert page.visitor.session.task is None
     assert await page.visitor.history() == [
         ("user", "Please do it"),
         ("assistant", "I open the prices."),
@@ -3415,7 +3416,7 @@ async def test_a_number_that_means_another_element_by_now(
     await until(lambda: model.requests)
     now = at(url, {**other, "text": text}, text="More text")
     await page.visitor.send("update_context", context=now)
-    session = page.visitor.server.hub.sessions[page.visitor.id]
+    session = page.visitor.session
     await until(lambda: session.context["visibleText"])
     model.gate.release()
     end = await page.turn()
@@ -3675,8 +3676,7 @@ async def test_a_whole_visit(page: OpenPage, model: FakeModel) -> None:
     plan = await page.answer(True)
     end = await page.done(plan, at("/contact", text="Thank you"))
     assert end["data"] == {"summary": "Your message is sent.", "message": "Your message is sent."}
-    seqs = [f["seq"] for f in page.visitor.frames if f["event"] != "session_joined"]
-    assert seqs == list(range(1, len(seqs) + 1))
+    expect_no_gaps(page.visitor.frames)
 
 
 async def test_a_hostile_page_cannot_lead_the_agent_away(page: OpenPage, model: FakeModel) -> None:
@@ -3734,7 +3734,7 @@ async def test_an_idle_session_takes_its_task_along(page: OpenPage, model: FakeM
     """A pending confirmation is gone with the session."""
     model.scripts += [act("", click(8))]
     await page.ask()
-    page.visitor.server.age(page.visitor, 3600)
+    page.visitor.age(3600)
     await until(lambda: page.visitor.id not in page.visitor.server.hub.sessions)
 
 
@@ -3751,7 +3751,7 @@ async def test_a_plan_that_nobody_has_seen_is_not_resumed(server: Server, model:
     model.scripts += [act("", click(2)), act("Fine.")]
     page = OpenPage(await server.visitor(connect=False))
     await page.visitor.chat("Please", pageContext=PAGE_CONTEXT)
-    await until(lambda: (server.hub.sessions[page.visitor.id].task or lf.Task("")).plan)
+    await until(lambda: (page.visitor.session.task or lf.Task("")).plan)
     await page.visitor.connect()
     plan = await page.turn()
     await page.visitor.send("update_context", context=PAGE_CONTEXT)
@@ -4275,14 +4275,14 @@ async def test_delete(server: Server, visitor: Visitor, model: FakeModel) -> Non
     model.scripts.append([sse(chunk("Half")), forever])
     await visitor.chat()
     await visitor.next()
-    answer = await server.call("DELETE", f"/api/session/{visitor.id}")
+    answer = await visitor.delete()
     assert (answer.status, answer.body) == (200, {"deleted": True})
     assert (await read_close(visitor.ws))[1] == 4404
     await until(lambda: model.hung_up)
     assert server.hub.sessions == {}
     assert (await visitor.get()).error == (404, "session_not_found")
     assert (await visitor.post()).error == (404, "session_not_found")
-    again = await server.call("DELETE", f"/api/session/{visitor.id}")
+    again = await visitor.delete()
     assert again.error == (404, "session_not_found")
 
 
@@ -4754,7 +4754,7 @@ async def test_max_sessions(server: Server) -> None:
     answer = await server.init()
     assert answer.error == (503, "too_many_sessions")
     assert answer.headers["Access-Control-Allow-Origin"] in ("*", ORIGIN)
-    await server.call("DELETE", f"/api/session/{first.id}")
+    await first.delete()
     assert (await server.init()).status == 200
 
 
@@ -4803,9 +4803,9 @@ async def test_idle_session(limits: Json, serve: Serve, monkeypatch: Patch) -> N
     server = await serve(limits=limits)
     idle_seconds = 60 * limits.get("idle_minutes", 30)
     visitor = await server.visitor()
-    server.age(visitor, idle_seconds - 5)
+    visitor.age(idle_seconds - 5)
     assert (await visitor.get()).status == 200
-    server.age(visitor, 5)
+    visitor.age(5)
     assert (await visitor.get()).error == (404, "session_not_found")
     assert (await visitor.post()).error == (404, "session_not_found")
     assert (await server.call("GET", "/api/stats")).body["activeSessions"] == 0
@@ -4836,26 +4836,24 @@ EVENTS: list[tuple[str, Json, bool]] = [  # event, data, whether it counts as ac
 
 
 @pytest.mark.parametrize(("event", "data", "counts"), EVENTS)
-async def test_activity(
-    event: str, data: Json, counts: bool, server: Server, visitor: Visitor
-) -> None:
+async def test_activity(event: str, data: Json, counts: bool, visitor: Visitor) -> None:
     """Messages, results and confirmations are activity; a socket, GET and the rest are not."""
-    server.age(visitor, 1000)
+    visitor.age(1000)
     await visitor.send(event, **data)
     await visitor.expect_open()  # an error, after which an event has surely been read
     await visitor.get()
-    server.age(visitor, 900)
+    visitor.age(900)
     assert (await visitor.get()).status == (200 if counts else 404)
 
 
-async def test_chat_is_activity(server: Server, visitor: Visitor) -> None:
+async def test_chat_is_activity(visitor: Visitor) -> None:
     """A visitor who writes is not idle; one who only looks is."""
-    server.age(visitor, 1000)
+    visitor.age(1000)
     await visitor.ask()
-    server.age(visitor, 1000)
+    visitor.age(1000)
     assert (await visitor.get()).status == 200
     await visitor.connect()
-    server.age(visitor, 900)
+    visitor.age(900)
     assert (await visitor.get()).error == (404, "session_not_found")
 
 
@@ -5893,8 +5891,8 @@ async def test_sessions_of_a_site(admin: Server, clock: Clock) -> None:
     foreign = await admin.visitor("https://other.example")
     await visitors[1].connect()
     await visitors[1].ask()
-    admin.age(visitors[0], 3600)
-    admin.age(visitors[2], 60)
+    visitors[0].age(3600)
+    visitors[2].age(60)
     listed = (await admin.manage("GET", "/shop/sessions")).body
     assert listed.keys() == {"sessions"}
     ids = [session["sessionId"] for session in listed["sessions"]]
@@ -5930,7 +5928,7 @@ async def test_session_of_a_site(admin: Server, model: FakeModel) -> None:
     visitor, foreign = await admin.visitor(), await admin.visitor("https://other.example")
     model.scripts.append(reply("The reply"))
     await visitor.ask("The question")
-    before = admin.hub.sessions[visitor.id].last_active
+    before = visitor.session.last_active
     answer = await admin.manage("GET", f"/shop/sessions/{visitor.id}")
     listed = (await admin.manage("GET", "/shop/sessions")).body["sessions"][0]
     assert answer.body.keys() == {*listed, "history"}
@@ -5942,11 +5940,11 @@ async def test_session_of_a_site(admin: Server, model: FakeModel) -> None:
             {"role": "assistant", "content": "The reply"},
         ],
     }
-    assert admin.hub.sessions[visitor.id].last_active == before  # a look is no activity
+    assert visitor.session.last_active == before  # a look is no activity
     for session_id in (foreign.id, "none", f"{visitor.id}0"):
         answer = await admin.manage("GET", f"/shop/sessions/{session_id}")
         assert answer.error == (404, "session_not_found")
-    admin.age(visitor, 3600)
+    visitor.age(3600)
     answer = await admin.manage("GET", f"/shop/sessions/{visitor.id}")
     assert answer.error == (404, "session_not_found")
 
@@ -6075,14 +6073,13 @@ async def test_joining_twice_on_one_socket(server: Server, visitor: Visitor) -> 
     assert (await second.next())["data"]["sessionId"] == second.id
     await visitor.chat("unheard")
     assert (await second.ask("heard"))["data"]["text"] == "ok"
-    sequence = [f["seq"] for f in second.frames if f["event"].startswith("message")]
-    assert sequence == list(range(1, len(sequence) + 1))
+    expect_no_gaps(second.frames)
 
 
 async def test_joining_again_and_again_costs_one_answer(server: Server, visitor: Visitor) -> None:
     """However often a client joins, no more than the last session_joined waits for it."""
     sock = next(iter(server.hub.sockets))
-    session = server.hub.sessions[visitor.id]
+    session = visitor.session
     for _ in range(1000):
         lf.join(sock, session, None, 0)
     assert sock.outbox == []
@@ -6093,10 +6090,6 @@ async def test_joining_again_and_again_costs_one_answer(server: Server, visitor:
 
 # ---------------------------------------------------------------------------------------------
 # WebSocket: the conversation
-
-
-def conversation(frames: Sequence[Json]) -> list[Json]:
-    return [f for f in frames if f["event"] not in ("session_joined", "error")]
 
 
 async def test_turn_frames(visitor: Visitor, model: FakeModel) -> None:
@@ -6117,16 +6110,15 @@ async def test_turn_frames(visitor: Visitor, model: FakeModel) -> None:
         assert {f["data"]["streamId"] for f in frames} == {stream_id}
         assert done["data"] == {"text": "One two three", "streamId": stream_id}
         assert deltas(chunks) == "One two three"
-    heard = conversation(visitor.frames)
-    assert [f["seq"] for f in heard] == list(range(1, len(heard) + 1))
-    assert len({f["data"]["streamId"] for f in heard}) == 3
+    expect_no_gaps(visitor.frames)
+    assert len({f["data"]["streamId"] for f in visitor.frames[1:]}) == 3
 
 
 async def test_chat_before_any_socket(server: Server) -> None:
     """The reply waits for a visitor who connects later."""
     visitor = await server.visitor(connect=False)
     await visitor.chat()
-    await until(lambda: server.hub.sessions[visitor.id].task is None)
+    await until(lambda: visitor.session.task is None)
     joined = await visitor.connect()
     assert joined["restored"] is True
     frames = await visitor.turn()
@@ -6145,7 +6137,7 @@ async def test_dropped_socket_loses_nothing(
     model.scripts.append([step for part in parts for step in (part, model.at_gate)])
     await visitor.chat()
     first_seq = visitor.frames[-1]["seq"] + 1
-    session = server.hub.sessions[visitor.id]
+    session = visitor.session
     for _ in range(2):
         await visitor.next()
         last = visitor.frames[-1]["seq"] if known else None
@@ -6166,8 +6158,8 @@ async def test_dropped_socket_loses_nothing(
     for _ in parts:
         model.gate.release()
     await visitor.turn()
-    heard = [f for f in conversation(visitor.frames) if f["seq"] >= first_seq]
-    assert [f["seq"] for f in heard] == list(range(first_seq, first_seq + len(heard)))
+    heard = [f for f in visitor.frames if f["seq"] >= first_seq]
+    expect_no_gaps(heard, first_seq)
     assert deltas(heard) == heard[-1]["data"]["text"] == "0 1 2 3 4 5 "
 
 
@@ -6212,8 +6204,7 @@ async def test_new_message_settles_the_running_turn(
     frames = await visitor.turn()
     assert deltas(frames) == frames[-1]["data"]["text"] == "ok"
     assert frames[0]["data"]["streamId"] != settled["data"]["streamId"]
-    sequence = [f["seq"] for f in conversation(visitor.frames)]
-    assert sequence == list(range(1, len(sequence) + 1))
+    expect_no_gaps(visitor.frames)
     partial = [("assistant", said)] if said else []
     assert await visitor.history() == [
         *[("user", "first"), *partial],
@@ -6246,7 +6237,7 @@ async def test_losing_the_socket_does_not_cancel(
     await visitor.ws.close()
     await until(lambda: not server.hub.sockets)
     model.gate.release()
-    await until(lambda: server.hub.sessions[visitor.id].task is None)
+    await until(lambda: visitor.session.task is None)
     assert (await visitor.history())[-1] == ("assistant", "Half done")
     assert model.hung_up == 0
 
@@ -6470,10 +6461,10 @@ async def test_client_that_stops_reading(
     model.scripts.append([sse(chunk("x" * 1_000_000))] * 12)
     await visitor.chat()
     assert (await other.ask())["data"]["text"] == "ok"
-    await until(lambda: server.hub.sessions[visitor.id].task is None)
+    await until(lambda: visitor.session.task is None)
     await until(lambda: sock not in server.hub.sockets)
     await until(lambda: sock.transport and not sock.transport.get_write_buffer_size())
-    assert server.hub.sessions[visitor.id].socket is None
+    assert visitor.session.socket is None
     talking.cancel()
     await asyncio.gather(talking, return_exceptions=True)
     client.close()
@@ -6573,7 +6564,7 @@ async def test_shutdown_does_not_wait_for_the_deaf(
         client = await deaf_client(server, visitor)
         model.scripts.append([sse(chunk("x" * 1_000_000))] * 12)
         await visitor.chat()
-        await until(lambda: server.hub.sessions[visitor.id].task is None)
+        await until(lambda: visitor.session.task is None)
         started = time.monotonic()
         await serving.__aexit__(None, None, None)
         assert time.monotonic() - started < 8
@@ -6673,7 +6664,7 @@ async def test_log_keeps_secrets(tmp_path: Path, model: FakeModel) -> None:
         await visitor.post(["SECRET"])
         await raw_http(server.url, b"SECRET\r\n\r\n")
         await server.call("GET", f"/api/session/{visitor.id}/SECRET")
-        await server.call("DELETE", f"/api/session/{visitor.id}")
+        await visitor.delete()
         running.child.send_signal(signal.SIGTERM)
         code, written = await running.end()
     assert code == 0
