@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sqlite3
 import ssl
 import subprocess
@@ -695,6 +696,13 @@ class Program:
         out, err = await asyncio.wait_for(self.child.communicate(), PATIENCE_SECONDS)
         assert self.child.returncode is not None
         return self.child.returncode, self.first_line + out.decode() + err.decode()
+
+    async def stop(self, how: signal.Signals = signal.SIGTERM) -> str:
+        """End it, with exit code 0 unless it is killed; returns everything it wrote."""
+        self.child.send_signal(how)
+        code, written = await self.end()
+        assert code == (-how if how is signal.SIGKILL else 0)
+        return written
 
 
 @contextlib.asynccontextmanager
