@@ -49,6 +49,8 @@ OTHER: Json = {"id": "other", "name": "Other", "allowed_hosts": ["other.example"
 PATIENCE_SECONDS = 15  # for what must happen; nothing waits so long unless it fails
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 TURN_ENDS = ("message_done", "message", "ui_block", "confirmation_required", "task_complete")
+
+
 # ---------------------------------------------------------------------------------------------
 # A model that follows scripts
 
@@ -508,11 +510,11 @@ class Visitor:
     async def send(self, event: str, **data: Any) -> None:
         await self.ws.send_json({"event": event, "data": {"sessionId": self.id, **data}})
 
-    async def get(self, method: str = "GET") -> Answer:
-        return await self.server.call(method, f"/api/session/{self.id}", origin=self.origin)
+    async def get(self) -> Answer:
+        return await self.server.call("GET", f"/api/session/{self.id}", origin=self.origin)
 
     async def delete(self) -> Answer:
-        return await self.get("DELETE")
+        return await self.server.call("DELETE", f"/api/session/{self.id}", origin=self.origin)
 
     @property
     def session(self) -> lf.Session:
@@ -603,12 +605,13 @@ def needs(*names: str) -> str:
 
 Serve = Callable[..., Awaitable[Server]]
 with_config = pytest.mark.config  # @with_config(limits={...}): tables for the server of a test
-with_constants = pytest.mark.constants  # @with_constants(PING_SECONDS=0.1): what the server waits
+with_constants = pytest.mark.constants  # @with_constants(PING_SECONDS=0.1): in the server's file
 
 
 def marked(request: pytest.FixtureRequest, name: str) -> Json:
-    """What the marks of a test say; the one next to it counts."""
-    return {k: v for mark in request.node.iter_markers(name) for k, v in mark.kwargs.items()}
+    """What a mark of the test says."""
+    mark = request.node.get_closest_marker(name)
+    return mark.kwargs if mark else {}
 
 
 @pytest.fixture
@@ -669,15 +672,20 @@ def quiet_log(caplog: Log) -> Iterator[None]:
 # The server as a program
 
 
-async def run_program(*arguments: str, **environ: str) -> tuple[int, str, str]:
-    """Run the server's file; return its exit code, output and errors."""
+async def start_program(*arguments: str, **environ: str) -> asyncio.subprocess.Process:
+    """Start the server's file."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("LEFLUX_")}
-    child = await asyncio.create_subprocess_exec(
+    return await asyncio.create_subprocess_exec(
         *(sys.executable, str(lf.__file__), *arguments),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env={**inherited, **environ},
     )
+
+
+async def run_program(*arguments: str, **environ: str) -> tuple[int, str, str]:
+    """Run the server's file; return its exit code, output and errors."""
+    child = await start_program(*arguments, **environ)
     out, err = await asyncio.wait_for(child.communicate(), PATIENCE_SECONDS)
     assert child.returncode is not None
     return child.returncode, out.decode(), err.decode()
@@ -711,13 +719,8 @@ async def program(folder: Path, more: str = "", **environ: str) -> AsyncIterator
     path = folder / "config.toml"
     site = '[[sites]]\nid = "shop"\nname = "Shop"\nallowed_hosts = ["acme.com"]\n'
     path.write_text(f"{more}\n{site}")
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("LEFLUX_")}
-    child = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(lf.__file__), "--config", str(path)),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={**inherited, "LEFLUX_PORT": "0", "STATE_DIRECTORY": str(folder), **environ},
-    )
+    environ = {"LEFLUX_PORT": "0", "STATE_DIRECTORY": str(folder), **environ}
+    child = await start_program("--config", str(path), **environ)
     try:
         assert child.stdout is not None
         line = (await asyncio.wait_for(child.stdout.readline(), PATIENCE_SECONDS)).decode()
@@ -917,6 +920,8 @@ DAMAGES = (
     "UPDATE session SET state = 'junk'",
     "UPDATE message SET body = '[]'",
 )
+
+
 # ---------------------------------------------------------------------------------------------
 # A browser: Debian's Chromium, started once; each visit has cookies and storage of its own
 

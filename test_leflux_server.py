@@ -1,8 +1,8 @@
 """The contract of leflux_server.py as tests, in the order of that file.
 
-Most of them start the real server on a free port, with a real HTTP server in the place of the
-model, and speak HTTP and WebSocket to it. Nothing of aiohttp is mocked. What is a pure function
-is tested as one, with tables.
+Most of them speak HTTP and WebSocket to the real server on a free port, with a real HTTP server in
+the place of the model: the fixtures `server`, `visitor`, `model` and `admin` of conftest.py, and
+`page` below. Nothing of aiohttp is mocked. What is a pure function is tested as one, with tables.
 
     python -m pytest
 """
