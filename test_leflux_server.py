@@ -1562,12 +1562,11 @@ def test_call_over_midnight() -> None:
     assert (tomorrow.tokens, tomorrow.reserved) == (0, 100)
 
 
-async def test_messages_per_day(serve: Serve, model: FakeModel, clock: Clock) -> None:
+@with_config(limits={"site_messages_per_day": 2}, sites=[FRUGAL, OTHER])
+async def test_messages_per_day(server: Server, model: FakeModel, clock: Clock) -> None:
     """After site_messages_per_day: 429 budget_exceeded with the site's refusal, until the next UTC
     day; for this site alone, and the refused message leaves no trace."""
     clock.stopped_at = NOON
-    limits = {"site_messages_per_day": 2}
-    server = await serve(model, limits=limits, sites=[FRUGAL, OTHER])
     visitor, second = await server.visitor(), await server.visitor()
     await visitor.ask("One", clientMessageId="one")
     await second.ask("Two")
@@ -1585,11 +1584,9 @@ async def test_messages_per_day(serve: Serve, model: FakeModel, clock: Clock) ->
     assert (await visitor.ask("Three", clientMessageId="three"))["data"]["text"] == "ok"
 
 
-async def test_refused_requests_cost_nothing(serve: Serve, model: FakeModel) -> None:
+@with_config(limits={"site_messages_per_day": 2, "chat_per_minute": 1})
+async def test_refused_requests_cost_nothing(server: Server, visitor: Visitor) -> None:
     """Only a message that is taken counts: none that is invalid, too fast or from a stranger."""
-    limits = {"site_messages_per_day": 2, "chat_per_minute": 1}
-    server = await serve(model, limits=limits)
-    visitor = await server.visitor()
     assert (await visitor.post("")).status == 400
     assert (await visitor.post("x", pageContext=5)).status == 400
     visitor.origin = "https://other.example"
@@ -2750,13 +2747,11 @@ async def test_stream_that_is_paused(count: int, visitor: Visitor, model: FakeMo
 
 @pytest.mark.parametrize("said", ["", "Half"])
 async def test_timeouts_are_not_reset_by_comments(
-    said: str, serve: Serve, model: FakeModel, monkeypatch: Patch
+    said: str, visitor: Visitor, model: FakeModel, monkeypatch: Patch
 ) -> None:
     """Without first or further text in time the turn ends, whatever else arrives."""
     monkeypatch.setattr(lf, "FIRST_TEXT_SECONDS", 30 if said else 0.3)
     monkeypatch.setattr(lf, "NEXT_TEXT_SECONDS", 0.3 if said else 30)
-    server = await serve(model)
-    visitor = await server.visitor()
     idle: list[Step] = [b": ping\n\n" + sse(THOUGHT), pause]
     model.scripts.append([sse(chunk(said)), *idle * 100])
     started = time.monotonic()
@@ -3111,11 +3106,9 @@ def test_a_bloated_page_is_cut() -> None:
     assert len(context["described"]) < 1.5 * lf.MAX_ELEMENTS_CHARS
 
 
-async def test_limits_of_a_message_can_be_configured(serve: Serve, model: FakeModel) -> None:
+@with_config(limits={"message_chars": 5, "indexed_elements": 2, "visible_text_chars": 10})
+async def test_limits_of_a_message_can_be_configured(visitor: Visitor, model: FakeModel) -> None:
     """message_chars, indexed_elements and visible_text_chars are settings."""
-    limits = {"message_chars": 5, "indexed_elements": 2, "visible_text_chars": 10}
-    server = await serve(model, limits=limits)
-    visitor = await server.visitor()
     assert (await visitor.post("123456")).error == (400, "invalid_message")
     await visitor.ask("12345", pageContext=PAGE)
     assert "Pricing" in model.prompt()
@@ -4701,9 +4694,9 @@ async def test_retry_after_is_true(server: Server) -> None:
     assert (await server.init()).status == 200
 
 
-async def test_empty_limiters_are_purged(serve: Serve, monkeypatch: Patch) -> None:
+@with_constants(SWEEP_SECONDS=0.01)
+async def test_empty_limiters_are_purged(serve: Serve) -> None:
     """An address is remembered as long as its limiter is not empty."""
-    monkeypatch.setattr(lf, "SWEEP_SECONDS", 0.01)
     slow, fast = await serve(), await serve(limits={"init_per_minute": 6000})
     assert (await slow.init()).status == (await fast.init()).status == 200
     assert len(slow.hub.init_limiters) == 1
@@ -4775,10 +4768,10 @@ async def test_message_ids_differ(server: Server) -> None:
 # REST and sweeping: idle sessions
 
 
+@with_constants(SWEEP_SECONDS=0.3)
 @pytest.mark.parametrize("limits", [{}, {"idle_minutes": 5.5}])
-async def test_idle_session(limits: Json, serve: Serve, monkeypatch: Patch) -> None:
+async def test_idle_session(limits: Json, serve: Serve) -> None:
     """After the idle time a session is not found, and the sweep frees it."""
-    monkeypatch.setattr(lf, "SWEEP_SECONDS", 0.3)
     server = await serve(limits=limits)
     idle_seconds = 60 * limits.get("idle_minutes", 30)
     visitor = await server.visitor()
@@ -6405,6 +6398,7 @@ async def chatter(client: socket.socket) -> None:
         await asyncio.sleep(0.03)
 
 
+@with_constants(SWEEP_SECONDS=0.05, MAX_REPLY_CHARS=10**9)
 @pytest.mark.parametrize(
     ("stall_seconds", "ping_seconds", "talks"),
     [(0.5, 60, False), (60, 0.5, False), (0.5, 0.4, False), (0.5, 60, True)],
@@ -6413,16 +6407,13 @@ async def test_client_that_stops_reading(
     stall_seconds: float,
     ping_seconds: float,
     talks: bool,
-    serve: Serve,
+    server: Server,
     model: FakeModel,
     monkeypatch: Patch,
 ) -> None:
     """It delays nobody and is cut off; its turn goes on and waits for it."""
     monkeypatch.setattr(lf, "STALL_SECONDS", stall_seconds)
     monkeypatch.setattr(lf, "PING_SECONDS", ping_seconds)
-    monkeypatch.setattr(lf, "SWEEP_SECONDS", 0.05)
-    monkeypatch.setattr(lf, "MAX_REPLY_CHARS", 10**9)
-    server = await serve(model)
     visitor = await server.visitor(connect=False)
     client = await deaf_client(server, visitor)
     await until(lambda: server.hub.sockets)
