@@ -5429,6 +5429,7 @@ def test_merge_patch(target: Any, patch: Any, result: Any) -> None:
     assert json.dumps([target, patch]) == before
 
 
+SMALL, CHIPS = {"size": "sm", "offsetX": 12.5}, [{"text": "Hi"}]
 CHANGES: list[tuple[str, Json, Json]] = [  # below /shop, the patch, what is different then
     ("", {}, {}),
     ("", {"name": "New"}, {"name": "New"}),
@@ -5446,11 +5447,10 @@ CHANGES: list[tuple[str, Json, Json]] = [  # below /shop, the patch, what is dif
     ("/config", {}, {}),
     ("/config", {"greeting": "New"}, {"config": {"greeting": "New"}}),
     ("/config", {"greeting": ""}, {"config": {"greeting": "Hi! How can I help?"}}),
-    ("/config", {"quickChips": [{"text": "Hi"}]}, {"config": {"quickChips": [{"text": "Hi"}]}}),
     (
         "/config",
-        {"launcher": {"size": "sm", "offsetX": 12.5}},
-        {"config": {"launcher": {**MANAGED_CONFIG["launcher"], "size": "sm", "offsetX": 12.5}}},
+        {"launcher": SMALL, "quickChips": CHIPS},
+        {"config": {"launcher": {**MANAGED_CONFIG["launcher"], **SMALL}, "quickChips": CHIPS}},
     ),
     ("/config", {"launcher": {}, "nudge": None, "greeting": None}, {}),
 ]
@@ -5519,6 +5519,7 @@ BAD_CONFIG_VALUES: dict[str, list[Any]] = {  # of its config
     "name": ["New"],
 }
 BAD_CHANGES: list[tuple[str, Json, set[str]]] = [  # the patch, the fields that are wrong in it
+    ("", {"name": 5, "instructions": "good"}, {"name"}),
     ("", {"name": "x" * 81, "instructions": 5, "refusal": "good"}, {"name", "instructions"}),
     ("/config", {"greeting": "x" * 241, "layout": "floating"}, {"greeting"}),
     ("/config", {"layout": "round", "primaryColor": "url(x)"}, {"layout", "primaryColor"}),
