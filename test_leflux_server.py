@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import copy
 import dataclasses
-import errno
 import functools
 import gzip
 import hashlib
@@ -29,16 +28,15 @@ import shutil
 import signal
 import socket
 import sqlite3
-import ssl
 import stat
+import struct
 import sys
-import threading
 import time
 import tomllib
 import tracemalloc
 import weakref
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -48,11 +46,8 @@ import aiohttp
 import pytest
 import yarl
 from aiohttp import WSMsgType, web
-from aiohttp.test_utils import TestServer, unused_port
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
-from cryptography.x509.oid import NameOID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from multidict import CIMultiDict
@@ -80,7 +75,6 @@ from conftest import (
     UUID,
     Answer,
     Clock,
-    Disk,
     FakeModel,
     Json,
     KeyServer,
@@ -105,12 +99,10 @@ from conftest import (
     error_code,
     errors_in,
     expect_no_gaps,
-    expect_waiting,
     files_in,
     forever,
     join_token,
     kept_messages,
-    listening,
     locked,
     make_config,
     make_token,
@@ -139,7 +131,6 @@ from conftest import (
     using,
     with_config,
     with_constants,
-    written,
 )
 
 # ---------------------------------------------------------------------------------------------
@@ -287,7 +278,7 @@ def test_caller_without_one_origin(
 def test_hosts_that_cannot_be_registered(entry: Any) -> None:
     """Shared suffixes, single labels and what is no host stop the start, named by their key."""
     site = {**SHOP, "allowed_hosts": ["fine.example", entry]}
-    with pytest.raises(lf.ConfigError, match=r"^sites\[0\]\.allowed_hosts "):
+    with pytest.raises(lf.ConfigError, match=r"^sites\[shop\]\.allowed_hosts "):
         lf.parse_config({"sites": [site]}, {})
 
 
@@ -328,7 +319,7 @@ def placed(path: str, value: Any) -> Any:
             "primaryColor",
             ["#fff", "#A855F7", "#a855f780", "red", "RebeccaPurple", "rgb(1, 2, 3)", "hwb(1 2 3)"],
             [
-                *"#ff #12345 #ggg notacolour url(x) red;x rgb(url(x)) rgb(1,2,3);".split(),
+                *"#ff #12345 #ggg url(x) red;x rgb(url(x)) rgb(1,2,3);".split(),
                 "red\n",
                 5,
             ],
@@ -384,7 +375,7 @@ def test_site_config_rules(path: str, good: list[Any], bad: list[Any]) -> None:
     for value in good:
         assert json.dumps(parse(value)) == json.dumps(value)
     for value in bad:
-        with pytest.raises(lf.ConfigError, match=rf"^sites\[0\]\.config\.{re.escape(path)} .+"):
+        with pytest.raises(lf.ConfigError, match=rf"^sites\[shop\]\.config\.{re.escape(path)} .+"):
             parse(value)
 
 
@@ -496,18 +487,17 @@ INF, NAN = float("inf"), float("nan")
         ("firebase.project_id", [5]),
         ("firebase.keys_url", ["", "x"]),
         ("firebase.admins", ["uid", [5]]),
-        ("sites[0].id", ["", "a b", 5, "x" * 65]),
-        ("sites[0].name", ["", 5]),
-        ("sites[0].allowed_hosts", ["acme.com", [5]]),
-        ("sites[0].owners", ["uid", [5]]),
-        ("sites[0].instructions", [5]),
-        ("sites[0].knowledge", ["a.md", [5]]),
-        ("sites[0].refusal", [5]),
-        ("sites[0].restrictions", ["navigate", ["fly"]]),
-        ("sites[0].config", [5, []]),
-        ("sites[0].config.launcher", [5]),
-        *((f"{table}.unknown", [1]) for table in ("limits", "firebase", "sites[0]")),
-        *((f"sites[0].config.{key}", [1]) for key in ("unknown", "launcher.unknown")),
+        ("sites[shop].name", ["", 5]),
+        ("sites[shop].allowed_hosts", ["acme.com", [5]]),
+        ("sites[shop].owners", ["uid", [5]]),
+        ("sites[shop].instructions", [5]),
+        ("sites[shop].knowledge", ["a.md", [5]]),
+        ("sites[shop].refusal", [5]),
+        ("sites[shop].restrictions", ["navigate", ["fly"]]),
+        ("sites[shop].config", [5, []]),
+        ("sites[shop].config.launcher", [5]),
+        *((f"{table}.unknown", [1]) for table in ("limits", "firebase", "sites[shop]")),
+        *((f"sites[shop].config.{key}", [1]) for key in ("unknown", "launcher.unknown")),
         ("sites", [5, {}, {"id": "x"}]),
         *(("server", [5, []]), ("llm", ["x"]), ("limits", [[]]), ("firebase", [1])),
         ("srever", [{}, 5]),
@@ -520,7 +510,7 @@ def test_bad_configuration(key: str, values: list[Any]) -> None:
         place: Json = table
         *parents, name = key.split(".")
         for parent in parents:
-            place = table["sites"][0] if parent == "sites[0]" else place.setdefault(parent, {})
+            place = table["sites"][0] if parent == "sites[shop]" else place.setdefault(parent, {})
         place[name] = value
         with pytest.raises(lf.ConfigError) as caught:
             lf.parse_config(table, {})
@@ -532,11 +522,11 @@ def test_bad_configuration(key: str, values: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("sites", "named"),
     [
-        ([{"name": "A", "allowed_hosts": []}], "sites[0].id"),
-        ([SHOP, {"id": "b"}], "sites[1].name"),
-        ([SHOP, OTHER, {**OTHER, "id": "shop"}], "sites[2].id"),
-        ([SHOP, {**OTHER, "allowed_hosts": ["ACME.com"]}], "sites[1].allowed_hosts"),
-        ([SHOP, 5], "sites[1]"),
+        ([{"name": "A", "allowed_hosts": []}], "sites[A].id"),
+        ([SHOP, {"id": "b"}], "sites[b].name"),
+        ([SHOP, OTHER, {**OTHER, "id": "shop"}], "sites[shop].id"),
+        ([SHOP, {**OTHER, "allowed_hosts": ["ACME.com"]}], "sites[other].allowed_hosts"),
+        ([SHOP, 5], "sites"),
     ],
 )
 def test_bad_sites(sites: list[Any], named: str) -> None:
@@ -619,7 +609,7 @@ async def test_check_validates_and_exits(tmp_path: Path) -> None:
     for result, key in (
         (unknown, "server.prot"),
         (wrong, "limits.idle_minutes"),
-        (missing, "sites[0].knowledge"),
+        (missing, "sites[a].knowledge"),
         (absent, "absent"),
         (by_environment, "server.prot"),
         (no_check, "server.prot"),
@@ -632,6 +622,284 @@ async def test_check_validates_and_exits(tmp_path: Path) -> None:
 async def test_shipped_configuration_is_fine() -> None:
     """The config.toml beside the script, which is the default, passes its own check."""
     assert (await run_program("--check"))[0] == 0
+
+
+# Wrong configurations and what their one line must say; for test_leflux_server.py, section
+# "Configuration". SITE and AND_SITE are TOML; $NAME=value lines above it are the environment.
+
+SITE_TOML = '[[sites]]\nid = "shop"\nname = "Shop"\n'
+
+WRONG_CONFIGURATIONS: list[tuple[str, str]] = [  # TOML, and the line after "<file>: "
+    # Tables and keys that are misspelt or in the wrong place.
+    ("[srever]\nport = 1", "srever is not a known key; did you mean server?"),
+    ("port = 3003", "port is not a known key; did you mean server.port?"),
+    ("[server]\nprot = 3003", "server.prot is not a known key; did you mean port?"),
+    ("[llm]\napi_key = 'sk-1'", "llm.api_key is not a known key; did you mean api_key_env?"),
+    ("[limits]\nzzz = 1", "limits.zzz is not a known key"),
+    ("[firebase]\nadmin = []", "firebase.admin is not a known key; did you mean admins?"),
+    ("server = 5", "server must be a table, not 5"),
+    (
+        "[sites]\nid = 'shop'",
+        "sites must be written [[sites]], in double brackets, once for each site",
+    ),
+    ("sites = 5", "sites must be a list [...] of at most 1000 items, not 5"),
+    (
+        SITE_TOML + "allowedHosts = []",
+        "sites[shop].allowedHosts is not a known key; did you mean allowed_hosts?",
+    ),
+    (
+        SITE_TOML + "greeting = 'Hi'",
+        "sites[shop].greeting is not a known key; did you mean config.greeting?",
+    ),
+    (
+        SITE_TOML + "[sites.config]\nshape = 'pill'",
+        "sites[shop].config.shape is not a known key; did you mean launcher.shape?",
+    ),
+    (
+        SITE_TOML + "[sites.config.launcher]\nicons = 'chat'",
+        "sites[shop].config.launcher.icons is not a known key; did you mean icon?",
+    ),
+    # Values of [server].
+    ("[server]\nhost = ''", "server.host must be an address such as 127.0.0.1"),
+    ("[server]\nhost = 'http://x'", "server.host must be an address such as 127.0.0.1"),
+    ("[server]\nport = '3002'", 'server.port must be a whole number from 0 to 65,535, not "3002"'),
+    ("[server]\nport = 65536", "server.port must be a whole number from 0 to 65,535, not 65536"),
+    (
+        "[server]\npublic_url = 'chat.example.com'",
+        "server.public_url must be a URL such as https://chat.example.com, without a path, "
+        'not "chat.example.com"',
+    ),
+    (
+        "[server]\ncors_origins = '*'",
+        'server.cors_origins must be a list [...] of at most 1000 items, not "*"',
+    ),
+    (
+        "[server]\ncors_origins = ['acme.com']",
+        'server.cors_origins item 1 must be "*" or an origin such as https://example.com, '
+        'without a path, not "acme.com"',
+    ),
+    (
+        "[server]\ntrusted_proxies = ['127.0.0.1', 'localhost']",
+        "server.trusted_proxies item 2 must be an IP address, or a network such as 10.0.0.0/8, "
+        'not "localhost"',
+    ),
+    ("[server]\nstate_dir = 5", "server.state_dir must be a string of 0 to 4000 characters"),
+    (
+        "[server]\nsignup_url = 'javascript:x'",
+        "server.signup_url must be an http(s) URL, or a relative one such as /logo.png",
+    ),
+    ("[server]\ndemo = 'yes'", 'server.demo must be true or false, not "yes"'),
+    (
+        "[server]\nlog_level = 'debug'",
+        'server.log_level must be one of DEBUG, INFO, WARNING, ERROR, CRITICAL, not "debug"',
+    ),
+    (
+        "[server]\nshutdown_seconds = -1",
+        "server.shutdown_seconds must be a number from 0 to 3,600, not -1",
+    ),
+    # Values of [llm].
+    (
+        "[llm]\nbase_url = 'localhost:11434'",
+        "llm.base_url must be an http(s) URL such as http://localhost:11434/v1",
+    ),
+    (
+        "[llm]\nbase_url = 'http://localhost:8080/v1/chat/completions/'",
+        'llm.base_url must end before /chat/completions; write "http://localhost:8080/v1"',
+    ),
+    ("[llm]\nmodel = ''", "llm.model must be a string of 1 to 500 characters"),
+    (
+        "[llm]\napi_key_env = 'sk-secret'",
+        "llm.api_key_env must be the name of the variable that holds the key",
+    ),
+    ("[llm]\ntemperature = 'hot'", 'llm.temperature must be a number from 0 to 2, not "hot"'),
+    ("[llm]\nmax_tokens = 0", "llm.max_tokens must be a whole number from 1 to 1,000,000, not 0"),
+    (
+        "[llm]\nfirst_text_seconds = nan",
+        "llm.first_text_seconds must be a number from 0.1 to 600, not NaN",
+    ),
+    (
+        "[llm]\nparallel_calls = 1.5",
+        "llm.parallel_calls must be a whole number from 0 to 10,000, not 1.5",
+    ),
+    (
+        "[llm]\nextra = { model = 'x' }",
+        "llm.extra must be a table without messages, model and stream",
+    ),
+    # Values of [limits] and [firebase].
+    (
+        "[limits]\ninit_per_minute = 0",
+        "limits.init_per_minute must be a number from 0.001 to 1,000,000,000, not 0",
+    ),
+    (
+        "[limits]\nmessage_chars = 0.5",
+        "limits.message_chars must be a whole number from 1 to 200,000, not 0.5",
+    ),
+    (
+        "[limits]\nidle_minutes = true",
+        "limits.idle_minutes must be a number from 0.0001 to 525,600, not true",
+    ),
+    ("[firebase]\nproject_id = 5", "firebase.project_id must be a string of 0 to 100 characters"),
+    (
+        "[firebase]\nadmins = 'me@example.com'",
+        'firebase.admins must be a list [...] of at most 1000 items, not "me@example.com"',
+    ),
+    # Sites: ids, and what each of their keys takes.
+    ("[[sites]]\nname = 'Shop'", "sites[Shop].id is missing"),
+    ("[[sites]]\nallowed_hosts = []", "sites[0].id is missing"),
+    ("[[sites]]\nid = 'shop'", "sites[shop].name is missing"),
+    (
+        "[[sites]]\nid = 'my shop'\nname = 'x'",
+        "sites[my shop].id must be 1 to 64 letters, digits, - or _",
+    ),
+    (SITE_TOML + SITE_TOML, "sites[shop].id is used twice; each site needs its own"),
+    (
+        SITE_TOML + "owners = [5]",
+        "sites[shop].owners item 1 must be a string of 1 to 320 characters",
+    ),
+    (
+        SITE_TOML + "restrictions = ['fly']",
+        'sites[shop].restrictions item 1 must be one of navigate, type, submit, not "fly"',
+    ),
+    (SITE_TOML + "refusal = ''", "sites[shop].refusal must be a string of 1 to 500 characters"),
+    (
+        SITE_TOML + "timezone = 'Berlin'",
+        'sites[shop].timezone must be a time zone such as Europe/Berlin, not "Berlin"',
+    ),
+    (
+        SITE_TOML + "timezone = 0",
+        "sites[shop].timezone must be a time zone such as Europe/Berlin, not 0",
+    ),
+    (SITE_TOML + "config = 5", "sites[shop].config must be a table, not 5"),
+    (
+        SITE_TOML + "config = { layout = 'top' }",
+        'sites[shop].config.layout must be one of floating, bottom-bar, side-panel, not "top"',
+    ),
+    (
+        SITE_TOML + "config = { primaryColor = '#ff' }",
+        "sites[shop].config.primaryColor must be a CSS colour such as #a855f7",
+    ),
+    (
+        SITE_TOML + "config = { quickChips = [{ text = 'Hi' }, { label = 'x' }] }",
+        "sites[shop].config.quickChips item 2 must be { text = 1 to 30 characters, "
+        "payload = 1 to 280 characters }",
+    ),
+    # The environment is not the file's fault.
+    ("$LEFLUX_PORT=http", 'LEFLUX_PORT must be a whole number from 0 to 65,535, not "http"'),
+    ("$LEFLUX_PORT=65536", "LEFLUX_PORT must be a whole number from 0 to 65,535, not 65536"),
+    ("$LEFLUX_HOST=a b", "LEFLUX_HOST must be an address such as 127.0.0.1"),
+    ("$LEFLUX_LLM_API_KEY=sk bad", "LEFLUX_LLM_API_KEY must be printable ASCII without spaces"),
+    # What is not TOML.
+    ("[server", "is not TOML: "),
+    ("[server]\nhost = 0.0.0.0", "is not TOML: "),
+    ("[server]\ndemo = True", "is not TOML: "),
+]
+
+HOST_FORM = "must be a host such as example.com, example.com:8443, [::1] or xn--bcher-kva.example"
+WRONG_HOSTS: list[tuple[Any, str]] = [  # an entry of allowed_hosts, and what is said of it
+    *(
+        (entry, f'must be a host or host:port, not "{entry}"; write "example.com"')
+        for entry in (
+            *("https://example.com", "http://example.com/", "HTTPS://example.com/shop?x=1#y"),
+            *("*.example.com", "https://*.example.com", ".example.com", "//example.com"),
+            *("example.com/", "example.com?x", "me@example.com", " example.com", "example.com "),
+        )
+    ),
+    (
+        "https://example.com:8443/x",
+        'must be a host or host:port, not "https://example.com:8443/x"; write "example.com:8443"',
+    ),
+    *(
+        (entry, f'{HOST_FORM}, not "{entry}"')
+        for entry in (
+            *("*", "example.com:", "example.com:0", "example.com:65536", "example.com:https"),
+            *("a..b", "exam!ple.com", "a.com,b.com", "::1", "[::1", "256.1.1.1", "weißbier.de"),
+        )
+    ),
+    ("", HOST_FORM),
+    ("github.io", 'must be a host of one site alone, such as shop.github.io, not "github.io"'),
+    ("*.co.uk", 'must be a host of one site alone, such as shop.co.uk, not "*.co.uk"'),
+    ("intranet", 'must be a host of one site alone, such as shop.intranet, not "intranet"'),
+    (5, "must be a string of 0 to 300 characters"),
+    (["example.com"], "must be a string of 0 to 300 characters"),
+]
+
+
+def config_error(tmp_path: Path, toml: str) -> str:
+    """The line that a configuration stops the start with; a first line "$NAME=value" is set."""
+    environ = {}
+    if toml.startswith("$"):
+        name, _, environ_value = toml[1:].partition("=")
+        environ, toml = {name: environ_value}, ""
+    path = tmp_path / "config.toml"
+    path.write_text(toml)
+    with pytest.raises(lf.ConfigError) as caught:
+        lf.load_config(path, environ)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert "sk-" not in line
+    return line.removeprefix(f"{path}").removeprefix(": ").removeprefix(" ")
+
+
+@pytest.mark.parametrize(("toml", "line"), WRONG_CONFIGURATIONS)
+def test_lines_about_wrong_configurations(toml: str, line: str, tmp_path: Path) -> None:
+    """The line names the key, the site by its id, and what to write instead."""
+    said = config_error(tmp_path, toml)
+    assert said.startswith(line) if line.endswith(" ") else said == line
+
+
+@pytest.mark.parametrize(("entry", "problem"), WRONG_HOSTS)
+def test_lines_about_wrong_hosts(entry: Any, problem: str, tmp_path: Path) -> None:
+    """Of a host that cannot be, the line says what to write in its place."""
+    toml = SITE_TOML + f"allowed_hosts = ['example.org', {json.dumps(entry, ensure_ascii=False)}]"
+    assert config_error(tmp_path, toml) == f"sites[shop].allowed_hosts item 2 {problem}"
+
+
+def test_hosts_belong_to_one_site(tmp_path: Path) -> None:
+    """A host of two sites stops the start, however it is written; twice in one site is fine."""
+    site = SITE_TOML + "allowed_hosts = ['example.com', 'EXAMPLE.com.']\n"
+    other = site.replace('"shop"', '"b"')
+    line = config_error(tmp_path, site + other)
+    assert line == "sites[b].allowed_hosts has example.com, which sites[shop] has already"
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (None, "the file does not exist"),
+        ("folder", "the file cannot be read: Is a directory"),
+        (b"\xff\xfe[\x00", "the file cannot be read: it is not UTF-8 text"),
+    ],
+)
+def test_lines_about_files(content: bytes | str | None, line: str, tmp_path: Path) -> None:
+    """A file that cannot be read is named, with the reason."""
+    path = tmp_path / "config.toml"
+    if content == "folder":
+        path.mkdir()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    with pytest.raises(lf.ConfigError) as caught:
+        lf.load_config(path, {})
+    assert str(caught.value) == f"{path}: {line}"
+
+
+@pytest.mark.parametrize(
+    ("sites", "key", "doubts"),
+    [
+        ([], "", ["there are no [[sites]], so nobody can chat"]),
+        (
+            [{"id": "a", "name": "A"}, {"id": "b", "name": "B", "allowed_hosts": ["b.example"]}],
+            '"sk-1"',
+            [
+                "sites[a] has no allowed_hosts, so nobody can chat there",
+                "$LEFLUX_LLM_API_KEY is in quotes, which become part of the key",
+            ],
+        ),
+        ([{"id": "b", "name": "B", "allowed_hosts": ["b.example"]}], "sk-1", []),
+    ],
+)
+def test_doubts(sites: list[Json], key: str, doubts: list[str]) -> None:
+    """--check says what is legal and surely not meant."""
+    assert lf.doubts(lf.parse_config({"sites": sites}, {"LEFLUX_LLM_API_KEY": key})) == doubts
 
 
 # ---------------------------------------------------------------------------------------------
@@ -650,12 +918,38 @@ async def test_shipped_configuration_is_fine() -> None:
 )
 def test_decode_json(raw: str, good: bool) -> None:
     """NaN, numbers out of range and nesting beyond 64 are no JSON."""
-    for value in (raw, raw.encode()):
-        if good:
-            assert lf.decode_json(value) == json.loads(raw)
-        else:
-            with pytest.raises(ValueError, match=r"."):
-                lf.decode_json(value)
+    if good:
+        assert lf.decode_json(raw.encode()) == json.loads(raw)
+    else:
+        with pytest.raises(ValueError, match=r"."):
+            lf.decode_json(raw.encode())
+
+
+@pytest.mark.parametrize(
+    ("raw", "good"),
+    [
+        (b"[" + b",".join([b"[]"] * 4999) + b"]", True),
+        (b"[" + b",".join([b"[]"] * 5000) + b"]", False),
+        (json.dumps(["[" * 20_000, '{"' * 9_000, "\\"] + [[]] * 99).encode(), True),
+    ],
+)
+def test_brackets_are_counted(raw: bytes, good: bool) -> None:
+    """At most 10,000 of them, those in strings aside."""
+    with contextlib.nullcontext() if good else pytest.raises(ValueError, match="bracket"):
+        lf.decode_json(raw)
+
+
+@pytest.mark.parametrize("piece", ['"', '\\"', '"\\"', "[", '[" ', "\\", "{[]}"])
+def test_brackets_are_counted_in_no_time(piece: str) -> None:
+    """Twice the text takes twice the time, or is refused before."""
+
+    def seconds(size: int) -> float:
+        raw, started = (piece * size)[:size].encode(), time.perf_counter()
+        with contextlib.suppress(ValueError):
+            lf.decode_json(b"[" * 40 + b"{" * 40 + raw)
+        return time.perf_counter() - started
+
+    assert seconds(200_000) < 0.2
 
 
 def test_kept_events_take_no_more_memory_than_they_need() -> None:
@@ -760,28 +1054,24 @@ async def test_sessions_are_kept_from_their_first_message_on(serve: Serve, tmp_p
     assert not traces(tmp_path, silent.id)
 
 
-async def test_chat_answers_after_its_commit(
-    serve: Serve, model: FakeModel, disk: Disk, tmp_path: Path
+async def test_a_message_is_kept_before_it_is_acknowledged(
+    serve: Serve, model: FakeModel, tmp_path: Path
 ) -> None:
-    """A message is on disk before /api/chat answers, before a retry is answered, and before the
-    model hears of it."""
+    """A message is on disk when /api/chat answers, and before the model hears of it."""
     server = await serve(model, server=on_disk(tmp_path))
     visitor = await server.visitor()
-    await written(server)
-    seen = disk.commits
-    disk.free.clear()
-    first = asyncio.create_task(visitor.post("Hello", clientMessageId="one"))
-    await until(lambda: disk.commits > seen)
-    retry = asyncio.create_task(visitor.post("Hello", clientMessageId="one"))
-    await expect_waiting(server, first)
-    await expect_waiting(server, retry)
-    assert kept_messages(tmp_path, visitor.id) == []
-    assert model.requests == []
-    disk.free.set()
-    await asyncio.wait([first, retry], return_when=asyncio.FIRST_COMPLETED)
-    assert kept_messages(tmp_path, visitor.id)[0] == ("user", "Hello")
-    assert (await first).body == (await retry).body
-    assert (await visitor.turn())[-1]["data"]["text"] == "ok"
+    heard: list[Any] = []
+
+    async def note_what_is_kept(_: web.Request) -> None:
+        heard.extend(kept_messages(tmp_path, visitor.id))
+
+    model.scripts.append([note_what_is_kept, model.at_gate, *reply("ok")])
+    await visitor.chat(clientMessageId="one")
+    assert kept_messages(tmp_path, visitor.id) == [("user", "Hello")]
+    await until(lambda: heard)
+    assert heard == [("user", "Hello")]
+    model.gate.release()
+    await visitor.turn()
 
 
 FAQ = {"items": [{"question": "Q", "answer": "A"}]}
@@ -810,27 +1100,26 @@ async def test_reply_is_on_disk_before_its_end_is_sent(
     shown: str,
     serve: Serve,
     model: FakeModel,
-    disk: Disk,
+    monkeypatch: Patch,
     tmp_path: Path,
 ) -> None:
-    """The event that ends a turn is sent, also to a newer socket, once its text is on disk."""
+    """What ends a turn is committed before its first event is handed to the socket."""
     server = await serve(model, server=on_disk(tmp_path))
     visitor = await server.visitor()
-    model.scripts.append([model.at_gate, *script])
+    next_frame, kept_at_end = lf.Connection.next_frame, list[int]()
+
+    def frame_and_what_is_kept(connection: lf.Connection) -> bytes | None:
+        frame = next_frame(connection)
+        if frame is not None and json.loads(frame)["event"] in TURN_ENDS:
+            kept_at_end.append(len(kept_messages(tmp_path, visitor.id)))
+        return frame
+
+    monkeypatch.setattr(lf.Connection, "next_frame", frame_and_what_is_kept)
+    model.scripts.append(script)
     await visitor.chat(pageContext=SHOWN)
-    await until(lambda: model.requests)
-    await written(server)
-    disk.free.clear()
-    model.gate.release()
-    session = visitor.session
-    await until(lambda: session.task is None or session.task.phase != "running")
-    await visitor.expect_open()
-    await visitor.connect()
-    await visitor.expect_open()
-    assert not {*names(visitor.frames)} & {*TURN_ENDS}
-    assert len(kept_messages(tmp_path, visitor.id)) == 1
-    disk.free.set()
     assert (await visitor.turn())[-1]["event"] == event
+    assert kept_at_end
+    assert set(kept_at_end) == {2}
     kept = kept_messages(tmp_path, visitor.id)
     assert kept[1][0] == "assistant"
     assert kept[1][1].startswith(shown)
@@ -856,30 +1145,27 @@ async def test_gone_sessions_leave_no_byte(
         assert answer.body == {"deleted": True}
     else:
         leaving.age(3600)
-        await lf.sweep(server.hub, time.monotonic())
-        await until(lambda: not traces(tmp_path, leaving.id))
-    assert traces(tmp_path, "SECRET", leaving.id) == []
+        await lf.sweep(server.app, time.monotonic())
+    assert kept_messages(tmp_path, leaving.id) == []
+    async with asyncio.timeout(5):
+        await until(lambda: not traces(tmp_path, "SECRET", leaving.id))
     assert (await leaving.get()).status == 404
     assert len(kept_messages(tmp_path, staying.id)) == 4
 
 
 async def test_delete_during_a_turn_leaves_no_byte(
-    serve: Serve, model: FakeModel, disk: Disk, tmp_path: Path
+    serve: Serve, model: FakeModel, tmp_path: Path
 ) -> None:
-    """A session that is deleted while its message is being written is not written after all."""
+    """A session that is deleted while the model speaks is not written after all."""
     server = await serve(model, server=on_disk(tmp_path))
     visitor = await server.visitor()
-    await written(server)
-    seen = disk.commits
-    disk.free.clear()
-    post = asyncio.create_task(visitor.post("SECRET"))
-    await until(lambda: disk.commits > seen)
-    path = f"/api/session/{visitor.id}"
-    delete = asyncio.create_task(server.call("DELETE", path))
-    await expect_waiting(server, delete)
-    disk.free.set()
-    assert (await delete).body == {"deleted": True}
-    assert (await post).status in (200, 404)
+    model.scripts.append([sse(chunk("SECRET")), model.at_gate, *reply("SECRET")])
+    await visitor.chat("SECRET")
+    await visitor.next()
+    assert (await visitor.delete()).body == {"deleted": True}
+    model.gate.release()
+    await until(lambda: not traces(tmp_path, "SECRET", visitor.id))
+    await asyncio.sleep(0.1)
     assert traces(tmp_path, "SECRET", visitor.id) == []
 
 
@@ -899,9 +1185,8 @@ async def test_deletion_is_finished_when_a_backup_has_ended(
     await until(lambda: not traces(tmp_path, "SECRET", visitor.id))
 
 
-async def test_locked_database(
-    serve: Serve, model: FakeModel, disk: Disk, tmp_path: Path, caplog: Log
-) -> None:
+@with_constants(SWEEP_SECONDS=0.05)
+async def test_locked_database(serve: Serve, model: FakeModel, tmp_path: Path, caplog: Log) -> None:
     """While the database is locked serving goes on, one error a minute is logged, and all is
     written once it is free."""
     server = await serve(model, server=on_disk(tmp_path))
@@ -912,10 +1197,9 @@ async def test_locked_database(
         assert (await visitor.ask("One"))["data"]["text"] == "ok"
         assert (await visitor.ask("Two"))["data"]["text"] == "ok"
         assert (await leaving.delete()).status == 200
-        tries = disk.commits
-        await until(lambda: disk.commits > tries + 1)
+        await asyncio.sleep(0.3)  # some tries
         assert len(errors_in(caplog)) == 1
-        server.hub.store._complained -= 60
+        server.app.store._once_a_minute = lf.RateLimitedLog()  # a minute later
         await until(lambda: len(errors_in(caplog)) > 1)
         assert len(errors_in(caplog)) == 2
         assert len(kept_messages(tmp_path, visitor.id)) == 2
@@ -924,35 +1208,9 @@ async def test_locked_database(
     await until(lambda: not traces(tmp_path, "SECRET", leaving.id))
     assert all("\n" not in line for line in errors_in(caplog))
     caplog.clear()
-    await until(lambda: server.hub.store.durable)  # it has noticed
+    assert not server.app.store.failing
     await visitor.ask("After")
     assert kept_messages(tmp_path, visitor.id) == await visitor.history()
-
-
-async def test_disk_that_begins_to_fail(
-    serve: Serve, model: FakeModel, disk: Disk, tmp_path: Path, caplog: Log
-) -> None:
-    """A turn that ends during the first commit that fails is not held up by it."""
-    server = await serve(model, server=on_disk(tmp_path))
-    visitor, other = await server.visitor(), await server.visitor()
-    model.scripts.append([sse(chunk("Half")), model.at_gate, sse(chunk(" done"))])
-    await visitor.chat()
-    assert (await visitor.next())["data"]["delta"] == "Half"
-    await written(server)
-    with locked(tmp_path):
-        seen = disk.commits
-        disk.free.clear()
-        failing = asyncio.create_task(other.post())
-        await until(lambda: disk.commits > seen)
-        model.gate.release()
-        assert (await visitor.next())["data"]["delta"] == " done"
-        await until(lambda: visitor.session.held)
-        started = time.monotonic()
-        disk.free.set()
-        assert (await visitor.next())["data"]["text"] == "Half done"
-        assert time.monotonic() - started < 0.5  # the next try is a second away
-        assert (await failing).status == 200
-    caplog.clear()
 
 
 async def test_full_disk(serve: Serve, model: FakeModel, tmp_path: Path, caplog: Log) -> None:
@@ -960,7 +1218,7 @@ async def test_full_disk(serve: Serve, model: FakeModel, tmp_path: Path, caplog:
     server = await serve(model, server=on_disk(tmp_path))
     visitor = await server.visitor()
     await visitor.ask("Before")
-    database = cast(sqlite3.Connection, server.hub.store._db)
+    database = cast(sqlite3.Connection, server.app.store._db)
     database.execute("PRAGMA max_page_count = 1")  # that is: as many as there are
     for number in range(8):
         assert (await visitor.ask(f"{number} " + "x" * 4000))["data"]["text"] == "ok"
@@ -972,14 +1230,14 @@ async def test_full_disk(serve: Serve, model: FakeModel, tmp_path: Path, caplog:
 
 
 async def test_stop_right_after_the_disk_is_back(
-    model: FakeModel, disk: Disk, tmp_path: Path, caplog: Log
+    model: FakeModel, tmp_path: Path, caplog: Log
 ) -> None:
     """What a failing disk kept in memory is flushed at the end, if the disk takes it again."""
     async with running(make_config(model, server=on_disk(tmp_path))) as server:
         visitor = await server.visitor()
         with locked(tmp_path):
-            await visitor.ask("Hello")  # that fails; the next try is a second away
-        assert not server.hub.store.durable
+            await visitor.ask("Hello")  # that fails; the next try is two seconds away
+        assert server.app.store.failing
         history = await visitor.history()
     assert len(errors_in(caplog)) == 1
     caplog.clear()
@@ -987,38 +1245,24 @@ async def test_stop_right_after_the_disk_is_back(
     assert len(history) == 2
 
 
-@pytest.mark.parametrize("first", [1, 2, 3, 600])
-async def test_long_conversations(first: int, serve: Serve, disk: Disk, tmp_path: Path) -> None:
-    """However much was said during one slow write: after a restart it is what it was in memory."""
+@pytest.mark.parametrize("counts", [(1,), (2, 1), (3, 600), (700, 1, 501, 2)])
+async def test_long_conversations(counts: Sequence[int], serve: Serve, tmp_path: Path) -> None:
+    """However much is said between two commits: after a restart it is what it was in memory."""
     folder = tmp_path / "state"
     server = await serve(server=on_disk(folder))
     visitor = await server.visitor()
     session = visitor.session
-
-    def remember(count: int) -> None:
+    for number, count in enumerate(counts):
         for _ in range(count):
             session.remember("user", f"message {session.message_count}")
-        session.store.touch(session)
-
-    for number, (before, meanwhile, after) in enumerate([(first, 700, 0), (1, 1, 1), (0, 501, 2)]):
-        await written(server)
-        seen = disk.commits
-        disk.free.clear()
-        remember(before)
-        if before:
-            await until(lambda seen=seen: disk.commits > seen)  # type: ignore[misc]
-        remember(meanwhile)
-        disk.free.set()
-        await written(server)
-        for _ in range(after):
-            remember(1)
-            await written(server)
+        server.app.store.save(session)
         copy = snapshot(folder, tmp_path / str(number))
         async with running(make_config(server=on_disk(copy))) as restarted:
-            again = restarted.hub.sessions[visitor.id]
+            again = restarted.app.sessions[visitor.id]
             assert again.history == session.history
             assert again.message_count == session.message_count
-            assert len(query(copy, "SELECT number FROM message")) == lf.MAX_HISTORY
+            rows = query(copy, "SELECT number FROM message")
+            assert len(rows) == min(session.message_count, lf.MAX_HISTORY)
 
 
 async def test_without_a_state_dir_nothing_is_written(
@@ -1030,7 +1274,6 @@ async def test_without_a_state_dir_nothing_is_written(
         visitor = await server.visitor()
         await visitor.ask()
         assert (await visitor.delete()).status == 200
-        assert not [t for t in threading.enumerate() if t.name.startswith("leflux-store")]
     assert files_in(tmp_path) == set()
 
 
@@ -1042,6 +1285,270 @@ async def test_state_directory_of_systemd(tmp_path: Path) -> None:
         await (await run.server.visitor()).ask()
         assert len(query(folder, "SELECT * FROM session")) == 1
     assert files_in(tmp_path) == {"config.toml", "first"}
+
+
+CROWDED: Json = {"limits": {"init_per_minute": 1000, "chat_per_minute": 100_000}}
+
+
+GONE_SECONDS = 5
+
+
+@contextlib.asynccontextmanager
+async def chatting(server: Server, count: int) -> AsyncIterator[None]:
+    """So many visitors chat as fast as they can for the length of a block."""
+
+    async def talk(visitor: Visitor) -> None:
+        while True:
+            await visitor.ask("Lorem ipsum " * 50)
+
+    async with asyncio.TaskGroup() as group:
+        talks = [group.create_task(talk(await server.visitor())) for _ in range(count)]
+        yield
+        for one in talks:
+            one.cancel()
+
+
+@contextlib.asynccontextmanager
+async def longest_stop() -> AsyncIterator[list[float]]:
+    """Measure how long the event loop stood still at most: a list of one number of seconds."""
+    stops = [0.0]
+
+    async def watch() -> None:
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.001)
+            stops[0] = max(stops[0], time.monotonic() - before)
+
+    watcher = asyncio.create_task(watch())
+    yield stops
+    watcher.cancel()
+
+
+def slow_down(monkeypatch: Patch, seconds: float) -> None:
+    """Let each copy of the log take so much longer, as on a slow disk."""
+    copy_log = lf.Store._copy_log
+
+    def slow(store: lf.Store) -> bool:
+        whole = copy_log(store)
+        time.sleep(seconds)
+        return whole
+
+    monkeypatch.setattr(lf.Store, "_copy_log", slow)
+
+
+@contextlib.contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Another program holds on to what the database has now, as a backup does."""
+    with opened(folder) as db:
+        db.execute("BEGIN")
+        db.execute("SELECT * FROM message").fetchall()
+        yield
+
+
+@pytest.mark.parametrize("slow", [0, 0.03])
+@pytest.mark.parametrize("how", ["delete", "idle"])
+async def test_deleted_text_is_gone_while_others_chat(
+    how: str, slow: float, serve: Serve, model: FakeModel, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """What is deleted or idle is in no file of the state 5 s later, however much is written."""
+    slow_down(monkeypatch, slow)
+    server = await serve(model, server=on_disk(tmp_path), **CROWDED)
+    leaving = await server.visitor()
+    for number in range(3):
+        model.scripts.append(reply(f"SECRET-answer {number}" * 100))
+        await leaving.ask(f"SECRET-question {number}" * 100, clientMessageId=f"SECRET-{number}")
+    async with chatting(server, 6):
+        await asyncio.sleep(1)
+        assert traces(tmp_path, "SECRET")
+        if how == "delete":
+            assert (await leaving.delete()).status == 200
+        else:
+            leaving.age(3600)
+        await asyncio.sleep(GONE_SECONDS)
+        assert traces(tmp_path, "SECRET", leaving.id) == []
+
+
+async def test_deleted_text_leaves_no_copy_in_other_pages(tmp_path: Path) -> None:
+    """However rows of all sizes move between pages: what is deleted is in none of them."""
+    store, dice = lf.Store(tmp_path / "leflux.db"), random.Random(4)
+    sessions = []
+    for number in range(100):
+        sessions.append(lf.Session(f"SECRET{number % 2}-{number:04}", "shop", "acme.com", "", 0, 0))
+        for session in sessions:
+            if dice.random() < 0.3:
+                session.remember("user", f"[{session.id}]" * dice.randrange(1, 220))
+                store.save(session)
+        if number % 20 == 0:
+            await store.checkpoint()
+    for session in sessions[1::2]:
+        store.forget(session)
+    store.flush()
+    await store.checkpoint()
+    assert traces(tmp_path, "SECRET1") == []
+    assert traces(tmp_path, "SECRET0") == ["leflux.db"]
+    store.close()
+
+
+async def test_log_is_bounded_while_all_chat(
+    serve: Serve, model: FakeModel, tmp_path: Path
+) -> None:
+    """The log does not grow with what is said: it is emptied again and again."""
+    server = await serve(model, server=on_disk(tmp_path), **CROWDED)
+    sizes = []
+    async with chatting(server, 6):
+        for _ in range(700):
+            await asyncio.sleep(0.01)
+            sizes.append((tmp_path / "leflux.db-wal").stat().st_size)
+    shrunk = sum(after < before for before, after in itertools.pairwise(sizes))
+    assert shrunk >= 2
+
+
+async def test_stream_flows_during_a_slow_checkpoint(
+    serve: Serve, model: FakeModel, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """While 50 MB of the log go to a slow disk a reply streams on, and messages are committed."""
+    monkeypatch.setattr(lf, "SWEEP_SECONDS", 3600)
+    server = await serve(model, server=on_disk(tmp_path))
+    visitor, other = await server.visitor(), await server.visitor()
+    fillers = [await server.visitor(connect=False) for _ in range(5)]
+    for number in range(60):
+        session = fillers[number % 5].session
+        session.remember("user", f"{number} " + "x" * 900_000)
+        server.app.store.save(session)
+    assert (tmp_path / "leflux.db-wal").stat().st_size > 50e6
+    slow_down(monkeypatch, 1.5)
+
+    async def pause(_: object) -> None:
+        await asyncio.sleep(0.005)
+
+    deltas = [step for n in range(250) for step in (sse(chunk(f"{n} ")), pause)]
+    model.scripts.append([*deltas, sse("[DONE]")])
+    await visitor.chat()
+    await visitor.next()
+    checkpoint = asyncio.create_task(server.app.store.checkpoint())
+    arrivals = [time.monotonic()]
+    async with longest_stop() as stops:
+        while (await visitor.next())["event"] == "message_chunk":
+            arrivals.append(time.monotonic())
+            if len(arrivals) == 100:
+                assert not checkpoint.done()
+                assert (await other.post("Meanwhile")).status == 200
+                assert kept_messages(tmp_path, other.id)[0] == ("user", "Meanwhile")
+    assert not checkpoint.done()
+    assert max(after - before for before, after in itertools.pairwise(arrivals)) < 0.5
+    assert stops[0] < 0.5
+    await checkpoint
+    assert (tmp_path / "leflux.db-wal").stat().st_size == 0
+
+
+async def test_locked_for_a_second(
+    serve: Serve, model: FakeModel, tmp_path: Path, caplog: Log
+) -> None:
+    """While another program locks the database serving goes on, nobody waits, one error line is
+    logged, and everything is on disk afterwards."""
+    server = await serve(model, server=on_disk(tmp_path))
+    visitor, leaving = await server.visitor(), await server.visitor()
+    await leaving.ask("SECRET")
+    async with longest_stop() as stops:
+        with locked(tmp_path):
+            until_free = time.monotonic() + 1
+            number = 0
+            while time.monotonic() < until_free:
+                assert (await visitor.ask(f"Message {number}"))["data"]["text"] == "ok"
+                number += 1
+                await asyncio.sleep(0.05)
+            assert (await leaving.delete()).status == 200
+            assert kept_messages(tmp_path, visitor.id) == []
+    assert stops[0] < 0.5  # nobody waits for the lock
+    assert number > 3
+    assert len(errors_in(caplog)) == 1
+    assert "database is locked" in errors_in(caplog)[0]
+    caplog.clear()
+    await until(lambda: len(kept_messages(tmp_path, visitor.id)) == 2 * number)
+    assert kept_messages(tmp_path, visitor.id) == await visitor.history()
+    await visitor.ask("After")
+    assert kept_messages(tmp_path, visitor.id) == await visitor.history()
+    await until(lambda: not traces(tmp_path, "SECRET", leaving.id))
+
+
+async def test_checkpoint_that_fails_costs_no_commit(
+    serve: Serve, model: FakeModel, tmp_path: Path, monkeypatch: Patch, caplog: Log
+) -> None:
+    """Where the log cannot be brought into the file, messages are still committed to the log."""
+
+    def fail(_: lf.Store) -> bool:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(lf.Store, "_copy_log", fail)
+    monkeypatch.setattr(lf, "SWEEP_SECONDS", 0.02)
+    server = await serve(model, server=on_disk(tmp_path))
+    visitor = await server.visitor()
+    await visitor.ask("First")
+    await until(lambda: errors_in(caplog))
+    for number in range(20):
+        assert (await visitor.post(f"Message {number}")).status == 200
+        assert kept_messages(tmp_path, visitor.id)[-1][1] in (f"Message {number}", "ok")
+        await visitor.turn()
+    assert len(errors_in(caplog)) == 1
+    caplog.clear()
+
+
+async def test_reader_that_stays_delays_only_the_emptying(
+    serve: Serve, model: FakeModel, tmp_path: Path
+) -> None:
+    """While a backup reads an old state, messages are committed and the loop does not spin; when
+    it has ended, the log is emptied."""
+    server = await serve(model, server=on_disk(tmp_path), **CROWDED)
+    visitor = await server.visitor()
+    await visitor.ask("SECRET")
+    copies = 0
+    copy_log = server.app.store._copy_log
+
+    def counting() -> bool:
+        nonlocal copies
+        copies += 1
+        return copy_log()
+
+    server.app.store._copy_log = counting  # type: ignore[method-assign]
+    with reading(tmp_path):
+        assert (await visitor.delete()).status == 200
+        other = await server.visitor()
+        until_end = time.monotonic() + 5
+        while time.monotonic() < until_end:
+            await other.ask("Hello")
+            await asyncio.sleep(0.1)
+        assert kept_messages(tmp_path, other.id) == await other.history()
+        assert copies < 10
+    await until(lambda: not traces(tmp_path, "SECRET", visitor.id))
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+async def test_kill_right_after_the_acknowledgement(
+    turn: int, tmp_path: Path, model: FakeModel
+) -> None:
+    """What /api/chat has acknowledged survives kill -9 in the same moment."""
+    more = f'[llm]\nbase_url = "{model.url}"\n'
+    for number in range(3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        model.scripts.clear()  # the last server was killed before it asked
+        async with program(folder, more) as run:
+            visitor = await run.server.visitor()
+            if turn == 2:
+                await visitor.ask("Before")
+            model.scripts.append([sse(chunk("Half")), forever])
+            answer = await visitor.post("Is this kept?", clientMessageId="one")
+            run.child.kill()
+            assert answer.status == 200
+            await run.end()
+        assert kept_messages(folder, visitor.id)[-1] == ("user", "Is this kept?")
+        async with program(folder, more) as run:
+            visitor.server = run.server
+            history = await visitor.history()
+            assert ("user", "Is this kept?") in history
+            assert history[-1] == ("assistant", lf.RESTARTED)
+            again = await visitor.post("Is this kept?", clientMessageId="one")
+            assert again.body == json.loads(answer.raw)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1081,7 +1588,7 @@ async def test_locked_database_stops_the_start(kept: Path) -> None:
         async with running(make_config(server=on_disk(kept))):
             pass
     async with running(make_config(server=on_disk(kept))) as server:
-        assert len(server.hub.sessions) == 4
+        assert len(server.app.sessions) == 4
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -1245,7 +1752,7 @@ async def test_sessions_of_sites_that_are_gone(tmp_path: Path) -> None:
         visitor = await server.visitor()
         await visitor.ask("SECRET")
     async with running(make_config(server=on_disk(tmp_path), sites=[OTHER])) as server:
-        assert server.hub.sessions == {}
+        assert server.app.sessions == {}
         await until(lambda: not traces(tmp_path, "SECRET", visitor.id))
 
 
@@ -1481,18 +1988,22 @@ BUDGET_SPENT = (429, "budget_exceeded")
 NOON = datetime(2026, 2, 28, 12, tzinfo=UTC).timestamp()
 
 
-def frugal_hub(**limits: int) -> tuple[lf.Hub, lf.Site]:
-    """A hub with a model that is never asked, and its site."""
-    config = make_config(limits=limits, sites=[FRUGAL, OTHER])
-    hub = lf.Hub(config=config, knowledge={}, started=0, store=lf.Store(None))
-    hub.model = cast(Any, object())
-    return hub, config.sites[0]
+def offline_state(**limits: int) -> lf.AppState:
+    state = lf.new_state(make_config(limits=limits, sites=[FRUGAL, OTHER]), {})
+    lf.rebuild_sites(state)
+    return state
+
+
+def frugal(**limits: int) -> tuple[lf.AppState, lf.Site]:
+    """The state of a server that was never started, and its site."""
+    state = offline_state(**limits)
+    return state, state.config.sites[0]
 
 
 def used_tokens(server: Server, site_id: str = "shop") -> tuple[int, int]:
     """The tokens a site has spent, and those set aside."""
     now = cast(Any, lf).time.time()  # as the server sees it
-    usage = lf.usage_today(server.hub, site_id, now)
+    usage = lf.usage_today(server.app, site_id, now)
     return usage.tokens, usage.reserved
 
 
@@ -1507,16 +2018,16 @@ def used_tokens(server: Server, site_id: str = "shop") -> tuple[int, int]:
 )
 def test_budgets_are_for_a_utc_day(first: str, second: str, same_day: bool) -> None:
     """Messages and tokens are counted in UTC days; a new day begins with nothing used."""
-    hub, site = frugal_hub(site_messages_per_day=2, site_tokens_per_day=100)
+    app, site = frugal(site_messages_per_day=2, site_tokens_per_day=100)
     now, later = (datetime.fromisoformat(day).timestamp() for day in (first, second))
-    lf.settle_tokens(hub, site, lf.admit(hub, site, 2, 100, now), 100, 90)
-    usage = lf.usage_today(hub, site.id, later)
+    lf.settle_tokens(app, site, lf.admit(app, site, 2, 100, now), 100, 90)
+    usage = lf.usage_today(app, site.id, later)
     assert (usage.messages, usage.tokens) == ((2, 90) if same_day else (0, 0))
     if same_day:
         with pytest.raises(lf.ApiError):
-            lf.admit(hub, site, 1, 1, later)
+            lf.admit(app, site, 1, 1, later)
     else:
-        lf.admit(hub, site, 2, 100, later)
+        lf.admit(app, site, 2, 100, later)
 
 
 @pytest.mark.parametrize(
@@ -1537,16 +2048,16 @@ def test_budget_that_is_left(
     limits: tuple[int, int], used: tuple[int, int], wanted: tuple[int, int], fits: bool
 ) -> None:
     """What fits into both budgets is admitted, 0 is no limit; what is refused counts as nothing."""
-    hub, site = frugal_hub(site_messages_per_day=limits[0], site_tokens_per_day=limits[1])
-    usage = lf.usage_today(hub, site.id, NOON)
+    app, site = frugal(site_messages_per_day=limits[0], site_tokens_per_day=limits[1])
+    usage = lf.usage_today(app, site.id, NOON)
     usage.messages, usage.tokens = used
     if fits:
-        assert lf.admit(hub, site, *wanted, NOON) is usage
+        assert lf.admit(app, site, *wanted, NOON) is usage
         assert (usage.messages, usage.reserved) == (used[0] + wanted[0], wanted[1])
-        assert lf.admit(hub, hub.config.sites[1], *wanted, NOON) is not usage
+        assert lf.admit(app, app.config.sites[1], *wanted, NOON) is not usage
     else:
         with pytest.raises(lf.ApiError) as caught:
-            lf.admit(hub, site, *wanted, NOON)
+            lf.admit(app, site, *wanted, NOON)
         assert (caught.value.status, caught.value.code) == BUDGET_SPENT
         assert caught.value.message == REFUSAL
         assert (usage.messages, usage.tokens, usage.reserved) == (*used, 0)
@@ -1554,10 +2065,10 @@ def test_budget_that_is_left(
 
 def test_call_over_midnight() -> None:
     """A call that ends on the next day is charged to the day on which it began."""
-    hub, site = frugal_hub(site_tokens_per_day=100)
-    usage = lf.admit(hub, site, 1, 100, NOON)
-    tomorrow = lf.admit(hub, site, 1, 100, NOON + 86400)
-    lf.settle_tokens(hub, site, usage, 100, 70)
+    app, site = frugal(site_tokens_per_day=100)
+    usage = lf.admit(app, site, 1, 100, NOON)
+    tomorrow = lf.admit(app, site, 1, 100, NOON + 86400)
+    lf.settle_tokens(app, site, usage, 100, 70)
     assert (usage.tokens, usage.reserved) == (70, 0)
     assert (tomorrow.tokens, tomorrow.reserved) == (0, 100)
 
@@ -1594,7 +2105,7 @@ async def test_refused_requests_cost_nothing(server: Server, visitor: Visitor) -
     visitor.origin = ORIGIN
     await visitor.ask()
     assert (await visitor.post()).error == (429, "rate_limit_exceeded")
-    assert lf.usage_today(server.hub, "shop", time.time()).messages == 1
+    assert lf.usage_today(server.app, "shop", time.time()).messages == 1
 
 
 @pytest.mark.parametrize("limit", [0, 1_000_000])
@@ -1668,34 +2179,23 @@ async def test_call_that_is_stopped(
 
 @pytest.mark.parametrize("how", ["message", "delete", "stop"])
 async def test_call_that_never_began(
-    how: str, serve: Serve, model: FakeModel, disk: Disk, tmp_path: Path
+    how: str, server: Server, visitor: Visitor, model: FakeModel
 ) -> None:
     """What was set aside for a call that is cancelled before it begins is given back."""
-    server = await serve(model, server=on_disk(tmp_path), limits={"site_tokens_per_day": 100_000})
-    visitor = await server.visitor()
-    await written(server)
-    seen = disk.commits
-    disk.free.clear()
-    posts = [asyncio.create_task(visitor.post("One"))]
-    await until(lambda: disk.commits > seen)
-    assert used_tokens(server)[1] > 0
+    app, session = server.app, visitor.session
+    usage = lf.admit(app, app.sites["shop"], 1, 500, NOON)
+    release = functools.partial(lf.settle_tokens, app, app.sites["shop"], usage, 500, 0)
+    lf.start_task(app, session, lf.Task("One", release=release))
+    assert usage.reserved == 500
     if how == "message":
-        posts.append(asyncio.create_task(visitor.post("Two")))
-        await until(lambda: server.hub.messages_processed == 2)
+        lf.start_task(app, session, lf.Task("Two"))
     elif how == "delete":
-        path = f"/api/session/{visitor.id}"
-        posts.append(asyncio.create_task(server.call("DELETE", path)))
-        await until(lambda: not server.hub.sessions)
+        lf.drop_session(app, session)
     else:
-        await visitor.send("stop")
-        await until(lambda: visitor.session.task is None)
-    model.scripts.append(using(77))
-    disk.free.set()
-    await asyncio.gather(*posts)
-    if how == "message":
-        while (await visitor.turn())[-1]["data"]["text"] != "ok":
-            pass
-    assert used_tokens(server) == (77 if how == "message" else 0, 0)
+        lf.interrupt_task(app, session, lf.STOPPED)
+    await until(lambda: usage.reserved == 0)
+    assert usage.tokens == 0
+    await until(lambda: session.task is None)
     assert len(model.requests) == (how == "message")
 
 
@@ -1717,7 +2217,7 @@ async def test_parallel_requests_stay_within_the_budget(
         assert sum(used_tokens(server)) <= 20_000
     for _ in visitors:
         model.gate.release()
-    await until(lambda: not any(s.task for s in server.hub.sessions.values()))
+    await until(lambda: not any(s.task for s in server.app.sessions.values()))
     assert used_tokens(server) == (1500 * len(taken), 0)
     assert len(model.requests) == len(taken)
 
@@ -1773,7 +2273,6 @@ async def test_usage_is_kept_across_restarts(
         model.scripts.append([model.at_gate, *using(1)])
         await visitor.chat()
         await until(lambda: model.requests[1:])
-        await written(server)
         reserved = used_tokens(server)[1]
         crashed = snapshot(tmp_path / "state", tmp_path / "crashed")
         model.gate.release()
@@ -1787,10 +2286,9 @@ async def test_usage_is_kept_across_restarts(
             assert (await visitor.post()).error == BUDGET_SPENT
     clock.stopped_at += 86400
     async with running(config) as server:
-        await written(server)
-        assert query(tmp_path / "state", "SELECT * FROM usage") == []
+        await until(lambda: query(tmp_path / "state", "SELECT * FROM usage") == [])
         await (await server.visitor()).ask()
-        assert lf.usage_today(server.hub, "shop", clock.time()).messages == 1
+        assert lf.usage_today(server.app, "shop", clock.time()).messages == 1
 
 
 @pytest.mark.parametrize("refusal", ["", 5, "x" * 501])
@@ -1825,7 +2323,7 @@ We open at nine in the morning and close at six.
 
 Goods can be returned within thirty days. The refund arrives after a week.
 
-## Shipping
+# Shipping
 
 Parcels to Norway take five days and cost 12 euros.
 """
@@ -1871,6 +2369,88 @@ def test_knowledge_is_split_into_passages() -> None:
     assert everything.count("x") == 3000
 
 
+@pytest.mark.parametrize(
+    ("document", "passages"),
+    [
+        (
+            "# Dogs\n\nWe like all.\n- small dogs\n- big\n  dogs\n",
+            ["We like all.", "small dogs", "big dogs"],
+        ),
+        ("# Dogs\n1. Sit\n2) Stay", ["Sit", "Stay"]),
+        ("# Dogs\n| breed | age |\n|---|--:|\n| pug | 3 |", ["breed | age", "pug | 3"]),
+        ("Dogs\n====\nAll are welcome.", ["All are welcome."]),
+        ("Dogs\n----\r\nAll are\r\nwelcome.", ["All are welcome."]),
+        ("Dogs\n\nAll are welcome.\n\nAt any time.", ["All are welcome.", "At any time."]),
+        ("Dogs:\nAll are welcome.", ["All are welcome."]),
+        ("**Dogs**\n\n- welcome\n\n---\n", ["welcome"]),
+    ],
+)
+def test_headings_and_lists(document: str, passages: list[str]) -> None:
+    """List items and rows of tables are passages; headings of any style stand over their text."""
+    assert lf.split_passages(document) == [f"Dogs\n{passage}" for passage in passages]
+
+
+@pytest.mark.parametrize(
+    ("document", "passages"),
+    [
+        (
+            "# Care\n## Lavender\nCut it.\n# Tours\nOn Sundays.",
+            ["Care: Lavender\nCut it.", "Tours\nOn Sundays."],
+        ),
+        ("Dogs?\nYes.\n\nCats?\nNo.", ["Dogs?\nYes.", "Cats?\nNo."]),
+        ("What we do\n\nCrowns\n\nImplants", ["What we do\nCrowns", "What we do\nImplants"]),
+        ("We are a small shop in the\nold town.", ["We are a small shop in the old town."]),
+        (
+            "Open till 9\n\nDr. May is in. Mr. Bo is out.",
+            ["Open till 9", "Dr. May is in. Mr. Bo is out."],
+        ),
+        ("# Nothing below", []),
+    ],
+)
+def test_what_is_a_heading(document: str, passages: list[str]) -> None:
+    """A short line above a text; not the beginning of a sentence, a number, or the last line."""
+    assert lf.split_passages(document) == passages
+
+
+def test_hostile_documents_cost_little() -> None:
+    """Time and memory grow with a document's length, whatever is in it."""
+    parts = ("h", "a\n\n", "- a\n", "a\n===\n", "\n \n", " ", "| ", "-", "# a\n", "#", ". ", "1) ")
+    tracemalloc.start()
+    for part in parts:
+        started = time.process_time()
+        lf.split_passages("# " + "h" * 40_000 + "\n\n" + part * (40_000 // len(part)))
+        assert time.process_time() - started < 3, part
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+
+
+def test_ranking_counts_different_words_first() -> None:
+    """A passage that holds more of the question's words wins over one that repeats a word."""
+    with contextlib.closing(
+        lf.Passages(["plan " * 9, "The fees of plan Pro: $9.", "Plan"])
+    ) as texts:
+        assert texts.best("What does the Pro plan cost?")[0] == 1  # a price by its sign
+        assert texts.best("plan", share=1.0)
+        assert texts.best("plan zebra", share=0.51) == []
+        every = " ".join(word for group in lf.SYNONYMS for word in group) + " x1" * 500
+        assert len(lf.word_queries(every)) <= 32
+        assert texts.best(every)
+
+
+@pytest.mark.parametrize(
+    ("question", "text"),
+    [
+        ("сколько стоит доставка", "Доставка по городу бесплатна."),
+        ("¿Dónde está la MONTAÑA?", "La montana mágica"),
+        ("営業時間", "営業時間 9:00"),
+        ("ÖFFNUNGSZEITEN", "Öffnungszeiten: täglich"),
+    ],
+)
+def test_knowledge_in_other_scripts(question: str, text: str) -> None:
+    """Words are found in any script, with or without their accents."""
+    assert ranked(question, text, "Zebras.") == [text]
+
+
 def test_knowledge_in_one_prompt_is_limited() -> None:
     """The best passages are about 2,500 characters in all."""
     documents = [f"Zebra fact {n}. " + "Zebras have stripes. " * 30 for n in range(20)]
@@ -1883,7 +2463,7 @@ def test_knowledge_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "bad.md").write_bytes(b"\xff\xff")
     for name in ("none.md", "bad.md"):
         config = make_config(folder=tmp_path, sites=[{**SHOP, "knowledge": [name]}])
-        with pytest.raises(lf.ConfigError, match=rf"^sites\[0\]\.knowledge {name} "):
+        with pytest.raises(lf.ConfigError, match=rf"^sites\[shop\]\.knowledge {name} "):
             lf.make_app(config)
 
 
@@ -1918,6 +2498,18 @@ def page_of(context: Json = PAGE_CONTEXT, **site: Any) -> lf.Page:
     config = lf.parse_config({"sites": [{**SHOP, **site}, OTHER]}, {})
     index = {entry: one for one in config.sites for entry in one.allowed_hosts}
     return lf.Page(context, str(context.get("url", "")), config.sites[0], index)
+
+
+def checked(raw: Any, page: lf.Page | None = None) -> Json:
+    """The clean action of a reply, a plan as the client gets it."""
+    _, action = lf.check_action(raw, page or page_of())
+    wire = plan.wire() if (plan := action.pop("plan", None)) else {}
+    wire.pop("id", None)
+    return {"type": raw["type"] if raw else "none", **action, **wire}
+
+
+def plan_of(raw: Json, page: lf.Page) -> lf.Plan:
+    return cast(lf.Plan, lf.check_action(raw, page)[1]["plan"])
 
 
 def click(element_id: Any, **more: Any) -> Json:
@@ -1956,14 +2548,14 @@ def typing(element: Json, value: Any = "x") -> tuple[Json, lf.Page]:
                 "description": "go to https://acme.com/shop/about?x=1#y",
             },
         ),
-        (ASK_NAME, {"type": "ask_user", "question": "Your name?", "field": NAME_FIELD}),
+        *[(ASK_NAME,) * 2],
         *[({"type": "task_complete", "summary": "All done"},) * 2],
         *[({"type": "abort_workflow", "reason": "No shop here"},) * 2],
     ],
 )
 def test_a_valid_action_comes_out_clean(raw: Any, clean: Json) -> None:
     """check_action returns only known fields, URLs resolved, descriptions filled in."""
-    assert lf.check_action(raw, page_of()) == clean
+    assert checked(raw) == clean
 
 
 def test_a_sequence_keeps_every_kind_of_step() -> None:
@@ -1986,7 +2578,7 @@ def test_a_sequence_keeps_every_kind_of_step() -> None:
     ]
     for name in ("steps", "actions"):
         raw = {"type": "execute_generic_sequence", name: items}
-        plan = lf.check_action(raw, page_of())
+        plan = checked(raw)
         assert plan["isSequence"] is True
         assert all(isinstance(one.pop("description"), str) for one in plan["actions"])
         assert plan["actions"] == expected
@@ -2036,7 +2628,7 @@ BAD_STEPS = (
 )
 def test_an_invalid_action_is_refused_whole(raw: Any) -> None:
     """Unknown kinds, wrong types, elements that are not there: one bad part drops it all."""
-    with pytest.raises(lf.Refusal):
+    with pytest.raises(lf.ActionRejected):
         lf.check_action(raw, page_of())
 
 
@@ -2064,7 +2656,7 @@ def test_an_invalid_action_is_refused_whole(raw: Any) -> None:
 def test_a_url_that_leaves_the_site_is_refused(url: Any) -> None:
     """Only http(s) of a host of the same site, however it is written."""
     for raw in ({"type": "navigate", "url": url}, steps(step("navigate", url=url))):
-        with pytest.raises(lf.Refusal):
+        with pytest.raises(lf.ActionRejected):
             lf.check_action(raw, page_of())
 
 
@@ -2083,7 +2675,7 @@ def test_a_url_that_leaves_the_site_is_refused(url: Any) -> None:
 )
 def test_a_url_of_the_site_is_resolved_against_the_page(url: str, whole: str) -> None:
     """Relative and absolute URLs of the site's own hosts."""
-    assert lf.check_action({"type": "navigate", "url": url}, page_of())["url"] == whole
+    assert checked({"type": "navigate", "url": url})["url"] == whole
 
 
 SECRET_FIELDS: dict[str, Sequence[str]] = {  # an attribute, and values that give a secret away
@@ -2118,7 +2710,7 @@ def test_nothing_is_typed_into_a_field_for_secrets(element: Json) -> None:
     case, digits and characters that nobody sees do not hide one."""
     raw, page = typing(element)
     assert lf.is_sensitive(element)
-    with pytest.raises(lf.Refusal):
+    with pytest.raises(lf.ActionRejected):
         lf.check_action(raw, page)
 
 
@@ -2129,7 +2721,7 @@ def test_nothing_is_typed_into_a_field_for_secrets(element: Json) -> None:
 def test_ordinary_fields_may_be_filled(label: str) -> None:
     """The rule for secrets does not catch what only looks a little like one."""
     raw, page = typing({"label": label})
-    assert lf.check_action(raw, page)["actions"][0]["inputData"] == "x"
+    assert checked(raw, page)["actions"][0]["inputData"] == "x"
 
 
 @pytest.mark.parametrize(
@@ -2146,9 +2738,9 @@ def test_ordinary_fields_may_be_filled(label: str) -> None:
 def test_what_the_owner_forbids_does_not_run(restriction: str, raw: Json) -> None:
     """The site's restrictions: navigate, type, submit; without them the same may run."""
     lf.check_action(raw, page_of())
-    with pytest.raises(lf.Refusal):
+    with pytest.raises(lf.ActionRejected):
         lf.check_action(raw, page_of(restrictions=[restriction]))
-    assert lf.check_action(click(2), page_of(restrictions=[restriction]))["elementId"] == 2
+    assert checked(click(2), page_of(restrictions=[restriction]))["elementId"] == 2
 
 
 @pytest.mark.parametrize(
@@ -2176,9 +2768,9 @@ def test_a_click_that_cannot_be_taken_back_is_known(element: Json, risky: bool) 
     """delete, remove, buy, pay, purchase, order, send, transfer, unsubscribe, cancel what; each
     name is read by itself, without what nobody sees."""
     page = page_of({**PAGE_CONTEXT, "indexedElements": [{"id": 1, "type": "button", **element}]})
-    plan = lf.check_action(click(1), page)
+    plan = plan_of(click(1), page)
     assert bool(lf.irreversible_elements(plan, page)) is risky
-    sequence = lf.check_action(steps(step("scroll_to", 1), step("click", 1)), page)
+    sequence = plan_of(steps(step("scroll_to", 1), step("click", 1)), page)
     assert bool(lf.irreversible_elements(sequence, page)) is risky
 
 
@@ -2193,7 +2785,7 @@ def test_a_submit_of_a_form_that_says_so_cannot_be_taken_back() -> None:
 def test_a_block_is_cut_to_its_limits() -> None:
     """At most 8 items, 280 characters a text, links of the site resolved."""
     items = [{"title": "x" * 500, "url": "/a", "points": ["y"] * 20} for _ in range(20)]
-    shown = lf.check_action(block("link_cards", {"items": items}), page_of())["data"]["items"]
+    shown = checked(block("link_cards", {"items": items}))["data"]["items"]
     assert len(shown) == 8
     cut = {"title": "x" * 280, "url": "https://acme.com/a", "points": ["y"] * 8}
     assert shown[0] == cut
@@ -2202,9 +2794,9 @@ def test_a_block_is_cut_to_its_limits() -> None:
 def test_a_block_shows_something() -> None:
     """Bare words become titles; items that show nothing are left out."""
     mixed = ["Fast", 5, {}, {"title": ""}, "Cheap"]
-    shown = lf.check_action(block("feature_grid", mixed), page_of())
+    shown = checked(block("feature_grid", mixed))
     assert shown["data"] == {"items": [{"title": "Fast"}, {"title": "Cheap"}]}
-    with pytest.raises(lf.Refusal):
+    with pytest.raises(lf.ActionRejected):
         lf.check_action(block("feature_grid", {"items": [{"title": ""}, 5]}), page_of())
 
 
@@ -2213,7 +2805,7 @@ def test_the_vocabulary_comes_from_one_list() -> None:
     options = lf.REPLY_SCHEMA["schema"]["properties"]["action"]["anyOf"]
     names = [o["properties"]["type"]["enum"][0] for o in options if "properties" in o]
     assert names == list(lf.ACTIONS)
-    assert list(lf.REPLY_SCHEMA["schema"]["properties"]) == ["message", "action"]
+    assert list(lf.REPLY_SCHEMA["schema"]["properties"]) == ["message", "answered", "action"]
     for name in names:
         assert f"- {name} {{" in lf.ACTION_HELP
 
@@ -2273,14 +2865,15 @@ def test_nothing_that_fails_validation_is_ever_planned(
     context = {**PAGE_CONTEXT, "indexedElements": elements}
     page = page_of(context, restrictions=restrictions)
     try:
-        plan = lf.check_action(raw, page)
-    except lf.Refusal:
+        plan = checked(raw, page)
+    except lf.ActionRejected:
         return
     if plan["type"] not in lf.PLAN_TYPES:
         return
     json.dumps(plan, allow_nan=False)
     by_id = {e["id"]: e for e in reversed(elements)}
-    for one in lf.steps_of(plan):
+    single = {**plan, "action": lf.SINGLE_STEPS.get(plan["type"])}
+    for one in plan.get("actions", [single]):
         assert one["action"] in lf.STEP_KINDS
         if "elementId" in one:
             element = by_id[one["elementId"]]
@@ -2301,7 +2894,7 @@ def test_a_line_end_submits_nothing() -> None:
     """Typed into a single-line field it becomes a space; a text area keeps it."""
     for kind, typed in (("input", "a b"), ("textarea", "a\nb")):
         raw, page = typing({"type": kind}, "a\nb")
-        assert lf.check_action(raw, page)["actions"][0]["inputData"] == typed
+        assert checked(raw, page)["actions"][0]["inputData"] == typed
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2320,6 +2913,7 @@ class Quirk:
 DONE = sse("[DONE]")
 HELLO = sse(chunk("Hello"), chunk(" world"), "[DONE]")
 USAGE = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+USAGE_EVENT = {"choices": [], "usage": {"total_tokens": 7}}
 BOOM = {"error": {"message": "SECRET provider text", "code": "overloaded"}}
 THOUGHT = {"choices": [{"delta": {"reasoning": "hm", "reasoning_content": "so"}}]}
 ROLE = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
@@ -2378,25 +2972,39 @@ QUIRKS = [
     Quirk("same", sse({"choices": [{"delta": {"role": "hi", "content": "hi"}}]}) * 3, "hihihi"),
     Quirk("many", b"".join(sse(chunk(f"{n}") | {"id": n // 4}) for n in range(9)), "012345678"),
     Quirk("final message", sse({"choices": [{"message": {"content": "Hi"}}]}), "Hi"),
+    Quirk("crlf and two data lines", b'data: {"a":\r\ndata: 5}\r\n\r\n' + sse(chunk("Hi")), "Hi"),
+    Quirk("text beside odd usage", sse(chunk("Hi") | {"usage": {"prompt_tokens": 5}}), "Hi"),
+    Quirk("text beside endless usage", sse(chunk("Hi") | {"usage": {"total_tokens": 1e999}}), "Hi"),
+    Quirk("lone surrogate", b'data: {"choices":[{"delta":{"content":"\\ud83d!"}}]}\n\n', "\ufffd!"),
+    Quirk("error after the end", sse(chunk("Hi"), END, BOOM), "Hi"),
+    Quirk("error with the end", sse(chunk("Hi", finish_reason="stop"), BOOM), "Hi"),
+    Quirk("error with a lone surrogate", b'data: {"error": "\\ud800 SECRET"}\n\n', ""),
+    Quirk("error that is nested", sse({"error": {"message": [[["SECRET"]]]}}), ""),
+    Quirk("error false", sse(chunk("Hi") | {"error": False}, chunk("!") | {"error": {}}), "Hi!"),
+    Quirk("list with error", sse(["error"], {"object": ["error"]}, chunk("Hi")), "Hi"),
+    Quirk("text after no json", sse("{", chunk("Hi")).replace(b"\n\n", b"\n"), "Hi"),
+    Quirk("usage after the end", sse(chunk("Hi"), END, USAGE_EVENT, "[DONE]"), "Hi", tokens=7),
+    Quirk("other fields", b"data\n:\ndat\ndatax: 5\n data: {}\n" + sse(chunk("Hi")), "Hi"),
 ]
 QUIRK_TABLE = pytest.mark.parametrize("quirk", QUIRKS, ids=lambda quirk: quirk.name)
 
 
 def parse_stream(*reads: bytes) -> tuple[str, bool, int | None]:
     """Parse a stream as it was read: its text, whether it was cut short, its tokens."""
-    completion, think = lf.Completion(), lf.ThinkFilter()
-    parser = lf.StreamParser(completion)
-    said = "".join(map(parser.feed, reads)) + parser.finish()
-    said = think.feed(said) + think.finish()
-    return (
-        said,
-        bool(said) and (completion.cut_short or parser.error is not None),
-        completion.tokens,
-    )
+    completion, reader, think = lf.Completion(), lf.EventReader(), lf.ThinkFilter()
+    said, error = "", None
+    for data in (*reads, b"\n\n"):
+        piece, error = lf.read_events(reader.feed(data), completion)
+        said += think.feed(lf.whole_characters(piece))
+        if error is not None:
+            break
+    said += think.feed("", last=True)
+    broken = error is not None and not completion.finished
+    return said, bool(said) and (completion.cut_short or broken), completion.tokens
 
 
 @QUIRK_TABLE
-def test_stream_cut_anywhere(quirk: Quirk) -> None:
+def test_stream_cut_anywhere(quirk: Any) -> None:
     """A stream means the same, in one read or cut at any byte."""
     expected = (quirk.text, quirk.cut_short, quirk.tokens)
     assert parse_stream(quirk.raw) == expected
@@ -2415,8 +3023,8 @@ def test_stream_of_any_texts(data: st.DataObject) -> None:
     raw = b"".join(sse(chunk(t) | more[k]) for t, k in zip(texts, kinds, strict=False))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=6)))
     reads = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
-    parser = lf.StreamParser(lf.Completion())
-    assert "".join(map(parser.feed, reads)) + parser.finish() == "".join(texts)
+    reader, completion = lf.EventReader(), lf.Completion()
+    assert "".join(lf.read_events(reader.feed(r), completion)[0] for r in reads) == "".join(texts)
 
 
 def test_stream_with_long_lines() -> None:
@@ -2487,6 +3095,54 @@ async def test_deep_content_is_passed_over(visitor: Visitor, model: FakeModel) -
     assert (await visitor.ask())["data"]["text"] == "Hi"
 
 
+TOO_LONG_IN_STREAM = {"error": {"message": "maximum context length", "code": 400}}
+
+
+HOSTILE: dict[str, Callable[[int], list[bytes]]] = {  # about n bytes each, as reads
+    "never-ending line": lambda n: [b"x"] * n,
+    "never-ending data line": lambda n: [b"data: ", *[b"["] * n],
+    "half JSON in one read": lambda n: [b"data: {\n" * (n // 8)],
+    "half JSON, a read a line": lambda n: [b"data: {\n"] * (n // 8),
+    "half JSON of 1 kB": lambda n: [b"data: " + b'{"a":' * 200 + b"\n"] * (n // 1000),
+    "half JSON in bytes": lambda n: [b"%c" % b for b in b"data: [\n" * (n // 8)],
+    "events of half JSON": lambda n: [b"data: {\n\n"] * (n // 9),
+    "pairs of half JSON": lambda n: [b"data: {\ndata: [\n\n"] * (n // 17),
+    "line ends": lambda n: [b"\n"] * n,
+    "line ends in one read": lambda n: [b"\r\n" * (n // 2)],
+    "comments": lambda n: [b":\n"] * (n // 2),
+    "small events": lambda n: [b"data:0\n" * (n // 7)],
+    "depth": lambda n: [b"data: " + b"[" * n + b"\n"],
+    "lone surrogates": lambda n: [b'data: "' + b"\\ud800" * (n // 6) + b'"\n'],
+    "many digits": lambda n: [b"data: " + b"9" * n + b"\n"],
+    "errors": lambda n: [sse({"object": "x", "error": None, "message": "context " * (n // 8)})],
+    "an error": lambda n: [sse({"error": "maximum context exceeds the " * (n // 28)})],
+    "parts": lambda n: [sse(chunk([{"text": "x"}] * (n // 14)))],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_streams_take_linear_time(name: str) -> None:
+    """Twice as many bytes take twice as long, up to the limit of a line."""
+
+    def seconds(size: int) -> float:
+        reads = HOSTILE[name](size)
+        started = time.process_time()
+        with contextlib.suppress(lf.ModelError):
+            parse_stream(*reads)
+        return time.process_time() - started
+
+    small, large = (min(seconds(size) for _ in range(2)) for size in (100_000, 400_000))
+    assert large < 0.1 + 8 * small, (small, large)
+
+
+def test_what_a_stream_can_hold_back_is_bounded() -> None:
+    """A line without end, and half JSON without end, are errors."""
+    for endless in (b"x" * 999, b"data: {" + b"'" * 999 + b"\n", b"data: [" + b"1," * 500 + b"\r"):
+        reads = [endless] * (2 * lf.MAX_SSE_LINE_BYTES // 999)
+        with pytest.raises(lf.ModelError, match="too long"):
+            parse_stream(*reads)
+
+
 # ---------------------------------------------------------------------------------------------
 # The model client: requests, retries, time-outs
 
@@ -2510,58 +3166,6 @@ async def test_model_gets_the_key(serve: Serve, model: FakeModel) -> None:
     async with lf.serving(config) as (_, url), Server(url) as server:
         await (await server.visitor()).ask()
     assert model.headers[0]["Authorization"] == "Bearer sk-key"
-
-
-@pytest.mark.parametrize(
-    ("complaints", "expected"),
-    [
-        (
-            [complaint(name) for name in ("temperature", "stream_options", "json_schema")],
-            {
-                "temperature": None,
-                "stream_options": None,
-                "response_format": {"type": "json_object"},
-            },
-        ),
-        (
-            [complaint("'response_format' of type 'json_schema' is not supported")],
-            {"response_format": {"type": "json_object"}},
-        ),
-        (
-            [complaint("json_schema is not supported"), complaint("unknown: response_format", 422)],
-            {"response_format": None},
-        ),
-        ([complaint("Unrecognized request argument: stream_options")], {"stream_options": None}),
-        (
-            [complaint("Unsupported: 'max_tokens'. Use 'max_completion_tokens' instead.")],
-            {"max_tokens": None, "max_completion_tokens": 1024},
-        ),
-        (
-            [complaint("max_tokens is unknown"), complaint("max_completion_tokens is unknown")],
-            {"max_tokens": None, "max_completion_tokens": None},
-        ),
-        ([complaint("'temperature' does not support 0.2", 422)], {"temperature": None}),
-    ],
-)
-async def test_refused_parameters(
-    complaints: list[Script], expected: Json, server: Server, visitor: Visitor, model: FakeModel
-) -> None:
-    """A 400 or 422 that names a parameter drops it, at once and for the process."""
-    model.scripts.extend(complaints)
-    started = time.monotonic()
-    expect_end(await visitor.ask(), "ok")
-    assert time.monotonic() - started < 0.5  # no backoff
-    assert len(model.requests) == len(complaints) + 1
-    for name, value in expected.items():
-        assert model.requests[-1].get(name) == value
-    first = model.requests[0]
-    untouched = first.keys() - expected.keys() - {"messages"}
-    assert all(model.requests[-1][name] == first[name] for name in untouched)
-    assert not model.requests[-1].keys() - first.keys() - {"max_completion_tokens"}
-    stranger = await server.visitor()
-    expect_end(await stranger.ask(), "ok")  # another visitor does not pay for it again
-    assert len(model.requests) == len(complaints) + 2
-    assert model.requests[-1].keys() == model.requests[-2].keys()
 
 
 async def test_refused_parameter_of_concurrent_calls(server: Server, model: FakeModel) -> None:
@@ -2668,7 +3272,7 @@ async def test_no_model_at_all(serve: Serve, caplog: Log) -> None:
         visitor = await server.visitor()
         expect_end(await visitor.ask(), "")
     assert [m for m in caplog.messages if "attempt" in m][-1].endswith("(attempt 3)")
-    assert await visitor.history() == [("user", "Hello"), ("assistant", lf.NO_ANSWER)]
+    assert (await visitor.history())[1][1].startswith(lf.NO_ANSWER)
 
 
 @pytest.mark.parametrize(
@@ -2722,10 +3326,6 @@ async def test_endless_reply_is_cut(visitor: Visitor, model: FakeModel) -> None:
     assert end["data"]["text"].endswith(lf.CUT_SHORT)
 
 
-async def pause(_: web.Request) -> None:
-    await asyncio.sleep(0.1)
-
-
 def http_chunks(*pieces: bytes) -> Callable[[web.Request], Awaitable[None]]:
     """A step that writes pieces, each its own HTTP chunk, all at once."""
 
@@ -2745,26 +3345,12 @@ async def test_stream_that_is_paused(count: int, visitor: Visitor, model: FakeMo
     expect_end(await visitor.ask(), "one two")
 
 
-@pytest.mark.parametrize("said", ["", "Half"])
-async def test_timeouts_are_not_reset_by_comments(
-    said: str, visitor: Visitor, model: FakeModel, monkeypatch: Patch
-) -> None:
-    """Without first or further text in time the turn ends, whatever else arrives."""
-    monkeypatch.setattr(lf, "FIRST_TEXT_SECONDS", 30 if said else 0.3)
-    monkeypatch.setattr(lf, "NEXT_TEXT_SECONDS", 0.3 if said else 30)
-    idle: list[Step] = [b": ping\n\n" + sse(THOUGHT), pause]
-    model.scripts.append([sse(chunk(said)), *idle * 100])
-    started = time.monotonic()
-    expect_end(await visitor.ask(), said, cut_short=bool(said))
-    assert 0.25 <= time.monotonic() - started < 3
-    await until(lambda: model.hung_up)
-
-
-@with_constants(FIRST_TEXT_SECONDS=1.2, NEXT_TEXT_SECONDS=1.2)
+@with_constants(NEXT_TEXT_SECONDS=0.2)
+@with_config(llm={"first_text_seconds": 0.2})
 async def test_steady_text_takes_its_time(visitor: Visitor, model: FakeModel) -> None:
     """Text that keeps coming moves the deadline."""
-    model.scripts.append([sse(chunk("x")), pause] * 20)
-    expect_end(await visitor.ask(), "x" * 20)
+    model.scripts.append([step for n in range(10) for step in (sse(chunk(f"{n}")), pause)])
+    expect_end(await visitor.ask(), "0123456789")
 
 
 async def test_a_connection_to_the_model_serves_many_turns(
@@ -2781,6 +3367,697 @@ async def test_a_connection_to_the_model_serves_many_turns(
         model.scripts.append([*reply("Hi"), note_peer])
         assert (await visitor.ask())["data"]["text"] == "Hi"
     assert len(peers) == 1
+
+
+def warnings(caplog: Log) -> str:
+    return "\n".join(r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+
+
+def used(server: Server) -> tuple[int, int]:
+    """The tokens that the shop has spent, and those set aside."""
+    usage = lf.usage_today(server.app, "shop", time.time())
+    return usage.tokens, usage.reserved
+
+
+LLAMA_SERVER = {
+    "code": 400,
+    "message": "the request exceeds the available context size (1536 tokens), try increasing it",
+    "type": "exceed_context_size_error",
+    "n_prompt_tokens": 1700,
+    "n_ctx": 1536,
+}
+
+
+OPENAI = {
+    "message": "This model's maximum context length is 8192 tokens. Please reduce the length.",
+    "type": "invalid_request_error",
+    "param": "messages",
+    "code": "context_length_exceeded",
+}
+
+
+VLLM = {
+    "object": "error",
+    "message": "'max_tokens' is too large: 1024. This model's maximum context length is 1536"
+    " tokens and your request has 900 input tokens (parameter=max_tokens, value=1024)",
+    "type": "BadRequestError",
+    "param": "max_tokens",
+    "code": 400,
+}
+
+
+LITELLM = {
+    "message": "litellm.ContextWindowExceededError: litellm.BadRequestError: OpenAIException -"
+    " max_tokens and temperature and response_format",
+    "type": None,
+    "param": None,
+    "code": "400",
+}
+
+
+OVERFLOWS: dict[str, Script] = {
+    "llama-server": status(400, {"error": LLAMA_SERVER}),
+    "llama-server of old": status(500, {"error": LLAMA_SERVER | {"type": "server_error"}}),
+    "OpenAI": status(400, {"error": OPENAI}),
+    "OpenAI, code alone": status(400, {"error": {"code": "context_length_exceeded"}}),
+    "vLLM": status(400, VLLM),
+    "LiteLLM": status(400, {"error": LITELLM}),
+    "Anthropic": complaint("prompt is too long: 210000 tokens > 200000 maximum"),
+    "Gemini": complaint("The input token count (9) exceeds the maximum number of tokens allowed"),
+    "Mistral": complaint(
+        "Prompt contains 40000 tokens, too large for model with 32768 maximum context length"
+    ),
+    "xAI": complaint("This model's maximum prompt length is 131072"),
+    "SGLang": complaint("The input (5000 tokens) is longer than the model's context length"),
+    "llama-cpp-python": complaint("Requested tokens (2000) exceed context window of 512", 500),
+    "Bedrock": complaint("Input is too long for requested model."),
+    "plain text": lambda _: text_response("Error: maximum context length exceeded", 413),
+    "in a stream": [sse({"error": LLAMA_SERVER})],
+    "in a stream, vLLM": [sse(VLLM, "[DONE]")],
+    "in a stream, as text": [sse({"error": "This model's maximum context length is 5 tokens"})],
+    "nested in a stream": [
+        sse(
+            {
+                "error": {
+                    "message": "Provider returned error",
+                    "metadata": {"raw": json.dumps(OPENAI)},
+                }
+            }
+        )
+    ],
+    "in a stream after a role": [sse(chunk(""), THOUGHT, {"error": OPENAI})],
+}
+
+
+async def text_response(text: str, code: int) -> web.StreamResponse:
+    return web.Response(text=text, status=code)
+
+
+def sees(model: FakeModel, number: int, *words: str) -> list[bool]:
+    prompt = model.prompt(number)
+    return [word in prompt for word in words]
+
+
+@pytest.mark.parametrize("wording", OVERFLOWS)
+@with_config(limits={"site_tokens_per_day": 100_000})
+async def test_context_overflow(
+    wording: str, server: Server, visitor: Visitor, model: FakeModel, caplog: Log
+) -> None:
+    """What is too long is asked again with half the history, none, and a quarter of the page.
+
+    Then the visitor is told to start over. There is no pause between them, none costs anything.
+    """
+    for number in range(4):
+        await visitor.ask(f"question-{number}")
+    spent, calls = used(server)[0], len(model.requests)
+    page = {"url": "https://acme.com/", "visibleText": "Begin " + "lorem ipsum " * 200 + "End"}
+    model.scripts.extend([OVERFLOWS[wording]] * 4)
+    started = time.monotonic()
+    end = await visitor.ask("question-now", pageContext=page)
+    assert time.monotonic() - started < 3
+    assert (end["event"], end["data"]) == ("message", {"text": lf.TOO_LONG, "isError": True})
+    words = ("question-0", "question-3", "question-now", "Begin", "End")
+    assert [sees(model, calls + n, *words) for n in range(4)] == [
+        [True, True, True, True, True],
+        [False, True, True, True, True],
+        [False, False, True, True, True],
+        [False, False, True, True, False],
+    ]
+    assert len(model.requests) == calls + 4
+    sizes = [len(model.prompt(calls + n)) for n in range(4)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert model.requests[-1].keys() == model.requests[0].keys()  # no parameter was blamed
+    assert used(server) == (spent, 0)
+    assert "the prompt is too long" in warnings(caplog)
+    model.scripts.append(OVERFLOWS[wording])
+    expect_end(await visitor.ask("again"), "ok")  # what is short enough is answered
+    assert len(model.requests) == calls + 6
+
+
+async def test_overflow_after_text_is_a_broken_stream(visitor: Visitor, model: FakeModel) -> None:
+    """Text that has been said is not said again."""
+    model.scripts.append([sse(chunk("Half"), TOO_LONG_IN_STREAM)])
+    expect_end(await visitor.ask(), "Half", cut_short=True)
+    assert len(model.requests) == 1
+
+
+EXTRA = {"frequency_penalty": 0.5, "reasoning_effort": "low", "top-k": 3, "logit_bias": {"5": -100}}
+
+
+@pytest.mark.parametrize(
+    ("complaints", "expected"),
+    [
+        ([complaint("Input should be 'text' or 'json_object'", 500)],
+         {"response_format": {"type": "json_object"}}),
+        ([complaint("Input should be 'text' or 'json_object'", 500),
+          complaint("json_object is not supported", 500)], {"response_format": None}),
+        ([complaint("stream_options", 500)], {"stream_options": None}),
+        ([complaint("include_usage?", 422)], {"stream_options": None}),
+        ([complaint("unknown field: frequency_penalty")], {"frequency_penalty": None}),
+        ([complaint("reasoning_effort is for others", 422)], {"reasoning_effort": None}),
+        ([complaint("Unknown parameter: 'top-k'.", 500)], {"top-k": None}),
+        ([complaint("max_tokens: use max_completion_tokens", 500)],
+         {"max_tokens": None, "max_completion_tokens": 1024}),
+        ([complaint(name) for name in "logit_bias temperature max_tokens max_completion_tokens"
+          " json_schema json_object".split()],
+         dict.fromkeys("logit_bias temperature max_tokens max_completion_tokens"
+                       " response_format".split())),
+    ],
+)  # fmt: skip
+@with_config(llm={"extra": EXTRA, "max_tokens": 1024})
+async def test_refused_parameters(
+    complaints: list[Script], expected: Json, server: Server, model: FakeModel, caplog: Log
+) -> None:
+    """A 400, 422 or 500 that names a parameter drops it, at once and for the process."""
+    visitor = await server.visitor()
+    model.scripts.extend(complaints)
+    started = time.monotonic()
+    expect_end(await visitor.ask(), "ok")
+    assert time.monotonic() - started < 0.45  # no backoff
+    assert not warnings(caplog)
+    assert "the model does not take " + next(iter(expected)) in caplog.text
+    assert len(model.requests) == len(complaints) + 1
+    first, last = model.requests[0], model.requests[-1]
+    assert EXTRA.items() <= first.items()
+    for name, value in expected.items():
+        assert last.get(name) == value
+    untouched = first.keys() - expected.keys()
+    assert all(last[name] == first[name] for name in untouched)
+    assert not last.keys() - first.keys() - {"max_completion_tokens"}
+    stranger = await server.visitor()
+    expect_end(await stranger.ask(), "ok")
+    assert len(model.requests) == len(complaints) + 2
+    assert model.requests[-1].keys() == last.keys()
+
+
+@with_config(llm={"extra": {"response_format": {"type": "text"}, "temperature": 1, "seed": 5}})
+async def test_extra_comes_before_what_is_asked_for(visitor: Visitor, model: FakeModel) -> None:
+    """[llm.extra] may change what is sent anyway."""
+    expect_end(await visitor.ask(), "ok")
+    assert model.requests[0]["response_format"] == {"type": "text"}
+    assert (model.requests[0]["temperature"], model.requests[0]["seed"]) == (1, 5)
+
+
+async def test_500_that_names_nothing_is_retried_later(
+    visitor: Visitor, model: FakeModel, caplog: Log
+) -> None:
+    """Only a 500 that names a parameter is about it."""
+    model.scripts.append(complaint("SECRET internal failure", 500))
+    started = time.monotonic()
+    expect_end(await visitor.ask(), "ok")
+    assert time.monotonic() - started > 0.45
+    assert model.requests[0].keys() == model.requests[1].keys()
+    assert "HTTP 500 (invalid_request_error) (attempt 1)" in caplog.text
+    assert "SECRET" not in caplog.text
+
+
+@pytest.mark.parametrize("code", [401, 403, 404, 429, 502, 503])
+async def test_other_statuses_are_not_about_parameters(
+    code: int, visitor: Visitor, model: FakeModel
+) -> None:
+    """A parameter that such an answer names stays."""
+    body = {"error": {"message": "temperature"}}
+    model.scripts.append(status(code, body, Retry_After="0"))
+    expect_end(await visitor.ask(), "ok" if code in (429, 502, 503) else "")
+    expect_end(await visitor.ask(), "ok")
+    assert model.requests[-1].keys() == model.requests[0].keys()
+
+
+async def close_after(request: web.Request) -> None:
+    """Let the server say keep-alive and close the connection once the response is out."""
+    assert request.transport is not None
+    asyncio.get_running_loop().call_later(0.02, request.transport.close)
+
+
+class Stale:
+    """A model that answers a connection's first request and drops its second one unread."""
+
+    def __init__(self, how: str) -> None:
+        self.how, self.requests, self.dropped, self.url = how, 0, 0, ""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await self.read_request(reader)
+            self.requests += 1
+            body = b"".join(reply("Hi"))
+            head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: keep-alive"
+            writer.write(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+            await writer.drain()
+            await self.read_request(reader)  # it comes, and is not answered
+            self.dropped += 1
+            if self.how == "reset":
+                linger = struct.pack("ii", 1, 0)
+                writer.get_extra_info("socket").setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, linger
+                )
+            if self.how == "half an answer":
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Ty")
+                await writer.drain()
+        writer.close()
+
+    async def read_request(self, reader: asyncio.StreamReader) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        await reader.readexactly(int(head.split("content-length: ")[1].split("\r\n")[0]))
+
+
+@contextlib.asynccontextmanager
+async def stale_model(how: str) -> Any:
+    stale = Stale(how)
+    async with await asyncio.start_server(stale.serve, "127.0.0.1", 0) as listener:
+        stale.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/v1"
+        yield stale
+
+
+@pytest.mark.parametrize("how", ["close", "reset", "half an answer"])
+async def test_stale_connections(how: str, serve: Serve, caplog: Log) -> None:
+    """A kept connection that turns out to be closed: again at once, without a word in the log."""
+    async with stale_model(how) as stale:
+        server = await serve(llm={"base_url": stale.url})
+        visitor = await server.visitor()
+        started = time.monotonic()
+        for _ in range(5):
+            expect_end(await visitor.ask(), "Hi")
+        assert time.monotonic() - started < 2.5  # half a second each would be more
+        assert (stale.requests, stale.dropped) == (5, 4)
+        assert not warnings(caplog)
+
+
+async def test_many_stale_connections(serve: Serve, caplog: Log) -> None:
+    """All connections of the pool may be closed ones: none of them counts as an attempt."""
+    async with stale_model("close") as stale:
+        server = await serve(llm={"base_url": stale.url})
+        visitors = [await server.visitor() for _ in range(8)]
+        for _ in range(2):
+            for end in await asyncio.gather(*(visitor.ask() for visitor in visitors)):
+                expect_end(end, "Hi")
+        assert stale.dropped >= 4
+        assert not warnings(caplog)
+
+
+async def test_server_that_closes_after_each_stream(
+    visitor: Visitor, model: FakeModel, caplog: Log
+) -> None:
+    """llama-server says keep-alive and closes: that costs no attempt, whenever it happens."""
+    for pause in (0, 0.01, 0.03, 0.1):
+        model.scripts.append([*reply("Hi"), close_after])
+        expect_end(await visitor.ask(), "Hi")
+        await asyncio.sleep(pause)
+    assert not warnings(caplog)
+    assert len(model.requests) <= 8
+
+
+async def test_new_connections_that_break_are_counted(
+    visitor: Visitor, model: FakeModel, caplog: Log
+) -> None:
+    """Only an old connection is excused."""
+    model.scripts.extend([reset] * 4)
+    started = time.monotonic()
+    expect_end(await visitor.ask(), "")
+    assert len(model.requests) == 3
+    assert time.monotonic() - started > 1.9  # 0.5 and 1.5 s
+    assert "(attempt 3)" in caplog.text
+
+
+@with_config(
+    llm={"parallel_calls": 2, "first_text_seconds": 0.6}, limits={"site_tokens_per_day": 100_000}
+)
+async def test_parallel_calls(server: Server, model: FakeModel, caplog: Log) -> None:
+    """So many calls at once; the others wait in the queue, and waiting is no time-out."""
+    visitors = [await server.visitor() for _ in range(6)]
+    at_once: list[int] = []
+    busy = 0
+
+    async def slowly(_: web.Request) -> None:
+        nonlocal busy
+        busy += 1
+        at_once.append(busy)
+        await asyncio.sleep(0.4)
+        busy -= 1
+
+    model.scripts.extend([[slowly, *using(10)]] * 6)
+    started = time.monotonic()
+    for end in await asyncio.gather(*(visitor.ask() for visitor in visitors)):
+        expect_end(end, "ok")
+    assert time.monotonic() - started > 1.1  # longer than first_text_seconds
+    assert max(at_once) == 2
+    assert not warnings(caplog)
+    assert used(server) == (60, 0)
+
+
+@with_config(llm={"parallel_calls": 1}, limits={"site_tokens_per_day": 100_000})
+async def test_calls_that_leave_the_queue(server: Server, model: FakeModel) -> None:
+    """A visitor who stops while waiting has cost nothing, and the queue goes on."""
+    first, second, third = [await server.visitor() for _ in range(3)]
+    model.scripts.append([model.at_gate, *using(10)])
+    await first.chat()
+    await until(lambda: model.requests)
+    await second.chat()
+    await third.chat()
+    await second.send("stop")
+    assert (await second.turn())[-1]["data"]["text"] == ""
+    await first.send("stop")  # in the middle of its call
+    model.scripts.append(using(7))
+    expect_end((await third.turn())[-1], "ok")
+    prompt = sum(len(m["content"]) for m in model.requests[0]["messages"]) // 4
+    assert used(server) == (prompt + 7, 0)
+    assert len(model.requests) == 2
+
+
+async def pause(_: web.Request) -> None:
+    await asyncio.sleep(0.1)
+
+
+LIFE = {
+    "reasoning": sse(THOUGHT),
+    "reasoning_content": sse({"choices": [{"delta": {"content": None, "reasoning_content": "x"}}]}),
+    "reasoning alone": sse({"choices": [{"delta": {"reasoning": "x"}}]}),
+}
+
+
+NO_LIFE = {
+    "comment": b": keep-alive\n\n",
+    "line ends": b"\n\n",
+    "role": sse({"choices": [{"delta": {"role": "assistant", "content": ""}}]}),
+    "empty reasoning": sse({"choices": [{"delta": {"reasoning": "", "reasoning_content": None}}]}),
+    "no choices": sse({"choices": []}),
+    "no json": sse("ping"),
+}
+
+
+@pytest.mark.parametrize("sign", LIFE)
+@with_config(llm={"first_text_seconds": 0.8})
+@with_constants(NEXT_TEXT_SECONDS=0.8)
+async def test_reasoning_keeps_a_call_alive(
+    sign: str, visitor: Visitor, model: FakeModel, caplog: Log
+) -> None:
+    """Reasoning for longer than first_text_seconds, before the text and in its middle."""
+    thinking: list[Step] = [LIFE[sign], pause] * 15
+    model.scripts.append([*thinking, sse(chunk("He")), *thinking, sse(chunk("llo")), sse("[DONE]")])
+    started = time.monotonic()
+    expect_end(await visitor.ask(), "Hello")
+    assert time.monotonic() - started > 1.8
+    assert len(model.requests) == 1
+    assert not warnings(caplog)
+
+
+@pytest.mark.parametrize("sign", NO_LIFE)
+@pytest.mark.parametrize("said", ["", "Half"])
+@with_config(llm={"first_text_seconds": 0.5})
+@with_constants(NEXT_TEXT_SECONDS=0.5)
+async def test_what_is_no_sign_of_life(
+    sign: str, said: str, visitor: Visitor, model: FakeModel, caplog: Log
+) -> None:
+    """Keep-alive comments and empty deltas do not move the time-out; it is not retried."""
+    idle: list[Step] = [NO_LIFE[sign], pause]
+    model.scripts.append([sse(chunk(said)), *idle * 100])
+    started = time.monotonic()
+    expect_end(await visitor.ask(), said, cut_short=bool(said))
+    assert 0.45 <= time.monotonic() - started < 2
+    await until(lambda: model.hung_up)
+    assert len(model.requests) == 1
+    assert "TimeoutError" in warnings(caplog)
+
+
+@with_config(llm={"first_text_seconds": 1})
+@with_constants(NEXT_TEXT_SECONDS=0.2)
+async def test_a_first_thought_takes_no_time_away(visitor: Visitor, model: FakeModel) -> None:
+    """Who has begun to think has first_text_seconds for the first text all the same."""
+    pauses: list[Step] = [pause] * 6
+    model.scripts.append([sse(THOUGHT), *pauses, sse(chunk("Hi"), "[DONE]")])
+    expect_end(await visitor.ask(), "Hi")
+
+
+@with_config(llm={"first_text_seconds": 5})
+@with_constants(NEXT_TEXT_SECONDS=0.3)
+async def test_further_text_has_its_own_time(visitor: Visitor, model: FakeModel) -> None:
+    """After the first text the next must come in NEXT_TEXT_SECONDS."""
+    model.scripts.append([sse(chunk("Hi")), forever])
+    started = time.monotonic()
+    expect_end(await visitor.ask(), "Hi", cut_short=True)
+    assert 0.25 < time.monotonic() - started < 2
+
+
+@with_constants(MODEL_CALL_SECONDS=0.8)
+async def test_no_call_lasts_for_ever(visitor: Visitor, model: FakeModel) -> None:
+    """Steady dripping ends some day."""
+    model.scripts.append([sse(chunk("x")), pause] * 100)
+    end = await visitor.ask()
+    assert 3 <= end["data"]["text"].count("x") <= 9
+    assert end["data"]["text"].endswith(lf.CUT_SHORT)
+
+
+@with_config(llm={"first_text_seconds": 0.4})
+async def test_headers_in_time(visitor: Visitor, model: FakeModel) -> None:
+    """A server that accepts and says nothing at all is a time-out, too."""
+
+    async def silent(request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(30)
+        return web.Response()
+
+    model.scripts.append(silent)
+    started = time.monotonic()
+    expect_end(await visitor.ask(), "")
+    assert 0.35 <= time.monotonic() - started < 2
+    assert len(model.requests) == 1
+
+
+@with_config(limits={"site_tokens_per_day": 100_000})
+@with_constants(READ_OUT_SECONDS=0.5)
+async def test_silence_after_a_finish_reason(
+    server: Server, visitor: Visitor, model: FakeModel, caplog: Log
+) -> None:
+    """LiteLLM's usage 47 s late: the answer is whole after 2 s, with its action."""
+    action = {"type": "ask_user", "field": {"name": "size", "label": "Size", "type": "text"}}
+    script = act("Sure", action)[0].replace(sse("[DONE]"), b"")
+    pings: list[Step] = [b": ping\n\n", pause]
+    thoughts: list[Step] = [sse(THOUGHT), pause]
+    for ending in ([forever], pings * 100, thoughts * 100):
+        model.scripts.append([script, sse(END), *ending])
+        started = time.monotonic()
+        frames = await visitor_asks(visitor)
+        assert 0.45 <= time.monotonic() - started < 1.5
+        assert lf.CUT_SHORT not in json.dumps(frames)
+        assert frames[-1]["event"] == "message"
+        assert frames[-1]["data"]["isQuestion"] is True  # its action runs
+    assert not warnings(caplog)
+    assert used(server)[1] == 0
+
+
+async def visitor_asks(visitor: Visitor) -> list[Json]:
+    await visitor.chat()
+    return await visitor.turn()
+
+
+@with_config(limits={"site_tokens_per_day": 100_000})
+async def test_usage_after_a_finish_reason_counts(
+    server: Server, visitor: Visitor, model: FakeModel
+) -> None:
+    """Usage within the 2 s after a finish_reason is what the call cost."""
+    model.scripts.append([sse(chunk("Hi"), END), *[pause] * 5, sse(USAGE_EVENT), forever])
+    started = time.monotonic()
+    expect_end(await visitor.ask(), "Hi")
+    assert 1.8 <= time.monotonic() - started < 4
+    assert used(server) == (7, 0)
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        [sse(BOOM)],
+        [sse(TOO_LONG_IN_STREAM)],
+        [sse({"error": {"code": 500}})],
+        [pause, cut_wire],
+        [b"data: " + b"x" * (lf.MAX_SSE_LINE_BYTES + 70_000)],
+        [b"\x00\xff<html>"],
+        [],
+    ],
+    ids=["error", "overflow", "error 500", "broken wire", "long line", "garbage", "nothing"],
+)
+async def test_whatever_comes_after_a_finish_reason(
+    ending: list[Step], visitor: Visitor, model: FakeModel, caplog: Log
+) -> None:
+    """After a finish_reason a stream is whole, whatever comes then."""
+    model.scripts.append([sse(chunk("Hi"), END), *ending])
+    expect_end(await visitor.ask(), "Hi")
+    assert len(model.requests) == 1
+    assert not warnings(caplog)
+
+
+async def test_length_is_cut_short_all_the_same(visitor: Visitor, model: FakeModel) -> None:
+    """finish_reason: length says that the answer is not whole, and its action does not run."""
+    model.scripts.append([sse(chunk("Half", finish_reason="length")), pause, cut_wire])
+    expect_end(await visitor.ask(), "Half", cut_short=True)
+
+
+@pytest.mark.parametrize(
+    ("script", "reason", "tokens"),
+    [
+        ([b""], "an empty stream", 0),
+        ([sse("[DONE]")], "an empty stream", 0),
+        ([sse(END, "[DONE]")], "an empty stream", 0),
+        ([sse(chunk(""), chunk(None), "[DONE]")], "an empty stream", 0),
+        ([b"<html>SECRET</html>"], "an empty stream", 0),
+        ([sse(THOUGHT, THOUGHT, "[DONE]")], "only reasoning", 0),
+        ([sse(THOUGHT, END), pause, cut_wire], "only reasoning", 0),
+        ([sse({"choices": [{"delta": {"reasoning": "x"}, "finish_reason": "length"}]})],
+         "only reasoning", 0),
+        ([sse(chunk("{}"), "[DONE]")], "no message", None),
+        ([sse(chunk('{"action": null}'), "[DONE]")], "no message", None),
+        ([sse(chunk('{"message": ""}'), "[DONE]")], "no message", None),
+        ([sse(chunk("<think>SECRET</think>"), "[DONE]")], "no message", None),
+        ([sse(chunk(" \n"), "[DONE]")], "no message", None),
+    ],
+)  # fmt: skip
+@with_config(limits={"site_tokens_per_day": 100_000})
+async def test_streams_without_text(
+    script: Script, reason: str, tokens: int | None, server: Server, model: FakeModel, caplog: Log
+) -> None:
+    """They end in a message that isError, are logged with the reason; empty ones cost nothing."""
+    visitor = await server.visitor()
+    model.scripts.append(script)
+    end = await visitor.ask()
+    assert end["event"] == "message"
+    assert end["data"]["isError"] is True
+    assert end["data"]["text"].startswith(lf.NO_ANSWER)
+    assert reason in warnings(caplog)
+    assert "SECRET" not in caplog.text
+    assert used(server)[1] == 0
+    if tokens is not None:
+        assert used(server)[0] == tokens
+    assert len(model.requests) == 1
+
+
+@with_config(limits={"site_tokens_per_day": 100_000})
+async def test_thoughts_that_are_reported_are_charged(
+    server: Server, visitor: Visitor, model: FakeModel
+) -> None:
+    """What a provider bills counts, also where no answer came of it."""
+    model.scripts.append([sse(THOUGHT, END, USAGE_EVENT, "[DONE]")])
+    expect_end(await visitor.ask(), "")
+    assert used(server) == (7, 0)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+async def test_answer_that_does_not_stream(
+    indent: int | None, server: Server, visitor: Visitor, model: FakeModel
+) -> None:
+    """One JSON body is an answer, too, also one that arrives in pieces; an error in it is one."""
+    answer = {"choices": [{"message": {"content": "Hi"}}], "usage": {"total_tokens": 9}}
+
+    async def whole(request: web.Request, body: Any = answer) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        await response.prepare(request)
+        for byte in json.dumps(body, indent=indent).encode():
+            await response.write(b"%c" % byte)
+        return response
+
+    model.scripts.extend([whole, lambda request: whole(request, BOOM), whole])
+    expect_end(await visitor.ask(), "Hi")
+    expect_end(await visitor.ask(), "")
+    expect_end(await visitor.ask(), "Hi")
+    assert used(server) == (18, 0)
+    assert len(model.requests) == 3
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        status(401, {"error": {"message": "SECRET", "code": "invalid_api_key"}}),
+        complaint("no such model SECRET", 404),
+        status(302, {}, Location="/elsewhere"),
+        [sse(BOOM)],
+        [b""],
+        status(503, {}, Retry_After="0"),
+    ],
+    ids=["401", "404", "302", "error in the stream", "empty", "503"],
+)
+async def test_the_guide_helps_out(
+    broken: Script, server: Server, visitor: Visitor, model: FakeModel, caplog: Log
+) -> None:
+    """If the model cannot be had, the message holds what the guide finds for the question."""
+    page = {
+        "url": "https://acme.com/returns",
+        "visibleText": "Returns\nYou can return everything within 30 days, free of charge.\n",
+        "indexedElements": [],
+    }
+    model.scripts.extend([broken] * 3)
+    end = await visitor.ask("Within how many days can I return something?", pageContext=page)
+    assert end["event"] == "message"
+    assert end["data"]["isError"] is True
+    assert end["data"]["text"].startswith(lf.NO_ANSWER)
+    assert "within 30 days" in end["data"]["text"]
+    assert (await visitor.history())[-1] == ("assistant", end["data"]["text"])
+    assert "a turn got no whole answer" in warnings(caplog)
+    assert "SECRET" not in caplog.text + json.dumps(visitor.frames)
+    model.scripts.clear()
+    expect_end(await visitor.ask(), "ok")
+
+
+async def breath(_: web.Request) -> None:
+    await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("piece", [3, 200])
+@pytest.mark.parametrize("unit", ["I am sorry. ", "We sell coffee and tea in many sizes. "])
+@pytest.mark.parametrize("form", ["plain", "json"])
+async def test_a_reply_that_repeats_itself(
+    piece: int, unit: str, form: str, visitor: Visitor, model: FakeModel, caplog: Log
+) -> None:
+    """A reply that says its last 200 characters three times in a row is stopped."""
+    text = "Hello. " + unit * (20_000 // len(unit))
+    raw = text if form == "plain" else json.dumps({"message": text})
+    pieces = [raw[i : i + piece] for i in range(0, len(raw), piece)]
+    model.scripts.append([step for one in pieces for step in (sse(chunk(one)), breath)])
+    end = await visitor.ask()
+    assert end["event"] == "message_done"
+    assert end["data"]["text"].endswith(lf.CUT_SHORT)
+    assert len(end["data"]["text"]) < 2500
+    assert "repeats itself" in warnings(caplog)
+    await until(lambda: model.hung_up)
+
+
+async def test_a_list_does_not_repeat_itself(visitor: Visitor, model: FakeModel) -> None:
+    """Text that is only alike goes on."""
+    text = "".join(f"{n}. Coffee of the house, 250 g, {n * 3} €\n" for n in range(200))
+    model.scripts.append([sse(*(chunk(text[i : i + 9]) for i in range(0, len(text), 9)), "[DONE]")])
+    expect_end(await visitor.ask(), text)
+
+
+async def test_the_key_goes_to_no_other_address(
+    serve: Serve, model: FakeModel, caplog: Log
+) -> None:
+    """A redirect is an error; the request does not follow it."""
+    elsewhere = status(307, {}, Location=f"{model.url}/chat/completions")
+    model.scripts.append(elsewhere)
+    server = await serve(model)
+    expect_end(await (await server.visitor()).ask(), "")
+    assert len(model.requests) == 1
+    assert "HTTP 307" in caplog.text
+
+
+async def test_a_deleted_site_in_the_middle_of_a_call(
+    server: Server, visitor: Visitor, model: FakeModel
+) -> None:
+    """A call of a site that goes away ends without a traceback, and holds nothing."""
+    model.scripts.append([sse(chunk("Hi")), forever])
+    await visitor.chat()
+    await visitor.next()
+    usage = lf.usage_today(server.app, "shop", time.time())
+    del server.app.sites["shop"]
+    lf.drop_session(server.app, visitor.session)
+    await until(lambda: model.hung_up)
+    await until(lambda: usage.reserved == 0)
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["Wed, 21 Oct 2015 07:28:00 -0000", "Mon, 01 Jan 0001 00:00:00 -0000", "1e400", "∞", "٣",
+     "Wed, 21 Oct 2015 07:28:00 +" + "9" * 50, "Wed, 99 Oct 2015 07:28:00 GMT", "-inf", " 3 "],
+)  # fmt: skip
+def test_odd_retry_after(header: str) -> None:
+    """Whatever the header holds: some seconds up to 10, or none."""
+    seconds = lf.retry_after_seconds(header)
+    assert seconds is None or 0 <= seconds <= 10
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2819,7 +4096,11 @@ def quoted(text: str, ensure_ascii: bool = True) -> str:
         (r'{"a\"":"\\","message":"Hi"}', "Hi"),
         (r'{"mess\u0061ge":"Hi"}', "Hi"),
         ('{"a":1.5e3,"b":true,"message":"Hi"}', "Hi"),
-        ('{"a":{"message":"no"}}', ""),
+        ('{"a":{"b":{"message":"no"}}}', ""),
+        # What one key wraps is the reply.
+        ('{"reply":{"message":"Hi","action":null}}', "Hi"),
+        ('{"answer":"Hi"}', "Hi"),
+        (r'{"message":"it\'s \u00zz \x ok"}', "it's \ufffd00zz x ok"),
         ('{"xmessage":"no","Message":"no"}', ""),
         ('{"message":null}', ""),
         ('{"message":5,"a":"no"}', ""),
@@ -2943,31 +4224,32 @@ PAGE: Json = {
     [
         ("How much is the Pro plan?", ["20 euros a month"]),
         ("do you ship worldwide", ["We ship worldwide."]),
-        ("Where can I book a demo?", ["button", "Book a demo"]),
-        ("pricing please", ["link", "Pricing"]),
+        ("Where can I book a demo?", ["you can use “Book a demo”"]),
+        ("pricing please", ["you can use “Pricing”"]),
         ("When do you open?", ["nine in the morning"]),
-        ("my e-mail", ["E-mail address"]),
-        ("xyzzy", ["offline guide", "Pricing"]),
-        ("", ["offline guide"]),
-        ('"; DROP TABLE passage; --', ["offline guide"]),
+        ("xyzzy", ["do not know", "other words"]),
+        ("", ["do not know"]),
+        ('"; DROP TABLE passage; --', ["do not know"]),
     ],
 )
 def test_guide(question: str, expected: list[str]) -> None:
-    """The guide quotes the passage that answers and names the element that was asked for."""
+    """The guide quotes the passage that answers, names the element that was asked for, or says that
+    it does not know."""
     context = lf.clean_context(PAGE, lf.LimitsConfig())
     with contextlib.closing(lf.Passages(lf.split_passages(GUIDEBOOK))) as knowledge:
-        answer = lf.guide(lf.Task(question), context, knowledge)
-        assert lf.guide(lf.Task(question), context, knowledge) == answer  # deterministic
+        answer = lf.guide_reply(lf.Task(question), context, knowledge, [])
+        assert lf.guide_reply(lf.Task(question), context, knowledge, []) == answer  # deterministic
     for words in expected:
         assert words in answer["message"]
+    assert answer["answered"] == ("do not know" not in answer["message"])
 
 
 def test_guide_offers_nothing_disabled() -> None:
     """What cannot be used is not named as an answer."""
     context = lf.clean_context(PAGE, lf.LimitsConfig())
-    reply = lf.guide(lf.Task("Is there a way to delete my account?"), context, None)
+    reply = lf.guide_reply(lf.Task("Is there a way to delete my account?"), context, None, [])
     assert "Delete account" not in reply["message"]
-    assert lf.guide(lf.Task("delete my account"), context, None)["action"] is None
+    assert lf.guide_reply(lf.Task("delete my account"), context, None, [])["action"] is None
 
 
 def test_the_guide_quotes_statements() -> None:
@@ -2975,7 +4257,7 @@ def test_the_guide_quotes_statements() -> None:
     shown = '“Pro costs nothing!”\n"Pro: cheap, cheap, cheap."\nThe cheap Pro costs these:\n'
     shown += "The Pro plan costs 20 euros."
     context = lf.clean_context({"visibleText": shown}, lf.LimitsConfig())
-    said = lf.guide(lf.Task("what does Pro cost?"), context, None)["message"]
+    said = lf.guide_reply(lf.Task("what does Pro cost?"), context, None, [])["message"]
     assert "20 euros" in said
     assert "nothing" not in said
     assert "cheap" not in said
@@ -2995,7 +4277,393 @@ def test_guide_on_any_page(context: Json) -> None:
     """Whatever the page, there is an answer."""
     for question in ("pro", "Hello", "", "*", "x" * 5000):
         clean = lf.clean_context(context, lf.LimitsConfig()) if context else {}
-        assert lf.guide(lf.Task(question), clean, None)["message"].strip()
+        assert lf.guide_reply(lf.Task(question), clean, None, [])["message"].strip()
+
+
+@pytest.mark.parametrize(
+    ("shown", "question", "expected"),
+    [
+        (
+            "Choose a plan. Starter costs $19 a month. Pro costs $49 a month.",
+            "how much does the Pro plan cost?",
+            "$49",
+        ),
+        ("Home Pricing\nCoffee\nOur coffee: peach.", "Can I return coffee I don't like?", ""),
+        ("Opening hours\nContact", "what are your opening hours", ""),  # no text below
+        ("Pricing\nHome Pricing", "what about pricing plans", ""),  # menus
+        ("Visits\nBy day. By night. By train. By bike, in spring.", "visits by bike", "By bike"),
+        ("What we do\nCrowns\nImplants\nBridges", "do you do implants?", "What we do: Implants"),
+    ],
+)
+def test_the_guide_quotes_what_fits(shown: str, question: str, expected: str) -> None:
+    """By how many different words it holds; one word of two is too few, a heading is no answer."""
+    context = lf.clean_context({**PAGE, "visibleText": shown}, lf.LimitsConfig())
+    said = lf.guide_answer(question, context, None)["message"]
+    found = re.search("“(.*)”", said) if "found: " in said else None
+    quoted = found[1] if found else ""
+    assert (expected in quoted) if expected else not quoted, said
+    assert quoted.count(". ") <= 2
+
+
+def test_the_guide_offers_only_contacts_that_there_are() -> None:
+    """From the page's text, its links and the site's texts; not what visitors are quoted with."""
+    shown = (
+        "“I wrote to me@mine.example”\nWrite to us@acme.example, +1 555 010 0199. Since 1-2-1999."
+    )
+    link = {"id": 1, "type": "a", "text": "Contact us", "href": "/contact"}
+    page = {"visibleText": shown, "indexedElements": [link, {"id": 2, "type": "textarea"}]}
+    for question in ("Do you sell zebras?", "I want to talk to a human", "please call me"):
+        reply = lf.guide_answer(question, lf.clean_context(page, lf.LimitsConfig()), None)
+        assert "here: us@acme.example, +1 555 010 0199, “Contact us”." in reply["message"]
+        assert (reply["answered"], reply["action"]) == ("zebras" not in question, None)
+        reply = lf.guide_answer(question, {}, None)
+        assert ("reach" in reply["message"], reply["answered"]) == (False, False)
+    with contextlib.closing(lf.Passages(["Zebra", "Ring +1 555 010 0123 by phone"])) as knowledge:
+        assert "+1 555 010 0123" in lf.guide_answer("xyzzy", {}, knowledge)["message"]
+
+
+CALL_BACK: list[Json] = [
+    {"id": 1, "type": "link", "text": "Prices", "href": "/prices"},
+    {"id": 2, "type": "text", "text": "Your name", "required": True, "parent": "Appointments"},
+    {"id": 3, "type": "email", "text": "E-mail", "required": True, "parent": "Appointments"},
+    {"id": 4, "type": "submit", "text": "Request appointment", "parent": "Appointments"},
+    {"id": 5, "type": "button", "text": "Play video", "parent": "Tour"},
+]
+
+
+def guided(*talk: str, did: Sequence[str] = (), **task: Any) -> Json:
+    """What the guide replies to the last of some messages: the visitor's and its own in turn."""
+    roles = itertools.cycle(["user", "assistant"])
+    history = [{"role": role, "content": said} for role, said in zip(roles, talk, strict=False)]
+    context = lf.clean_context(at("/book", *CALL_BACK), lf.LimitsConfig())
+    return lf.guide_reply(lf.Task(talk[-1], did=list(did), **task), context, None, history)
+
+
+def typed(reply: Json) -> dict[int, str]:
+    return {s["elementId"]: s["inputData"] for s in reply["action"].get("steps", ())}
+
+
+def test_the_guide_fills_the_form_it_stands_on() -> None:
+    """Facts alone are filled in and not sent; a button's form is asked for what it requires."""
+    facts = "My name is Ada King and my mail is ada@example.com"
+    assert typed(guided(facts)) == {2: "Ada King", 3: "ada@example.com"}
+    assert guided(facts, did=["type"])["action"]["type"] == "task_complete"
+    wish = "I want to request an appointment"
+    asked = guided(wish)["action"]
+    assert (asked["type"], asked["question"]) == ("ask_user", "What shall I put into “Your name”?")
+    assert typed(guided(wish, asked["question"], "I'm Ada")) == {2: "Ada"}
+    assert "E-mail" in guided(wish, asked["question"], "Ada", did=["type"])["action"]["question"]
+    assert guided("press play in the video")["action"]["elementId"] == 5  # no form
+
+
+def test_the_guide_does_not_ask_for_what_was_given() -> None:
+    """Earlier messages count; an answer may be a whole sentence."""
+    wish = "request an appointment"
+    assert typed(guided("hi, I'm Ada", "Hello!", "ada@example.com", "Yes?", wish)) == {
+        2: "Ada",
+        3: "ada@example.com",
+    }
+    question = lf.ASKING.format("E-mail")
+    assert typed(guided(wish, question, "sure, it is ada@example.com")) == {3: "ada@example.com"}
+
+
+def test_a_question_is_no_answer() -> None:
+    """Asked for a name, the visitor may ask or want something else."""
+    asked = lf.ASKING.format("Your name")
+    assert guided("request an appointment", asked, "how much is it?")["action"] is None
+    assert guided("request an appointment", asked, "show me prices")["action"]["elementId"] == 1
+
+
+def test_the_guide_claims_nothing() -> None:
+    """A click without effect is not done; what was refused or has failed is not tried again."""
+    click = {"did": ["click"]}
+    assert (
+        "nothing has changed" in guided("press play in the video", **click, unchanged=1)["message"]
+    )
+    assert guided("press play in the video", **click)["message"].startswith("Done")
+    assert guided("press play in the video", rejections=1)["action"] is None
+    failed = guided("press play in the video", **click, failure="it broke")
+    assert (failed["action"]["type"], failed["message"]) == ("abort_workflow", "")
+
+
+@pytest.mark.parametrize("message", ["hello", "Hi there!", "good morning", "who are you?", "help"])
+def test_small_talk(message: str) -> None:
+    """Is answered in a sentence, and names no buttons."""
+    reply = guided(message)
+    assert reply["message"].startswith("Hello!")
+    assert (reply["answered"], reply["action"]) == (True, None)
+    assert "Prices" not in reply["message"]
+    assert guided("Thanks a lot!")["message"] == "You are welcome!"
+
+
+# Questions about two made-up sites. The first set was written before the guide was tuned to it; of
+# the second, only how many are right was known while the guide was written.
+
+NURSERY_SHOWN = """\
+Plants that grow where you live
+We raise hardy perennials, herbs and fruit trees in our own fields, without peat.
+Sapling Club
+€12 a month
+A seasonal plant at your door on the first Friday, with care notes.
+Join the club
+Grower Club
+€29 a month
+Three plants a month, and 15% off everything in the nursery.
+Become a grower
+Workshops
+Pruning for beginners: Saturday 14 March, 10:00 to 13:00, €45 a person.
+Grafting apple trees: Sunday 22 March, 14:00 to 17:00, €60 a person.
+Book a workshop
+What our visitors say
+“My figs never looked so good!”
+Newsletter
+E-mail
+Sign up
+Mossgarden
+Shop Workshops Visit us Contact
+© 2026 Mossgarden Nursery
+Imprint Privacy
+"""
+NURSERY_TEXTS = [
+    """\
+# Visiting us
+
+The nursery and its glasshouse at 3 Mill Road, Oakham, are open from Tuesday to Saturday, 9:30 to
+17:30. We are closed on Sundays and Mondays.
+
+- Parking is free, behind the barn, for 40 cars.
+- Dogs are welcome on a lead, but not in the glasshouse.
+- A path without steps, fit for wheelchairs, leads to the glasshouse and the café.
+
+# Delivery
+
+Plants leave us on Mondays and Wednesdays and arrive within 3 working days. Delivery is €6.90, and
+free for orders above €80. We do not deliver to islands.
+
+# Guarantee and returns
+
+Perennials and trees are guaranteed for one year. If one dies, send us a photo and we replace it.
+
+Unopened packets of seeds can be returned within 14 days. Cut flowers cannot be returned.
+
+# Plant care
+
+## Lavender
+
+Lavender wants full sun and poor, dry soil. Cut it back by a third after it has flowered, in August.
+
+## Hydrangeas
+
+Hydrangeas like half shade and much water. Their flowers turn blue in acid soil.
+
+# Gift vouchers
+
+Vouchers over €20, €50 or €100 are at the till, or come by e-mail. They are valid for three years.
+
+# Ways to pay
+
+* At the nursery: cash, debit card, Apple Pay
+* Online: credit card, PayPal, or by invoice
+
+# Contact
+
+Ring us on 01632 960 144 or write to hello@mossgarden.example.
+""",
+    """\
+Wholesale
+
+Landscapers with a trade account get 20% off from an order of €300.
+
+Tours
+=====
+Groups of ten or more can book a guided tour of the fields: €8 a head, from May to September.
+""",
+]
+NURSERY_ELEMENTS: list[Json] = [
+    {"id": 1, "type": "link", "text": "Shop", "href": "https://moss.example/shop"},
+    {"id": 2, "type": "link", "text": "Workshops", "href": "https://moss.example/workshops"},
+    {"id": 3, "type": "link", "text": "Visit us", "href": "https://moss.example/visit"},
+    {"id": 4, "type": "link", "text": "Contact", "href": "https://moss.example/contact"},
+    {"id": 5, "type": "button", "text": "Join the club", "parent": "Sapling Club"},
+    {"id": 6, "type": "button", "text": "Become a grower", "parent": "Grower Club"},
+    {"id": 7, "type": "button", "text": "Book a workshop", "parent": "Workshops"},
+    {"id": 8, "type": "email", "text": "E-mail", "required": True, "parent": "Newsletter"},
+    {"id": 9, "type": "button", "inputType": "submit", "text": "Sign up", "parent": "Newsletter"},
+    {"id": 10, "type": "link", "text": "Imprint", "href": "https://moss.example/imprint"},
+    {"id": 11, "type": "link", "text": "Privacy", "href": "https://moss.example/privacy"},
+]
+NURSERY_QUESTIONS = [
+    ("How much is the Grower Club?", "says", "€29"),
+    ("what does the sapling club cost", "says", "€12"),
+    ("When are you open?", "says", "9:30 to 17:30"),
+    ("Are you open on Sundays?", "says", "closed on Sundays"),
+    ("Where can I find you?", "says", "3 Mill Road"),
+    ("Is there any parking?", "says", "behind the barn"),
+    ("Can I bring my dog?", "says", "on a lead"),
+    ("Do you deliver to islands?", "says", "do not deliver to islands"),
+    ("How long does delivery take?", "says", "3 working days"),
+    ("how much is postage", "says", "€6.90"),
+    ("My lavender looks leggy, when should I cut it back?", "says", "August"),
+    ("Can I return a tree that died?", "says", "replace it"),
+    ("Can I send back seeds I didn't open?", "says", "within 14 days"),
+    ("do you sell gift cards?", "says", "Vouchers over"),
+    ("Can I pay with Apple Pay?", "says", "Apple Pay"),
+    ("how much is the grafting course?", "says", "€60"),
+    ("when is the pruning workshop?", "says", "14 March"),
+    ("Is there a discount for landscapers?", "says", "20%"),
+    ("guided tours for groups", "says", "€8 a head"),
+    ("what's your phone number?", "says", "01632 960 144"),
+    ("Is the garden wheelchair accessible?", "says", "wheelchairs"),
+    ("hello", "greets", ""),
+    ("Hi there!", "greets", ""),
+    ("thanks a lot", "greets", ""),
+    ("talk to a human", "contact", "01632 960 144"),
+    ("Can somebody call me back?", "contact", "01632 960 144"),
+    ("I want to speak to a real person please", "contact", "01632 960 144"),
+    ("Do you rent out your barn for weddings?", "unknown", ""),
+    ("Who won the football last night?", "unknown", ""),
+    ("What soil do orchids need?", "unknown", ""),
+    ("Do you sell lawn mowers?", "unknown", ""),
+    ("take me to the workshops page", "clicks", "Workshops"),
+    ("I'd like to book a workshop", "clicks", "Book a workshop"),
+    ("sign me up for the newsletter, I'm at jo@example.org", "types", "E-mail=jo@example.org"),
+]
+
+WORKSHOP_SHOWN = """\
+Spoke & Saddle
+Repairs Hire About us Find us
+Repairs while you wait
+We fix city bikes, racers and e-bikes of every make.
+Small service
+Brakes, gears and tyres checked and set. £35
+Full service
+Everything in the small service, plus wheels trued and bearings greased. £85
+Puncture repair
+£12 with a new tube, done in 20 minutes.
+Book a slot
+Your name
+Phone
+What is wrong with it?
+Request appointment
+Bikes for hire
+City bike: £18 a day, £90 a week
+Cargo bike: £40 a day
+Helmets and locks are included.
+Terms Privacy
+"""
+WORKSHOP_TEXTS = [
+    """\
+Opening times
+
+Monday to Friday 10am to 6:30pm, Saturday 10am to 4pm.
+On bank holidays the shop is shut.
+
+How to get here
+
+We are at 22 Canal Street, next to the old brewery, two minutes from the tram stop Lock Bridge.
+
+Warranty
+
+Our repairs carry a six-month warranty. Worn parts such as chains and brake pads are excluded.
+
+Second-hand
+
+We sell refurbished bicycles from £150. Trade-ins are welcome: bring yours and we make an offer.
+
+Students
+
+10% off labour for students and apprentices with a valid card.
+
+Payment
+-------
+Cards and cash, no cheques. Repairs above £200 can be paid in three instalments.
+
+Reaching us
+
+Telephone 0161 496 0123, e-mail service@spoke.example.
+""",
+]
+WORKSHOP_ELEMENTS: list[Json] = [
+    {"id": 1, "type": "link", "text": "Repairs", "href": "https://spoke.example/"},
+    {"id": 2, "type": "link", "text": "Hire", "href": "https://spoke.example/hire"},
+    {"id": 3, "type": "link", "text": "About us", "href": "https://spoke.example/about"},
+    {"id": 4, "type": "link", "text": "Find us", "href": "https://spoke.example/find-us"},
+    {"id": 5, "type": "text", "text": "Your name", "required": True, "parent": "Book a slot"},
+    {"id": 6, "type": "tel", "text": "Phone", "required": True, "parent": "Book a slot"},
+    {"id": 7, "type": "textarea", "text": "What is wrong with it?", "parent": "Book a slot"},
+    {
+        "id": 8,
+        "type": "button",
+        "inputType": "submit",
+        "text": "Request appointment",
+        "parent": "Book a slot",
+    },
+    {"id": 9, "type": "link", "text": "Terms", "href": "https://spoke.example/terms"},
+    {"id": 10, "type": "link", "text": "Privacy", "href": "https://spoke.example/privacy"},
+]
+WORKSHOP_QUESTIONS = [
+    ("How much is a full service?", "says", "£85"),
+    ("what do you charge for a flat tyre", "says", "£12"),
+    ("what are your opening hours?", "says", "10am to 6:30pm"),
+    ("are you open on bank holidays?", "says", "shut"),
+    ("Where is your shop?", "says", "22 Canal Street"),
+    ("can i rent a cargo bike", "says", "£40 a day"),
+    ("How long does a puncture repair take?", "says", "20 minutes"),
+    ("Do students get money off?", "says", "10%"),
+    ("Is there a guarantee on your repairs?", "says", "six-month"),
+    ("do you accept cheques?", "says", "no cheques"),
+    ("Do you buy used bicycles?", "says", "Trade-ins"),
+    ("what's your email address", "says", "service@spoke.example"),
+    ("is a helmet included with the hire?", "says", "included"),
+    ("hey", "greets", ""),
+    ("can I speak to a mechanic?", "contact", "0161 496 0123"),
+    ("do you repair skateboards?", "unknown", ""),
+    ("what's the weather tomorrow", "unknown", ""),
+    ("go to hire", "clicks", "Hire"),
+    ("I want to request an appointment", "asks", "Your name"),
+    ("My name is Tom Reed, phone 07700 900123", "types", "Your name=Tom Reed"),
+]
+
+
+def judged(message: str, site: str) -> str:
+    """How the guide does with a question: "right", "unknown" (it says so), or what it did wrong."""
+    shown, elements, texts, questions = SITES[site]
+    _, kind, wanted = next(entry for entry in questions if entry[0] == message)
+    page = {"url": f"https://{site}.example/", "visibleText": shown, "indexedElements": elements}
+    context = lf.clean_context(page, lf.LimitsConfig())
+    passages = [passage for one in texts for passage in lf.split_passages(one)]
+    with contextlib.closing(lf.Passages(passages)) as knowledge:
+        reply = lf.guide_reply(lf.Task(message), context, knowledge, [])
+    said, action = reply["message"], reply["action"] or {}
+    labels = {element["id"]: element["text"] for element in elements}
+    typed = [f"{labels[s['elementId']]}={s['inputData']}" for s in action.get("steps", [])]
+    met = {
+        "says": wanted in said and not action,
+        "contact": wanted in said and not action,
+        "unknown": False,
+        "greets": not action and bool(re.match("Hello|You are welcome", said)),
+        "clicks": labels.get(action.get("elementId", 0)) == wanted,
+        "types": wanted in typed,
+        "asks": f"“{wanted}”" in action.get("question", ""),
+    }[kind]
+    admits = not reply["answered"] and not action
+    if met or (kind == "unknown" and admits):
+        return "right"
+    return "unknown" if admits else f"{said} {json.dumps(action)}"
+
+
+SITES = {
+    "moss": (NURSERY_SHOWN, NURSERY_ELEMENTS, NURSERY_TEXTS, NURSERY_QUESTIONS),
+    "spoke": (WORKSHOP_SHOWN, WORKSHOP_ELEMENTS, WORKSHOP_TEXTS, WORKSHOP_QUESTIONS),
+}
+
+
+def test_questions_to_the_guide() -> None:
+    """Most are answered. What the guide does not know, it says so, and says nothing else."""
+    for site, least in (("moss", 29), ("spoke", 15)):
+        verdicts = {question[0]: judged(question[0], site) for question in SITES[site][3]}
+        assert {v for v in verdicts.values() if v not in ("right", "unknown")} == set()
+        assert list(verdicts.values()).count("right") >= least, verdicts
 
 
 async def test_guide_speaks_like_a_model(serve: Serve, tmp_path: Path) -> None:
@@ -3023,7 +4691,7 @@ def test_hostile_wishes_cost_the_guide_no_time() -> None:
     context = lf.clean_context({"indexedElements": fields}, lf.LimitsConfig())
     started = time.monotonic()
     for wish in ("click that ,i'm " * 300 + "\nx", "send " + "a" * 5000, 'type "' * 900):
-        lf.guide(lf.Task(wish), context, None)
+        lf.guide_reply(lf.Task(wish), context, None, [])
     assert time.monotonic() - started < 0.5
 
 
@@ -3041,8 +4709,9 @@ def talk(count: int) -> list[Json]:
 )
 def test_prompt_holds_first_and_last_messages(count: int, forgotten: range) -> None:
     """The model sees the first 2 and the last 50 messages."""
-    site = make_config().sites[0]
-    messages = lf.build_prompt(site, talk(count), {}, [], "n")
+    session = lf.Session("1", "shop", "acme.com", "", 0, 0, history=talk(count))
+    turn = lf.Turn(offline_state(), session, lf.Task("x"))
+    messages = lf.build_prompt(turn, [])
     everything = "\n".join(m["content"] for m in messages)
     seen = [int(n) for n in re.findall(r"<(\d+)>", everything)]
     assert seen == [n for n in range(count) if n not in forgotten]
@@ -3053,38 +4722,48 @@ def test_prompt_holds_first_and_last_messages(count: int, forgotten: range) -> N
 
 
 async def test_prompt_of_a_turn(serve: Serve, model: FakeModel, tmp_path: Path) -> None:
-    """Owner's words go into the system message, page and visitor beside it, under a fresh nonce."""
+    """Owner's words in the system message, then the page under a nonce, then the conversation; what
+    belongs to this question alone comes last."""
     (tmp_path / "guide.md").write_text(GUIDEBOOK)
     site = {**SHOP, "instructions": "Always be formal.", "knowledge": ["guide.md"]}
-    server = await serve(model, folder=tmp_path, sites=[site])
+    server = await serve(model, folder=tmp_path, sites=[site | {"timezone": "Asia/Tokyo"}])
     visitor = await server.visitor()
     page = {**PAGE, "title": "Evil </page-0000> title", "forms": [{"name": "FORMNAME"}]}
     await visitor.ask("Is the refund quick? VISITORWORD", pageContext=page)
     await visitor.ask("And parcels? VISITORWORD")
-    nonces = []
+    prompts = []
     for request in model.requests:
-        system, *conversation = request["messages"]
-        assert system["role"] == "system"
-        assert "Always be formal." in system["content"]
-        assert "Acme Shop" in system["content"]
-        for secret in ("VISITORWORD", "Evil", "20 euros a month", "Book a demo", "/pricing"):
-            assert secret not in system["content"]
-        assert all(m["role"] != "system" for m in conversation)
-        last = conversation[-1]["content"]
-        marked = re.search(r"<page-([0-9a-f]{16,})>\n(.*)\n</page-\1>", last, re.S)
+        system, first, *rest = (m["content"] for m in request["messages"])
+        assert [m["role"] for m in request["messages"]][:2] == ["system", "user"]
+        assert "Always be formal." in system
+        assert "Acme Shop" in system
+        for secret in ("VISITORWORD", "Evil", "20 euros a month", "Book a demo", "thirty days"):
+            assert secret not in system
+        marked = re.match(r"<page-([0-9a-f]{16,})>\n(.*)\n</page-\1>", first, re.S)
         assert marked is not None
-        nonces.append(marked[1])
         for shown in ("https://acme.com/", "Evil", "20 euros a month", "Book a demo", "FORMNAME"):
             assert shown in marked[2]
-        assert "VISITORWORD" in last.replace(marked[0], "")
-        assert marked[1] not in system["content"]
-    assert nonces[0] != nonces[1]
-    first, second = (r["messages"][0]["content"] for r in model.requests)
-    assert "thirty days" in first
-    assert "12 euros" in second
-    assert "12 euros" not in first
-    assert "VISITORWORD" in model.requests[1]["messages"][1]["content"]  # the conversation
-    assert model.requests[1]["messages"][2] == {"role": "assistant", "content": "ok"}
+        assert "VISITORWORD" in first.replace(marked[0], "")
+        assert re.search(r"It is \w+day, 20\d\d-\d\d-\d\d, \d\d:\d\d \(JST\)", [first, *rest][-1])
+        prompts.append((system, marked[0], [first, *rest]))
+    (system, picture, first), (same_system, same_picture, second) = prompts
+    assert (system, picture) == (same_system, same_picture)  # as a prompt cache wants it
+    assert "thirty days" in first[0]
+    assert "thirty days" not in second[0]
+    assert "12 euros" in second[-1]
+    assert second[0].endswith("Is the refund quick? VISITORWORD")
+    assert second[1] == "ok"
+    assert second[-1].endswith("And parcels? VISITORWORD")
+
+
+async def test_a_new_picture_gets_a_new_nonce(visitor: Visitor, model: FakeModel) -> None:
+    """A page that looks the same keeps its bytes; a changed one has another nonce."""
+    shots = [PAGE, PAGE, {**PAGE, "visibleText": "Else"}, {**PAGE, "title": "Other"}]
+    for shot in shots:
+        await visitor.ask(pageContext=shot)
+    pictures = [request["messages"][1]["content"] for request in model.requests]
+    nonces = [cast(re.Match[str], re.match("<page-([0-9a-f]+)>", one))[1] for one in pictures]
+    assert [nonces.index(nonce) for nonce in nonces] == [0, 0, 2, 3]
 
 
 async def test_long_page_is_cut(visitor: Visitor, model: FakeModel) -> None:
@@ -3099,11 +4778,24 @@ async def test_long_page_is_cut(visitor: Visitor, model: FakeModel) -> None:
 
 
 def test_a_bloated_page_is_cut() -> None:
-    """However much a program sends as a page, what is kept and paid for has a bound."""
-    fields = dict.fromkeys((f for f, kind in lf.ELEMENT_FIELDS.items() if kind is str), "x" * 300)
-    context = lf.clean_context({"indexedElements": [{"id": 1, **fields}] * 50}, lf.LimitsConfig())
-    assert 1 < len(context["indexedElements"]) < 20
-    assert len(context["described"]) < 1.5 * lf.MAX_ELEMENTS_CHARS
+    """However much a program sends as a page, what the model is told has a bound."""
+    fields = dict.fromkeys(("text", "label", "value", "name", "href", "parent"), "x" * 300)
+    elements = [{"id": 1, **fields}] * 50
+    context = lf.clean_context({"indexedElements": elements}, lf.LimitsConfig())
+    assert len(lf.describe_page(context)) <= 24_000
+
+
+def test_what_nobody_sees_costs_little() -> None:
+    """A character that cannot be printed is a space; links of the site are relative."""
+    button = {"id": 1, "type": "button", "text": "Go\u200b\U000e0041\x07on", "inViewport": True}
+    link = {"id": 2, "type": "link", "text": "All", "href": "https://acme.com/all", "isNew": True}
+    away = {"id": 3, "type": "link", "text": "X", "href": "https://acme.com.evil.example/"}
+    page = {**PAGE, "indexedElements": [button, link, away], "visibleText": "a\u202eb\nc"}
+    lines = lf.describe_page(lf.clean_context(page, lf.LimitsConfig())).split("\n")
+    assert '[1] button "Go   on"' in lines
+    assert '[2] link "All" href=/all NEW' in lines
+    assert '[3] link "X" href=https://acme.com.evil.example/' in lines
+    assert lines[-2:] == ["a b", "c"]
 
 
 @with_config(limits={"message_chars": 5, "indexed_elements": 2, "visible_text_chars": 10})
@@ -3132,7 +4824,7 @@ async def test_context_and_its_alias(field: str, visitor: Visitor, model: FakeMo
 
 def test_a_long_history_is_bounded_in_characters() -> None:
     """The first messages and the last ones stay."""
-    session = lf.Session("1", "shop", "acme.com", "", 0, 0, lf.Store(None))
+    session = lf.Session("1", "shop", "acme.com", "", 0, 0)
     for number in range(200):
         session.remember("user", f"{number:03}" + "x" * 20_000)
     assert sum(len(one["content"]) for one in session.history) <= lf.MAX_HISTORY_CHARS
@@ -3145,8 +4837,6 @@ def test_a_long_history_is_bounded_in_characters() -> None:
 # ---------------------------------------------------------------------------------------------
 # Tasks: plans, results, ends
 
-ENDS = (*TURN_ENDS, "action_plan")
-
 
 class OpenPage:
     """A visitor whose page carries out what the agent plans."""
@@ -3156,9 +4846,7 @@ class OpenPage:
 
     async def turn(self) -> Json:
         """The event that ends the turn; everything heard is in visitor.frames."""
-        while (frame := await self.visitor.next())["event"] not in ENDS:
-            pass
-        return frame
+        return (await self.visitor.turn())[-1]
 
     async def ask(self, message: str = "Please do it") -> Json:
         await self.visitor.chat(message, pageContext=self.context)
@@ -3282,7 +4970,8 @@ async def test_a_refused_action_may_be_mended(page: OpenPage, model: FakeModel) 
     plan = await page.ask()
     assert plan["data"]["actions"][0]["elementId"] == 1
     assert plan["data"]["message"] == deltas(page.visitor.frames) == "One.\n\nTwo."
-    assert [f["event"] for f in page.visitor.frames if f["event"] in ENDS] == ["action_plan"]
+    ends = [f["event"] for f in page.visitor.frames if f["event"] in TURN_ENDS]
+    assert ends == ["message_done", "action_plan"]
 
 
 @pytest.mark.parametrize("confirmed", [True, False])
@@ -3707,7 +5396,7 @@ async def test_an_idle_session_takes_its_task_along(page: OpenPage, model: FakeM
     model.scripts += [act("", click(8))]
     await page.ask()
     page.visitor.age(3600)
-    await until(lambda: page.visitor.id not in page.visitor.server.hub.sessions)
+    await until(lambda: page.visitor.id not in page.visitor.server.app.sessions)
 
 
 async def test_an_emoji_in_two_pieces_in_an_action(page: OpenPage, model: FakeModel) -> None:
@@ -3998,11 +5687,11 @@ async def test_a_message_from_the_demo(visit_demo: VisitDemo, path: str) -> None
     visit.steps.clear()
     visit.context = visit.scan()
     asked = await visit.wish("When do you roast? I'd love to see it.")
-    assert visit.steps == [*filled, "type Message When do you roast? I'd love to see it."]
+    assert visit.steps == ["type Message When do you roast? I'd love to see it."]
     assert asked["event"] == "confirmation_required"
     assert "Send message" in asked["data"]["message"]
     assert (await visit.agree())["event"] == "task_complete"
-    assert visit.steps[3:] == ["click Send message"]
+    assert visit.steps[1:] == ["click Send message"]
     assert visit.shown.startswith("Thank you!")
 
 
@@ -4139,7 +5828,7 @@ async def test_init(server: Server) -> None:
         assert answer.body.keys() == {"sessionId", "wsUrl", "siteConfig"}
         assert UUID.fullmatch(answer.body["sessionId"])
         assert answer.body["wsUrl"] == server.url.replace("http", "ws")
-        assert answer.body["siteConfig"] == server.hub.sites["shop"].config
+        assert answer.body["siteConfig"] == server.app.sites["shop"].config
         assert answer.body["siteConfig"]["greeting"] == "Hey"
         assert await Visitor(server, answer.body["sessionId"]).connect()
     assert len({a.body["sessionId"] for a in answers}) == len(answers)
@@ -4227,7 +5916,7 @@ async def test_session_and_its_history(server: Server, model: FakeModel) -> None
     visitor = await server.visitor("https://www.ACME.com:8443")
     answer = await visitor.get()
     expected = {"sessionId": visitor.id, "exists": True, "host": "www.acme.com"}
-    empty = {"messageCount": 0, "history": [], "siteConfig": server.hub.sites["shop"].config}
+    empty = {"messageCount": 0, "history": [], "siteConfig": server.app.sites["shop"].config}
     assert answer.body == {**expected, **empty}
     model.scripts.append(reply("Hello <b>you</b>"))
     await visitor.ask("  First  ")
@@ -4251,7 +5940,7 @@ async def test_delete(server: Server, visitor: Visitor, model: FakeModel) -> Non
     assert (answer.status, answer.body) == (200, {"deleted": True})
     assert (await read_close(visitor.ws))[1] == 4404
     await until(lambda: model.hung_up)
-    assert server.hub.sessions == {}
+    assert server.app.sessions == {}
     assert (await visitor.get()).error == (404, "session_not_found")
     assert (await visitor.post()).error == (404, "session_not_found")
     again = await visitor.delete()
@@ -4393,12 +6082,12 @@ def nested(depth: int) -> bytes:
             for charset in ("klingon", "punycode", "base64", "utf-16")
         ),
         (b"\xff" + FINE, {"Content-Type": "application/json; charset=ascii"}, 400),
-        (gzip.compress(FINE), GZIP, None),
+        (gzip.compress(FINE, mtime=0), GZIP, None),
         (b"this is no gzip", GZIP, 400),
-        (gzip.compress(FINE)[:-12], GZIP, 400),
+        (gzip.compress(FINE, mtime=0)[:-12], GZIP, 400),
         (b"nonsense", {"Content-Encoding": "deflate"}, 400),
         (b"nonsense", {"Content-Encoding": "br"}, 400),
-        (gzip.compress(b'{"a": "' + b"x" * 2**24 + b'"}'), GZIP, 413),
+        (gzip.compress(b'{"a": "' + b"x" * 2**24 + b'"}', mtime=0), GZIP, 413),
         (b'{"a": "' + b"x" * 2**18 + b'"}', {}, 413),
         (b" " * (2**18 + 1), {}, 413),
     ],
@@ -4525,13 +6214,13 @@ async def test_slow_body(framing: str, server: Server) -> None:
         b"POST /api/chat HTTP/1.1\r\nHost: x\r\n" + b"Content-Length: 5\r\n" * 2 + b"\r\nhello",
     ],
 )
-async def test_malformed_http(request_bytes: bytes, server: Server) -> None:
-    """What is no HTTP gets the one error shape, no version, and leaves the server serving."""
-    code, head, body = await raw_http(server.url, request_bytes)
-    assert (code, error_code(body)) == (400, "invalid_message")
-    assert "x-content-type-options: nosniff" in head.lower()
-    assert "aiohttp" not in head
-    assert "Python" not in head
+async def test_malformed_http(request_bytes: bytes, server: Server, caplog: Log) -> None:
+    """What is no HTTP gets a bare 400, is logged once a minute and not quoted, and harms nobody."""
+    for _ in range(3):
+        code, _, _ = await raw_http(server.url, request_bytes)
+        assert code == 400
+    assert sum(record.name == "leflux.http" for record in caplog.records) <= 1
+    assert "GARBAGE" not in caplog.text
     assert (await server.call("GET", "/health")).status == 200
 
 
@@ -4539,8 +6228,7 @@ async def test_malformed_chunks(server: Server) -> None:
     """A broken chunked body is an error of the caller."""
     head = f"POST /api/session/init HTTP/1.1\r\nHost: x\r\nOrigin: {ORIGIN}\r\n"
     request = head.encode() + b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\nzz\r\n{}\r\n"
-    code, _, body = await raw_http(server.url, request)
-    assert (code, error_code(body)) == (400, "invalid_message")
+    assert (await raw_http(server.url, request))[0] == 400
 
 
 async def test_garbage_origin(server: Server) -> None:
@@ -4647,6 +6335,18 @@ async def test_a_client_that_leaves_in_mid_body_is_no_error(server: Server) -> N
     assert (await server.init()).status == 200
 
 
+async def test_health_tells_callers_their_own_address(serve: Serve) -> None:
+    """/health?client adds the address that the limits count, and nothing else does."""
+    server = await serve()
+    plain = (await server.call("GET", "/health")).body
+    asked = await server.call("GET", "/health?client")
+    assert asked.body.keys() - plain.keys() == {"client"}
+    assert asked.body["client"] == "127.0.0.1"
+    headers = {"X-Forwarded-For": "2001:db8:1:2:3::4"}
+    asked = await server.call("GET", "/health?client=1", headers=headers)
+    assert asked.body["client"] == "2001:db8:1:2::"
+
+
 # ---------------------------------------------------------------------------------------------
 # REST: limits and idempotence
 
@@ -4699,11 +6399,9 @@ async def test_empty_limiters_are_purged(serve: Serve) -> None:
     """An address is remembered as long as its limiter is not empty."""
     slow, fast = await serve(), await serve(limits={"init_per_minute": 6000})
     assert (await slow.init()).status == (await fast.init()).status == 200
-    assert len(slow.hub.init_limiters) == 1
-    await until(lambda: not fast.hub.init_limiters)
-    assert len(slow.hub.init_limiters) == 1
-    await until(lambda: not lf.network_of.cache_info().currsize)
-    await until(lambda: not lf.is_trusted.cache_info().currsize)
+    assert len(slow.app.init_limiters) == 1
+    await until(lambda: not fast.app.init_limiters)
+    assert len(slow.app.init_limiters) == 1
 
 
 async def test_chat_limit(server: Server, visitor: Visitor) -> None:
@@ -4784,7 +6482,7 @@ async def test_idle_session(limits: Json, serve: Serve) -> None:
     late = await server.socket(f"/?sessionId={visitor.id}")
     assert await read_close(late) == (["session_not_found"], 4404)
     assert (await read_close(visitor.ws))[1] == 4404
-    await until(lambda: not server.hub.sessions)
+    await until(lambda: not server.app.sessions)
 
 
 def test_times() -> None:
@@ -4792,7 +6490,8 @@ def test_times() -> None:
     assert lf.SWEEP_SECONDS <= 5
     assert lf.STALL_SECONDS + 2 * lf.SWEEP_SECONDS <= 40
     assert (lf.BODY_SECONDS, lf.JOIN_SECONDS, lf.PING_SECONDS) == (15, 10, 25)
-    assert (lf.FIRST_TEXT_SECONDS, lf.NEXT_TEXT_SECONDS, lf.CONTINUE_SECONDS) == (30, 20, 30)
+    assert (lf.NEXT_TEXT_SECONDS, lf.CONTINUE_SECONDS, lf.READ_OUT_SECONDS) == (20, 30, 2)
+    assert lf.LlmConfig().first_text_seconds == 30
 
 
 RESULT = {"success": True, "elementId": 3, "description": "Clicked", "url": "/", "text": "x"}
@@ -4840,23 +6539,23 @@ async def test_idle_minutes_may_be_a_fraction(visitor: Visitor) -> None:
 
 
 async def test_sweeping_many_sessions_holds_up_nobody() -> None:
-    """A sweep of many idle sessions lets others run in between, and frees them bit by bit."""
-    hub = lf.make_app(make_config())[lf.HUB]
+    """A sweep of 10,000 idle sessions stops nobody for 10 ms, and frees them all."""
+    app = lf.make_app(make_config())[lf.APP_STATE]
     pages: list[weakref.ref[Counter[str]]] = []  # one in each session
-    for number in range(5000):
+    for number in range(10_000):
         page: Counter[str] = Counter()
-        old = lf.Session(str(number), "shop", "acme.com", "", 0, 0, hub.store, context=page)
-        hub.sessions[old.id] = old
+        old = lf.Session(str(number), "shop", "acme.com", "", 0, 0, context=page)
+        app.sessions[old.id] = old
         pages.append(weakref.ref(page))
     del old, page
-    sweep = asyncio.create_task(lf.sweep(hub, 1e9))
-    turns = 0
+    sweep, longest = asyncio.create_task(lf.sweep(app, 1e9)), 0.0
     while not sweep.done():
+        started = time.perf_counter()
         await asyncio.sleep(0)
-        turns += 1
-        assert sum(page() is not None for page in pages) <= len(hub.sessions) + 1
-    assert turns > 10
-    assert hub.sessions == {}
+        longest = max(longest, time.perf_counter() - started)
+    assert longest < 0.01
+    assert app.sessions == {}
+    assert not any(page() is not None for page in pages)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5222,7 +6921,8 @@ async def test_one_fetch_for_many_first_requests(admin: Server, key_server: KeyS
         people = [*PEOPLE, *PEOPLE] * 5
         calls = [asyncio.create_task(crowd.manage("GET", who=who)) for who in people]
         await until(lambda: key_server.fetches)
-        await expect_waiting(crowd, calls[0])
+        assert (await crowd.call("GET", "/health")).status == 200
+        assert not calls[0].done()
         gate.set()
         answers = await asyncio.gather(*calls)
     assert len(answers) >= 100
@@ -5747,7 +7447,7 @@ async def test_sites_that_cannot_be_made(body: Json, wrong: set[str], admin: Ser
     answer = await admin.manage("POST", "", body, "admin")
     assert answer.error == (400, "invalid_config")
     assert answer.body["details"]["errors"].keys() == wrong
-    assert len(admin.hub.sites) == 2
+    assert len(admin.app.sites) == 2
 
 
 async def test_a_file_that_takes_a_made_sites_id(key_server: KeyServer, tmp_path: Path) -> None:
@@ -5775,7 +7475,7 @@ async def test_made_sites_are_kept_and_changed(key_server: KeyServer, tmp_path: 
             ids.add(answer.body["id"])
         assert len(ids | {"shop", "other"}) == 5
         site_id = next(
-            s.id for s in server.hub.sites.values() if ("new.example", None) in s.allowed_hosts
+            s.id for s in server.app.sites.values() if ("new.example", None) in s.allowed_hosts
         )
         change = {"owners": ["eve"], "name": "Eve's"}
         assert (await server.manage("PATCH", f"/{site_id}", change, "admin")).status == 200
@@ -5786,7 +7486,7 @@ async def test_made_sites_are_kept_and_changed(key_server: KeyServer, tmp_path: 
         visitor = await server.visitor("https://www.new.example")
         await visitor.ask()
     async with running(config) as visitor.server:
-        assert {*visitor.server.hub.sites} == {"shop", "other", *ids}
+        assert {*visitor.server.app.sites} == {"shop", "other", *ids}
         assert (await visitor.get()).body["messageCount"] == 2
         after = (await visitor.server.manage("GET", f"/{site_id}", who="stranger")).body
         usage = {"messagesToday": 1, "tokensToday": 0}
@@ -5814,16 +7514,16 @@ async def test_deleted_sites(key_server: KeyServer, model: FakeModel, tmp_path: 
         closing = asyncio.create_task(read_close(visitor.ws))
         answer = await server.manage("DELETE", f"/{site_id}")
         assert (answer.status, answer.body) == (200, {"deleted": True})
-        assert traces(tmp_path, "SECRET", visitor.id) == []
+        await until(lambda: not traces(tmp_path, "SECRET", visitor.id))
         assert await closing == (["session_not_found"], 4404)
         await until(lambda: model.hung_up)
         assert (await visitor.get()).error == (403, "host_not_registered")
         assert (await server.manage("GET", f"/{site_id}", who="admin")).status == 404
         assert (await server.manage("GET", f"/{site_id}")).error == (403, "forbidden")
         assert query(tmp_path, "SELECT id FROM site") == []
-        assert [*server.hub.sessions] == [staying.id]
+        assert [*server.app.sessions] == [staying.id]
     async with running(config) as server:
-        assert {*server.hub.sites} == {"shop", "other"}
+        assert {*server.app.sites} == {"shop", "other"}
         answer = await server.manage("POST", "", new, "admin")
         assert (answer.body["id"], answer.body["instructions"]) == (site_id, "")
         assert answer.body["config"] == lf.SITE_CONFIG_DEFAULTS
@@ -5917,13 +7617,13 @@ async def test_session_of_a_site(admin: Server, model: FakeModel) -> None:
 
 async def test_owners_cannot_take_part_of_anothers_host(admin: Server) -> None:
     """Not by a port and not by a subdomain; that is for admins to give."""
-    theirs = next(s for s in admin.hub.sites.values() if s.id != "shop").allowed_hosts[0][0]
-    mine = [h for h, _ in admin.hub.sites["shop"].allowed_hosts]
+    theirs = next(s for s in admin.app.sites.values() if s.id != "shop").allowed_hosts[0][0]
+    mine = [h for h, _ in admin.app.sites["shop"].allowed_hosts]
     for host in (theirs, f"{theirs}:443", f"deep.{theirs}"):
         change = {"allowedHosts": [*mine, host]}
         answer = await admin.manage("PATCH", "/shop", change, "owner")
         assert answer.error == (409, "host_taken"), answer.raw
-    caller = lf.find_site(admin.hub.site_index, theirs, 443)
+    caller = lf.find_site(admin.app.site_index, theirs, 443)
     assert caller is not None
     assert caller.id != "shop"
 
@@ -6020,7 +7720,7 @@ async def test_takeover(server: Server, visitor: Visitor, model: FakeModel) -> N
     older = visitor.ws
     await visitor.connect()
     assert await read_close(older) == (["session_taken_over"], 4409)
-    await until(lambda: len(server.hub.sockets) == 1)
+    await until(lambda: len(server.app.connections) == 1)
     model.gate.release()
     frames = await visitor.turn()
     assert deltas(frames) == "One two"
@@ -6044,11 +7744,11 @@ async def test_joining_twice_on_one_socket(server: Server, visitor: Visitor) -> 
 
 async def test_joining_again_and_again_costs_one_answer(server: Server, visitor: Visitor) -> None:
     """However often a client joins, no more than the last session_joined waits for it."""
-    sock = next(iter(server.hub.sockets))
+    sock = next(iter(server.app.connections))
     session = visitor.session
     for _ in range(1000):
         lf.join(sock, session, None, 0)
-    assert sock.outbox == []
+    assert not sock.outbox
     assert sock.joined is not None
     assert (await visitor.next())["event"] == "session_joined"
     await visitor.expect_open()
@@ -6201,7 +7901,7 @@ async def test_losing_the_socket_does_not_cancel(
     model.scripts.append([sse(chunk("Half")), model.at_gate, sse(chunk(" done"))])
     await visitor.chat()
     await visitor.ws.close()
-    await until(lambda: not server.hub.sockets)
+    await until(lambda: not server.app.connections)
     model.gate.release()
     await until(lambda: visitor.session.task is None)
     assert (await visitor.history())[-1] == ("assistant", "Half done")
@@ -6329,7 +8029,7 @@ async def test_flood(visitor: Visitor) -> None:
 
 def test_flood_window() -> None:
     """Frames count for 10 s."""
-    sock = lf.Socket(cast(Any, None), None, "shop")
+    sock = lf.Connection(cast(Any, None), None, "shop")
     assert not any(sock.flooded(n * 0.17) for n in range(600))
     assert not any(sock.flooded(1000.0) for _ in range(60))
     assert sock.flooded(1009.9)
@@ -6351,7 +8051,7 @@ async def test_frames_that_break_the_protocol(raw: bytes, server: Server, visito
     """Bytes that are no WebSocket frame end that socket and nothing else."""
     cast(Any, visitor.ws)._conn.transport.write(raw)
     assert (await read_close(visitor.ws))[1] in (1002, 1003, 1006, 1007, 1009)
-    await until(lambda: not server.hub.sockets)
+    await until(lambda: not server.app.connections)
     await visitor.connect()
     await visitor.expect_open()
 
@@ -6372,6 +8072,9 @@ async def test_no_compression(server: Server) -> None:
     """Per-message compression is not agreed to."""
     ws = await server.socket(compress=15)
     assert not ws.compress
+
+
+NUMBERS = "".join(f"{number} " for number in range(150_000))  # about 1 MB, with no repeats
 
 
 async def deaf_client(server: Server, visitor: Visitor) -> socket.socket:
@@ -6417,24 +8120,24 @@ async def test_client_that_stops_reading(
     monkeypatch.setattr(lf, "PING_SECONDS", ping_seconds)
     visitor = await server.visitor(connect=False)
     client = await deaf_client(server, visitor)
-    await until(lambda: server.hub.sockets)
-    (sock,) = server.hub.sockets
+    await until(lambda: server.app.connections)
+    (sock,) = server.app.connections
     monkeypatch.setattr(lf, "PING_SECONDS", 25)
     talking = asyncio.create_task(chatter(client) if talks else asyncio.sleep(0))
     other = await server.visitor()
-    model.scripts.append([sse(chunk("x" * 1_000_000))] * 12)
+    model.scripts.append([sse(chunk(NUMBERS))] * 12)
     await visitor.chat()
     assert (await other.ask())["data"]["text"] == "ok"
     await until(lambda: visitor.session.task is None)
-    await until(lambda: sock not in server.hub.sockets)
+    await until(lambda: sock not in server.app.connections)
     await until(lambda: sock.transport and not sock.transport.get_write_buffer_size())
-    assert visitor.session.socket is None
+    assert visitor.session.connection is None
     talking.cancel()
     await asyncio.gather(talking, return_exceptions=True)
     client.close()
     await visitor.connect()
     frames = await visitor.turn()
-    assert deltas(frames) == frames[-1]["data"]["text"] == "x" * 12_000_000
+    assert deltas(frames) == frames[-1]["data"]["text"] == NUMBERS * 12
     assert (await other.ask())["data"]["text"] == "ok"
 
 
@@ -6521,10 +8224,10 @@ async def test_shutdown_does_not_wait_for_the_deaf(
     monkeypatch.setattr(lf, "MAX_REPLY_CHARS", 10**9)
     serving = lf.serving(make_config(model))
     app, url = await serving.__aenter__()
-    async with Server(url, app[lf.HUB]) as server:
+    async with Server(url, app[lf.APP_STATE]) as server:
         visitor = await server.visitor(connect=False)
         client = await deaf_client(server, visitor)
-        model.scripts.append([sse(chunk("x" * 1_000_000))] * 12)
+        model.scripts.append([sse(chunk(NUMBERS))] * 12)
         await visitor.chat()
         await until(lambda: visitor.session.task is None)
         started = time.monotonic()
@@ -6635,596 +8338,6 @@ async def test_log_keeps_secrets(tmp_path: Path, model: FakeModel) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# The doctor
-
-OUTSIDE = "127.0.0.9"  # where the proxies of these tests come from; the doctor is at 127.0.0.1
-
-
-@dataclasses.dataclass
-class Proxy:
-    """A reverse proxy in front of a server, and the mistakes that people make with one."""
-
-    target: str
-    forwarded_for: str = "set"  # "append", "pass" what came, or "none"
-    sends: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    adds: Mapping[str, str] = dataclasses.field(default_factory=dict)  # to responses
-    drops: Sequence[str] = ()  # request headers
-    upgrades: bool = True
-    answers: Mapping[str, tuple[int, Mapping[str, str]]] = dataclasses.field(default_factory=dict)
-    url: str = ""
-
-    async def handle(self, request: web.Request) -> web.StreamResponse:
-        for start, (code, more) in self.answers.items():
-            if f"{request.method} {request.path}".startswith(start):
-                return web.Response(status=code, headers=more, text="<html>A proxy</html>")
-        hops = ("upgrade", "connection", "content-length", "transfer-encoding", "host")
-        dropped = {*hops, *self.drops, "x-forwarded-for"}
-        headers = {k: v for k, v in request.headers.items() if k.lower() not in dropped}
-        headers = {k: v for k, v in headers.items() if not k.lower().startswith("sec-websocket")}
-        came = request.headers.getall("X-Forwarded-For", [])
-        peer = cast(str, request.remote)
-        sent = {"set": [peer], "append": [*came, peer], "pass": came, "none": []}
-        if chosen := sent[self.forwarded_for]:
-            headers["X-Forwarded-For"] = ", ".join(chosen)
-        headers = {"Host": request.host, **headers, **self.sends}
-        async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(local_addr=(OUTSIDE, 0))
-        ) as http:
-            if self.upgrades and "upgrade" in request.headers.get("Connection", "").lower():
-                return await self.tunnel(http, request, headers)
-            body = await request.read()
-            async with http.request(
-                request.method, self.target + request.path_qs, headers=headers, data=body
-            ) as response:
-                copied = CIMultiDict(response.headers)
-                copied.popall("Content-Length", None)
-                copied.extend(self.adds)
-                raw = await response.read()
-                return web.Response(status=response.status, headers=copied, body=raw)
-
-    async def tunnel(
-        self, http: aiohttp.ClientSession, request: web.Request, headers: Mapping[str, str]
-    ) -> web.StreamResponse:
-        async with http.ws_connect(self.target + request.path_qs, headers=headers) as inner:
-            outer = web.WebSocketResponse()
-            await outer.prepare(request)
-
-            async def copy(reader: Any, writer: Any) -> None:
-                async for frame in reader:
-                    await writer.send_str(frame.data)
-                await writer.close()
-
-            await asyncio.gather(copy(outer, inner), copy(inner, outer))
-            return outer
-
-
-@contextlib.asynccontextmanager
-async def proxy(
-    server: Server, tls: ssl.SSLContext | None = None, **how: Any
-) -> AsyncIterator[str]:
-    async with listening(Proxy(server.url, **how).handle, tls) as url:
-        yield url
-
-
-@dataclasses.dataclass
-class Findings:
-    """What the doctor said: its exit code, and the marked words of each line."""
-
-    code: int
-    lines: dict[str, str]
-
-    def failed(self) -> set[str]:
-        return {what for what, words in self.lines.items() if words.startswith("FAIL")}
-
-
-def read_findings(code: int, out: str) -> Findings:
-    lines = {}
-    for line in out.splitlines():
-        found = re.fullmatch(r"(ok  |hint|FAIL)  (https?://\S+|[\w -]+): (.+)", line)
-        assert found, line
-        assert found[2] not in lines
-        lines[found[2]] = f"{found[1].strip()} {found[3]}"
-        assert not UUID.search(line)
-    return Findings(code, lines)
-
-
-Doctor = Callable[..., Awaitable[Findings]]
-
-
-@pytest.fixture
-def doctor(capsys: pytest.CaptureFixture[str]) -> Doctor:
-    """Ask the doctor about a configuration and a URL, in this process."""
-
-    async def see(config: lf.Config, url: str = "") -> Findings:
-        capsys.readouterr()
-        code = await lf.run_doctor(config, url)
-        return read_findings(code, capsys.readouterr().out)
-
-    return see
-
-
-BEHIND_PROXY: Json = {"trusted_proxies": [OUTSIDE]}
-
-
-async def test_doctor_finds_all_well(
-    tmp_path: Path, model: FakeModel, key_server: KeyServer
-) -> None:
-    """A deployment that works: a line for each check, exit code 0, nothing left behind."""
-    more = f"""
-        [llm]
-        base_url = "{model.url}"
-        [server]
-        trusted_proxies = ["{OUTSIDE}"]
-        [firebase]
-        project_id = "p"
-        keys_url = "{key_server.url}"
-        admins = ["olga"]
-    """
-    key = {"LEFLUX_LLM_API_KEY": "sk-SECRET"}
-    async with program(tmp_path, more, **key) as running, proxy(running.server) as url:
-        before = files_in(tmp_path)
-        call = ("--config", str(tmp_path / "config.toml"), "--doctor", f"{url}/")
-        code, out, err = await run_program(*call, STATE_DIRECTORY=str(tmp_path), **key)
-        stats = await running.server.call("GET", "/api/stats")
-        assert stats.body["activeSessions"] == 0
-        assert files_in(tmp_path) == before
-    assert err == ""
-    assert "SECRET" not in out
-    findings = read_findings(code, out)
-    assert findings.code == 0, out
-    assert [words.split()[0] for words in findings.lines.values()] == ["ok"] * 9
-    host = model.url.split("/")[2]
-    expected = {
-        "config": "1 site(s)",
-        "state": f"{tmp_path} is in use by a running server",
-        "model": f"google/gemini-2.5-flash at {host} answered in",
-        "sign-in": "on, with 1 key(s)",
-        url: "leflux answers",
-        "model in use": "the server's is remote",
-        "address": "the server sees 127.0.0.1, this machine",
-        "widget": "embed.js is served",
-        "site shop": f"https://acme.com can chat, over ws{url.removeprefix('http')}",
-    }
-    assert list(findings.lines) == list(expected)
-    for what, words in expected.items():
-        assert findings.lines[what].startswith(f"ok {words}")
-    assert len(model.requests) == 1
-    assert model.requests[0]["stream"] is True
-    assert model.headers[0]["Authorization"] == "Bearer sk-SECRET"
-
-
-async def test_doctor_without_url(tmp_path: Path) -> None:
-    """Without a key and a URL: the offline guide is an answer, and the way in is not checked."""
-    (tmp_path / "c.toml").write_text('[[sites]]\nid = "a"\nname = "A"\nallowed_hosts = ["a.com"]')
-    code, out, err = await run_program("--config", str(tmp_path / "c.toml"), "--doctor")
-    findings = read_findings(code, out)
-    assert (findings.code, err) == (0, "")
-    assert "the first start makes it" in findings.lines["state"]
-    assert "offline guide answers" in findings.lines["model"]
-    assert findings.lines["sign-in"].startswith("ok off")
-    assert findings.lines["proxy"].startswith("hint not checked")
-    assert "--doctor https://" in findings.lines["proxy"]
-    assert files_in(tmp_path) == {"c.toml"}
-
-
-async def test_doctor_stops_at_mistakes_in_the_call(tmp_path: Path) -> None:
-    """Mistakes in the file or in the URL are one line and exit code 2, as at the start."""
-    (tmp_path / "typo").write_text("[server]\nprot = 3002\n")
-    (tmp_path / "lost").write_text('[[sites]]\nid = "a"\nname = "A"\nknowledge = ["none.md"]\n')
-    (tmp_path / "good").write_text("")
-    config = {name: ("--config", str(tmp_path / name), "--doctor") for name in ("typo", "lost")}
-    good = ("--config", str(tmp_path / "good"), "--doctor")
-    typo, lost, *urls = await asyncio.gather(
-        run_program(*config["typo"]),
-        run_program(*config["lost"], "http://localhost:1"),
-        run_program(*good, "chat.example.com"),
-        run_program(*good, "https://chat.example.com/path"),
-    )
-    for (code, out, err), words in ((typo, "server.prot"), (lost, "sites[0].knowledge")):
-        assert (code, out, err.count("\n")) == (2, "", 1)
-        assert words in err
-    for code, out, err in urls:
-        assert (code, out) == (2, "")
-        assert "http(s)://host[:port]" in err
-
-
-async def test_doctor_hints_at_sites_without_hosts(doctor: Doctor) -> None:
-    """A site where nobody can chat is worth a hint, and no failure."""
-    for sites, words in (([], "no [[sites]]"), ([{"id": "a", "name": "A"}], "site a has no")):
-        findings = await doctor(make_config(sites=sites))
-        assert findings.lines["config"].startswith("hint")
-        assert words in findings.lines["config"]
-        assert findings.lines["state"].startswith('hint server.state_dir is ""')
-        assert findings.code == 0
-
-
-# The doctor: the state folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*") if path.is_file()}
-
-
-async def test_doctor_tries_a_copy_of_the_state(kept: Path, doctor: Doctor) -> None:
-    """A database that is not in use is read as the next start will read it, and not changed."""
-    before = contents(kept)
-    findings = await doctor(make_config(server=on_disk(kept)))
-    assert findings.lines["state"] == f"ok {kept} can be written and holds 4 chat(s)"
-    assert contents(kept) == before
-    async with running(make_config(server=on_disk(kept))) as server:  # it is not locked either
-        assert len(server.hub.sessions) == 4
-        findings = await doctor(make_config(server=on_disk(kept)))
-    assert findings.lines["state"] == f"ok {kept} is in use by a running server"
-
-
-@pytest.mark.parametrize("name", [*DAMAGES, "missing"])
-async def test_doctor_finds_unusable_databases(name: str, kept: Path, doctor: Doctor) -> None:
-    """What would stop the start is said beforehand, and left as it is."""
-    if name == "missing":
-        (kept / "leflux.db").unlink()
-    else:
-        damage(kept, name)
-    before = contents(kept)
-    findings = await doctor(make_config(server=on_disk(kept)))
-    words = findings.lines["state"]
-    if name == "missing":
-        assert words == f"ok {kept} can be written and holds 0 chat(s)"
-        return
-    assert findings.failed() == {"state"}
-    assert findings.code == 1
-    assert str(kept) in words
-    assert "leflux-" not in words  # the copy's name
-    assert contents(kept) == before
-    assert "a f" in name or "Put a backup in its place" in words
-
-
-async def test_doctor_finds_state_of_another_user(kept: Path, doctor: Doctor) -> None:
-    """Where the server's user may not write, the words say who may and how to mend it."""
-    if os.geteuid() == 0:
-        os.chown(kept / "leflux.db", 12345, 12345)
-        words = f"chown --reference={kept} {kept / 'leflux.db'}"
-    else:
-        os.chmod(kept, 0o500)  # noqa: PTH101
-        words = f"{kept} belongs to user {os.geteuid()} and is no folder that this user can write"
-    findings = await doctor(make_config(server=on_disk(kept)))
-    assert findings.failed() == {"state"}
-    assert words in findings.lines["state"]
-    os.chmod(kept, 0o700)  # noqa: PTH101
-
-
-# The doctor: the model and the keys
-
-
-async def web_page(_: web.Request) -> web.Response:
-    return web.Response(text="<html>SECRET data: hello</html>", content_type="text/html")
-
-
-@pytest.mark.parametrize(
-    ("script", "key", "words"),
-    [
-        (complaint("SECRET", 401), "sk-SECRET", "the key is refused (401)"),
-        (complaint("SECRET", 403), "sk-SECRET", "the key is refused (403)"),
-        (complaint("SECRET", 401), "", "it wants a key (401), and none is set"),
-        (complaint("SECRET", 402), "sk-SECRET", "the account is out of credit"),
-        (
-            status(429, {"error": {"code": "insufficient_quota"}}, Retry_After="0"),
-            "sk-SECRET",
-            "the account is out of credit",
-        ),
-        (status(429, {}, Retry_After="0"), "sk-SECRET", "too many requests for this key (429)"),
-        (complaint("no such model SECRET", 404), "", "it does not take the request (404)"),
-        (complaint("no such model SECRET", 400), "", "it does not take the request (400)"),
-        (
-            status(301, {}, Location="https://SECRET.example/"),
-            "",
-            "does not take the request (301)",
-        ),
-        (status(503, {}, Retry_After="0"), "", "the provider has a problem (503)"),
-        ([sse({"error": {"code": 402, "message": "SECRET"}})], "", "the account is out of credit"),
-        ([sse({"error": {"code": "x"}})], "", "the provider has a problem (in its stream)"),
-        (web_page, "", "no chat completion, perhaps a web page"),
-        ([sse("[DONE]")], "", "no chat completion"),
-        ([sse(chunk("Hm", finish_reason="length"), "[DONE]")], "", "its answer breaks off"),
-        ([sse(chunk("", finish_reason="length"), "[DONE]")], "", "its answer breaks off"),
-    ],
-)
-async def test_doctor_says_what_the_provider_means(
-    script: Script, key: str, words: str, model: FakeModel, doctor: Doctor
-) -> None:
-    """Each refusal of a provider in words that say what to do, and nothing that it wrote."""
-    model.scripts.extend([script] * 3)
-    findings = await doctor(dataclasses.replace(make_config(model), api_key=key))
-    assert findings.failed() == {"model"}
-    assert words in findings.lines["model"]
-    assert "SECRET" not in str(findings)
-    assert findings.code == 1
-
-
-async def test_doctor_takes_a_model_as_it_is(model: FakeModel, doctor: Doctor) -> None:
-    """A model that takes fewer parameters, or answers in plain text, is fine."""
-    model.scripts.extend([complaint("json_schema is unknown"), [sse(chunk("ok"), "[DONE]")]])
-    assert (await doctor(make_config(model))).lines["model"].startswith("ok google/gemini")
-    assert len(model.requests) == 2
-
-
-async def test_doctor_waits_for_the_model_only_so_long(
-    model: FakeModel, doctor: Doctor, monkeypatch: Patch
-) -> None:
-    """A model that says nothing is given up in time."""
-    monkeypatch.setattr(lf, "FIRST_TEXT_SECONDS", 0.1)
-    model.scripts.append([b": waiting", forever])
-    assert "it does not answer in time" in (await doctor(make_config(model))).lines["model"]
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return cast(int, taken.getsockname()[1])
-
-
-async def test_doctor_says_why_it_cannot_connect(
-    tmp_path: Path, doctor: Doctor, model: FakeModel, monkeypatch: Patch
-) -> None:
-    """Connection refused, unknown names, TLS that is none or has a bad certificate."""
-    monkeypatch.setattr(lf, "MODEL_RETRIES", 0)
-    plain = model.url.removeprefix("http://").removesuffix("/v1")
-    async with listening(web_page, tls_for(tmp_path, "localhost", days=90)) as strange:
-        for url, words in (
-            (f"http://127.0.0.1:{free_port()}", "the connection is refused"),
-            ("http://no-such-host.invalid", "DNS does not know its name"),
-            (f"https://{plain}", "it does not speak TLS"),
-            (strange, "its TLS certificate is not valid: self"),
-        ):
-            firebase = {"project_id": "p", "keys_url": f"{url}/keys"}
-            config = make_config(llm={"base_url": f"{url}/v1"}, firebase=firebase)
-            findings = await doctor(config, url)
-            assert findings.failed() == {"model", "sign-in", url}
-            for what in findings.failed():
-                assert words in findings.lines[what], findings
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (OSError(errno.ENETUNREACH, "SECRET"), "it failed: Network is unreachable"),
-        (ConnectionResetError(errno.ECONNRESET, "SECRET"), "it failed: Connection reset by peer"),
-        (aiohttp.ServerDisconnectedError("SECRET"), "it failed (ServerDisconnectedError)"),
-        (aiohttp.ServerTimeoutError("SECRET"), "it does not answer in time"),
-        (KeyError("SECRET"), "it failed (KeyError)"),
-    ],
-)
-def test_doctor_words_other_failures(error: Exception, words: str) -> None:
-    """What else can go wrong has a name, too, and nothing of its own text is shown."""
-    assert lf.failure_words(error).startswith(words)
-    assert "SECRET" not in lf.failure_words(error)
-
-
-async def test_doctor_reads_the_keys(key_server: KeyServer, doctor: Doctor) -> None:
-    """Google's keys must arrive and be keys; that nobody may use them is a hint."""
-
-    async def sign_in() -> str:
-        firebase = {"project_id": "p", "keys_url": key_server.url}
-        return (await doctor(make_config(firebase=firebase))).lines["sign-in"]
-
-    assert (await sign_in()).startswith("hint works, but nobody may use it")
-    key_server.certificates = {"key": "SECRET"}
-    assert "what it answers is not Google's certificates" in await sign_in()
-    key_server.instead = web_page
-    assert "what it answers is not Google's certificates" in await sign_in()
-    key_server.instead = cast(Any, status(404))
-    assert (await sign_in()).endswith("it answers 404. Is firebase.keys_url right?")
-
-
-# The doctor: the way in
-
-
-def tls_for(folder: Path, name: str, days: float) -> ssl.SSLContext:
-    """A server's TLS for a name; cert.pem in the folder is its own authority."""
-    names = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now, key = datetime.now(UTC), private_key(1)
-    builder = x509.CertificateBuilder(names, names, key.public_key(), x509.random_serial_number())
-    builder = builder.not_valid_before(now - timedelta(100)).not_valid_after(now + timedelta(days))
-    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), False)
-    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
-    signed = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-    plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (folder / "cert.pem").write_bytes(signed)
-    (folder / "key.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, *plain))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
-    return context
-
-
-@pytest.mark.parametrize(
-    ("name", "days", "proto", "failures"),
-    [
-        ("localhost", 90, "https", {}),
-        ("localhost", 5, "https", {"certificate": "it ends in 4 day(s). Renew it"}),
-        ("localhost", 90, "", {"site shop": "browsers refuse from https. Let the proxy send X-F"}),
-        ("localhost", -1, "https", {"url": "not valid: certificate has expired. Renew it"}),
-        ("else.example", 90, "https", {"url": "not valid: Hostname mismatch"}),
-    ],
-)
-async def test_doctor_looks_at_tls(
-    name: str, days: float, proto: str, failures: Json, tmp_path: Path
-) -> None:
-    """Behind https: the certificate, how long it lasts, and that pages are told wss://."""
-    more = f'[server]\ntrusted_proxies = ["{OUTSIDE}"]\n'
-    tls = tls_for(tmp_path, name, days)
-    sends = {"X-Forwarded-Proto": proto} if proto else {}
-    (tmp_path / "state").mkdir()
-    async with (
-        program(tmp_path, more, STATE_DIRECTORY=str(tmp_path / "state")) as running,
-        proxy(running.server, tls, sends=sends) as url,
-    ):
-        call = ("--config", str(tmp_path / "config.toml"), "--doctor", url)
-        code, out, err = await run_program(*call, SSL_CERT_FILE=str(tmp_path / "cert.pem"))
-        assert (await running.server.call("GET", "/api/stats")).body["activeSessions"] == 0
-    findings = read_findings(code, out)
-    failed = {what.replace("url", url) for what in failures}
-    assert (findings.failed(), findings.code, err) == (failed, 1 if failed else 0, "")
-    for what, words in failures.items():
-        assert words in findings.lines[what.replace("url", url)]
-    if not failures:
-        assert findings.lines["certificate"] == "ok valid for 89 more days"
-        assert "over wss://localhost:" in findings.lines["site shop"]
-
-
-GATEWAY: Json = {"": (502, {})}
-ELSEWHERE: Json = {"": (301, {"Location": "https://www.example.com/health"})}
-
-
-@pytest.mark.parametrize(
-    ("how", "failures"),
-    [
-        ({}, {}),
-        ({"forwarded_for": "append"}, {}),
-        ({"forwarded_for": "none"}, {"address": "the server sees 127.0.0.9 instead of 127.0.0.1"}),
-        ({"forwarded_for": "pass"}, {"address": "a forged X-Forwarded-For is believed"}),
-        ({"answers": GATEWAY}, {"url": "the proxy answers 502, as no leflux runs behind it"}),
-        ({"answers": ELSEWHERE}, {"url": "redirects (301). Ask about https://www.example.com "}),
-        ({"answers": {"": (404, {})}}, {"url": "HTTP 404, and not from leflux"}),
-        ({"answers": {"": (200, {})}}, {"url": "HTTP 200, and not from leflux"}),
-        ({"answers": {"POST": (405, {})}}, {"site shop": "HTTP 405, and not from leflux"}),
-        ({"answers": {"GET /embed.js": (404, {})}}, {"widget": "HTTP 404, and not from leflux"}),
-        ({"answers": {"GET /embed.js": (200, {})}}, {"widget": "HTTP 200, and not from leflux"}),
-        ({"answers": {"DELETE": (405, {})}}, {"site shop": "Let the proxy pass DELETE on"}),
-        ({"drops": ["origin"]}, {"site shop": "the Origin header does not arrive"}),
-        (
-            {"adds": {"Access-Control-Allow-Origin": "*"}},
-            {"site shop": "CORS headers come twice"},
-        ),
-        ({"upgrades": False}, {"site shop": "is not upgraded (200). Let the proxy speak HTTP/1.1"}),
-        ({"answers": {"GET /": (504, {})}}, {"url": "the proxy answers 504"}),
-        (
-            {"sends": {"Host": "inner.example"}},
-            {"site shop": "pages are told ws://inner.example, which is another address"},
-        ),
-    ],
-)
-async def test_doctor_looks_through_the_proxy(
-    how: Any, failures: Json, serve: Serve, doctor: Doctor
-) -> None:
-    """Each mistake of a proxy in words that say how to mend it; the chat is deleted again."""
-    server = await serve(server=BEHIND_PROXY, sites=[SHOP])
-    async with proxy(server, **how) as url:
-        findings = await doctor(make_config(server=BEHIND_PROXY, sites=[SHOP]), url)
-    failed = {what.replace("url", url) for what in failures}
-    assert (findings.failed(), findings.code) == (failed, 1 if failed else 0)
-    for what, words in failures.items():
-        assert words in findings.lines[what.replace("url", url)]
-    assert not server.hub.sessions or "DELETE" in str(how)
-
-
-async def test_doctor_without_demo_page(serve: Serve, doctor: Doctor) -> None:
-    """An upgrade that is lost is found where / is no page, too."""
-    server = await serve(server={**BEHIND_PROXY, "demo": False}, sites=[SHOP])
-    async with proxy(server, upgrades=False) as url:
-        findings = await doctor(make_config(server=BEHIND_PROXY, sites=[SHOP]), url)
-    assert "is not upgraded (404)" in findings.lines["site shop"]
-
-
-async def test_doctor_compares_server_and_file(
-    serve: Serve, doctor: Doctor, model: FakeModel
-) -> None:
-    """A site or a key that is in the file and not in the running server, CORS, a full bucket."""
-    server = await serve(
-        server={**BEHIND_PROXY, "cors_origins": ["https://else.example"]},
-        sites=[SHOP],
-        limits={"init_per_minute": 1},
-    )
-    async with proxy(server) as url:
-        sites = [OTHER, SHOP, {**OTHER, "id": "third", "allowed_hosts": ["third.com"]}]
-        first = await doctor(make_config(model, server=BEHIND_PROXY, sites=sites), url)
-        again = await doctor(make_config(server=BEHIND_PROXY, sites=[SHOP]), url)
-    assert first.failed() == {"model in use", "site other", "site shop", "site third"}
-    assert "the server's is offline, but remote" in first.lines["model in use"]
-    words = "does not know https://other.example (403 host_not_registered). Put its host into"
-    assert words in first.lines["site other"]
-    assert "Add it to server.cors_origins" in first.lines["site shop"]
-    assert again.failed() == {"site shop"}
-    assert "too many new chats from this address (429)" in again.lines["site shop"]
-    assert not server.hub.sessions
-
-
-async def test_doctor_finds_sites_that_do_not_stay(serve: Serve, doctor: Doctor) -> None:
-    """Two servers behind one address: the socket must come to the one that has the chat."""
-    first, second = [await serve(server=BEHIND_PROXY, sites=[SHOP]) for _ in range(2)]
-    ways = Proxy(first.url), Proxy(second.url)
-
-    async def by_turns(request: web.Request) -> web.StreamResponse:
-        return await ways["Upgrade" in request.headers].handle(request)
-
-    async with listening(by_turns) as url:
-        findings = await doctor(make_config(server=BEHIND_PROXY, sites=[SHOP]), url)
-    assert "each site must stay on one of them" in findings.lines["site shop"]
-    assert not first.hub.sessions
-
-
-async def test_doctor_on_the_same_machine(serve: Serve, doctor: Doctor) -> None:
-    """Straight to the server from a trusted address: what strangers can forge does not show."""
-    server = await serve()
-    findings = await doctor(make_config(), server.url)
-    assert findings.code == 0
-    assert findings.lines["address"].startswith("hint this machine (127.0.0.1) is one of")
-    assert findings.lines["site shop"].startswith("ok https://acme.com can chat")
-    assert findings.lines["site other"].startswith("ok https://other.example can chat")
-
-
-async def test_doctor_opens_a_chat_for_few_sites(serve: Serve, doctor: Doctor) -> None:
-    """Of many sites only the first are tried, as each costs a chat of the minute."""
-    sites = [{"id": f"s{n}", "name": "S", "allowed_hosts": [f"s{n}.com:8443"]} for n in range(9)]
-    server = await serve(sites=sites)
-    findings = await doctor(make_config(sites=sites), server.url)
-    assert findings.code == 0
-    chats = [words for what, words in findings.lines.items() if what.startswith("site ")]
-    assert len(chats) == lf.DOCTOR_SITES
-    assert chats[0].startswith("ok https://s0.com:8443 can chat")
-
-
-@pytest.mark.parametrize(
-    ("own", "seen", "forgeable", "mark", "words"),
-    [
-        ("192.0.2.9", "192.0.2.9", False, "ok", "this machine"),
-        ("192.168.1.9", "8.8.4.4", False, "ok", "as the internet knows it"),
-        ("192.168.1.9", "2001:4860:1:2::", False, "ok", "as the internet knows it"),
-        ("2001:4860:1:2::7", "2001:4860:1:2::", False, "ok", "this machine"),
-        ("192.168.1.9", "172.17.0.1", False, "FAIL", "sees 172.17.0.1 instead of 192.168.1.9"),
-        ("192.168.1.9", "127.0.0.1", False, "FAIL", "all visitors share one limit"),
-        ("192.168.1.9", "1.1.1.1", False, "FAIL", "all visitors share one limit"),
-        ("192.168.1.9", "", False, "FAIL", "the server sees none instead"),
-        ("192.168.1.9", "192.168.1.9", True, "FAIL", "a forged X-Forwarded-For is believed"),
-        ("127.0.0.1", "127.0.0.1", False, "ok", "this machine"),
-        ("127.0.0.1", "127.0.0.1", True, "hint", "Run the doctor on another one"),
-        ("::1", "127.0.0.1", False, "hint", "Run the doctor on another one"),
-    ],
-)
-def test_doctor_judges_addresses(
-    own: str, seen: str, forgeable: bool, mark: str, words: str
-) -> None:
-    """What the server takes the doctor for, without and with a forged header."""
-    proxies = make_config(server={"trusted_proxies": ["127.0.0.1", "::1", "1.1.1.1"]}).server
-    try:
-        found = "ok", lf.address_words(own, seen, forgeable, proxies.trusted_proxies)
-    except lf.Trouble as trouble:
-        found = ("hint" if isinstance(trouble, lf.Hint) else "FAIL"), str(trouble)
-    assert found[0] == mark
-    assert words in found[1]
-
-
-async def test_health_tells_callers_their_own_address(serve: Serve) -> None:
-    """/health?client adds the address that the limits count, and nothing else does."""
-    server = await serve()
-    plain = (await server.call("GET", "/health")).body
-    asked = await server.call("GET", "/health?client")
-    assert asked.body.keys() - plain.keys() == {"client"}
-    assert asked.body["client"] == "127.0.0.1"
-    headers = {"X-Forwarded-For": "2001:db8:1:2:3::4"}
-    asked = await server.call("GET", "/health?client=1", headers=headers)
-    assert asked.body["client"] == "2001:db8:1:2::"
-
-
-# ---------------------------------------------------------------------------------------------
 # docs/api.md
 
 
@@ -7285,16 +8398,15 @@ async def test_page_of_the_api_is_understood() -> None:
     )
     clean = lf.clean_context(page, lf.LimitsConfig())
     assert clean["indexedElements"] == page["indexedElements"]
-    assert clean.keys() == {*page, "described"}
+    assert clean.keys() == {*page, "shown", "picture"}
     table = document.partition("An element has")[2].partition("Other fields")[0]
     assert set(re.findall(r"`(\w+)`", table)) >= lf.ELEMENT_FIELDS.keys()
 
 
 # ---------------------------------------------------------------------------------------------
-# Deployment: the service file, and real nginx with the project's own site file
+# The service file
 
 SERVICE = lf.HERE / "leflux.service"
-NGINX_SITE = lf.HERE / "leflux.nginx.conf"
 
 
 async def test_service_is_confined() -> None:
@@ -7315,313 +8427,3 @@ async def test_service_file(tmp_path: Path) -> None:
     (tmp_path / SERVICE.name).write_text(text.replace(installed, sys.executable))
     verify = ("verify", "--man=no", str(tmp_path / SERVICE.name))
     assert await run_tool(needs("systemd-analyze"), *verify) == (0, "")
-
-
-def port_of(server: Server) -> int:
-    return int(server.url.rpartition(":")[2])
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
-
-
-def nginx_conf(folder: Path, changes: Mapping[str, str]) -> str:
-    """A small nginx.conf around the project's site file, in which each of changes is made."""
-    site = NGINX_SITE.read_text()
-    for original, value in changes.items():
-        assert original in site, original
-        site = site.replace(original, value)
-    temporary = "client_body proxy fastcgi uwsgi scgi".split()
-    paths = " ".join(f"{name}_temp_path {folder}/{name};" for name in temporary)
-    user = "user root;" if os.geteuid() == 0 else ""  # who alone may enter the folder
-    return f"""
-        {user} daemon off; worker_processes 2; pid {folder}/nginx.pid; events {{ }}
-        http {{ access_log {folder}/access.log; {paths} {site} }}
-    """
-
-
-@dataclasses.dataclass
-class Nginx:
-    """nginx as it runs in front of servers."""
-
-    folder: Path
-    port: int
-    http_port: int
-
-    def visitors(self, address: str = "127.0.0.1") -> Server:
-        """The server as clients at an address see it, through nginx and TLS."""
-        seen = hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate(1))).digest()
-        url = f"https://127.0.0.1:{self.port}"
-        return Server(url, ssl=aiohttp.Fingerprint(seen), local_addr=(address, 0))
-
-    def logs(self) -> str:
-        return "".join(path.read_text() for path in self.folder.glob("*.log"))
-
-
-@contextlib.asynccontextmanager
-async def nginx(folder: Path, *servers: Server, **changes: str) -> AsyncIterator[Nginx]:
-    """Run nginx with the project's site file before servers, on free ports."""
-    proxy = Nginx(folder, unused_port(), unused_port())
-    (folder / "fullchain.pem").write_text(certificate(1))
-    unencrypted = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    key = private_key(1).private_bytes(serialization.Encoding.PEM, *unencrypted)
-    (folder / "privkey.pem").write_bytes(key)
-    conf = nginx_conf(
-        folder,
-        {
-            "listen 80;": f"listen 127.0.0.1:{proxy.http_port};",
-            "listen 443 ssl;": f"listen 127.0.0.1:{proxy.port} ssl;",
-            "listen [::]:80;": "",
-            "listen [::]:443 ssl;": "",
-            "/etc/letsencrypt/live/chat.example.com/": f"{folder}/",
-            "/var/log/nginx/error.log": f"{folder}/error.log",
-            "/var/www/html": f"{folder}/www",
-            **{
-                f"{'# ' if number else ''}server 127.0.0.1:{3002 + number} ": f"server {host} "
-                for number, host in enumerate(s.url.removeprefix("http://") for s in servers)
-            },
-            **changes,
-        },
-    )
-    (folder / "nginx.conf").write_text(conf)
-    command = (needs("nginx"), "-e", f"{folder}/error.log", "-c", f"{folder}/nginx.conf")
-    code, said = await run_tool(*command, "-t")
-    assert code == 0, said
-    assert said.count("\n") == 2, said  # the syntax is ok, the test is successful
-    child = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
-    try:
-        await until(lambda: listens(proxy.port) or child.returncode is not None)
-        yield proxy
-    finally:
-        if child.returncode is None:
-            child.terminate()
-        await child.wait()
-
-
-@pytest.mark.parametrize("instances", [1, 3])
-async def test_visit_through_nginx(
-    instances: int, serve: Serve, model: FakeModel, tmp_path: Path
-) -> None:
-    """A visitor gets a session, a socket over TLS, and each chunk when the model says it."""
-    servers = [await serve(model) for _ in range(instances)]
-    async with nginx(tmp_path, *servers) as proxy, proxy.visitors() as site:
-        answer = await site.init()
-        assert answer.body["wsUrl"] == site.url.replace("https", "wss")
-        assert answer.headers["Access-Control-Allow-Origin"]
-        visitor = Visitor(site, answer.body["sessionId"])
-        for path in ("/", "/ws"):
-            visitor.ws = await site.socket(f"{path}?sessionId={visitor.id}")
-            assert (await visitor.next())["event"] == "session_joined"
-        words = ["One", " two", " three"]
-        model.scripts.append([step for word in words for step in (sse(chunk(word)), model.at_gate)])
-        await visitor.chat()
-        for word in words:
-            assert (await visitor.next())["data"]["delta"] == word
-            model.gate.release()
-        assert (await visitor.turn())[-1]["data"]["text"] == "One two three"
-        assert await visitor.history() == [("user", "Hello"), ("assistant", "One two three")]
-        assert sum(len(server.hub.sessions) for server in servers) == 1
-    assert visitor.id not in proxy.logs()
-
-
-async def test_http_leads_to_https(serve: Serve, tmp_path: Path) -> None:
-    """But for the files with which certbot proves that the domain is ours."""
-    challenge = tmp_path / "www" / ".well-known" / "acme-challenge"
-    challenge.mkdir(parents=True)
-    (challenge / "token").write_text("proof")
-    async with nginx(tmp_path, await serve()) as proxy, aiohttp.ClientSession() as http:
-        url = f"http://127.0.0.1:{proxy.http_port}"
-        async with http.get(f"{url}/.well-known/acme-challenge/token") as response:
-            assert await response.text() == "proof"
-        async with http.get(f"{url}/path?query", allow_redirects=False) as response:
-            assert response.status == 301
-            assert response.headers["Location"] == "https://127.0.0.1/path?query"
-
-
-@pytest.fixture
-async def mirror() -> AsyncIterator[Server]:
-    """A server that answers with the headers it was sent."""
-
-    async def answer(request: web.Request) -> web.Response:
-        return web.json_response([*request.headers.items()])
-
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", answer)
-    async with TestServer(app) as server:
-        yield Server(str(server.make_url("")).rstrip("/"))
-
-
-FORGED = {
-    "X-Forwarded-For": "203.0.113.9",
-    "X-Forwarded-Proto": "http",
-    "X-Forwarded-Host": "evil.example",
-}
-
-
-async def test_nginx_speaks_the_truth(mirror: Server, tmp_path: Path) -> None:
-    """What the server is told of a client is nginx's own word, whatever the client says."""
-    async with nginx(tmp_path, mirror) as proxy, proxy.visitors("127.0.0.2") as site:
-        for path in ("/", "/ws", "/api/chat", "/embed.js"):
-            headers = {**FORGED, "Host": "chat.example.com:8443"}
-            async with site.http.get(site.url + path, headers=headers) as response:
-                told = CIMultiDict(await response.json())
-            assert told.getall("X-Forwarded-For") == ["127.0.0.2"]
-            assert told.getall("X-Forwarded-Proto") == ["https"]
-            assert told.getall("X-Forwarded-Host") == ["chat.example.com:8443"]
-            assert told.getall("Host") == ["chat.example.com:8443"]
-
-
-async def test_upgrades_through_nginx(mirror: Server, tmp_path: Path) -> None:
-    """Only where the socket is, and only to a WebSocket, may a client upgrade."""
-    paths = ["/", "/?sessionId=x", "/ws", "/ws/", "/api/chat", "/embed.js", "/x/ws"]
-    async with nginx(tmp_path, mirror) as proxy, proxy.visitors() as site:
-        for protocol, path in itertools.product(("WebSocket", "h2c"), paths):
-            headers = {"Connection": "upgrade", "Upgrade": protocol}
-            async with site.http.get(site.url + path, headers=headers) as response:
-                told = CIMultiDict(await response.json())
-            asked = told.get("Connection") == "upgrade" and told.get("Upgrade") == "WebSocket"
-            assert asked == (protocol == "WebSocket" and path in paths[:3])
-            assert asked or "Connection" not in told
-
-
-async def test_widget_through_nginx(serve: Serve, tmp_path: Path) -> None:
-    """/embed.js is compressed, and a browser that has it is told so; nothing else is."""
-    async with nginx(tmp_path, await serve()) as proxy, proxy.visitors() as site:
-        zipped = {"Accept-Encoding": "gzip"}
-        answer = await site.call("GET", "/embed.js", headers=zipped)
-        assert answer.headers["Content-Encoding"] == "gzip"
-        assert answer.headers["Vary"] == "Accept-Encoding"
-        assert answer.headers["Cache-Control"] == "no-cache"
-        assert answer.raw == (lf.HERE / "widget" / "embed.js").read_bytes()
-        known = {**zipped, "If-None-Match": answer.headers["ETag"]}
-        assert (await site.call("GET", "/embed.js", headers=known)).status == 304
-        answer = await site.call("GET", "/api/stats", headers=zipped)
-        assert "Content-Encoding" not in answer.headers
-
-
-async def test_addresses_through_nginx(serve: Serve, tmp_path: Path) -> None:
-    """Limits are each client's own, and a made-up X-Forwarded-For does not get around them."""
-    server = await serve(limits={"init_per_minute": 3})
-    async with nginx(tmp_path, server) as proxy, proxy.visitors("127.0.0.2") as one:
-        for number in range(3):
-            assert (await one.init(headers={"X-Forwarded-For": f"9.9.9.{number}"})).status == 200
-        answer = await one.init(headers={"X-Forwarded-For": "9.9.9.9"})
-        assert answer.error == (429, "rate_limit_exceeded")
-        assert answer.headers["Retry-After"]
-        async with proxy.visitors("127.0.0.3") as other:
-            assert (await other.init()).status == 200
-    assert [*server.hub.init_limiters] == ["127.0.0.2", "127.0.0.3"]
-
-
-async def test_large_bodies_through_nginx(serve: Serve, tmp_path: Path) -> None:
-    """The server's own 413 reaches its client; what is far too large ends at nginx."""
-    server = await serve()
-    async with nginx(tmp_path, server) as proxy, proxy.visitors() as site:
-        answer = await site.call("POST", "/api/chat", data=b" " * (lf.MAX_BODY_BYTES + 1))
-        assert answer.error == (413, "payload_too_large")
-        assert answer.headers["Access-Control-Allow-Origin"]
-        async with site.http.post(f"{site.url}/api/chat", data=b" " * 600 * 1024) as response:
-            assert response.status == 413
-        assert (await site.init()).status == 200
-
-
-async def test_quiet_sockets_through_nginx(
-    serve: Serve, tmp_path: Path, monkeypatch: Patch
-) -> None:
-    """nginx cuts off a silent server, and takes its pings for a sign of life."""
-    patience = re.search(r"proxy_read_timeout (\d+)s", NGINX_SITE.read_text())
-    assert patience
-    assert int(patience[1]) > 2 * lf.PING_SECONDS
-    server = await serve()
-    changes = {patience[0]: "proxy_read_timeout 1s"}
-    async with nginx(tmp_path, server, **changes) as proxy, proxy.visitors() as site:
-        monkeypatch.setattr(lf, "PING_SECONDS", 0.3)
-        alive = await site.visitor()
-        reading = asyncio.create_task(alive.next())  # answers the pings
-        monkeypatch.setattr(lf, "PING_SECONDS", 60)
-        silent = await site.visitor()
-        assert (await read_close(silent.ws))[1] == 1006
-        assert not reading.done()
-        await alive.send("no such event")
-        assert (await reading)["data"]["code"] == "invalid_event"
-
-
-@pytest.mark.skipif(not os.environ.get("CI"), reason="takes 65 s; CI has them")
-async def test_long_quiet_sockets_through_nginx(
-    serve: Serve, tmp_path: Path, monkeypatch: Patch
-) -> None:
-    """A socket may be silent for longer than the 60 s that nginx allows if nobody says more."""
-    monkeypatch.setattr(lf, "PING_SECONDS", 600)
-    async with nginx(tmp_path, await serve()) as proxy, proxy.visitors() as site:
-        visitor = await site.visitor()
-        with pytest.raises(TimeoutError):
-            await visitor.ws.receive(65)
-        await visitor.expect_open()
-
-
-# So many that no instance is without one: where a domain goes hangs on the instances' ports.
-DOMAINS = [f"site{number}.example" for number in range(40)]
-MANY: Json = {"id": "many", "name": "Many", "allowed_hosts": DOMAINS}
-
-
-async def test_each_site_stays_on_one_instance(serve: Serve, tmp_path: Path) -> None:
-    """All pages of a domain, with and without Origin, come to the same of several servers."""
-    servers = [await serve(sites=[MANY], limits={"init_per_minute": 1000}) for _ in range(3)]
-    async with (
-        nginx(tmp_path, *servers) as proxy,
-        proxy.visitors("127.0.0.2") as one,
-        proxy.visitors("127.0.0.3") as other,
-    ):
-        homes = []
-        for domain in DOMAINS:
-            pages = [f"https://{domain}", f"http://www.{domain}", f"https://a.b.{domain}:8443"]
-            answers = [await site.init(origin=page) for page in pages for site in (one, other)]
-            ids = {answer.body["sessionId"] for answer in answers}
-            (home,) = [server for server in servers if ids & server.hub.sessions.keys()]
-            assert ids <= home.hub.sessions.keys()
-            homes.append(home)
-            # A page on the host of the server itself sends no Origin when it asks.
-            same_origin = {"Host": domain, "Sec-Fetch-Site": "same-origin"}
-            path = f"/api/session/{answers[0].body['sessionId']}"
-            assert (await other.call("GET", path, origin=None, headers=same_origin)).status == 200
-        assert all(server in homes for server in servers)
-
-
-async def test_killed_instance(tmp_path: Path) -> None:
-    """Its sites wait for it and go on where they were; the other sites notice nothing."""
-    more = f"[[sites]]\nid = 'many'\nname = 'Many'\nallowed_hosts = {DOMAINS}\n"
-    more = f"[limits]\ninit_per_minute = 1000\n{more}"
-    folders = [tmp_path / str(number) for number in range(3)]
-    async with contextlib.AsyncExitStack() as stack:
-        for folder in folders:
-            folder.mkdir()
-        started = [stack.enter_async_context(program(folder, more)) for folder in folders]
-        runs = await asyncio.gather(*started)
-        proxy = await stack.enter_async_context(nginx(tmp_path, *(run.server for run in runs)))
-        site = await stack.enter_async_context(proxy.visitors())
-        visitors = [await site.visitor(f"https://{domain}") for domain in DOMAINS]
-        await asyncio.gather(*(visitor.ask() for visitor in visitors))
-        killed = runs[0]
-        direct = [Visitor(killed.server, v.id, v.origin) for v in visitors]
-        known = [(await visitor.get()).status == 200 for visitor in direct]
-        waiting = [*itertools.compress(visitors, known)]
-        untouched = [visitor for visitor in visitors if visitor not in waiting]
-        assert waiting
-        assert untouched
-        killed.child.kill()
-        await killed.child.wait()
-        for visitor in waiting:
-            assert (await read_close(visitor.ws))[1] == 1006
-            url = f"{site.url}/api/session/{visitor.id}"
-            async with site.http.get(url, headers={"Origin": visitor.origin}) as response:
-                assert response.status == 502
-        await asyncio.gather(*(visitor.ask("Still here?") for visitor in untouched))
-        port = str(port_of(killed.server))
-        await stack.enter_async_context(program(folders[0], more, LEFLUX_PORT=port))
-        for visitor in waiting:
-            assert (await visitor.connect(visitor.frames[-1]["seq"]))["restored"]
-        await asyncio.gather(*(visitor.ask("Still here?") for visitor in waiting))
-        for visitor in visitors:
-            assert len(await visitor.history()) == 4
-    assert not UUID.search(proxy.logs())

@@ -20,6 +20,7 @@ from processes import ORIGIN
 Json = dict[str, Any]
 IDLE_MINUTES = 1.5  # so that abandoned sessions are swept in the run, too
 PATIENCE_SECONDS = 100  # for the end of a turn: longer than any time-out of the server
+MORE_SECONDS = 0.5  # what follows a locked text follows at once
 LATE_SECONDS = 120  # so long before the end nothing begins that takes more than a few seconds
 TURN_ENDS = frozenset(
     "message_done message ui_block confirmation_required task_complete action_plan".split()
@@ -155,19 +156,22 @@ class Visitor:
                 if first.type is WSMsgType.TEXT:
                     break
             await asyncio.sleep(0.05)
-        if self.joined_life != self.record.life:
-            self.said.clear()  # the log starts anew: what was streamed before has no end in it
+        if last_seq is None or self.joined_life != self.record.life:
+            self.said.clear()  # it is all heard again; in a new life it has no end any more
         # In a new life numbers are passed over, and the middle of a turn is no more.
         self.exact = last_seq is not None and self.life == self.record.life
         self.next_seq = 0 if last_seq is None else last_seq + 1
         self.joined_life, self.provoked = self.record.life, False
 
-    async def event(self) -> Json:
-        """The next event of the conversation; if the socket has ended, "joined" on a new one."""
+    async def event(self, seconds: float | None = None) -> Json:
+        """The next event of the conversation; if the socket has ended, "joined" on a new one.
+
+        Raises TimeoutError if none comes for so many seconds.
+        """
         while True:
             message = None
             with contextlib.suppress(ConnectionError):  # from a pong to a socket that is gone
-                message = await self.ws.receive()
+                message = await self.ws.receive(seconds)
             if message is None or message.type is not WSMsgType.TEXT:
                 same_life = self.record.up.is_set() and self.joined_life == self.record.life
                 if same_life and not self.provoked:
@@ -182,7 +186,7 @@ class Visitor:
                 return frame
 
     def check_order(self, frame: Json) -> None:
-        """Numbers without a gap, no event twice, and the text equal to its deltas."""
+        """Numbers without a gap, no event twice, the text equal to its deltas, and locked."""
         seq, data = frame["seq"], frame["data"]
         if seq < self.next_seq or (self.exact and seq != self.next_seq):
             self.record.problem(f"event {seq} came where {self.next_seq} was due")
@@ -200,6 +204,8 @@ class Visitor:
             said = self.said.pop(data["streamId"], [])
             if said and "".join(said) != data["text"]:
                 self.record.problem("the text of a reply is not that of its deltas")
+        elif any(self.said.values()):
+            self.record.problem(f"the text before {frame['event']} was not locked")
 
     async def send(self, event: str, **data: Any) -> None:
         frame = {"event": event, "data": {"sessionId": self.id, **data}}
@@ -245,7 +251,7 @@ class Visitor:
                     after -= 1
                     frame = await self.event()
                 self.unclear = False
-                self.note(frame)
+                frame = await self.end(frame)
                 await self.go_on(frame)
         except TimeoutError:
             self.record.problem(f"a turn has no end ({kind}, {habit}, event {frame.get('event')})")
@@ -254,6 +260,19 @@ class Visitor:
         undisturbed = life == self.record.life and habit != "stop" and self.record.up.is_set()
         if kind in WHOLE and undisturbed and text != reply_text(tag):
             self.record.problem(f"{kind}, {habit}: the answer is {text!r}")
+
+    async def end(self, frame: Json) -> Json:
+        """Note how a turn ends; returns what follows its text, or that itself if nothing does."""
+        self.note(frame)
+        more = frame
+        while frame["event"] == "message_done" and more["event"] in ("message_done", "joined"):
+            try:
+                more = await self.event(MORE_SECONDS)
+            except TimeoutError:
+                return frame
+        if more is not frame:
+            self.note(more)
+        return more
 
     def note(self, frame: Json) -> None:
         """Remember what the end of a turn said: it must be in the history."""
@@ -323,7 +342,7 @@ class Visitor:
                 frame = await self.event()
                 if frame["event"] == "joined":
                     await self.reply(asked, way)  # the first one may have been lost
-            self.note(frame)
+            frame = await self.end(frame)
 
     async def reply(self, asked: Json, way: str) -> None:
         if asked["event"] == "confirmation_required":

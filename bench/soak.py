@@ -47,7 +47,7 @@ from rude_visitors import IDLE_MINUTES, Lost, Record, Visitor
 LEAK_KIB_PER_TURN = 4.0
 JUDGED_MINUTES = 2  # in a shorter time such garbage is all that there is to see
 MAIN_COUNTS = ("SIGKILL", "SIGTERM", "turns", "sessions checked", "files open at the end")
-FILES_OF_THE_STORE = 3  # opened with the first write: the log, its index, the reading end
+FILES_OF_THE_STORE = 1  # opened with the first checkpoint: its own view of the log
 
 
 class Soak(Record):

@@ -27,11 +27,9 @@
     title: "Chat", log: "Conversation", input: "Your message", placeholder: "Write a message…",
     open: "Open the chat", unread: "Open the chat, new message", close: "Close the chat",
     clear: "Start over", send: "Send", stop: "Stop", retry: "Try again", dismiss: "Dismiss",
-    link: "Have a look",
-    working: "The assistant is working",
+    link: "Have a look", working: "The assistant is working",
     reconnecting: "Reconnecting…",
-    taken: "This chat is open in another tab.",
-    takeBack: "Use it here",
+    taken: "This chat is open in another tab.", takeBack: "Use it here",
     lost: "The answer got lost. Please ask again.",
     tooLong: "That is too long for one message.",
     expired: "The earlier chat has ended; what follows starts afresh.",
@@ -90,11 +88,12 @@
   const WHITE = [1, 1, 1], BLACK = [0, 0, 0];
   const css = (colour) => `rgb(${colour.map((part) => Math.round(part * 255)).join(" ")})`;
   const mix = (one, other, share) => one.map((part, i) => part + (other[i] - part) * share);
+  const inSrgb = (colour) => `color-mix(in srgb, ${colour}, ${colour})`; // whatever it is
 
   /** Red, green and blue, 0 to 1, of a CSS colour as it looks upon white. */
   function rgb(colour) {
     const probe = view.root.appendChild(h("span"));
-    probe.style.color = `color-mix(in srgb, ${colour}, ${colour})`; // whatever it is, in srgb
+    probe.style.color = inSrgb(colour);
     const { color } = getComputedStyle(probe);
     probe.remove();
     const scale = color.startsWith("rgb") ? 255 : 1;
@@ -379,7 +378,6 @@
   }
   const fire = (element, ...events) => events.forEach((event) => element.dispatchEvent(event));
   const bubbling = { bubbles: true, cancelable: true, composed: true };
-
 
   const DO = {
     async click(step) {
@@ -744,9 +742,10 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   }
 
   /** Make it look as the site's owner wants. */
-  function dress({ launcher = {}, typography = {}, nudge = {}, ...config }) {
+  function dress({ launcher = {}, typography = {}, nudge = {}, primaryColor, ...config }) {
     const { bodyFont, headingFont, headingWeight, buttonRadius } = typography;
-    const accent = rgb(config.primaryColor || "#a855f7");
+    // The server knows that it is harmless, the browser whether it is a colour.
+    const accent = rgb(CSS.supports("color", inSrgb(primaryColor)) ? primaryColor : "#a855f7");
     const isDark = contrast(accent, WHITE) >= 4.5;
     const looks = {
       accent: css(accent),
@@ -892,7 +891,8 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   function announce(text) { // to screen readers, once it is whole, and without the marks
     const lines = markdown(text)
       .flatMap((block) => (block.matches("ul, ol") ? [...block.children] : block));
-    view.live.replaceChildren(h("div", {}, lines.map((line) => line.textContent).join("\n")));
+    view.live.append(h("div", {}, lines.map((line) => line.textContent).join("\n")));
+    if (view.live.children.length > 2) view.live.firstChild.remove(); // a turn says two at most
     if (!isOpen()) markUnread(true);
   }
   function setDots(on) {
@@ -941,7 +941,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     return add(/faq|link/.test(type) ? "cards.list" : "cards", ...cards);
   }
 
-  function askToConfirm({ message, confirm_label, cancel_label }) {
+  function askToConfirm({ message, confirm_label, cancel_label }, question) {
     const answer = (confirmed) => {
       retireCards();
       card.classList.add(confirmed ? "yes" : "no");
@@ -951,7 +951,8 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     };
     const yes = button("button.plain.accent", () => answer(true), confirm_label);
     const no = button("button.plain", () => answer(false), cancel_label);
-    const card = add("confirm", h("p", { dir: "auto" }, message), h("div.choices", {}, yes, no));
+    const asked = question && h("p", { dir: "auto" }, question);
+    const card = add("confirm", asked, h("div.choices", {}, yes, no));
     card.setAttribute("role", "group");
     card.setAttribute("aria-label", message);
     stayOnTop();
@@ -1013,7 +1014,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   }
 
   // ---------------------------------------------------------------------------------------------
-  // The conversation: REST to begin and to send, one socket to hear. Whatever breaks is mended
+  // The conversation: REST to begin and to send, one socket to hear. Whatever breaks is repaired
   // behind the visitor's back: the server keeps the events of a turn, and lastSeq says from where.
 
   let config = {};
@@ -1023,8 +1024,9 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   let lastSeq = null; // of the last event seen; null: this page has seen none of the session
   let retries = 0, retryTimer = 0, heardAt = 0;
   let unanswered = []; // frames that no event has answered: a broken connection may have lost them
-  let running = false; // an answer or an action is on its way
+  let running = false, ending = 0; // an answer or an action is on its way; the timer to its end
   let stream = null; // {id, next, text, node}: the answer that is being written
+  let locked = null; // {text, news}: what was said just before; the next event may repeat it
   let tails = []; // [{text, node}]: the last answers as restored, which the server may replay
   let picture = false; // the server has this page's elements: plans are for them
   let early = null; // a plan that came before that
@@ -1121,7 +1123,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   function takeBack() {
     disconnect();
     taken = picture = false;
-    lastSeq = acting = early = null;
+    lastSeq = acting = early = locked = null;
     unanswered = [];
     banner("");
     connect();
@@ -1163,12 +1165,17 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (event === "error" || seq <= lastSeq) return undefined; // errors that matter close it, too
     lastSeq = seq;
     acting = early = null; // the server has moved on: nobody waits for these any more
+    clearTimeout(ending);
     if (event !== "message_chunk") {
       unanswered = [];
       retireCards();
-      setRunning(event === "action_plan"); // with all others a turn, or its part, is at an end
+      // A turn's text is locked just before the event that ends the turn, if there is one.
+      if (event === "message_done") ending = setTimeout(setRunning, 250, false);
+      else setRunning(event === "action_plan");
     }
-    return ON[event]?.(data);
+    const before = locked;
+    locked = null;
+    return ON[event]?.(data, before);
   }
 
   function onJoined({ history }, seq) {
@@ -1242,7 +1249,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     const unsent = [...view.log.querySelectorAll(".pending")]
       .filter((node) => last.role !== "user" || node.textContent !== last.content);
     view.log.replaceChildren();
-    view.dots = stream = null;
+    view.dots = stream = locked = null;
     tails = [];
     greet();
     for (const { role, content } of history) {
@@ -1259,6 +1266,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   }
 
   function setRunning(on) {
+    clearTimeout(ending);
     running = on;
     view.stop.hidden = !on;
     view.log.setAttribute("aria-busy", on);
@@ -1269,22 +1277,27 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     typing = false;
   }
 
-  /** End the answer that was being written; returns whether it already says a text. */
-  function endAnswer(text) {
-    const said = stream?.text || "";
-    const whole = text && !said.includes(text) ? `${said}\n\n${text}`.trim() : said.trim();
-    const at = tails.findIndex((tail) => tail.text === whole);
-    if (at >= 0) tails.splice(at, 1)[0].node.remove(); // it was restored, then replayed
-    if (stream) setText(stream.node, said);
-    stream = null;
-    if (whole && (at < 0 || picture)) { // else it is from before this page
-      announce(whole);
-      emit("reply", { text: whole });
-    }
-    return said.includes(text);
+  /** Take out the restored bubble that begins with a replayed text; returns whether it is news. */
+  function isNews(text) {
+    const start = text.trim();
+    const at = tails.findLastIndex(({ text: whole }) =>
+      whole.startsWith(start) && /^\s*(\n|$)/.test(whole.slice(start.length)));
+    if (at >= 0) tails.splice(at, 1)[0].node.remove();
+    return at < 0 || picture; // else it is from before this page
   }
-  function say(text = "", kind = "bot") {
-    if (!endAnswer(text)) addBot(text, kind);
+  function tellOf(text, news) {
+    if (!news) return;
+    announce(text);
+    emit("reply", { text });
+  }
+  /** Tell of a text, unless the one locked before it says so already; returns whether it is said. */
+  function adds(text, before) {
+    const more = Boolean(text) && !before?.text.includes(text);
+    if (more) tellOf(text, before ? before.news : isNews(text));
+    return more;
+  }
+  function say(text, before, kind = "bot") {
+    if (adds(text, before)) addBot(text, kind);
   }
 
   const ON = {
@@ -1300,32 +1313,33 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
       mine.text += delta;
       mine.drawing ||= requestAnimationFrame(() => { // many chunks, one drawing
         mine.drawing = 0;
-        if (mine === stream) setText(mine.node, mine.text);
+        setText(mine.node, mine.text);
       });
     },
-    message_done({ text }) {
-      if (stream) stream.text = text;
-      else if (text) stream = { text, node: addBot(text) };
-      endAnswer("");
+    message_done({ text, streamId }) {
+      const { node, isSettled } = stream?.id === streamId ? stream : { node: addBot("") };
+      stream = null;
+      setText(node, text);
+      if (!text.trim()) return node.remove();
+      const news = isNews(text);
+      tellOf(text.trim(), news);
+      if (!isSettled) locked = { text, news };
     },
-    message({ text, isQuestion, isError, field }) {
-      say(text, isError ? "bot.error" : "bot");
+    message({ text, isQuestion, isError, field }, before) {
+      say(text, before, isError ? "bot.error" : "bot");
       if (!isQuestion) return;
       expect(field?.type);
       if (isOpen() && isIdle()) view.input.focus();
     },
     ui_block({ block_type, data, message }) {
-      say(message);
       const block = addBlock(block_type, data);
       if (!message) announce(block.innerText);
     },
-    confirmation_required(data) {
-      endAnswer(data.message);
-      askToConfirm(data);
+    confirmation_required(data, before) {
+      askToConfirm(data, adds(data.message, before) && data.message);
     },
-    task_complete: ({ summary }) => say(summary),
-    action_plan({ actions: [action], message }) {
-      say(message);
+    task_complete: ({ summary }, before) => say(summary, before),
+    action_plan({ actions: [action] }) {
       view.panel.classList.add("acting"); // on a phone the sheet makes room for the page
       if (picture) act(action);
       else early = action;
@@ -1354,7 +1368,8 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   /** Send a message until the server has it. The same id again is no second message. */
   async function deliver(message, clientMessageId, node, isRetry) {
     const wasTaken = taken, hadPicture = picture;
-    acting = early = null; // a new wish settles the old one
+    acting = early = locked = null; // a new wish settles the old one
+    if (stream) stream.isSettled = true; // what comes after its text belongs to the new one
     unanswered = [];
     picture = taken = false; // plans that come now wait until it is known what they are for
     sending = true;

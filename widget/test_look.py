@@ -182,6 +182,10 @@ PRIMARY = {  # primaryColor: what it is on the screen
     "#ff000080": (255, 127, 127),
     "oklch(0.7 0.32 145)": (0, 202, 0),  # more than a screen can show
     "rgb(none 128 none)": (0, 128, 0),
+    # Harmless, but no colour: the default.
+    "blurple": (168, 85, 247),
+    "rgb(1 2)": (168, 85, 247),
+    "inherit": (168, 85, 247),
 }
 
 
