@@ -141,7 +141,9 @@ class FakeModel:
         try:
             for step in script:
                 await (response.write(step) if isinstance(step, bytes) else step(request))
-        except (asyncio.CancelledError, ConnectionError):
+        except ConnectionError:
+            self.hung_up += 1
+        except asyncio.CancelledError:
             self.hung_up += 1
             raise
         return response
@@ -497,7 +499,7 @@ class Visitor:
             return False
         if self.server._app is None:  # a program of its own: what follows comes at once
             await asyncio.sleep(0.1)
-            return any(m.type is WSMsgType.TEXT for m in cast(Any, self.ws)._reader._buffer)
+            return any(m.type is WSMsgType.TEXT for m, _ in cast(Any, self.ws)._reader._buffer)
         return self.id in self.server.app.sessions and self.session.next_seq - 1 > frame["seq"]
 
     async def post(self, message: Any = "Hello", **fields: Any) -> Answer:

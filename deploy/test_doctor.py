@@ -253,12 +253,12 @@ async def test_doctor_stops_at_mistakes_in_the_call(tmp_path: Path) -> None:
         run_doctor(*good, "chat.example.com"),
         run_doctor(*good, "https://chat.example.com/path"),
     )
-    for (code, out, err), words in ((typo, "server.prot"), (lost, "sites[0].knowledge")):
+    for (code, out, err), words in ((typo, "server.prot"), (lost, "sites[a].knowledge")):
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert words in err
     for code, out, err in urls:
         assert (code, out) == (2, "")
-        assert "http(s)://host[:port]" in err
+        assert "must be a URL such as https://chat.example.com" in err
 
 
 async def test_doctor_hints_at_sites_without_hosts(ask: Ask) -> None:
