@@ -58,6 +58,7 @@ import email.utils
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import ipaddress
 import itertools
@@ -915,7 +916,7 @@ class Connection:
     sending_since: float = math.inf  # monotonic seconds
     close_code: int | None = None
     writer: asyncio.Task[None] | None = None
-    frame_times: deque[float] = dataclasses.field(default_factory=deque)  # the last ones
+    frame_times: list[float] = dataclasses.field(default_factory=list)  # the last ones
 
     def fail(self, code: str, message: str, close_code: int | None = None) -> None:
         """Send an error event and, with a close code, end the socket after it.
@@ -977,7 +978,7 @@ class Connection:
         """Note a frame; true if more than 60 came within 10 s."""
         self.frame_times.append(now)
         while now - self.frame_times[0] >= FRAME_WINDOW_SECONDS:
-            self.frame_times.popleft()
+            self.frame_times.pop(0)
         return len(self.frame_times) > FRAMES_PER_WINDOW
 
 
@@ -1492,28 +1493,46 @@ def cut_text(high: int) -> Check:
     return check
 
 
-def option_labels(value: Any) -> list[str]:
-    labels = [one.get("text", one.get("value")) if isinstance(one, dict) else one for one in value]
-    return [printable(label[:100]) for label in labels[:30] if isinstance(label, str)]
-
-
-_LINE = cut_text(1000)
-ELEMENT_FIELDS: dict[str, Check] = {
-    "id": must_be("a whole number", lambda value: type(value) is int),
-    **dict.fromkeys(("type", "text", "placeholder", "value", "href"), cut_text(300)),
-    **dict.fromkeys(("ariaLabel", "name", "label", "role", "autocomplete"), cut_text(300)),
-    **dict.fromkeys(("parent", "tag", "inputType"), cut_text(300)),
-    **dict.fromkeys(("required", "disabled", "inModal", "checked", "inViewport", "isNew"), flag),
-    "options": lambda value: option_labels(ITEMS(value)),
+ELEMENT_FIELDS: dict[str, type[Any]] = {
+    "id": int,
+    **dict.fromkeys(("type", "text", "placeholder", "value", "href", "ariaLabel", "name"), str),
+    **dict.fromkeys(("label", "role", "autocomplete", "parent", "tag", "inputType"), str),
+    **dict.fromkeys(("required", "disabled", "inModal", "checked", "inViewport", "isNew"), bool),
+    "options": list,
 }
+KIND_NAMES = {int: "a whole number", str: "a string", bool: "true or false", list: "a list"}
+
+
+def clean_element(raw: Any, where: str) -> Json:
+    """Return an element of the page with its known fields, each of its type."""
+    if not isinstance(raw, dict):
+        raise invalid(where, "must be an object")
+    clean: Json = {}
+    for field, value in raw.items():
+        kind = ELEMENT_FIELDS.get(field)
+        if kind is None or value is None:
+            continue
+        if type(value) is not kind:
+            raise invalid(f"{where}.{field}", f"must be {KIND_NAMES[kind]}")
+        if kind is str:
+            clean[field] = printable(value[:300])
+        elif kind is list:
+            labels = [
+                one.get("text", one.get("value")) if type(one) is dict else one for one in value
+            ]
+            clean[field] = [printable(one[:100]) for one in labels[:30] if type(one) is str]
+        else:
+            clean[field] = value
+    return clean
 
 
 def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json:
     """Return a page context of known fields within their limits; raise invalid_message.
 
     {url, title, visibleText: strings; indexedElements: [{id, type, text, ...}]; forms,
-    previouslyFilledFields: lists; visitorData: an object}, and two hashes: `shown` of the elements
-    and the text, `picture` of everything. Too much is cut silently, a wrong type is an error.
+    previouslyFilledFields: lists; visitorData: an object}, two hashes (`shown` of the elements and
+    the text, `picture` of everything), and `tokens`, what it can cost in a prompt. Too much is cut
+    silently, a wrong type is an error.
     """
     if not isinstance(raw, dict):
         raise invalid(name, "must be an object")
@@ -1524,17 +1543,10 @@ def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json
         for field, high in text_fields.items()
     }
     elements = checked_field(raw, "indexedElements", ITEMS, (), path)[: limits.indexed_elements]
-    context["indexedElements"] = []
-    for at, element in enumerate(elements):
-        where = f"{path}indexedElements[{at}]"
-        if not isinstance(element, dict):
-            raise invalid(where, "must be an object")
-        known = [field for field in element if field in ELEMENT_FIELDS]
-        clean = {
-            field: checked_field(element, field, ELEMENT_FIELDS[field], None, where + ".")
-            for field in known
-        }
-        context["indexedElements"].append({k: v for k, v in clean.items() if v is not None})
+    context["indexedElements"] = [
+        clean_element(element, f"{path}indexedElements[{at}]")
+        for at, element in enumerate(elements)
+    ]
     visitor_data = checked_field(raw, "visitorData", an_object, None, path)  # by the page's author
     for field in ("forms", "previouslyFilledFields"):
         # These are only ever shown to the model, so their inside is free.
@@ -1542,7 +1554,9 @@ def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json
         context[field] = [printable(json_text(item)[:1000]) for item in items]
     context["visitorData"] = [printable(json_text(visitor_data)[:1000])] if visitor_data else []
     shown = orjson.dumps([context["indexedElements"], context["visibleText"]])
-    return context | {"shown": hash(shown), "picture": hash(orjson.dumps(context))}
+    picture = orjson.dumps(context)
+    hashes = {"shown": hash(shown), "picture": hash(picture)}
+    return context | hashes | {"tokens": tokens_at_most([picture.decode()])}
 
 
 def take_picture(session: Session, context: Json) -> None:
@@ -2449,9 +2463,8 @@ def first_call_tokens(app: AppState, session: Session, context: Json, message: s
         return 0
     texts = [SYSTEM_PROMPT, ACTION_HELP, GO_ON, app.sites[session.site_id].instructions, message]
     texts += [one["content"] for one in recent_history(session.history, 1)]
-    if context:
-        texts.append(describe_page(context))
-    return tokens_at_most(texts) + KNOWLEDGE_CHARS + app.config.llm.max_tokens
+    page: int = context.get("tokens", 0)
+    return tokens_at_most(texts) + page + KNOWLEDGE_CHARS + app.config.llm.max_tokens
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2507,23 +2520,24 @@ def provider_error(event: Any, status: int = 0, wait: float | None = None) -> Mo
 
 def read_event(event: Json, completion: Completion) -> str:
     """Return the text of one event and note what else it says; odd forms are passed over."""
-    with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError, OverflowError):
-        if usage := event.get("usage"):
+    if usage := event.get("usage"):
+        with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError, OverflowError):
             completion.tokens = min(max(0, int(usage["total_tokens"])), MAX_TOKENS)
-    with contextlib.suppress(AttributeError, LookupError, TypeError):
+    try:
         choice = event["choices"][0]
         if choice.get("finish_reason"):
             completion.finished = True
             completion.cut_short |= choice["finish_reason"] == "length"
         delta = choice.get("delta") or choice["message"]
-        content = delta.get("content")  # a string, null, or a list of parts
-        parts = content if isinstance(content, list) else [{"text": content}]
-        texts = [part.get("text") for part in parts if isinstance(part, dict)]
-        said = "".join(text for text in texts if isinstance(text, str))
+        said = delta.get("content")  # a string, null, or a list of parts
+        if not isinstance(said, str):
+            texts = [part.get("text") for part in said or () if isinstance(part, dict)]
+            said = "".join(text for text in texts if isinstance(text, str))
         completion.length += len(said)
         completion.signs += bool(said or delta.get("reasoning") or delta.get("reasoning_content"))
-        return said
-    return ""
+    except (AttributeError, LookupError, TypeError):
+        return ""
+    return said
 
 
 def read_events(events: list[Any], completion: Completion) -> tuple[str, ModelError | None]:
@@ -2539,9 +2553,11 @@ def read_events(events: list[Any], completion: Completion) -> tuple[str, ModelEr
 
 def parse_json(raw: bytes | str) -> Any:
     """Parse JSON, None if it is none. Lone surrogates and NaN are none, but models send them."""
-    for loads in (orjson.loads, json.loads):
+    try:
+        return orjson.loads(raw)
+    except ValueError:
         with contextlib.suppress(ValueError, RecursionError):
-            return loads(raw)
+            return json.loads(raw)
     return None
 
 
@@ -2663,7 +2679,6 @@ class ChatModel:
             texts = [message["content"] for message in prompt]
             reserved = tokens_at_most(texts) + self._config.max_tokens
             usage = admit(turn.app, site, 0, reserved, time.time())
-            turn.app.store.flush()  # a crash counts it as spent
             completion, asked = Completion(), 0
             call = self.stream(prompt, completion)
             try:
@@ -2722,13 +2737,13 @@ class ChatModel:
         deadline, end = clock() + self._config.first_text_seconds, clock() + MODEL_CALL_SECONDS
         async with asyncio.timeout_at(deadline):
             response = await self._open(prompt)
-        async with response:
+        async with response, asyncio.timeout_at(deadline) as timer:
             reader, data = EventReader(), b"."
             whole = response.content_type == "application/json"  # it does not stream
             at_least = MAX_SSE_LINE_BYTES if whole else 1
             while data:
-                async with asyncio.timeout_at(min(deadline, end)):
-                    data = await read_some(response.content, at_least)
+                # Who iterates awaits nothing between two pieces, so the timer stops only this.
+                data = await read_some(response.content, at_least)
                 signs = completion.signs
                 events = [parse_json(data)] if whole else reader.feed(data or b"\n\n")
                 said, problem = read_events(events, completion)
@@ -2743,6 +2758,8 @@ class ChatModel:
                 elif completion.signs > signs:
                     later = clock() + NEXT_TEXT_SECONDS
                     deadline = later if completion.length else max(deadline, later)
+                if abs(min(deadline, end) - cast(float, timer.when())) > 0.05:
+                    timer.reschedule(min(deadline, end))  # not for each piece, it costs too much
 
     async def _open(self, prompt: list[Json]) -> aiohttp.ClientResponse:
         """Return a response with status 200; raise what others mean.
@@ -4342,6 +4359,7 @@ async def serving(config: Config) -> AsyncIterator[tuple[web.Application, str]]:
 
 
 async def run(config: Config) -> None:
+    gc.freeze()  # what is loaded now stays: looking through it cost a tenth of a turn's time
     stop = asyncio.Event()
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
