@@ -4007,7 +4007,7 @@ RESULT_FIELDS: Fields = {
     "completedSteps": (whole(0, 1000), 0),
     "totalSteps": (whole(0, 1000), 0),
     "elementId": (whole(0, 2**53), 0),
-    **dict.fromkeys(("error", "description", "url", "text"), (_LINE, "")),
+    **dict.fromkeys(("error", "description", "url", "text"), (cut_text(1000), "")),
 }
 
 
