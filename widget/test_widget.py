@@ -154,7 +154,7 @@ class Guest:
         """The bubbles of the conversation, as "user: text"."""
         lines: list[str] = await self.page.evaluate(
             """() => [...document.querySelector("leflux-widget").shadowRoot
-                .querySelectorAll(".log > :not(.chips)")].map((node) =>
+                .querySelectorAll(".log > :not(.chips, .dots)")].map((node) =>
                     `${node.className.split(" ")[0]}: ${node.innerText.trim()}`)"""
         )
         return lines
