@@ -1102,7 +1102,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     socket = null;
     joined = false;
     if (code === 4404) { // the next message begins a new session, below what is shown
-      const isLost = running && !sending;
+      const isLost = running && !sending && !ending; // a locked text is an answer
       forget();
       if (!sending) setRunning(false);
       if (isLost) failed({ code: "session_not_found", message: WORDS.lost });
@@ -1165,7 +1165,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (event === "error" || seq <= lastSeq) return undefined; // errors that matter close it, too
     lastSeq = seq;
     acting = early = null; // the server has moved on: nobody waits for these any more
-    clearTimeout(ending);
+    ending = clearTimeout(ending);
     if (event !== "message_chunk") {
       unanswered = [];
       retireCards();
@@ -1266,7 +1266,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   }
 
   function setRunning(on) {
-    clearTimeout(ending);
+    ending = clearTimeout(ending);
     running = on;
     view.stop.hidden = !on;
     view.log.setAttribute("aria-busy", on);

@@ -154,7 +154,7 @@ class Guest:
         """The bubbles of the conversation, as "user: text"."""
         lines: list[str] = await self.page.evaluate(
             """() => [...document.querySelector("leflux-widget").shadowRoot
-                .querySelectorAll(".log > :not(.chips, .dots)")].map((node) =>
+                .querySelectorAll(".log > :not(.chips)")].map((node) =>
                     `${node.className.split(" ")[0]}: ${node.innerText.trim()}`)"""
         )
         return lines
@@ -763,6 +763,7 @@ async def test_session_is_kept(visit: Visit, serve: Serve, model: FakeModel, pag
     model.scripts.append(says("Yes, I am."))
     await guest.ask("Are you still there?")
     await guest.hears("Yes, I am.")
+    await expect(guest.see(".dots")).to_have_count(0)
     assert (await guest.log())[-5:] == [
         "user: Remember me",
         "bot: ok",
