@@ -129,6 +129,7 @@ MAX_HISTORY_CHARS = 1_000_000
 PROMPT_FIRST, PROMPT_LAST = 2, 50  # messages of the conversation that the model sees
 PROMPT_STEPS = 12  # of the task's trace
 KNOWLEDGE_CHARS = 2500  # of passages in one prompt
+MAX_BACKLOG_BYTES = 4 * 1024 * 1024  # of events of earlier turns that a slow client has to read
 MAX_LIMITERS = 20_000
 MAX_REJECTIONS = 2  # times in a row that the model is told why its action may not run
 ACTION_SECONDS = 120  # for the client to carry out a plan, beside the plan's own waits
@@ -228,7 +229,8 @@ def check_table(
         if rule is None:
             inner = [key for key, rule in rules.items() if not callable(rule) and name in rule]
             near = [f"{key}.{name}" for key in inner]  # a key of one of the tables in this one
-            near += difflib.get_close_matches(name[:80], rules, 1)
+            if len(errors) < 5:  # it takes its time
+                near += difflib.get_close_matches(name[:80], rules, 1)
             errors[where] = "is not a known key" + (f"; did you mean {near[0]}?" if near else "")
         elif value is None and null_ok:
             clean[name] = None
@@ -883,6 +885,9 @@ class Session:
         """Forget the last turn's events, but not those that the socket has still to send."""
         self.turn_seq = self.next_seq
         keep_from = self.turn_seq if self.connection is None else self.connection.cursor
+        if self.connection is not None and sum(map(len, self.events)) > MAX_BACKLOG_BYTES:
+            self.connection.abort_if_unread()  # it reads so slowly that it never catches up
+            keep_from = self.connection.cursor = self.turn_seq
         del self.events[: keep_from - self.first_seq]
         self.first_seq = keep_from
 
@@ -959,15 +964,21 @@ class Connection:
         with contextlib.suppress(ConnectionError, RuntimeError):  # the reader's loop ends too
             while True:
                 while frame := self.next_frame():
-                    self.sending_since = time.monotonic()
+                    self.sending_since = min(self.sending_since, time.monotonic())
                     await self.ws.send_frame(frame, web.WSMsgType.TEXT)
-                    self.sending_since = math.inf
+                    self.is_stalled(0)  # which forgets the time if all is read
                 if self.close_code is not None:
-                    self.sending_since = time.monotonic()
+                    self.sending_since = min(self.sending_since, time.monotonic())
                     await self.ws.close(code=self.close_code)
                     return
                 self.changed.clear()
                 await self.changed.wait()
+
+    def is_stalled(self, now: float) -> bool:
+        """Whether the client has left something unread for 30 s."""
+        if self.transport is None or not self.transport.get_write_buffer_size():
+            self.sending_since = math.inf
+        return now - self.sending_since >= STALL_SECONDS
 
     def abort_if_unread(self) -> None:
         """Free a connection whose client has not taken everything: a close would wait for it."""
@@ -1284,8 +1295,7 @@ class Store:
         if session.message_count and not session.gone:
             session.row = session.row or next(self._new_row)
             self._sessions[session.row] = session
-            if not self.failing:  # then the sweep tries again
-                self.flush()
+            self.flush()
 
     def forget(self, session: Session) -> None:
         """Mark a session for deletion at the next flush."""
@@ -1790,13 +1800,23 @@ def emit_chunk(turn: Turn, delta: str) -> None:
     turn.session.emit("message_chunk", data)
 
 
-def finish_turn(turn: Turn, event: str = "", data: Json | None = None, shown: str = "") -> None:
+def finish_turn(
+    turn: Turn,
+    event: str = "",
+    data: Json | None = None,
+    shown: str = "",
+    *,
+    ends_task: bool = False,
+) -> None:
     """End a turn: lock its text, emit the event that follows, if there is one, and save.
 
     `shown` is what the visitor sees of that event. The writer task gets to send these events only
     after this function: by then they are committed.
     """
     session, said = turn.session, turn.said
+    json_text(data)  # what cannot be sent fails before anything has happened
+    if ends_task:
+        session.task = None
     if turn.task.said or not event:
         session.emit("message_done", {"text": said, "streamId": turn.task.stream_id})
     if event:
@@ -1811,8 +1831,7 @@ def finish_turn(turn: Turn, event: str = "", data: Json | None = None, shown: st
 
 def finish_task(turn: Turn, event: str = "", data: Json | None = None, shown: str = "") -> None:
     """End a turn, and the task with it."""
-    turn.session.task = None
-    finish_turn(turn, event, data, shown)
+    finish_turn(turn, event, data, shown, ends_task=True)
 
 
 def end_with_message(turn: Turn, text: str, **more: Any) -> None:
@@ -2506,10 +2525,12 @@ def provider_error(event: Any, status: int = 0, wait: float | None = None) -> Mo
 
     What is logged of it is its code or type, never its texts.
     """
-    if OVERFLOW.search(str(event)):
-        return ContextOverflow("the prompt is too long for it")
     error = event.get("error") or event if isinstance(event, dict) else event
     fields = error if isinstance(error, dict) else {}
+    # Not all that it says: a refusal may quote the request, and with it the visitor's page.
+    said = [fields.get(key) for key in ("code", "type", "message")] if fields else error
+    if status not in (429, 503) and OVERFLOW.search(str(said)[:2000]):
+        return ContextOverflow("the prompt is too long for it")
     codes = [str(fields.get(key) or "") for key in ("code", "type", "status")]
     names = " ".join(code for code in codes if re.fullmatch(r"[\w.-]{1,60}", code)) or "no code"
     code = status or fields.get("code")
@@ -2577,7 +2598,7 @@ class EventReader:
 
     def feed(self, data: bytes) -> list[Any]:
         """Return the events that a read completes; raise ModelError if it never ends one."""
-        cut = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+        cut = max(data.rfind(b"\n"), data.rfind(b"\r", 0, len(data) - 1)) + 1  # not half a CRLF
         lines = bytes(self._line + data[:cut]).splitlines() if cut else []
         if cut:
             self._line.clear()
@@ -2892,6 +2913,10 @@ class ReplyReader:
         if "\ud800" <= piece[-1:] <= "\udbff" and not last:
             piece, self._half = piece[:-1], piece[-1]
         piece = self._think.feed(whole_characters(piece), last)
+        if self._mode == "start" and not self._raw:
+            piece = piece.lstrip()
+        if not piece and not last:
+            return ""
         if self._mode != "plain":
             self._raw.append(piece)
         if self._mode == "start":
@@ -2908,9 +2933,12 @@ class ReplyReader:
         try:
             # Line ends in strings are forgiven.
             reply = json.JSONDecoder(strict=False).raw_decode(raw)[0]
-        except (json.JSONDecodeError, RecursionError) as error:
-            at, what = getattr(error, "pos", len(raw)), getattr(error, "msg", "")
-            self.unfinished = at >= len(raw.rstrip()) or what.startswith("Unterminated")
+        except (ValueError, RecursionError) as error:
+            at, what = getattr(error, "pos", 0), getattr(error, "msg", "")
+            self.unfinished = at >= len(raw.rstrip()) or what.startswith(("Untermi", "Invalid \\u"))
+            late = re.search(r'[{,]\s*"message"\s*:\s*"', raw)
+            if self.unfinished and late and not self._streamed:
+                rest = self._say(raw[late.end() :])
             return rest if self._streamed or self.unfinished else raw, None
         reply = unwrapped(json.loads(whole_characters(json.dumps(reply, ensure_ascii=False))))
         message = reply.get("message")
@@ -3210,7 +3238,8 @@ def end_without_action(turn: Turn, failure: Exception | None) -> None:
     elif isinstance(failure, ModelError):  # the guide is there when the model is not
         knowledge = turn.app.knowledge.get(turn.site.id)
         found = guide_answer(turn.task.wish, turn.session.context, knowledge)
-        text = f"{NO_ANSWER}\n\n{found['message']}"
+        if found["answered"] or "You can reach people" in found["message"]:
+            text = f"{NO_ANSWER}\n\n{found['message']}"
     elif failure is None:
         log.warning("a reply has no message")
     end_with_message(turn, text, isError=True)
@@ -3239,8 +3268,12 @@ async def run_turn(turn: Turn) -> None:
     except Exception as error:
         failure, turn.cut_short = error, True
         log.exception("a turn failed")
-    if not turn.finished and turn.session.task is turn.task:
-        end_without_action(turn, failure)
+    if not turn.finished:
+        try:
+            end_without_action(turn, failure)
+        except Exception:
+            log.exception("a turn failed in its end")
+            end_with_message(turn, NO_ANSWER, isError=True)
 
 
 def start_turn(app: AppState, session: Session, task: Task) -> int:
@@ -3402,8 +3435,8 @@ def caller_site(request: web.Request) -> tuple[Site, str]:
     site = find_site(app.site_index, *caller) if caller else None
     if caller and not site and app.config.server.demo:
         # The demo, on whatever address this server is opened by.
-        own_origins = (own, f"{scheme}://{request.headers.get('Host', '')}")
-        site = app.sites.get("demo") if caller in map(parse_origin, own_origins) else None
+        own_origin = parse_origin(f"{scheme}://{request.headers.get('Host', '')}")
+        site = app.sites.get("demo") if caller == own_origin else None
     if caller and site:
         return site, caller[0]
     host = caller[0] if caller else ""
@@ -4216,13 +4249,13 @@ async def sweep(app: AppState, now: float) -> None:
             drop_session(app, session)
         elif session.task is not None and session.task.deadline <= now:
             end_with_message(Turn(app, session, session.task), INTERRUPTED)
-        if number % 20 == 0:  # many at once must not hold up the loop
+        if number % 5 == 0:  # many at once must not hold up the loop
             app.store.flush()
             await asyncio.sleep(0)
     app.store.flush()  # what has failed is tried again, too
     for connection in app.connections:
-        if now - connection.sending_since >= STALL_SECONDS and connection.transport is not None:
-            connection.transport.abort()  # closing politely would wait for the same bytes
+        if connection.is_stalled(now):
+            connection.abort_if_unread()  # closing politely would wait for the same bytes
     for number, (address, limiter) in enumerate(list(app.init_limiters.items()), 1):
         if limiter.has_capacity(limiter.max_rate):
             app.init_limiters.pop(address, None)

@@ -2927,6 +2927,11 @@ QUIRKS = [
     Quirk("plain", HELLO, "Hello world"),
     Quirk("usual", sse(ROLE, chunk("Hello"), chunk(" world"), END, "[DONE]"), "Hello world"),
     Quirk("crlf", HELLO.replace(b"\n", b"\r\n"), "Hello world"),
+    Quirk(
+        "crlf in an event",
+        b'data: {"choices":\r\ndata: [{"delta":{"content":"Hi"}}]}\r\n\r\n',
+        "Hi",
+    ),
     Quirk("cr", HELLO.replace(b"\n", b"\r"), "Hello world"),
     Quirk("comments", b": hi\n\n" + HELLO.replace(b"\n\n", b"\n\n: ping\n\n:\n"), "Hello world"),
     Quirk("fields", b"retry: 5\nid: 1\nevent: message\n" + HELLO, "Hello world"),
@@ -3495,6 +3500,29 @@ async def test_context_overflow(
     model.scripts.append(OVERFLOWS[wording])
     expect_end(await visitor.ask("again"), "ok")  # what is short enough is answered
     assert len(model.requests) == calls + 6
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "calls"),
+    [(429, "Too many tokens, please wait", 3), (401, "no key", 1)],
+)
+async def test_what_is_no_overflow(
+    code: int, message: str, calls: int, visitor: Visitor, model: FakeModel
+) -> None:
+    """A throttled call is tried again later, with all of the conversation."""
+    model.scripts += [status(code, {"error": {"message": message}}, Retry_After="0")] * 3
+    text = (await visitor.ask())["data"]["text"]
+    assert lf.TOO_LONG not in text
+    assert len(model.requests) == calls
+
+
+async def test_a_page_that_speaks_of_context_windows(visitor: Visitor, model: FakeModel) -> None:
+    """A refusal that quotes the request is about the parameter that it names."""
+    quoted_page = {"detail": [{"loc": ["body", "response_format"], "input": "200K context window"}]}
+    model.scripts += [status(422, quoted_page)] * 2
+    assert (await visitor.ask())["data"]["text"] == "ok"
+    assert len(model.requests) == 3
+    assert "response_format" not in model.requests[-1]
 
 
 async def test_overflow_after_text_is_a_broken_stream(visitor: Visitor, model: FakeModel) -> None:
@@ -4181,6 +4209,36 @@ def test_reply_of_any_text(text: str, ascii_only: bool, cuts: list[int]) -> None
     rest, reply_object = reader.finish()
     assert said + rest == text
     assert reply_object == {"a": {"message": text}, "message": text}
+
+
+@pytest.mark.parametrize(
+    ("raw", "text", "unfinished"),
+    [
+        ('{"answered":true,"message":"The Pro plan costs $49 a', "The Pro plan costs $49 a", True),
+        ('{"message":"The caf\\u00', "The caf", True),
+        ('{"message":"Hi","action":{"type":"nav', "Hi", True),
+        ('{"message":"Hi","n":' + "1" * 5000 + "}", "Hi", False),
+        ('{"message":"Hi"}', "Hi", False),
+    ],
+)
+def test_reply_that_is_cut(raw: str, text: str, unfinished: bool) -> None:
+    """What a reply that breaks off has said stays said, and it counts as unfinished."""
+    reader = lf.ReplyReader()
+    said = reader.feed(raw)
+    assert said + reader.finish()[0] == text
+    assert reader.unfinished is unfinished
+
+
+@pytest.mark.parametrize("piece", ["x", "<", "<think>", " ", "\\u00e9", "{", "\ud83d", "```"])
+def test_replies_are_read_in_linear_time(piece: str) -> None:
+    """160,000 characters in small pieces take no second, whatever they are."""
+    for start in ("", "<think>", '{"message":"', '{"a":"'):
+        reader, started = lf.ReplyReader(), time.perf_counter()
+        reader.feed(start)
+        for _ in range(160_000 // max(4, len(piece))):
+            reader.feed(piece.ljust(4, piece[-1]))
+        reader.finish()
+        assert time.perf_counter() - started < 2
 
 
 def test_reply_streams_as_it_arrives() -> None:
@@ -4965,6 +5023,39 @@ async def test_a_refused_action_is_explained_to_the_model_twice(
     assert "element 99 is not on the page" in model.prompt(1)
     assert "url leaves this website" in model.prompt(2)
     assert page.plans == 0
+
+
+@pytest.mark.parametrize("effect", ["nothing", "raises", "cannot be sent"])
+async def test_an_action_without_a_good_effect_ends_visibly(
+    effect: str, page: OpenPage, model: FakeModel, monkeypatch: Patch, caplog: Log
+) -> None:
+    """Whatever a new entry of ACTIONS does or does not do, the visitor is not left waiting."""
+
+    def apply(turn: lf.Turn, action: Json) -> None:
+        if effect == "raises":
+            raise ZeroDivisionError
+        if effect == "cannot be sent":
+            lf.finish_task(turn, "ui_block", {"data": {1, 2}})
+
+    dance = lf.Action("dance", {}, lf.texts(), apply)
+    monkeypatch.setitem(lf.ACTIONS, "dance", dance)
+    for message in ("", "I dance."):
+        model.scripts.append(act(message, {"type": "dance"}))
+        end = await page.ask()
+        assert end["event"] == ("message_done" if message else "message")
+        assert message or end["data"]["isError"] is True
+        assert page.visitor.session.task is None
+    caplog.clear()
+
+
+async def test_a_bug_in_the_last_resort_ends_visibly(
+    visitor: Visitor, model: FakeModel, monkeypatch: Patch, caplog: Log
+) -> None:
+    """Even where the model is out of reach and the guide fails, there is an end."""
+    monkeypatch.setattr(lf, "guide_answer", lambda *_: 1 / 0)
+    model.scripts.append(status(401))
+    assert (await visitor.ask())["data"] == {"text": lf.NO_ANSWER, "isError": True}
+    caplog.clear()
 
 
 async def test_a_refused_action_may_be_mended(page: OpenPage, model: FakeModel) -> None:
