@@ -2528,7 +2528,8 @@ def provider_error(event: Any, status: int = 0, wait: float | None = None) -> Mo
     error = event.get("error") or event if isinstance(event, dict) else event
     fields = error if isinstance(error, dict) else {}
     # Not all that it says: a refusal may quote the request, and with it the visitor's page.
-    said = [fields.get(key) for key in ("code", "type", "message")] if fields else error
+    told = ("code", "type", "message", "metadata")
+    said = [fields.get(key) for key in told] if fields else error
     if status not in (429, 503) and OVERFLOW.search(str(said)[:2000]):
         return ContextOverflow("the prompt is too long for it")
     codes = [str(fields.get(key) or "") for key in ("code", "type", "status")]
