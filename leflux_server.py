@@ -60,6 +60,7 @@ import fcntl
 import functools
 import gc
 import hashlib
+import importlib
 import ipaddress
 import itertools
 import json
@@ -4415,9 +4416,8 @@ async def run(config: Config) -> None:
 def new_event_loop() -> asyncio.AbstractEventLoop:
     """uvloop's, if it is installed; busy servers gain by it."""
     with contextlib.suppress(ImportError):
-        import uvloop
-
-        return uvloop.new_event_loop()
+        loop = importlib.import_module("uvloop").new_event_loop()
+        return cast(asyncio.AbstractEventLoop, loop)
     return asyncio.new_event_loop()
 
 
