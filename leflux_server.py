@@ -967,7 +967,8 @@ class Connection:
                 while frame := self.next_frame():
                     self.sending_since = min(self.sending_since, time.monotonic())
                     await self.ws.send_frame(frame, web.WSMsgType.TEXT)
-                    self.is_stalled(0)  # which forgets the time if all is read
+                    if not self.unread:
+                        self.sending_since = math.inf
                 if self.close_code is not None:
                     self.sending_since = min(self.sending_since, time.monotonic())
                     await self.ws.close(code=self.close_code)
@@ -975,15 +976,14 @@ class Connection:
                 self.changed.clear()
                 await self.changed.wait()
 
-    def is_stalled(self, now: float) -> bool:
-        """Whether the client has left something unread for 30 s."""
-        if self.transport is None or not self.transport.get_write_buffer_size():
-            self.sending_since = math.inf
-        return now - self.sending_since >= STALL_SECONDS
+    @property
+    def unread(self) -> int:
+        """How many bytes the client has not taken yet."""
+        return 0 if self.transport is None else self.transport.get_write_buffer_size()
 
     def abort_if_unread(self) -> None:
         """Free a connection whose client has not taken everything: a close would wait for it."""
-        if self.transport is not None and self.transport.get_write_buffer_size():
+        if self.transport is not None and self.unread:
             self.transport.abort()
 
     def flooded(self, now: float) -> bool:
@@ -4256,8 +4256,10 @@ async def sweep(app: AppState, now: float) -> None:
             await asyncio.sleep(0)
     app.store.flush()  # what has failed is tried again, too
     for connection in app.connections:
-        if connection.is_stalled(now):
-            connection.abort_if_unread()  # closing politely would wait for the same bytes
+        if not connection.unread:
+            connection.sending_since = math.inf
+        elif now - connection.sending_since >= STALL_SECONDS:
+            connection.abort_if_unread()
     for number, (address, limiter) in enumerate(list(app.init_limiters.items()), 1):
         if limiter.has_capacity(limiter.max_rate):
             app.init_limiters.pop(address, None)
