@@ -1541,9 +1541,8 @@ def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json
     """Return a page context of known fields within their limits; raise invalid_message.
 
     {url, title, visibleText: strings; indexedElements: [{id, type, text, ...}]; forms,
-    previouslyFilledFields: lists; visitorData: an object}, two hashes (`shown` of the elements and
-    the text, `picture` of everything), and `tokens`, what it can cost in a prompt. Too much is cut
-    silently, a wrong type is an error.
+    previouslyFilledFields: lists; visitorData: an object}, and `shown`, a hash of the elements and
+    the text. Too much is cut silently, a wrong type is an error.
     """
     if not isinstance(raw, dict):
         raise invalid(name, "must be an object")
@@ -1565,24 +1564,7 @@ def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json
         context[field] = [printable(json_text(item)[:1000]) for item in items]
     context["visitorData"] = [printable(json_text(visitor_data)[:1000])] if visitor_data else []
     shown = orjson.dumps([context["indexedElements"], context["visibleText"]])
-    picture = orjson.dumps(context)
-    hashes = {"shown": hash(shown), "picture": hash(picture)}
-    return context | hashes | {"tokens": tokens_at_most([picture.decode()])}
-
-
-def take_picture(session: Session, context: Json) -> None:
-    """Make a page context the session's latest, with a nonce of its own and what is new marked.
-
-    The same picture again changes nothing: its bytes in the prompt stay, for the prompt cache.
-    """
-    before = session.context
-    if before.get("picture") == context["picture"]:
-        return
-    if session.task is not None and before.get("url") == context["url"]:
-        known = {(one.get("type"), one.get("text")) for one in before["indexedElements"]}
-        for element in context["indexedElements"]:
-            element["isNew"] = (element.get("type"), element.get("text")) not in known
-    session.context = context | {"nonce": secrets.token_hex(8)}
+    return context | {"shown": hash(shown)}
 
 
 def describe_element(element: Json, origin: str) -> str:
@@ -1611,6 +1593,25 @@ def describe_page(context: Json) -> str:
     for field in ("forms", "previouslyFilledFields", "visitorData"):
         lines += [f"{field}: {item}" for item in context[field]]
     return "\n".join([*lines, "Visible text:", context["visibleText"]])[:MAX_PAGE_CHARS]
+
+
+def take_picture(session: Session, raw: Any, limits: LimitsConfig, name: str = "context") -> Json:
+    """Return what a session is to keep of a page context; raise invalid_message.
+
+    Beside the clean context it holds its text for the model, what that costs at most, and a nonce.
+    While the page stays the same, so does its picture, and with it the start of the prompt.
+    """
+    before, digest = session.context, hash(orjson.dumps(raw))
+    if before.get("digest") == digest:
+        return before
+    context = clean_context(raw, limits, name)
+    if session.task is not None and before.get("url") == context["url"]:
+        known = {(one.get("type"), one.get("text")) for one in before["indexedElements"]}
+        for element in context["indexedElements"]:
+            element["isNew"] = (element.get("type"), element.get("text")) not in known
+    described = describe_page(context)
+    context |= {"described": described, "tokens": tokens_at_most([described])}
+    return context | {"digest": digest, "nonce": secrets.token_hex(8)}
 
 
 def element_label(element: Json) -> str:
@@ -2465,7 +2466,7 @@ def build_prompt(
     conversation[-1]["content"] = question_notes(turn, passages) + conversation[-1]["content"]
     messages: list[Json] = [{"role": "system", "content": system}]
     if context:
-        page = describe_page(context)
+        page = context["described"]
         page = page[: int(len(page) * page_part)]
         marker = f"page-{context['nonce']}"
         messages.append({"role": "user", "content": f"<{marker}>\n{page}\n</{marker}>"})
@@ -3409,18 +3410,26 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
         headers.popall(name)
 
 
-def own_url(request: web.Request, config: Config) -> str:
-    """Return the http(s)://host[:port] that the request came to, as the client sees it."""
-    scheme, host = request.scheme, request.headers.get("Host", "")
+def forwarded(request: web.Request, config: Config, header: str) -> str:
+    """Return a header that a trusted proxy has set, else ""."""
     with contextlib.suppress(ValueError):  # a peer without an address, as on a Unix socket
         if is_trusted(request.remote or "", config.server.trusted_proxies):
-            forwarded = request.headers.get("X-Forwarded-Proto", "").lower()
-            scheme = forwarded if forwarded in ("http", "https") else scheme
-            forwarded = request.headers.get("X-Forwarded-Host", "")
-            host = forwarded if parse_origin(f"http://{forwarded}") else host
-    if parse_origin(f"http://{host}") is None:
-        host = f"{config.server.host}:{config.server.port}"
-    return f"{scheme}://{host}"
+            return request.headers.get(header, "")
+    return ""
+
+
+def own_scheme(request: web.Request, config: Config) -> str:
+    """Return the scheme that the request came by, as the client sees it."""
+    scheme = forwarded(request, config, "X-Forwarded-Proto").lower()
+    return scheme if scheme in ("http", "https") else request.scheme
+
+
+def own_url(request: web.Request, config: Config) -> str:
+    """Return the http(s)://host[:port] that the request came to, as the client sees it."""
+    hosts = (forwarded(request, config, "X-Forwarded-Host"), request.headers.get("Host", ""))
+    known = [host for host in hosts if parse_origin(f"http://{host}")]
+    host = known[0] if known else f"{config.server.host}:{config.server.port}"
+    return f"{own_scheme(request, config)}://{host}"
 
 
 def websocket_url(request: web.Request, config: Config) -> str:
@@ -3431,8 +3440,7 @@ def websocket_url(request: web.Request, config: Config) -> str:
 def caller_site(request: web.Request) -> tuple[Site, str]:
     """Return the site whose page calls, and that page's host; raise host_not_registered."""
     app = request.app[APP_STATE]
-    own = own_url(request, app.config)
-    scheme = own.partition(":")[0]
+    scheme = own_scheme(request, app.config)
     caller = caller_host(request.method, request.headers, scheme)
     site = find_site(app.site_index, *caller) if caller else None
     if caller and not site and app.config.server.demo:
@@ -3549,15 +3557,16 @@ async def chat(request: web.Request) -> web.Response:
     message = checked_field(body, "message", text(limits.message_chars, 1))
     client_id = checked_field(body, "clientMessageId", text(64), "")
     name = "context" if body.get("pageContext") is None else "pageContext"
-    context = None if body.get(name) is None else clean_context(body[name], limits, name)
+    context = session.context
+    if body.get(name) is not None:
+        context = take_picture(session, body[name], limits, name)
     message_id = session.message_id_by_client_id.get(client_id)
     if message_id is None:
         session.limiter = session.limiter or new_limiter(limits.chat_per_minute)
         await spend(session.limiter)
-        tokens = first_call_tokens(app, session, context or session.context, message)
+        tokens = first_call_tokens(app, session, context, message)
         usage = admit(app, site, 1, tokens, time.time())
-        if context is not None:
-            take_picture(session, context)
+        session.context = context
         release = functools.partial(settle_tokens, app, site, usage, tokens, 0)
         message_id = start_task(app, session, Task(message, release=release))
         if client_id:
@@ -4025,7 +4034,7 @@ async def get_site_session(request: web.Request) -> web.Response:
 
 
 def on_update_context(app: AppState, session: Session, data: Json) -> None:
-    take_picture(session, clean_context(data.get("context"), app.config.limits))
+    session.context = take_picture(session, data.get("context"), app.config.limits)
     if session.task is not None and session.task.resumable:
         resume_task(app, session)  # the page was loaded anew in the middle of a task
 
