@@ -19,7 +19,10 @@ REST (JSON in, JSON out; a caller is the site whose allowed_hosts contains its O
     DELETE /api/session/{id}    -> {deleted}
     GET    /api/stats           -> {uptimeSeconds, activeSessions, messagesProcessed, version}
     GET    /health              -> {status, timestamp, llm}; with ?client also {client}: the
-                                caller's own address, as the limits count it
+                                caller's own address, as the limits count it; with ?deep, for
+                                server.metrics_from, {model}: its last success and failure
+    GET    /metrics             Prometheus' text, for server.metrics_from
+    GET    /owner               the owner's page (firebase.api_key), its files below it
     GET    /embed.js            the widget: <script src="https://.../embed.js" async></script>
     GET    /                    the demo (server.demo), or with an Upgrade the WebSocket
     GET    /ws                  the WebSocket
@@ -81,7 +84,7 @@ import urllib.parse
 import uuid
 import zlib
 import zoneinfo
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -503,6 +506,9 @@ class ServerConfig:
     state_dir: str = key("state", text(4000))
     signup_url: str = key("", web_url)
     demo: bool = key(True, flag)
+    metrics_from: tuple[Network, ...] = key(
+        (network("127.0.0.1"), network("::1")), list_of(network)
+    )
     log_level: str = key("INFO", choice("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"))
     shutdown_seconds: float = key(10, number(0, 3600))
 
@@ -539,6 +545,9 @@ class LimitsConfig:
 @dataclasses.dataclass(frozen=True, slots=True)
 class FirebaseConfig:
     project_id: str = key("", text(100))
+    api_key: str = key("", text(200, 0, r"[\x21-\x7e]*", "Firebase's public web key"))
+    sign_in_url: str = key("https://identitytoolkit.googleapis.com/v1", endpoint)
+    token_url: str = key("https://securetoken.googleapis.com/v1/token", endpoint)
     keys_url: str = key(
         "https://www.googleapis.com/robot/v1/metadata/x509/securetoken@system.gserviceaccount.com",
         endpoint,
@@ -687,6 +696,8 @@ def doubts(config: Config) -> list[str]:
             found.append(f"sites[{site.id}] has no allowed_hosts, so nobody can chat there")
     if config.api_key[:1] in ("'", '"'):
         found.append(f"${config.llm.api_key_env} is in quotes, which become part of the key")
+    if config.firebase.api_key and not config.firebase.project_id:
+        found.append("firebase.api_key is set without project_id, so nobody can sign in at /owner")
     return found
 
 
@@ -1014,8 +1025,17 @@ class AppState:
     init_limiters: dict[str, AsyncLimiter] = dataclasses.field(default_factory=dict)
     once_a_minute: RateLimitedLog = dataclasses.field(default_factory=RateLimitedLog)
     messages_processed: int = 0
+    counts: dict[tuple[str, str], float] = dataclasses.field(  # of /metrics, by name and labels
+        default_factory=lambda: defaultdict(float)
+    )
+    model_succeeded: float | None = None  # Unix time of the last call that did
+    model_failed: tuple[float, str] | None = None  # Unix time of the last one, what was wrong
     last_id: int = 0
     draining: bool = False
+
+    def count(self, name: str, amount: float = 1, **labels: str) -> None:
+        """Add to a number of /metrics; its labels have few values, none of a visitor's making."""
+        self.counts[name, ",".join(f'{label}="{of}"' for label, of in labels.items())] += amount
 
     def next_id(self) -> int:
         """The number in msg-, action- and stream- ids: milliseconds, each only once."""
@@ -1052,6 +1072,11 @@ class Backend(Protocol):
 
 
 APP_STATE = web.AppKey("state", AppState)
+LIMIT_CODES = ("rate_limit_exceeded", "budget_exceeded", "too_many_sessions")
+
+
+def count_error(app: AppState, error: ApiError) -> None:
+    app.count("limits_hit_total" if error.code in LIMIT_CODES else "errors_total", code=error.code)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1083,7 +1108,10 @@ def caller_host(method: str, headers: Mapping[str, str], scheme: str) -> tuple[s
     return parse_origin(f"{scheme}://{hosts[0]}")
 
 
-def parse_ip(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def parse_ip(address: str) -> IPAddress:
     ip = ipaddress.ip_address(address)
     return ip.ipv4_mapped or ip if isinstance(ip, ipaddress.IPv6Address) else ip
 
@@ -1094,17 +1122,27 @@ def is_trusted(address: str, proxies: Sequence[Network]) -> bool:
     return any(ip in network for network in proxies)
 
 
-def client_key(peer: str, forwarded_for: Sequence[str], proxies: Sequence[Network]) -> str:
-    """Return what identifies a client for its limits: an IPv4 address or an IPv6 /64."""
+def client_address(
+    peer: str, forwarded_for: Sequence[str], proxies: Sequence[Network]
+) -> IPAddress | None:
+    """Return the address of a client; None without any, as behind a Unix socket."""
     try:
         client = parse_ip(peer)
     except ValueError:
-        return ""  # no address at all, as behind a Unix socket
+        return None
     if is_trusted(peer, proxies):
         with contextlib.suppress(ValueError):  # a malformed header counts as absent
             hops = [hop.strip() for line in forwarded_for for hop in line.split(",")]
             strangers = [hop for hop in hops if not is_trusted(hop, proxies)]
             client = parse_ip([peer, *strangers][-1])
+    return client
+
+
+def client_key(peer: str, forwarded_for: Sequence[str], proxies: Sequence[Network]) -> str:
+    """Return what identifies a client for its limits: an IPv4 address or an IPv6 /64."""
+    client = client_address(peer, forwarded_for, proxies)
+    if client is None:
+        return ""
     return str(ipaddress.IPv6Address(int(client) >> 64 << 64) if client.version == 6 else client)
 
 
@@ -1375,6 +1413,13 @@ class Store:
         message = "the database cannot be written (%s); going on in memory"
         self._once_a_minute(logging.ERROR, "store", message, error)
 
+    def size(self) -> int:
+        """Return the bytes of the file, without its log."""
+        with contextlib.suppress(sqlite3.Error):
+            pages = self.read("SELECT * FROM pragma_page_count, pragma_page_size")
+            return math.prod(pages[0]) if pages else 0
+        return 0
+
     def read(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         return [] if self._db is None else self._db.execute(sql, values).fetchall()
 
@@ -1476,6 +1521,7 @@ def admit(app: AppState, site: Site, messages: int, tokens: int, now: float) -> 
 def settle_tokens(app: AppState, site: Site, usage: Usage, reserved: int, spent: int) -> None:
     usage.reserved -= reserved
     usage.tokens += spent
+    app.count("tokens_total", spent)
     save_usage(app, site.id, usage)
 
 
@@ -2658,6 +2704,17 @@ def new_client() -> aiohttp.ClientSession:
     )
 
 
+LATENCY_BUCKETS = ("0.25", "0.5", "1", "2", "5", "10", "30", "+Inf")  # seconds
+
+
+def count_latency(app: AppState, seconds: float) -> None:
+    """Note in a histogram of /metrics how long a reply took to begin."""
+    for bucket in LATENCY_BUCKETS:
+        app.count("model_seconds_bucket", seconds <= float(bucket), le=bucket)
+    app.count("model_seconds_sum", seconds)
+    app.count("model_seconds_count")
+
+
 PARAMETER_WORDS = {  # by which a complaint names a parameter, where its name is not the only one
     "response_format": "response_format|json_schema|json_object",
     "stream_options": "stream_options|include_usage",
@@ -2699,6 +2756,7 @@ class ChatModel:
         site = turn.site
         passages = relevant_passages(turn.app.knowledge.get(site.id), turn.task.wish)
         for divisor, page_part in PROMPT_SHARES:
+            app, begun = turn.app, time.monotonic()
             prompt = build_prompt(turn, passages, divisor, page_part)
             texts = [message["content"] for message in prompt]
             reserved = tokens_at_most(texts) + self._config.max_tokens
@@ -2709,14 +2767,20 @@ class ChatModel:
                 async with self._slots, contextlib.aclosing(call) as pieces:
                     asked = sum(map(len, texts))
                     async for piece in pieces:
+                        if begun:
+                            count_latency(app, time.monotonic() - begun)
+                        begun = 0
                         yield piece
                 if completion.length:
+                    app.model_succeeded = time.time()
                     return
                 what = "only reasoning" if completion.signs else "an empty stream"
                 raise ModelError(f"{what} instead of an answer")
             except ModelError as error:
                 asked = 0
                 if not isinstance(error, ContextOverflow):
+                    app.model_failed = time.time(), str(error)
+                    app.count("errors_total", code="model")
                     raise
             finally:
                 guess = (asked + completion.length) // 4
@@ -3220,6 +3284,7 @@ async def answer(turn: Turn) -> None:
         except ActionRejected as rejection:
             task.rejections += 1
             log.info("an action was rejected (%d)", task.rejections)
+            turn.app.count("actions_refused_total")
             if task.rejections > MAX_REJECTIONS:
                 end_with_message(turn, NOT_POSSIBLE)
                 return
@@ -3264,12 +3329,14 @@ async def run_turn(turn: Turn) -> None:
     except asyncio.CancelledError:
         return  # it has been ended already; what holds the cancelled task's frames goes free
     except ApiError as error:  # the budget is spent
+        count_error(turn.app, error)
         end_with_message(turn, error.message)
     except ModelError as error:
         failure, turn.cut_short = error, True
         log.warning("a turn got no whole answer: %s", error)
     except Exception as error:
         failure, turn.cut_short = error, True
+        turn.app.count("errors_total", code="turn")
         log.exception("a turn failed")
     if not turn.finished:
         try:
@@ -3360,7 +3427,8 @@ def json_response(data: Any, status: int = 200) -> web.Response:
     return web.json_bytes_response(data, status=status, dumps=kept_json)
 
 
-def error_response(error: ApiError) -> web.Response:
+def error_response(request: web.Request, error: ApiError) -> web.Response:
+    count_error(request.app[APP_STATE], error)
     body = {"error": error.code, "message": error.message, "details": error.details}
     response = json_response({**body, **error.top_level}, error.status)
     response.headers.update(error.headers)
@@ -3378,22 +3446,26 @@ async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResp
     try:
         return await handler(request)
     except ApiError as error:
-        return error_response(error)
+        return error_response(request, error)
     except web.HTTPException as error:
-        return error_response(standard_error(error.status if error.status in STATUS_CODES else 400))
+        return error_response(
+            request, standard_error(error.status if error.status in STATUS_CODES else 400)
+        )
     except ConnectionError:
-        return error_response(standard_error(400))  # which nobody hears: the client is gone
+        return error_response(
+            request, standard_error(400)
+        )  # which nobody hears: the client is gone
     except Exception:
         # Logged under an id that the caller can quote.
         request_id, route = secrets.token_hex(6), request.match_info.route
         log.exception("request %s failed: %r", request_id, route)  # no path: it may hold a secret
-        return error_response(standard_error(500, requestId=request_id))
+        return error_response(request, standard_error(500, requestId=request_id))
 
 
 async def answer_expect(request: web.Request) -> web.StreamResponse | None:
     """Answer an Expect header (RFC 9110, 10.1.1), which aiohttp does outside of middlewares."""
     if request.headers["Expect"].lower() != "100-continue":
-        return error_response(standard_error(417))
+        return error_response(request, standard_error(417))
     if request.version >= aiohttp.HttpVersion11:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # the response itself has not begun
@@ -3618,12 +3690,68 @@ def iso_time(unix_time: float) -> str:
     return datetime.fromtimestamp(unix_time, UTC).isoformat()
 
 
+def may_see_numbers(request: web.Request) -> bool:
+    """Whether a request comes from server.metrics_from."""
+    server, forwarded = request.app[APP_STATE].config.server, "X-Forwarded-For" in request.headers
+    hops = request.headers.getall("X-Forwarded-For", [])
+    client = client_address(request.remote or "", hops, server.trusted_proxies)
+    # One that a proxy of ours has forwarded, and that seems to be the proxy's own, is anybody's.
+    if client is None or (forwarded and client == parse_ip(request.remote or "")):
+        return False
+    return any(client in network for network in server.metrics_from)
+
+
 async def health(request: web.Request) -> web.Response:
-    kind = request.app[APP_STATE].backend.kind
-    body = {"status": "ok", "timestamp": iso_time(time.time()), "llm": kind}
+    app = request.app[APP_STATE]
+    body: Json = {"status": "ok", "timestamp": iso_time(time.time()), "llm": app.backend.kind}
     if "client" in request.query:  # tells callers nothing but how their own request arrived
         body["client"] = client_of(request)
+    if "deep" in request.query and may_see_numbers(request):
+        worked, failed = app.model_succeeded, app.model_failed
+        body["model"] = {
+            "lastSuccess": worked and iso_time(worked),
+            "lastFailure": failed and {"at": iso_time(failed[0]), "kind": failed[1]},
+        }
     return json_response(body)
+
+
+METRICS = {  # name: (type, help)
+    "uptime_seconds": ("gauge", "Seconds since the start"),
+    "sessions": ("gauge", "Chats in memory"),
+    "sockets": ("gauge", "Open WebSockets"),
+    "messages_total": ("counter", "Messages of visitors"),
+    "tokens_total": ("counter", "Tokens of the model, as reported or estimated"),
+    "model_seconds": ("histogram", "Seconds until the first text of a reply"),
+    "errors_total": ("counter", "Errors by code: of requests, of turns, of the model"),
+    "actions_refused_total": ("counter", "Actions of the model that were not allowed to run"),
+    "limits_hit_total": ("counter", "Requests over a limit, by code"),
+    "store_failing": ("gauge", "1 while the database cannot be written"),
+    "store_bytes": ("gauge", "Size of the database"),
+}
+
+
+async def metrics(request: web.Request) -> web.Response:
+    """Prometheus' text format, version 0.0.4."""
+    if not may_see_numbers(request):
+        raise standard_error(404)
+    app = request.app[APP_STATE]
+    now = {
+        "uptime_seconds": int(time.monotonic() - app.started),
+        "sessions": len(app.sessions),
+        "sockets": len(app.connections),
+        "messages_total": app.messages_processed,
+        "store_failing": int(app.store.failing),
+        "store_bytes": app.store.size(),
+    }
+    values = {**app.counts, **{(name, ""): value for name, value in now.items()}}
+    lines = []
+    for name, (kind, what) in METRICS.items():
+        lines += [f"# HELP leflux_{name} {what}", f"# TYPE leflux_{name} {kind}"]
+        for (series, labels), value in values.items():
+            if series in (name, f"{name}_bucket", f"{name}_sum", f"{name}_count"):
+                lines.append(f"leflux_{series}{labels and f'{{{labels}}}'} {value}")
+    headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+    return web.Response(text="\n".join([*lines, ""]), headers=headers)
 
 
 CONTENT_TYPES = {".css": "css", ".html": "html", ".js": "javascript", ".md": "plain"}  # of text/
@@ -3666,6 +3794,35 @@ async def demo(request: web.Request) -> web.Response:
         " object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'"
     )
     return send_file(request, DEMO[request.path], {"Content-Security-Policy": policy})
+
+
+OWNER_FILE = re.compile(r"[a-z0-9-]+\.(css|html|js)")
+
+
+def owner_config(request: web.Request) -> Json:
+    """What the owner's page has to know to sign somebody in; all of it is public."""
+    config = request.app[APP_STATE].config
+    firebase, public_url = config.firebase, config.server.public_url or own_url(request, config)
+    urls = {"signInUrl": firebase.sign_in_url, "tokenUrl": firebase.token_url}
+    return {"apiKey": firebase.api_key, **urls, "publicUrl": public_url}
+
+
+async def owner_page(request: web.Request) -> web.Response:
+    """A file of owner/, for all to read: what it shows comes from the admin API."""
+    firebase = request.app[APP_STATE].config.firebase
+    name = request.match_info.get("name") or "index.html"
+    if firebase.api_key and name == "config.json":
+        return json_response(owner_config(request))
+    if not firebase.api_key or not OWNER_FILE.fullmatch(name):
+        raise standard_error(404)
+    google = {"/".join(url.split("/")[:3]) for url in (firebase.sign_in_url, firebase.token_url)}
+    policy = (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: https:;"
+        f" font-src 'self'; connect-src 'self' {' '.join(sorted(google))}; frame-src 'self';"
+        " base-uri 'none'; form-action 'none'; frame-ancestors "
+        + ("'self'" if name == "preview.html" else "'none'")  # the page itself frames that one
+    )
+    return send_file(request, f"owner/{name}", {"Content-Security-Policy": policy})
 
 
 async def no_such_route(request: web.Request) -> NoReturn:
@@ -4129,6 +4286,7 @@ def accept_frame(app: AppState, connection: Connection, frame: aiohttp.WSMessage
     if connection.close_code is not None:
         return  # what a client says while it is shown out does not count
     if connection.flooded(time.monotonic()):
+        app.count("limits_hit_total", code="frames")
         connection.close(1008)
     elif frame.type is web.WSMsgType.BINARY:
         connection.close(1003)
@@ -4357,6 +4515,9 @@ def make_app(config: Config) -> web.Application:
         "/api/session/{session_id}": {"GET": get_session, "DELETE": delete_session},
         "/api/stats": {"GET": stats},
         "/health": {"GET": health},
+        "/metrics": {"GET": metrics},
+        "/owner": {"GET": owner_page},
+        "/owner/{name:[^/]*}": {"GET": owner_page},
         "/api/admin/sites": {"GET": list_sites, "POST": create_site},
         "/api/admin/sites/{site_id}": {"GET": get_site, "PATCH": patch_site, "DELETE": delete_site},
         "/api/admin/sites/{site_id}/config": {"PATCH": patch_site_config},

@@ -6442,6 +6442,124 @@ async def test_health_tells_callers_their_own_address(serve: Serve) -> None:
     assert asked.body["client"] == "2001:db8:1:2::"
 
 
+def numbers(text: str) -> dict[str, float]:
+    """The samples of Prometheus' text format, each of a series whose type is told before."""
+    found: dict[str, float] = {}
+    kinds: dict[str, str] = {}
+    for line in text.splitlines():
+        if line.startswith("# TYPE "):
+            _, _, name, kinds[name] = line.split(" ")
+        elif not line.startswith("# HELP "):
+            match = re.fullmatch(r'([a-z_]+)(\{[a-z]+="[^"]*"\})? ([-+.e0-9]+)', line)
+            assert match, line
+            assert re.sub("_(bucket|sum|count)$", "", match[1]) in kinds
+            found[line.rpartition(" ")[0]] = float(match[3])
+    return found
+
+
+@with_config(limits={"chat_per_minute": 4})
+async def test_metrics(server: Server, visitor: Visitor, model: FakeModel) -> None:
+    """Prometheus reads what visitors, the model and the limits do."""
+    bad = act("", {"type": "fly"})
+    model.scripts.extend([using(100), status(401, {}), bad, bad, reply("ok")])
+    for _ in range(4):
+        await visitor.ask()
+    assert (await visitor.post()).status == 429
+    answer = await server.call("GET", "/metrics", origin=None)
+    assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    found = numbers(answer.raw.decode())
+    expected = {
+        "sessions": 1,
+        "sockets": 1,
+        "messages_total": 4,
+        "store_failing": 0,
+        "actions_refused_total": 2,
+        'errors_total{code="model"}': 1,
+        'limits_hit_total{code="rate_limit_exceeded"}': 1,
+        'model_seconds_bucket{le="10"}': 5,
+        'model_seconds_bucket{le="+Inf"}': 5,
+        "model_seconds_count": 5,
+    }
+    assert {name: found[f"leflux_{name}"] for name in expected} == expected
+    assert found["leflux_tokens_total"] >= 100
+    assert 0 < found["leflux_model_seconds_sum"] < 10
+
+
+@pytest.mark.parametrize(
+    ("headers", "metrics_from", "welcome"),
+    [
+        ({}, None, True),
+        ({"X-Forwarded-For": "203.0.113.9"}, None, False),
+        ({"X-Forwarded-For": "203.0.113.9"}, ["203.0.113.0/24"], True),
+        ({"X-Forwarded-For": "127.0.0.1, 203.0.113.9"}, None, False),
+        ({"X-Forwarded-For": "nonsense, 203.0.113.9"}, None, False),
+        ({"X-Forwarded-For": "127.0.0.1"}, None, False),  # whoever it was that our proxy saw
+        ({}, [], False),
+    ],
+)
+async def test_numbers_are_for_trusted_addresses(
+    headers: dict[str, str], metrics_from: list[str] | None, welcome: bool, serve: Serve
+) -> None:
+    """/metrics and /health?deep are for server.metrics_from; strangers cannot tell they exist."""
+    tables = {} if metrics_from is None else {"metrics_from": metrics_from}
+    server = await serve(server=tables)
+    answer = await server.call("GET", "/metrics", headers=headers)
+    assert answer.status == 200 if welcome else answer.error == (404, "not_found")
+    answer = await server.call("GET", "/health?deep", headers=headers)
+    assert ("model" in answer.body) == welcome
+
+
+async def test_deep_health(server: Server, visitor: Visitor, model: FakeModel) -> None:
+    """/health?deep says when a call of the model worked and failed last, and in what way."""
+
+    async def deep() -> Json:
+        answer = await server.call("GET", "/health?deep", origin=None)
+        assert answer.body["status"] == "ok"
+        return cast(Json, answer.body["model"])
+
+    assert await deep() == {"lastSuccess": None, "lastFailure": None}
+    await visitor.ask()
+    before = await deep()
+    assert datetime.fromisoformat(before["lastSuccess"])
+    model.scripts.append(status(401, {"error": {"code": "bad_key", "message": "key sk-1 of Ada"}}))
+    await visitor.ask()
+    failure = (await deep())["lastFailure"]
+    assert failure["kind"] == "HTTP 401 (bad_key)"
+    assert failure["at"] > before["lastSuccess"]
+
+
+async def test_owner_page(serve: Serve, tmp_path: Path, monkeypatch: Patch) -> None:
+    """With Firebase's web key the files of owner/ are at /owner, and nothing else is."""
+    (tmp_path / "owner").mkdir()
+    for name in ("index.html", "owner.js", "preview.html", "notes.txt", ".hidden.js"):
+        (tmp_path / "owner" / name).write_text(name)
+    (tmp_path / "secret.js").write_text("secret")
+    monkeypatch.setattr(lf, "HERE", tmp_path)
+    firebase = {"api_key": "AIza", "sign_in_url": "https://in.example/v1/"}
+    server = await serve(firebase=firebase, server={"public_url": "https://chat.example"})
+    for path, name in (("", "index.html"), ("/", "index.html"), ("/owner.js", "owner.js")):
+        answer = await server.call("GET", f"/owner{path}", origin=None)
+        assert answer.raw == name.encode()
+        policy = answer.headers["Content-Security-Policy"]
+        assert "default-src 'none'; script-src 'self'; style-src 'self'" in policy
+        assert "connect-src 'self' https://in.example https://securetoken.googleapis.com;" in policy
+        assert policy.endswith("frame-ancestors 'none'")
+    answer = await server.call("GET", "/owner/preview.html", origin=None)
+    assert answer.headers["Content-Security-Policy"].endswith("frame-ancestors 'self'")
+    assert (await server.call("GET", "/owner/config.json", origin=None)).body == {
+        "apiKey": "AIza",
+        "signInUrl": "https://in.example/v1",
+        "tokenUrl": "https://securetoken.googleapis.com/v1/token",
+        "publicUrl": "https://chat.example",
+    }
+    hidden = "/notes.txt /.hidden.js /none.js /..%2Fsecret.js /%2e%2e/secret.js /x/owner.js"
+    for path in hidden.split():
+        assert (await server.call("GET", f"/owner{path}")).error == (404, "not_found")
+    without = await serve()
+    for path in ("", "/", "/owner.js", "/config.json"):
+        assert (await without.call("GET", f"/owner{path}")).error == (404, "not_found")
+
+
 # ---------------------------------------------------------------------------------------------
 # REST: limits and idempotence
 
