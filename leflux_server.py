@@ -1020,6 +1020,8 @@ class AppState:
     api_sites: dict[str, Json] = dataclasses.field(default_factory=dict)
     usage: dict[str, Usage] = dataclasses.field(default_factory=dict)
     keys: KeyCache | None = None  # None: no admin API
+    http: aiohttp.ClientSession | None = None
+    public_http: aiohttp.ClientSession | None = None  # for URLs that came through the API
     sessions: dict[str, Session] = dataclasses.field(default_factory=dict)
     connections: set[Connection] = dataclasses.field(default_factory=set)
     init_limiters: dict[str, AsyncLimiter] = dataclasses.field(default_factory=dict)
@@ -2687,8 +2689,30 @@ async def read_some(content: aiohttp.StreamReader, limit: int = 65536) -> bytes:
     return bytes(raw)
 
 
-def new_client() -> aiohttp.ClientSession:
-    """The app's one client. A request's trace_request_ctx tells whether its connection is old."""
+GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+
+
+def is_public(address: str) -> bool:
+    """Whether an address is one of the internet, not of this machine or a network around it."""
+    ip = parse_ip(address)
+    if isinstance(ip, ipaddress.IPv6Address) and (ip not in GLOBAL_UNICAST or ip.sixtofour):
+        return False
+    return ip.is_global and not ip.is_multicast
+
+
+def public_socket(info: aiohttp.AddrInfoType) -> socket.socket:
+    """Make a socket for a public address; raise OSError. What a name has led to by then counts."""
+    family, kind, protocol, _, address = info
+    if not is_public(str(address[0])):
+        raise OSError("not a public address")
+    return socket.socket(family, kind, protocol)
+
+
+def new_client(*, public: bool = False) -> aiohttp.ClientSession:
+    """The app's one client, or one that reaches public addresses only.
+
+    A request's trace_request_ctx tells whether its connection is old.
+    """
 
     async def note_reuse(session: aiohttp.ClientSession, context: Any, params: Any) -> None:
         if context.trace_request_ctx is not None:
@@ -2697,7 +2721,7 @@ def new_client() -> aiohttp.ClientSession:
     trace = aiohttp.TraceConfig()
     trace.on_connection_reuseconn.append(note_reuse)
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=aiohttp.TCPConnector(limit=0, socket_factory=public_socket if public else None),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
         cookie_jar=aiohttp.DummyCookieJar(),
         trace_configs=[trace],
@@ -4349,7 +4373,8 @@ async def root(request: web.Request) -> web.StreamResponse:
 async def http_client(app: web.Application) -> AsyncIterator[None]:
     """The one ClientSession of the app, and the model on it."""
     state = app[APP_STATE]
-    async with new_client() as http:
+    async with new_client() as http, new_client(public=True) as public_http:
+        state.http, state.public_http = http, public_http
         if not state.config.offline:
             state.backend = ChatModel(http, state.config.llm, state.config.api_key)
         if state.config.firebase.project_id:

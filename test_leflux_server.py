@@ -4092,6 +4092,31 @@ def test_odd_retry_after(header: str) -> None:
     assert seconds is None or 0 <= seconds <= 10
 
 
+PRIVATE = """127.0.0.1 10.0.0.1 192.168.1.1 169.254.169.254 100.64.0.1 0.0.0.0 224.0.0.1 240.0.0.1
+255.255.255.255 ::1 :: ::ffff:127.0.0.1 ::ffff:10.0.0.1 fe80::1 fe80::1%eth0 fc00::1 fec0::1 ff02::1
+64:ff9b::7f00:1 64:ff9b:1::1 2002:7f00:1:: 2001:0:1::1 2001:db8::1 ::7f00:1"""
+
+
+def test_public_addresses() -> None:
+    """What leads to this machine or a network around it is not public, however it is written."""
+    assert [one for one in PRIVATE.split() if lf.is_public(one)] == []
+    assert lf.is_public("8.8.8.8")
+    assert lf.is_public("2606:4700::1111")
+
+
+async def test_public_client(model: FakeModel) -> None:
+    """It reaches no address of this machine, by number, by name or by a name that resolves to it;
+    the app's other client does."""
+    port = model.url.split(":")[2].partition("/")[0]
+    async with lf.new_client(public=True) as public, lf.new_client() as other:
+        for host in ("127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "2130706433", "0"):
+            with pytest.raises(aiohttp.ClientError):
+                await public.post(f"http://{host}:{port}/v1/chat/completions", json={})
+        assert model.requests == []
+        async with other.post(f"{model.url}/chat/completions", json={}) as response:
+            assert response.status == 200
+
+
 # ---------------------------------------------------------------------------------------------
 # What the model says
 
