@@ -54,6 +54,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import codecs
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
@@ -97,7 +98,7 @@ from collections.abc import (
 )
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 import aiohttp
 import aiohttp_cors
@@ -132,7 +133,7 @@ MAX_HISTORY = 500  # messages kept in a session: the first 2 and the last ones
 MAX_HISTORY_CHARS = 1_000_000
 PROMPT_FIRST, PROMPT_LAST = 2, 50  # messages of the conversation that the model sees
 PROMPT_STEPS = 12  # of the task's trace
-KNOWLEDGE_CHARS = 2500  # of passages in one prompt
+KNOWLEDGE_CHARS = 6000  # of passages in one prompt
 MAX_BACKLOG_BYTES = 4 * 1024 * 1024  # of events of earlier turns that a slow client has to read
 MAX_LIMITERS = 20_000
 MAX_REJECTIONS = 2  # times in a row that the model is told why its action may not run
@@ -1010,7 +1011,6 @@ class AppState:
     """Everything a running server holds; request handlers and turns share it."""
 
     config: Config
-    knowledge: dict[str, Passages]
     started: float
     store: Store
     backend: Backend
@@ -1019,6 +1019,7 @@ class AppState:
     site_patches: dict[str, Json] = dataclasses.field(default_factory=dict)  # over config.toml
     api_sites: dict[str, Json] = dataclasses.field(default_factory=dict)
     usage: dict[str, Usage] = dataclasses.field(default_factory=dict)
+    files: dict[str, list[WebPage]] = dataclasses.field(default_factory=dict)  # by site
     keys: KeyCache | None = None  # None: no admin API
     http: aiohttp.ClientSession | None = None
     public_http: aiohttp.ClientSession | None = None  # for URLs that came through the API
@@ -1034,6 +1035,7 @@ class AppState:
     model_failed: tuple[float, str] | None = None  # Unix time of the last one, what was wrong
     last_id: int = 0
     draining: bool = False
+    knowledge: Knowledge = dataclasses.field(init=False)
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """Add to a number of /metrics; its labels have few values, none of a visitor's making."""
@@ -1054,6 +1056,7 @@ class Turn:
     task: Task
     cut_short: bool = False  # what the model says has not come whole
     finished: bool = False
+    found: Found = dataclasses.field(default_factory=lambda: Found())
 
     @property
     def site(self) -> Site:
@@ -1669,8 +1672,66 @@ def element_label(element: Json) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Knowledge: texts split into passages, in memory. A passage ranks by how many of the question's
-# different words it holds, synonyms included, and among equals by SQLite's bm25.
+# Knowledge: what a site's files, snippets and crawled pages say, as passages in one FTS5 index.
+# It has a file and a thread of its own: it can be made anew, and no search holds up the loop.
+
+PASSAGE_CHARS = 700
+SITEMAP_PAGES, SITEMAP_CHARS = 60, 3000
+EMAIL = r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,64}\.[\w.-]{0,190}\w"
+PHONE = r"(?<![\w-])(?:\+|\(?0|\(\d{3}\))[\d ()-]{6,18}\d"
+CONTACT = re.compile(f"{EMAIL}|{PHONE}")
+KNOWLEDGE_VERSION = 1
+KNOWLEDGE_SCHEMA = """
+    CREATE TABLE site (number INTEGER PRIMARY KEY, id TEXT UNIQUE);
+    CREATE TABLE page (
+        id INTEGER PRIMARY KEY, site TEXT, source TEXT, url TEXT, title TEXT, hash TEXT,
+        chars INTEGER, contacts TEXT, links TEXT, etag TEXT, modified TEXT, fetched REAL
+    );
+    CREATE INDEX page_of_site ON page (site, source, url);
+    CREATE VIRTUAL TABLE passage USING fts5(
+        title, heading, text, said UNINDEXED,
+        tokenize="porter unicode61 remove_diacritics 2 categories 'L* N* Co Mn Mc'"
+    );
+"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WebPage:
+    """What is kept of a page of a website; files and snippets are pages too."""
+
+    url: str  # canonical; "" for files and snippets
+    title: str
+    sections: tuple[tuple[str, str], ...]  # (heading, text) in the page's order
+    contacts: tuple[str, ...] = ()  # e-mail addresses and telephone numbers
+    links: tuple[str, ...] = ()
+    etag: str = ""
+    modified: str = ""
+
+
+class KnownPage(NamedTuple):
+    """What a crawler needs to know of a page that it fetched before."""
+
+    etag: str
+    modified: str
+    links: tuple[str, ...]
+    fetched_at: float  # Unix time
+
+
+class Passage(NamedTuple):
+    title: str
+    url: str
+    heading: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Found:
+    """What a site says to a question, best first."""
+
+    passages: Sequence[Passage] = ()
+    sitemap: Sequence[tuple[str, str]] = ()  # (URL, title)
+    contacts: Sequence[str] = ()
+
 
 STOP_WORDS = frozenset(
     """
@@ -1786,43 +1847,248 @@ def sections(document: str) -> Iterator[tuple[str, str]]:
             yield ": ".join([*path, title]), block[item.end() :].rstrip("| ") if item else block
 
 
-def split_passages(document: str, max_chars: int = 700) -> list[str]:
-    """Split text or Markdown at headings, blank lines, list items and, if it must be, sentences.
-
-    Each passage starts with the heading it stands under, cut to 120 characters.
-    """
-    passages: list[str] = []
-    for heading, text in sections(document):
+def split_sections(sections: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Yield (heading, text) of the passages, at most 700 characters each, split at sentences."""
+    for heading, text in sections:
         pieces = [""]
         for sentence in SENTENCE_END.split(text):
-            for start in range(0, len(sentence), max_chars):
-                part = sentence[start : start + max_chars].strip()
-                if len(pieces[-1]) + len(part) > max_chars:
+            for start in range(0, len(sentence), PASSAGE_CHARS):
+                part = sentence[start : start + PASSAGE_CHARS].strip()
+                if len(pieces[-1]) + len(part) > PASSAGE_CHARS:
                     pieces.append("")
                 pieces[-1] = f"{pieces[-1]} {part}".strip()
-        heading = heading[-120:].strip(": ")
-        passages += [f"{heading}\n{piece}".strip() for piece in pieces if piece]
-    return passages
+        yield from ((heading[-120:].strip(": "), piece) for piece in pieces if piece)
 
 
-def load_knowledge(config: Config) -> dict[str, Passages]:
+def split_passages(document: str) -> list[str]:
+    """Return the passages of a text or Markdown, each under its heading."""
+    return [f"{heading}\n{text}".strip() for heading, text in split_sections(sections(document))]
+
+
+def page_digest(page: WebPage) -> str:
+    """A hash of what a page says."""
+    return hashlib.sha256(orjson.dumps([page.title, page.sections, page.contacts])).hexdigest()
+
+
+def read_knowledge(config: Config) -> dict[str, list[WebPage]]:
     """Read the knowledge files of every site; raise ConfigError for one that cannot be read."""
-    knowledge = {}
-    for site in config.sites:
-        texts: list[str] = []
-        for name in site.knowledge:
-            path = config.folder / name
-            texts += split_passages(read_file(path, f"sites[{site.id}].knowledge {name}"))
-        if texts:
-            knowledge[site.id] = Passages(texts)
-    return knowledge
+    return {
+        site.id: [
+            WebPage("", "", tuple(sections(read_file(config.folder / name, where))))
+            for name in site.knowledge
+            for where in [f"sites[{site.id}].knowledge {name}"]
+        ]
+        for site in config.sites
+    }
 
 
-def relevant_passages(passages: Passages | None, question: str) -> list[str]:
-    """Return the best passages for a question, about 2,500 characters in all."""
-    found = [passages.texts[at] for at in passages.best(question)] if passages else []
-    sizes = itertools.accumulate(map(len, found))
-    return [text for text, size in zip(found, sizes, strict=True) if size <= KNOWLEDGE_CHARS]
+def open_knowledge(path: Path | None) -> sqlite3.Connection:
+    """Open the index; one that is damaged, or of another version, is put aside."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    for attempt in range(2):
+        db = sqlite3.connect(
+            path or ":memory:", timeout=5, isolation_level=None, check_same_thread=False
+        )
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")
+            version, damage = (
+                db.execute(f"PRAGMA {name}").fetchone()[0]
+                for name in ("user_version", "quick_check(1)")
+            )
+            if version == 0:
+                end = f"PRAGMA user_version = {KNOWLEDGE_VERSION}; COMMIT;"
+                db.executescript(f"BEGIN IMMEDIATE; {KNOWLEDGE_SCHEMA} {end}")
+            if version in (0, KNOWLEDGE_VERSION) and damage == "ok":
+                return db
+        except sqlite3.DatabaseError:
+            if attempt:
+                raise
+        db.close()
+        if path is not None:
+            log.warning("%s is damaged or of another version: it is made anew", path)
+            path.replace(path.with_suffix(".old"))
+            for end in ("-wal", "-shm"):
+                path.with_name(path.name + end).unlink(missing_ok=True)
+    raise sqlite3.DatabaseError("the knowledge cannot be made anew")
+
+
+class Knowledge:
+    """The index over all sites, in a file or in memory.
+
+    Its methods are plain and run in its one thread: `await knowledge.call(knowledge.find, ...)`.
+    A page's id carries its site's number, and a passage's rowid its page's id: so a site, or a
+    page, is a range of rowids.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._db = open_knowledge(path)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "knowledge")
+
+    async def call(self, method: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, method, *args)
+
+    def close(self) -> None:
+        """Wait for what runs, cancel what waits, and let go of the file."""
+        self._thread.shutdown(cancel_futures=True)
+        self._db.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            yield
+
+    def _range(self, site_id: str) -> tuple[int, int]:
+        """Return the first and the last id that a page of a site can have."""
+        sql = "SELECT number FROM site WHERE id = ?"
+        number = (self._db.execute(sql, (site_id,)).fetchone() or (0,))[0]
+        return number << 24, (number + 1 << 24) - 1
+
+    def _insert(self, site_id: str, source: str, page: WebPage, digest: str, now: float) -> None:
+        self._db.execute("INSERT OR IGNORE INTO site (id) VALUES (?)", (site_id,))
+        first, last = self._range(site_id)
+        sql = "SELECT ifnull(max(id), ?) + 1 FROM page WHERE id BETWEEN ? AND ?"
+        (page_id,) = self._db.execute(sql, (first, first, last)).fetchone()
+        passages = list(split_sections(page.sections))
+        shown = "\n".join(text for _, text in passages)
+        contacts = [*page.contacts, *(match[0] for match in CONTACT.finditer(shown))]
+        known = [one for one in dict.fromkeys(contacts) if CONTACT.fullmatch(one)][:20]
+        self._db.execute(
+            "INSERT INTO page VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                *(page_id, site_id, source, page.url, page.title, digest, len(shown)),
+                *(json_text(known), json_text(page.links), page.etag, page.modified, now),
+            ),
+        )
+        sql = "INSERT INTO passage (rowid, title, heading, text, said) VALUES (?, ?, ?, ?, ?)"
+        self._db.executemany(
+            sql,
+            (
+                (page_id << 16 | at, page.title, heading, text, f"{heading}\n{text}")
+                for at, (heading, text) in enumerate(passages[: 1 << 16])
+            ),
+        )
+
+    def _delete(self, sql: str, *values: Any) -> int:
+        """Delete the pages that a query names, with their passages; return how many."""
+        ids = self._db.execute(sql, values).fetchall()
+        for (page_id,) in ids:
+            between = (page_id << 16, (page_id + 1 << 16) - 1)
+            self._db.execute("DELETE FROM passage WHERE rowid BETWEEN ? AND ?", between)
+            self._db.execute("DELETE FROM page WHERE id = ?", (page_id,))
+        return len(ids)
+
+    def replace(self, site_id: str, source: str, pages: Sequence[WebPage]) -> None:
+        """Make these all of a site's pages of a source: "file" or "snippet"."""
+        digests = list(map(page_digest, pages))
+        sql = "SELECT hash FROM page WHERE site = ? AND source = ? ORDER BY id"
+        if [digest for (digest,) in self._db.execute(sql, (site_id, source))] == digests:
+            return
+        with self._writing():
+            self._delete("SELECT id FROM page WHERE site = ? AND source = ?", site_id, source)
+            for page, digest in zip(pages, digests, strict=True):
+                self._insert(site_id, source, page, digest, time.time())
+
+    def put_page(self, site_id: str, page: WebPage, now: float) -> bool:
+        """Keep a crawled page; return whether its text is new or has changed."""
+        digest, sql = page_digest(page), "SELECT id FROM page WHERE site = ? AND url = ?"
+        with self._writing():
+            same = (digest,) in self._db.execute(sql.replace("id", "hash", 1), (site_id, page.url))
+            if same:
+                values = (json_text(page.links), page.etag, page.modified, now, site_id, page.url)
+                self._db.execute(
+                    "UPDATE page SET links = ?, etag = ?, modified = ?, fetched = ?"
+                    " WHERE site = ? AND url = ?",
+                    values,
+                )
+            else:
+                self._delete(sql, site_id, page.url)
+                self._insert(site_id, "page", page, digest, now)
+        return not same
+
+    def renew(self, site_id: str, url: str, now: float) -> None:
+        """Note that a crawled page is still what it was (304 Not Modified)."""
+        sql = "UPDATE page SET fetched = ? WHERE site = ? AND url = ?"
+        self._db.execute(sql, (now, site_id, url))
+
+    def known(self, site_id: str) -> dict[str, KnownPage]:
+        """Return what is known of a site's crawled pages, by their URLs."""
+        sql = "SELECT url, etag, modified, links, fetched FROM page WHERE site = ? AND url != ''"
+        return {
+            url: KnownPage(etag, modified, tuple(orjson.loads(links)), fetched)
+            for url, etag, modified, links, fetched in self._db.execute(sql, (site_id,))
+        }
+
+    def prune(self, site_id: str, since: float) -> int:
+        """Delete the crawled pages that were not fetched since then; return how many."""
+        with self._writing():
+            sql = "SELECT id FROM page WHERE site = ? AND source = 'page' AND fetched < ?"
+            return self._delete(sql, site_id, since)
+
+    def forget(self, site_id: str) -> None:
+        with self._writing():
+            self._delete("SELECT id FROM page WHERE site = ?", site_id)
+
+    def pages(self, site_id: str, limit: int, offset: int) -> tuple[list[Json], int]:
+        """Return some of a site's crawled pages, by URL, and how many there are."""
+        sql = (
+            "SELECT url, title, chars, fetched FROM page WHERE site = ? AND url != '' ORDER BY url"
+        )
+        rows = self._db.execute(sql, (site_id,)).fetchall()
+        names = ("url", "title", "chars", "fetchedAt", "status")
+        return [
+            dict(zip(names, (*row, iso_time(fetched), "ok"), strict=True))
+            for *row, fetched in rows[offset : offset + limit]
+        ], len(rows)
+
+    def find(self, site_id: str, question: str, earlier: str = "") -> Found:
+        """Return what a site says to a question; `earlier` is the message before it."""
+        sql = "SELECT id, source, url, title, chars, contacts FROM page WHERE site = ? ORDER BY id"
+        pages = {row[0]: row[1:] for row in self._db.execute(sql, (site_id,))}
+        if not pages:
+            return Found()
+        ranked = self._ranked(site_id, question)
+        own = [page_id for page_id, (source, *_) in pages.items() if source != "page"]
+        if sum(pages[page_id][3] for page_id in own) <= KNOWLEDGE_CHARS:
+            whole = [
+                row
+                for page_id in own
+                for (row,) in self._db.execute(
+                    "SELECT rowid FROM passage WHERE rowid BETWEEN ? AND ?",
+                    (page_id << 16, (page_id + 1 << 16) - 1),
+                )
+            ]
+            ranked = [*whole, *(row for row in ranked if row not in set(whole))]
+        passages, room = [], KNOWLEDGE_CHARS
+        for row in ranked:
+            _, url, title, *_ = pages[row >> 16]
+            sql = "SELECT said FROM passage WHERE rowid = ?"
+            heading, _, text = self._db.execute(sql, (row,)).fetchone()[0].partition("\n")
+            room -= len(title + url + heading + text)
+            if room < 0:
+                break
+            passages.append(Passage(title, url, heading, text))
+        fitting = dict.fromkeys(row >> 16 for row in ranked)
+        shallow = sorted(pages, key=lambda one: (pages[one][1].count("/"), len(pages[one][1])))
+        sitemap = {pages[one][1]: pages[one][2] for one in [*fitting, *shallow] if pages[one][1]}
+        contacts = Counter(one for page in pages.values() for one in orjson.loads(page[4]))
+        ways = [one for one, _ in contacts.most_common(10)]
+        return Found(passages, [*sitemap.items()][:SITEMAP_PAGES], ways)
+
+    def _ranked(self, site_id: str, question: str) -> list[int]:
+        """Return the rowids of a site's passages, best first."""
+        words, scores = word_queries(question), dict[int, tuple[int, float]]()
+        first, last = self._range(site_id)
+        sql = "SELECT rowid, bm25(passage, 4, 3, 1) FROM passage WHERE passage MATCH ?"
+        sql += " AND rowid BETWEEN ? AND ?"
+        for word in words:
+            for row, rank in self._db.execute(sql, (word, first << 16, (last + 1 << 16) - 1)):
+                held, total = scores.get(row, (0, 0.0))
+                scores[row] = held - 1, total + rank
+        return sorted(scores, key=lambda row: scores[row])[:100]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2482,11 +2748,34 @@ def recent_history(history: Sequence[Json], divisor: int) -> list[Json]:
     return [dict(message) for message in history]
 
 
-def question_notes(turn: Turn, passages: Sequence[str]) -> str:
+async def search(turn: Turn) -> Found:
+    """Return what the site's texts say to the visitor's question."""
+    said = [one["content"] for one in turn.session.history if one["role"] == "user"]
+    earlier = said[-2] if said[-1:] == [turn.task.wish] and len(said) > 1 else ""
+    knowledge = turn.app.knowledge
+    try:
+        return await knowledge.call(knowledge.find, turn.site.id, turn.task.wish, earlier)
+    except sqlite3.Error as error:
+        log.error("the knowledge cannot be searched (%s)", error)
+        return Found()
+
+
+def site_notes(found: Found, origin: str) -> list[str]:
+    """Write the sitemap and the passages as texts for the model."""
+    lines = [f"{url.removeprefix(origin)} {title}".strip() for url, title in found.sitemap]
+    sizes = itertools.accumulate(len(line) + 1 for line in lines)
+    lines = [line for line, size in zip(lines, sizes, strict=True) if size <= SITEMAP_CHARS]
+    notes = ["Sitemap:\n" + "\n".join(lines)] if lines else []
+    passages = [
+        "\n".join(filter(None, (f"{title} {url.removeprefix(origin)}".strip(), heading, text)))
+        for title, url, heading, text in found.passages
+    ]
+    return notes + (["Found on the website:\n" + "\n\n".join(passages)] if passages else [])
+
+
+def question_notes(turn: Turn) -> str:
     """What belongs to this question alone: passages, the site's local time, the task's steps."""
-    parts = []
-    if passages:
-        parts.append("Found on the website:\n" + "\n\n".join(passages))
+    parts = site_notes(turn.found, "/".join(turn.session.context.get("url", "").split("/")[:3]))
     zone = zoneinfo.ZoneInfo(turn.site.timezone) if turn.site.timezone else None
     now = datetime.now(UTC).astimezone(zone)
     parts.append(f"It is {now:%A, %Y-%m-%d, %H:%M} ({now.tzname()}).")
@@ -2496,9 +2785,7 @@ def question_notes(turn: Turn, passages: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n\n"
 
 
-def build_prompt(
-    turn: Turn, passages: Sequence[str], divisor: int = 1, page_part: float = 1
-) -> list[Json]:
+def build_prompt(turn: Turn, divisor: int = 1, page_part: float = 1) -> list[Json]:
     """Return the messages for a model call.
 
     The system message holds only what the site's owner wrote. What the page shows stands between
@@ -2508,10 +2795,12 @@ def build_prompt(
     system = SYSTEM_PROMPT.format(name=site.name, actions=ACTION_HELP)
     if site.instructions:
         system += f"\nInstructions of the site's owner:\n{site.instructions}\n"
+    if turn.found.contacts:
+        system += f"\nContacts of the site: {', '.join(turn.found.contacts)}\n"
     conversation = recent_history(turn.session.history, divisor)
     if turn.task.trace or not conversation or conversation[-1]["role"] != "user":
         conversation.append({"role": "user", "content": GO_ON})
-    conversation[-1]["content"] = question_notes(turn, passages) + conversation[-1]["content"]
+    conversation[-1]["content"] = question_notes(turn) + conversation[-1]["content"]
     messages: list[Json] = [{"role": "system", "content": system}]
     if context:
         page = context["described"]
@@ -2533,7 +2822,9 @@ def first_call_tokens(app: AppState, session: Session, context: Json, message: s
     texts = [SYSTEM_PROMPT, ACTION_HELP, GO_ON, app.sites[session.site_id].instructions, message]
     texts += [one["content"] for one in recent_history(session.history, 1)]
     page: int = context.get("tokens", 0)
-    return tokens_at_most(texts) + page + KNOWLEDGE_CHARS + app.config.llm.max_tokens
+    return (
+        tokens_at_most(texts) + page + KNOWLEDGE_CHARS + SITEMAP_CHARS + app.config.llm.max_tokens
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2778,10 +3069,9 @@ class ChatModel:
         Each call keeps within the site's budget: reserved before it, settled after it.
         """
         site = turn.site
-        passages = relevant_passages(turn.app.knowledge.get(site.id), turn.task.wish)
         for divisor, page_part in PROMPT_SHARES:
             app, begun = turn.app, time.monotonic()
-            prompt = build_prompt(turn, passages, divisor, page_part)
+            prompt = build_prompt(turn, divisor, page_part)
             texts = [message["content"] for message in prompt]
             reserved = tokens_at_most(texts) + self._config.max_tokens
             usage = admit(turn.app, site, 0, reserved, time.time())
@@ -3082,8 +3372,6 @@ WANTS_TO_WRITE = re.compile(r"\b(message|write to|(tell|ask|contact|send) (them|
 WHERE_TO_WRITE = re.compile(r"\b(contact|message|write|touch|support|kontakt)\b", re.I)
 ASKING = "What shall I put into “{}”?"
 ASKED = re.compile(r"What shall I put into “([^”]{1,300})”\?$")
-EMAIL = r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,64}\.[\w.-]{0,190}\w"
-PHONE = r"(?<![\w-])(?:\+|\(?0|\(\d{3}\))[\d ()-]{6,18}\d"
 FIELD = re.compile(r"(input )?(text|email|tel|search|url|number|date)")
 FACT = re.compile(rf"\bmy name is\b|{EMAIL}|{PHONE}")
 BARE = re.compile(r"[^\d.!?]{1,25}")  # the heading above alone makes it no answer
@@ -3107,7 +3395,7 @@ def usable(page: Json) -> tuple[list[Json], list[Json]]:
     return [field for field in fields if not is_sensitive(field)], buttons
 
 
-def quote(question: str, page: Json, knowledge: Passages | None) -> str:
+def quote(question: str, page: Json, found: Found) -> str:
     """Return one to three sentences that answer a question, "" if none comes near."""
     labels = sorted(map(element_label, page.get("indexedElements", ())), key=len, reverse=True)
     names = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, labels))})(?!\w)")
@@ -3115,15 +3403,15 @@ def quote(question: str, page: Json, knowledge: Passages | None) -> str:
     shown = OTHERS_SAY.sub("", page.get("visibleText", ""))
     lines = [line if re.search(r"\w", names.sub("", line)) else "#" for line in shown.split("\n")]
     near = [text for text in split_passages("\n\n".join(lines)) if not TITLE.fullmatch(text)]
-    near += [knowledge.texts[at] for at in knowledge.best(question, 8)] if knowledge else []
+    near += [f"{one.heading}\n{one.text}".strip() for one in found.passages]
     split = [text.rpartition("\n")[::2] for text in near]
     said = [(heading, SENTENCE_END.split(text)) for heading, text in split]
     units = [(heading, parts, at) for heading, parts in said for at in range(len(parts))]
     pieces = [s[at] if BARE.fullmatch(s[at]) else f"{heading}\n{s[at]}" for heading, s, at in units]
     best = best_of(question, pieces, 0.51)
     heading, sentences, at = units[best[0]] if best else ("", [""], 0)
-    found = " ".join(sentences[at if len(sentences) > 3 else 0 :][:3])
-    return found if found.endswith((".", "!", "?")) or not heading else f"{heading}: {found}"
+    answer = " ".join(sentences[at if len(sentences) > 3 else 0 :][:3])
+    return answer if answer.endswith((".", "!", "?")) or not heading else f"{heading}: {answer}"
 
 
 def find_label(wish: str, elements: Sequence[Json], share: float) -> Json | None:
@@ -3134,20 +3422,19 @@ def find_label(wish: str, elements: Sequence[Json], share: float) -> Json | None
     return best[0] if best else None
 
 
-def guide_answer(question: str, page: Json, knowledge: Passages | None) -> Json:
+def guide_answer(question: str, page: Json, found: Found) -> Json:
     """Return the reply that quotes the page or the site's texts, or says that it does not know."""
     _, buttons = usable(page)
     others = [e for e in buttons if not e.get("href") or e["href"] != page.get("url")]
     wants_person = WANTS_PERSON.search(question.lower()) is not None
-    found = "" if wants_person else quote(question, page, knowledge)
+    said = "" if wants_person else quote(question, page, found)
     element = None if wants_person else find_label(question, others, 0.51)
-    parts = [f"Here is what I found: “{found}”"] if found else []
+    parts = [f"Here is what I found: “{said}”"] if said else []
     parts += [f"On this page you can use “{element_label(element)}”."] if element else []
     if parts:
         return {"message": " ".join(parts), "answered": True, "action": None}
-    texts = [knowledge.texts[at] for at in knowledge.best("contact", 5)] if knowledge else []
     shown = OTHERS_SAY.sub("", page.get("visibleText", ""))
-    texts += [shown, *(element.get("href", "") for element in buttons)]
+    texts = [*found.contacts, shown, *(element.get("href", "") for element in buttons)]
     ways = [way[0] for one in (EMAIL, PHONE) for text in texts if (way := re.search(one, text))]
     ways += [f"“{label}”" for label in map(element_label, others) if WHERE_TO_WRITE.search(label)]
     lead = "I am only a program." if wants_person else "I do not know that: I find no answer here."
@@ -3224,7 +3511,7 @@ def next_step(task: Task, wish: str, values: Mapping[int, str], page: Json) -> J
     return {"message": f"I click “{element_label(element)}” for you.", "action": action}
 
 
-def guide_reply(task: Task, page: Json, knowledge: Passages | None, past: Sequence[Json]) -> Json:
+def guide_reply(task: Task, page: Json, found: Found, past: Sequence[Json]) -> Json:
     """Return the reply object of the offline guide. Deterministic, no network."""
     wish, values = read_wish(task, past, page)
     plain, end = wish.lower(), ""
@@ -3240,7 +3527,7 @@ def guide_reply(task: Task, page: Json, knowledge: Passages | None, past: Sequen
     elif reply := next_step(task, wish, values, page) if acts else None:
         return {**reply, "answered": True}
     elif not acts or not task.did:
-        return guide_answer(wish, page, knowledge)
+        return guide_answer(wish, page, found)
     else:
         said, end = "Done. This is what you asked for, as far as I can see.", "task_complete"
         if task.did[-1] == "type":
@@ -3260,8 +3547,8 @@ class OfflineGuide:
     kind = "offline"
 
     async def reply(self, turn: Turn) -> AsyncGenerator[str, None]:
-        session, knowledge = turn.session, turn.app.knowledge.get(turn.site.id)
-        raw = json_text(guide_reply(turn.task, session.context, knowledge, session.history))
+        session = turn.session
+        raw = json_text(guide_reply(turn.task, session.context, turn.found, session.history))
         for start in range(0, len(raw), 24):
             yield raw[start : start + 24]
             await asyncio.sleep(GUIDE_PIECE_SECONDS)
@@ -3297,6 +3584,7 @@ async def stream_reply(turn: Turn) -> Json | None:
 async def answer(turn: Turn) -> None:
     """Ask the backend until its reply has no action, or one that may run."""
     task = turn.task
+    turn.found = await search(turn)
     while True:
         seen = turn.session.context
         reply = await stream_reply(turn)
@@ -3328,8 +3616,7 @@ def end_without_action(turn: Turn, failure: Exception | None) -> None:
     if isinstance(failure, ContextOverflow):
         text = TOO_LONG
     elif isinstance(failure, ModelError):  # the guide is there when the model is not
-        knowledge = turn.app.knowledge.get(turn.site.id)
-        found = guide_answer(turn.task.wish, turn.session.context, knowledge)
+        found = guide_answer(turn.task.wish, turn.session.context, turn.found)
         if found["answered"] or "You can reach people" in found["message"]:
             text = f"{NO_ANSWER}\n\n{found['message']}"
     elif failure is None:
@@ -4411,13 +4698,13 @@ def open_state(app: AppState, path: Path | None) -> None:
         raise ConfigError(f"{path} cannot be used as the database: {problem}") from None
 
 
-def new_state(config: Config, knowledge: dict[str, Passages]) -> AppState:
-    return AppState(config, knowledge, time.monotonic(), Store(None), OfflineGuide())
+def new_state(config: Config) -> AppState:
+    return AppState(config, time.monotonic(), Store(None), OfflineGuide())
 
 
 def check_database(path: Path, config: Config) -> int:
     """Return how many live chats a database holds, opened as a start does; raise ConfigError."""
-    state = new_state(config, {})
+    state = new_state(config)
     open_state(state, path)
     state.store.close()
     return len(state.sessions)
@@ -4434,6 +4721,21 @@ async def persistence(app: web.Application) -> AsyncIterator[None]:
     yield
     state.store.flush()
     state.store.close()
+
+
+async def site_texts(app: web.Application) -> AsyncIterator[None]:
+    """Open the knowledge and bring it up to date with the files; close it at the end."""
+    state = app[APP_STATE]
+    folder = state.config.server.state_dir
+    path = state.config.folder / folder / "knowledge.db" if folder else None
+    try:
+        knowledge = state.knowledge = Knowledge(path)
+    except (sqlite3.Error, OSError) as error:
+        raise ConfigError(f"{path} cannot be used: {error}") from None
+    for site in state.sites.values():
+        await knowledge.call(knowledge.replace, site.id, "file", state.files.get(site.id, []))
+    yield
+    knowledge.close()
 
 
 async def sweep(app: AppState, now: float) -> None:
@@ -4491,7 +4793,7 @@ async def feed_watchdog() -> None:
 
 
 async def background(app: web.Application) -> AsyncIterator[None]:
-    """Run the endless work beside the handlers; close the knowledge after it."""
+    """Run the endless work beside the handlers."""
     state = app[APP_STATE]
     sweeping = repeat(lambda: sweep(state, time.monotonic()))
     works = (feed_watchdog(), sweeping, repeat(state.store.checkpoint))
@@ -4500,8 +4802,6 @@ async def background(app: web.Application) -> AsyncIterator[None]:
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
-    for passages in state.knowledge.values():
-        passages.close()
 
 
 async def drain(app: web.Application) -> None:
@@ -4528,7 +4828,8 @@ async def drain(app: web.Application) -> None:
 def make_app(config: Config) -> web.Application:
     """Build the application; raise ConfigError if the knowledge cannot be read."""
     app = web.Application(middlewares=[shape_errors], client_max_size=MAX_BODY_BYTES)
-    app[APP_STATE] = new_state(config, load_knowledge(config))
+    app[APP_STATE] = new_state(config)
+    app[APP_STATE].files = read_knowledge(config)
     allowed = aiohttp_cors.ResourceOptions(  # type: ignore[no-untyped-call]
         expose_headers=("Retry-After",), allow_headers="*", allow_methods="*", max_age=600
     )
@@ -4562,7 +4863,7 @@ def make_app(config: Config) -> web.Application:
             resource.add_route(method, handler, expect_handler=answer_expect)
             if method == "GET":  # what uptime checks ask for
                 resource.add_route("HEAD", handler, expect_handler=answer_expect)
-    app.cleanup_ctx.extend([persistence, http_client, background])
+    app.cleanup_ctx.extend([persistence, site_texts, http_client, background])
     app.on_shutdown.append(drain)
     return app
 
@@ -4620,8 +4921,7 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 
 def check(path: Path, config: Config) -> None:
     """Say what is in a configuration, and what may not be meant."""
-    for passages in load_knowledge(config).values():
-        passages.close()
+    read_knowledge(config)
     print(f"{path} is fine: {len(config.sites)} site(s)")
     for doubt in doubts(config):
         print(f"warning: {doubt}")

@@ -1990,7 +1990,7 @@ NOON = datetime(2026, 2, 28, 12, tzinfo=UTC).timestamp()
 
 
 def offline_state(**limits: int) -> lf.AppState:
-    state = lf.new_state(make_config(limits=limits, sites=[FRUGAL, OTHER]), {})
+    state = lf.new_state(make_config(limits=limits, sites=[FRUGAL, OTHER]))
     lf.rebuild_sites(state)
     return state
 
@@ -2332,11 +2332,21 @@ Parcels to Norway take five days and cost 12 euros.
 """
 
 
+def known(*documents: str, question: str = "", source: str = "file") -> lf.Found:
+    """What is found in some documents, each a page."""
+    with contextlib.closing(lf.Knowledge(None)) as knowledge:
+        pages = [lf.WebPage("", "", tuple(lf.sections(one))) for one in documents]
+        if source == "file":
+            knowledge.replace("shop", source, pages)
+        for number, page in enumerate(pages if source == "page" else []):
+            url = f"https://acme.com/{number}"
+            assert knowledge.put_page("shop", dataclasses.replace(page, url=url), 0)
+        return knowledge.find("shop", question)
+
+
 def ranked(question: str, *documents: str) -> list[str]:
-    with contextlib.closing(
-        lf.Passages([passage for one in documents for passage in lf.split_passages(one)])
-    ) as passages:
-        return lf.relevant_passages(passages, question)
+    found = known(*documents, question=question, source="page")
+    return [f"{one.heading}\n{one.text}".strip() for one in found.passages]
 
 
 @pytest.mark.parametrize(
@@ -2455,10 +2465,10 @@ def test_knowledge_in_other_scripts(question: str, text: str) -> None:
 
 
 def test_knowledge_in_one_prompt_is_limited() -> None:
-    """The best passages are about 2,500 characters in all."""
+    """The best passages are at most 6,000 characters in all."""
     documents = [f"Zebra fact {n}. " + "Zebras have stripes. " * 30 for n in range(20)]
     total = sum(map(len, ranked("zebra", *documents)))
-    assert 1500 < total <= 2500
+    assert 5000 < total <= 6000
 
 
 def test_knowledge_that_cannot_be_read(tmp_path: Path) -> None:
@@ -4323,9 +4333,9 @@ def test_guide(question: str, expected: list[str]) -> None:
     """The guide quotes the passage that answers, names the element that was asked for, or says that
     it does not know."""
     context = lf.clean_context(PAGE, lf.LimitsConfig())
-    with contextlib.closing(lf.Passages(lf.split_passages(GUIDEBOOK))) as knowledge:
-        answer = lf.guide_reply(lf.Task(question), context, knowledge, [])
-        assert lf.guide_reply(lf.Task(question), context, knowledge, []) == answer  # deterministic
+    found = known(GUIDEBOOK, question=question)
+    answer = lf.guide_reply(lf.Task(question), context, found, [])
+    assert lf.guide_reply(lf.Task(question), context, found, []) == answer  # deterministic
     for words in expected:
         assert words in answer["message"]
     assert answer["answered"] == ("do not know" not in answer["message"])
@@ -4334,9 +4344,9 @@ def test_guide(question: str, expected: list[str]) -> None:
 def test_guide_offers_nothing_disabled() -> None:
     """What cannot be used is not named as an answer."""
     context = lf.clean_context(PAGE, lf.LimitsConfig())
-    reply = lf.guide_reply(lf.Task("Is there a way to delete my account?"), context, None, [])
+    reply = lf.guide_reply(lf.Task("Is there a way to delete my account?"), context, lf.Found(), [])
     assert "Delete account" not in reply["message"]
-    assert lf.guide_reply(lf.Task("delete my account"), context, None, [])["action"] is None
+    assert lf.guide_reply(lf.Task("delete my account"), context, lf.Found(), [])["action"] is None
 
 
 def test_the_guide_quotes_statements() -> None:
@@ -4344,7 +4354,7 @@ def test_the_guide_quotes_statements() -> None:
     shown = '“Pro costs nothing!”\n"Pro: cheap, cheap, cheap."\nThe cheap Pro costs these:\n'
     shown += "The Pro plan costs 20 euros."
     context = lf.clean_context({"visibleText": shown}, lf.LimitsConfig())
-    said = lf.guide_reply(lf.Task("what does Pro cost?"), context, None, [])["message"]
+    said = lf.guide_reply(lf.Task("what does Pro cost?"), context, lf.Found(), [])["message"]
     assert "20 euros" in said
     assert "nothing" not in said
     assert "cheap" not in said
@@ -4364,7 +4374,7 @@ def test_guide_on_any_page(context: Json) -> None:
     """Whatever the page, there is an answer."""
     for question in ("pro", "Hello", "", "*", "x" * 5000):
         clean = lf.clean_context(context, lf.LimitsConfig()) if context else {}
-        assert lf.guide_reply(lf.Task(question), clean, None, [])["message"].strip()
+        assert lf.guide_reply(lf.Task(question), clean, lf.Found(), [])["message"].strip()
 
 
 @pytest.mark.parametrize(
@@ -4385,7 +4395,7 @@ def test_guide_on_any_page(context: Json) -> None:
 def test_the_guide_quotes_what_fits(shown: str, question: str, expected: str) -> None:
     """By how many different words it holds; one word of two is too few, a heading is no answer."""
     context = lf.clean_context({**PAGE, "visibleText": shown}, lf.LimitsConfig())
-    said = lf.guide_answer(question, context, None)["message"]
+    said = lf.guide_answer(question, context, lf.Found())["message"]
     found = re.search("“(.*)”", said) if "found: " in said else None
     quoted = found[1] if found else ""
     assert (expected in quoted) if expected else not quoted, said
@@ -4400,13 +4410,14 @@ def test_the_guide_offers_only_contacts_that_there_are() -> None:
     link = {"id": 1, "type": "a", "text": "Contact us", "href": "/contact"}
     page = {"visibleText": shown, "indexedElements": [link, {"id": 2, "type": "textarea"}]}
     for question in ("Do you sell zebras?", "I want to talk to a human", "please call me"):
-        reply = lf.guide_answer(question, lf.clean_context(page, lf.LimitsConfig()), None)
+        context = lf.clean_context(page, lf.LimitsConfig())
+        reply = lf.guide_answer(question, context, lf.Found())
         assert "here: us@acme.example, +1 555 010 0199, “Contact us”." in reply["message"]
         assert (reply["answered"], reply["action"]) == ("zebras" not in question, None)
-        reply = lf.guide_answer(question, {}, None)
+        reply = lf.guide_answer(question, {}, lf.Found())
         assert ("reach" in reply["message"], reply["answered"]) == (False, False)
-    with contextlib.closing(lf.Passages(["Zebra", "Ring +1 555 010 0123 by phone"])) as knowledge:
-        assert "+1 555 010 0123" in lf.guide_answer("xyzzy", {}, knowledge)["message"]
+    found = known("Zebra", "Ring +1 555 010 0123 by phone", question="xyzzy")
+    assert "+1 555 010 0123" in lf.guide_answer("xyzzy", {}, found)["message"]
 
 
 CALL_BACK: list[Json] = [
@@ -4423,7 +4434,7 @@ def guided(*talk: str, did: Sequence[str] = (), **task: Any) -> Json:
     roles = itertools.cycle(["user", "assistant"])
     history = [{"role": role, "content": said} for role, said in zip(roles, talk, strict=False)]
     context = lf.clean_context(at("/book", *CALL_BACK), lf.LimitsConfig())
-    return lf.guide_reply(lf.Task(talk[-1], did=list(did), **task), context, None, history)
+    return lf.guide_reply(lf.Task(talk[-1], did=list(did), **task), context, lf.Found(), history)
 
 
 def typed(reply: Json) -> dict[int, str]:
@@ -4718,9 +4729,7 @@ def judged(message: str, site: str) -> str:
     _, kind, wanted = next(entry for entry in questions if entry[0] == message)
     page = {"url": f"https://{site}.example/", "visibleText": shown, "indexedElements": elements}
     context = lf.clean_context(page, lf.LimitsConfig())
-    passages = [passage for one in texts for passage in lf.split_passages(one)]
-    with contextlib.closing(lf.Passages(passages)) as knowledge:
-        reply = lf.guide_reply(lf.Task(message), context, knowledge, [])
+    reply = lf.guide_reply(lf.Task(message), context, known(*texts, question=message), [])
     said, action = reply["message"], reply["action"] or {}
     labels = {element["id"]: element["text"] for element in elements}
     typed = [f"{labels[s['elementId']]}={s['inputData']}" for s in action.get("steps", [])]
@@ -4778,7 +4787,7 @@ def test_hostile_wishes_cost_the_guide_no_time() -> None:
     context = lf.clean_context({"indexedElements": fields}, lf.LimitsConfig())
     started = time.monotonic()
     for wish in ("click that ,i'm " * 300 + "\nx", "send " + "a" * 5000, 'type "' * 900):
-        lf.guide_reply(lf.Task(wish), context, None, [])
+        lf.guide_reply(lf.Task(wish), context, lf.Found(), [])
     assert time.monotonic() - started < 0.5
 
 
@@ -4798,7 +4807,7 @@ def test_prompt_holds_first_and_last_messages(count: int, forgotten: range) -> N
     """The model sees the first 2 and the last 50 messages."""
     session = lf.Session("1", "shop", "acme.com", "", 0, 0, history=talk(count))
     turn = lf.Turn(offline_state(), session, lf.Task("x"))
-    messages = lf.build_prompt(turn, [])
+    messages = lf.build_prompt(turn)
     everything = "\n".join(m["content"] for m in messages)
     seen = [int(n) for n in re.findall(r"<(\d+)>", everything)]
     assert seen == [n for n in range(count) if n not in forgotten]

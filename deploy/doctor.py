@@ -577,8 +577,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.disable()  # what it finds, the doctor says itself
     try:
         config = lf.load_config(Path(options.config), os.environ)
-        for passages in lf.load_knowledge(config).values():
-            passages.close()
+        lf.read_knowledge(config)
     except lf.ConfigError as error:
         print("leflux:", " ".join(str(error).split()), file=sys.stderr)
         return 2
