@@ -10,6 +10,7 @@ import base64
 import contextlib
 import dataclasses
 import functools
+import importlib.resources
 import json
 import logging
 import os
@@ -971,3 +972,19 @@ async def visit(chromium: str, serve: Serve) -> AsyncIterator[Visit]:
 
         yield start
     assert not problems
+
+
+AXE = importlib.resources.files("axe_playwright_python").joinpath("axe.min.js").read_text()
+AXE_RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+
+
+async def axe(page: Page) -> list[str]:
+    """What axe-core finds wrong with the page, the widget included."""
+    if not await page.evaluate("Boolean(window.axe)"):
+        await page.evaluate(AXE)
+    found = await page.evaluate("(runOnly) => axe.run(document, { runOnly })", AXE_RULES)
+    return [
+        f"{violation['id']} {node['target']} {node['failureSummary']}"
+        for violation in found["violations"]
+        for node in violation["nodes"]
+    ]

@@ -6,7 +6,6 @@ python -m pytest widget/test_look.py --screenshots    # the README's, into docs/
 
 from __future__ import annotations
 
-import importlib.resources
 import itertools
 import re
 from pathlib import Path
@@ -17,7 +16,7 @@ from playwright.async_api import Locator, Page, expect
 from test_widget import shop
 
 import leflux_server as lf
-from conftest import FakeModel, Serve, Visit, act, chunk, reply, sse
+from conftest import FakeModel, Serve, Visit, act, axe, chunk, reply, sse
 
 LAYOUTS = ("floating", "bottom-bar", "side-panel")
 DESKTOP, PHONE = (1280, 800), (390, 844)
@@ -111,22 +110,6 @@ async def everything(page: Page, model: FakeModel) -> None:
     await page.unroute("**/api/chat")
     await ask(page, "To the prices")
     await part(page, ".confirm").wait_for()
-
-
-AXE = importlib.resources.files("axe_playwright_python").joinpath("axe.min.js").read_text()
-AXE_RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
-
-
-async def axe(page: Page) -> list[str]:
-    """What axe-core finds wrong with the page, the widget included."""
-    if not await page.evaluate("Boolean(window.axe)"):
-        await page.evaluate(AXE)
-    found = await page.evaluate("(runOnly) => axe.run(document, { runOnly })", AXE_RULES)
-    return [
-        f"{violation['id']} {node['target']} {node['failureSummary']}"
-        for violation in found["violations"]
-        for node in violation["nodes"]
-    ]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,0 +1,346 @@
+"""The owner's page in a real browser, against a real server and a stand-in for Google's sign-in.
+
+python -m pytest owner
+python -m pytest owner -k picture --screenshots    # the README's, into docs/
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+from urllib.parse import parse_qs
+
+import pytest
+from aiohttp import web
+from playwright.async_api import Page, expect
+
+from conftest import (
+    NOW,
+    OTHER,
+    PROJECT,
+    FakeModel,
+    Json,
+    KeyServer,
+    Serve,
+    Server,
+    Visit,
+    axe,
+    listening,
+    make_token,
+)
+
+KEY, PASSWORD = "web-key", "correct horse"
+OLGA, BOSS, EVE = "olga@example.com", "boss@example.com", "eve@example.com"
+ACCOUNTS = {OLGA: True, BOSS: True, EVE: False}  # and whether the address is proven
+SITE: Json = {
+    "id": "shop",
+    "name": "Acme Shop",
+    "allowed_hosts": ["localhost"],
+    "owners": [OLGA, EVE],
+    "config": {"greeting": "Welcome!", "primaryColor": "#8a4b2a"},
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Helpers: Google's endpoints, a server with the owner's page, an owner who has signed in
+
+
+class Google:
+    """Firebase's sign-in as its REST API is documented; it refuses what is not just so."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.calls: list[Json] = []
+        self.lifetime = 3600  # of tokens, in seconds, as their owner is told
+        self.claims: deque[Json] = deque()  # what is different in the next tokens
+        self.refusal = ""  # an error for all that is asked
+
+    async def answer(self, request: web.Request) -> web.Response:
+        cors = {"Access-Control-Allow-Origin": request.headers["Origin"]}
+        if request.method == "OPTIONS":
+            assert request.headers["Access-Control-Request-Method"] == "POST"
+            cors["Access-Control-Allow-Headers"] = "content-type"
+            return web.Response(headers=cors)
+        assert request.method == "POST"
+        assert request.query.keys() == {"key"}
+        assert "Authorization" not in request.headers
+        kind, text = request.content_type, await request.text()
+        if request.path == "/token":
+            assert kind == "application/x-www-form-urlencoded"
+            body: Json = {name: value for name, [value] in parse_qs(text).items()}
+        else:
+            assert kind == "application/json"
+            body = json.loads(text)
+        self.calls.append({"call": request.path, **body})
+        code, answer = 200, self.reply(request.path, body)
+        if request.query["key"] != KEY:
+            answer = "API key not valid. Please pass a valid API key."
+        if self.refusal:
+            answer = self.refusal
+        if isinstance(answer, str):
+            code, answer = 400, {"error": {"code": 400, "message": answer, "errors": []}}
+        return web.json_response(answer, status=code, headers=cors)
+
+    def token(self, email: str) -> str:
+        user = email.partition("@")[0]
+        about = {"sub": user, "user_id": user, "email": email, "email_verified": ACCOUNTS[email]}
+        return make_token({**about, **(self.claims.popleft() if self.claims else {})})
+
+    def reply(self, path: str, body: Json) -> Json | str:
+        """What Google answers, or the error that it names."""
+        if path == "/token":
+            assert body.keys() == {"grant_type", "refresh_token"}
+            assert body["grant_type"] == "refresh_token"
+            kind, _, email = body["refresh_token"].partition(" of ")
+            assert kind == "refresh token"
+            return {
+                "id_token": self.token(email),
+                "refresh_token": body["refresh_token"],
+                "expires_in": str(self.lifetime),
+                "token_type": "Bearer",
+                "user_id": email,
+                "project_id": PROJECT,
+            }
+        if path == "/v1/accounts:sendOobCode":
+            if body["requestType"] == "PASSWORD_RESET":
+                assert body.keys() == {"requestType", "email"}
+                return {"email": body["email"]} if body["email"] in ACCOUNTS else "EMAIL_NOT_FOUND"
+            assert body.keys() == {"requestType", "idToken"}
+            assert body["requestType"] == "VERIFY_EMAIL"
+            return {"email": EVE}
+        assert path == "/v1/accounts:signInWithPassword"
+        assert body.keys() == {"email", "password", "returnSecureToken"}
+        assert body["returnSecureToken"] is True
+        email, password = body["email"], body["password"]
+        if "@" not in email:
+            return "INVALID_EMAIL"
+        if not password:
+            return "MISSING_PASSWORD"
+        if email not in ACCOUNTS or password != PASSWORD:
+            return "INVALID_LOGIN_CREDENTIALS"
+        return {
+            "kind": "identitytoolkit#VerifyPasswordResponse",
+            "localId": email.partition("@")[0],
+            "email": email,
+            "registered": True,
+            "idToken": self.token(email),
+            "refreshToken": f"refresh token of {email}",
+            "expiresIn": str(self.lifetime),
+        }
+
+
+@pytest.fixture
+async def google() -> AsyncIterator[Google]:
+    stand_in = Google()
+    async with listening(stand_in.answer) as stand_in.url:
+        yield stand_in
+
+
+Open = Callable[..., Awaitable[Page]]
+
+
+@pytest.fixture
+async def office(serve: Serve, model: FakeModel, key_server: KeyServer, google: Google) -> Server:
+    """A server with the owner's page."""
+    firebase = {
+        "project_id": PROJECT,
+        "keys_url": key_server.url,
+        "admins": [BOSS],
+        "api_key": KEY,
+        "sign_in_url": f"{google.url}/v1",
+        "token_url": f"{google.url}/token",
+    }
+    return await serve(model, sites=[SITE, OTHER], firebase=firebase)
+
+
+async def sign_in(page: Page, email: str = OLGA, password: str = PASSWORD) -> None:
+    await page.get_by_label("E-mail address").fill(email)
+    await page.get_by_label("Password").fill(password)
+    await page.get_by_role("button", name="Sign in").click()
+
+
+@pytest.fixture
+def enter(visit: Visit, office: Server) -> Open:
+    """Open the page, signed in: enter("looks", email=BOSS, width=390, ...)."""
+
+    async def start(tab: str = "overview", email: str = OLGA, **options: Any) -> Page:
+        page = await visit(f"{office.url}/owner#/shop/{tab}", **options)
+        await sign_in(page, email)
+        await page.get_by_role("heading", level=2).wait_for()
+        return page
+
+    return start
+
+
+# ---------------------------------------------------------------------------------------------
+# Sign-in
+
+WRONG = [  # e-mail address, password, what Google says instead, the field, what it is told
+    (EVE, "wrong", "", "Password", "do not match"),
+    (OLGA, "", "", "Password", "Enter your password"),
+    ("olga", PASSWORD, "", "E-mail address", "no e-mail address"),
+    (OLGA, PASSWORD, "USER_DISABLED", "E-mail address", "disabled"),
+    (OLGA, PASSWORD, "TOO_MANY_ATTEMPTS_TRY_LATER : Access has been", None, "Too many attempts"),
+    (OLGA, PASSWORD, "CONFIGURATION_NOT_FOUND", None, "CONFIGURATION_NOT_FOUND"),
+]
+
+
+async def test_wrong_sign_in(visit: Visit, office: Server, google: Google) -> None:
+    """What Google refuses is said in words, at the field that it is about."""
+    page = await visit(f"{office.url}/owner")
+    for email, password, google.refusal, name, words in WRONG:
+        await sign_in(page, email, password)
+        if name is None:
+            await expect(page.get_by_role("alert")).to_contain_text(words)
+            continue
+        field = page.get_by_label(name)
+        await expect(field).to_have_attribute("aria-invalid", "true")
+        await expect(field).to_be_focused()
+        await expect(field).to_have_accessible_description(re.compile(words))
+        await expect(page.locator("[aria-invalid]")).to_have_count(1)
+    assert await page.evaluate("sessionStorage.length + localStorage.length") == 0
+
+
+async def test_sign_in(visit: Visit, office: Server, google: Google) -> None:
+    """Signed in for this tab: it survives a reload, and nothing is left after signing out."""
+    page = await visit(f"{office.url}/owner#/shop/settings")
+    await sign_in(page)
+    await expect(page.get_by_role("heading", name="Acme Shop")).to_be_visible()
+    assert google.calls == [
+        {
+            "call": "/v1/accounts:signInWithPassword",
+            "email": OLGA,
+            "password": PASSWORD,
+            "returnSecureToken": True,
+        }
+    ]
+    await page.reload()
+    await expect(page.get_by_role("heading", name="Acme Shop")).to_be_visible()
+    assert await page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+    await page.get_by_role("button", name="Sign out").click()
+    await expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
+    assert await page.evaluate("sessionStorage.length") == 0
+    assert OLGA not in await page.content()
+    assert len(google.calls) == 1
+
+
+async def test_forgotten_password(visit: Visit, office: Server, google: Google) -> None:
+    page = await visit(f"{office.url}/owner")
+    forgot = page.get_by_role("button", name="I forgot my password")
+    await forgot.click()
+    await expect(page.get_by_role("alert")).to_contain_text("Enter your e-mail address")
+    await page.get_by_label("E-mail address").fill(OLGA)
+    await forgot.click()
+    await expect(page.get_by_text(f"A letter to {OLGA}")).to_be_visible()
+    [call] = google.calls
+    wanted = {"requestType": "PASSWORD_RESET", "email": OLGA}
+    assert call == {"call": "/v1/accounts:sendOobCode", **wanted}
+
+
+async def test_proving_an_address(visit: Visit, office: Server, google: Google) -> None:
+    """Whose address is not proven yet owns nothing, and reads how to prove it."""
+    page = await visit(f"{office.url}/owner")
+    await sign_in(page, EVE)
+    await expect(page.get_by_text("This account owns no site here")).to_contain_text(EVE)
+    await page.get_by_role("button", name="Send me a letter").click()
+    await expect(page.get_by_text("Sent.")).to_be_visible()
+    google.claims.append({"email_verified": True})
+    await page.get_by_role("button", name="I have").click()
+    await expect(page.get_by_role("heading", name="Acme Shop")).to_be_visible()
+    assert [call["call"] for call in google.calls[1:]] == ["/v1/accounts:sendOobCode", "/token"]
+
+
+AGED = """() => { // an hour later
+    const kept = JSON.parse(sessionStorage["leflux owner"]);
+    sessionStorage["leflux owner"] = JSON.stringify({ ...kept, expiresAt: 0 });
+}"""
+
+
+async def test_tokens_are_renewed(enter: Open, office: Server, google: Google) -> None:
+    """A token is renewed shortly before its end, or when the server refuses it; once at a time."""
+    google.lifetime = 50  # less than the minute that is left for its renewal
+    page = await enter("settings")
+    assert [call["call"] for call in google.calls][1:] == ["/token"] * (len(google.calls) - 1)
+    google.lifetime = 3600
+    for refused, tab in enumerate(("Looks", "Settings")):
+        google.calls.clear()
+        google.claims.extend([{"exp": NOW - 60}] * refused)  # the clocks differ
+        await page.evaluate(AGED)
+        await page.reload()
+        await page.get_by_role("link", name=tab).click()
+        await page.get_by_role("heading", name=tab).wait_for()
+        assert [call["call"] for call in google.calls] == ["/token"] * (1 + refused)
+
+
+async def test_a_sign_in_that_has_ended(enter: Open, google: Google) -> None:
+    """A refresh token that is refused leads to the sign-in, and that back to where one was."""
+    page = await enter("looks")
+    await page.evaluate(AGED)
+    google.refusal = "TOKEN_EXPIRED"
+    await page.reload()
+    await expect(page.get_by_text("Your sign-in has ended")).to_be_visible()
+    google.refusal = ""
+    await sign_in(page)
+    await expect(page.get_by_role("heading", name="Looks")).to_be_visible()
+
+
+# ---------------------------------------------------------------------------------------------
+# Forms
+
+
+REFUSED = [  # tab, field, what is written, what it is told
+    ("looks", "Greeting", "x" * 241, "Greeting must be a string of 0 to 240 characters."),
+    ("looks", "Colour", "red;", "Colour must be a CSS colour such as #a855f7."),
+    ("looks", "Logo", "javascript:alert(1)", "an http(s) URL"),
+    ("looks", "Button 1", "x" * 31, "item 1 must be"),
+    ("looks", "Distance from the side", "501", "a number from 0 to 500"),
+    ("looks", "Distance from top or bottom", "far", "a number from 0 to 500"),
+    ("looks", "Font of texts", "a;b", "a CSS value"),
+    ("settings", "Name", "x" * 81, "1 to 80 characters"),
+    ("settings", "Hosts", "localhost\nhttps://acme.com/", 'write "acme.com"'),
+    ("settings", "Hosts", "other.example", "belongs to another site"),
+    ("settings", "Instructions for the agent", "x" * 20_001, "Instructions"),
+    ("settings", "Refusal", "x" * 501, "1 to 500 characters"),
+]
+
+
+async def test_errors_stand_at_their_fields(enter: Open, office: Server) -> None:
+    """What the API refuses is said at the field, which gets the focus; nothing is saved."""
+    page = await enter("settings")
+    for tab, name, text, words in REFUSED:
+        await page.goto(f"{office.url}/owner#/shop/{tab}")
+        await page.get_by_role("heading", level=2, name=tab).wait_for()
+        field = page.get_by_label(name, exact=True)
+        before = await field.input_value()
+        await field.fill(text)
+        await page.get_by_role("button", name="Save").first.click()
+        await expect(field).to_have_accessible_description(re.compile(re.escape(words)))
+        await expect(field).to_be_focused()
+        await expect(page.locator("[aria-invalid]")).to_have_count(1)
+        told = page.locator("form .told").first
+        await expect(told).to_be_empty()
+        await field.fill(before)
+        await page.get_by_role("button", name="Save").first.click()
+        await expect(told).to_contain_text("Saved.")
+        await expect(page.locator("[aria-invalid]")).to_have_count(0)
+    assert office.app.site_patches["shop"] == {"config": {}}
+
+
+# ---------------------------------------------------------------------------------------------
+# Everybody can use it
+
+TABS = ("overview", "looks", "knowledge", "conversations", "messages", "settings")
+
+
+async def test_axe(enter: Open, office: Server) -> None:
+    """axe-core finds nothing on any tab, in light and dark."""
+    page = await enter("settings")
+    for tab in TABS:
+        await page.goto(f"{office.url}/owner#/shop/{tab}")
+        await page.get_by_role("heading", level=2, name=tab).wait_for()
+        for scheme in ("light", "dark"):
+            await page.emulate_media(color_scheme=scheme)
+            assert await axe(page) == [], (tab, scheme)
