@@ -2945,21 +2945,21 @@ class EventReader:
         if cut:
             self._line.clear()
         self._line += data[cut:]
-        events = [event for line in lines if (event := self._read_line(line)) is not None]
+        events = []
+        for line in lines:
+            payload, event = line[5:].strip() if line.startswith(b"data:") else b"", None
+            if payload == b"[DONE]":
+                self.done = True
+            elif payload and (event := parse_json(payload)) is None:
+                self._event += payload + b"\n"  # the others come in further lines
+            elif self._event and not line:  # it ends here
+                event = parse_json(bytes(self._event))
+                self._event.clear()
+            if event is not None:
+                events.append(event)
         if len(self._line) + len(self._event) > MAX_SSE_LINE_BYTES:
             raise ModelError("a line of the stream is too long")
         return events
-
-    def _read_line(self, line: bytes) -> Any:
-        if not line and self._event:  # it ends here
-            payload, self._event = bytes(self._event), bytearray()
-            return parse_json(payload)
-        payload = line[5:].strip() if line.startswith(b"data:") else b""
-        self.done |= payload == b"[DONE]"
-        event = parse_json(payload) if payload else None
-        if payload and event is None:
-            self._event += payload + b"\n"
-        return event
 
 
 def retry_after_seconds(header: str | None) -> float | None:
@@ -4718,6 +4718,7 @@ async def persistence(app: web.Application) -> AsyncIterator[None]:
     for session in list(state.sessions.values()):
         if session.task is not None:
             end_with_message(Turn(state, session, session.task), RESTARTED)
+    await state.store.checkpoint()  # what the last process left in the log
     yield
     state.store.flush()
     state.store.close()
