@@ -333,6 +333,7 @@ PEOPLE: dict[str, Json] = {
         "email_verified": True,
     },
     "nameless": {"sub": "e4", "email": "", "email_verified": True},
+    "long s": {"sub": "e5", "email": "bo\u017fs@example.com", "email_verified": True},
 }
 
 
@@ -352,6 +353,9 @@ def make_config(model: FakeModel | None = None, folder: Path = lf.HERE, **tables
         table[name] = values if name == "sites" else {**table.get(name, {}), **values}
     server = {"port": 0, "state_dir": "", "shutdown_seconds": 0.1}
     table["server"] = {**server, **table.get("server", {})}
+    # Of budgets a test has what it sets, and one address may use it all.
+    limits = {"site_messages_per_day": 0, "site_tokens_per_day": 0, "address_share": 1}
+    table["limits"] = {**limits, **table.get("limits", {})}
     return lf.parse_config(table, {}, folder)
 
 

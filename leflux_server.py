@@ -72,6 +72,7 @@ import logging
 import math
 import os
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -135,7 +136,8 @@ PROMPT_FIRST, PROMPT_LAST = 2, 50  # messages of the conversation that the model
 PROMPT_STEPS = 12  # of the task's trace
 KNOWLEDGE_CHARS = 6000  # of passages in one prompt
 MAX_BACKLOG_BYTES = 4 * 1024 * 1024  # of events of earlier turns that a slow client has to read
-MAX_LIMITERS = 20_000
+MAX_BUCKETS = 20_000  # of limits, and addresses whose share of a day is counted
+MODEL_CALL_WAIT_SECONDS = 30  # of a task whose session makes calls too fast
 MAX_REJECTIONS = 2  # times in a row that the model is told why its action may not run
 ACTION_SECONDS = 120  # for the client to carry out a plan, beside the plan's own waits
 CONTINUE_SECONDS = 30  # for the fresh page after a result, or after a reload
@@ -538,9 +540,12 @@ class LimitsConfig:
     visible_text_chars: int = key(5000, whole(0, 200_000))
     idle_minutes: float = key(30, number(0.0001, 525_600))
     max_sessions: int = key(10_000, whole(1, 10_000_000))
+    connections_per_address: int = key(200, whole(1, 10_000_000))
+    model_calls_per_minute: float = key(60, number(0.001))
     max_action_plans: int = key(30, whole(1, 1000))
-    site_messages_per_day: int = key(0, whole(0, 10**12))
-    site_tokens_per_day: int = key(0, whole(0, 10**12))
+    site_messages_per_day: int = key(1000, whole(0, 10**12))
+    site_tokens_per_day: int = key(3_000_000, whole(0, 10**12))
+    address_share: float = key(0.2, number(0.001, 1))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -828,6 +833,7 @@ class Task:
     """
 
     wish: str
+    address: str = ""  # who pays for its calls, as networks() writes it
     phase: str = "running"
     deadline: float = math.inf  # monotonic seconds; past it the task counts as interrupted
     resumable: bool = False  # a new socket joined while the client had a plan
@@ -878,7 +884,6 @@ class Session:
     sent_seq: int = 0  # the last event that a socket now gone has got
     task: Task | None = None
     connection: Connection | None = None
-    limiter: AsyncLimiter | None = None
     message_id_by_client_id: dict[str, str] = dataclasses.field(default_factory=dict)
     row: int = 0  # its number in the database, once it has one
     saved: int = 0  # how many of its messages are on disk
@@ -999,7 +1004,7 @@ class Connection:
             self.transport.abort()
 
     def flooded(self, now: float) -> bool:
-        """Note a frame; true if more than 60 came within 10 s."""
+        """Note a frame of any kind; true if more than 60 came within 10 s."""
         self.frame_times.append(now)
         while now - self.frame_times[0] >= FRAME_WINDOW_SECONDS:
             self.frame_times.pop(0)
@@ -1025,7 +1030,8 @@ class AppState:
     public_http: aiohttp.ClientSession | None = None  # for URLs that came through the API
     sessions: dict[str, Session] = dataclasses.field(default_factory=dict)
     connections: set[Connection] = dataclasses.field(default_factory=set)
-    init_limiters: dict[str, AsyncLimiter] = dataclasses.field(default_factory=dict)
+    buckets: dict[str, AsyncLimiter] = dataclasses.field(default_factory=dict)
+    held: Counter[str] = dataclasses.field(default_factory=Counter)  # connections of addresses
     once_a_minute: RateLimitedLog = dataclasses.field(default_factory=RateLimitedLog)
     messages_processed: int = 0
     counts: dict[tuple[str, str], float] = dataclasses.field(  # of /metrics, by name and labels
@@ -1151,20 +1157,47 @@ def client_key(peer: str, forwarded_for: Sequence[str], proxies: Sequence[Networ
     return str(ipaddress.IPv6Address(int(client) >> 64 << 64) if client.version == 6 else client)
 
 
+def networks(client: str) -> list[str]:
+    """Return the networks that a client_key counts in, the closest first: one for IPv4."""
+    sizes = (64, 56, 48) if ":" in client else ()
+    return [str(ipaddress.ip_network(f"{client}/{n}", strict=False)) for n in sizes] or [client]
+
+
 # ---------------------------------------------------------------------------------------------
-# Limits. Leaky buckets: a full one is refused at once, an empty one is forgotten.
+# Limits. Leaky buckets: a full one is refused at once, or waited for; an empty one is forgotten.
 
 
-def spend(limiter: AsyncLimiter) -> Awaitable[None]:
-    """Take one from a bucket, or raise the 429 that says when to come back."""
-    if not limiter.has_capacity():
-        raise too_many(math.ceil(limiter.time_period / limiter.max_rate))
-    return limiter.acquire()  # has capacity, so it does not wait
+def bucket_of(app: AppState, key: str, per_minute: float) -> AsyncLimiter:
+    """The bucket of a key; fewer than one a minute is one in a longer time."""
+    new = AsyncLimiter(max(per_minute, 1), 60 * max(1, 1 / per_minute))
+    return app.buckets.get(key, new)
 
 
-def new_limiter(per_minute: float) -> AsyncLimiter:
-    """A bucket of per_minute; fewer than one a minute is one in a longer time."""
-    return AsyncLimiter(max(per_minute, 1), 60 * max(1, 1 / per_minute))
+async def spend(app: AppState, *rates: tuple[str, float]) -> None:
+    """Take one from the bucket of each (key, per_minute), or raise the 429 that says when to come
+    back, and take none."""
+    buckets = {key: bucket_of(app, key, per_minute) for key, per_minute in rates}
+    if full := [one for one in buckets.values() if not one.has_capacity()]:
+        raise too_many(max(math.ceil(one.time_period / one.max_rate) for one in full))
+    for key, bucket in buckets.items():
+        await bucket.acquire()  # has capacity, so it does not wait
+        app.buckets[key] = bucket
+    while len(app.buckets) > MAX_BUCKETS:
+        del app.buckets[next(iter(app.buckets))]
+
+
+@contextlib.contextmanager
+def held_by(app: AppState, client: str) -> Iterator[None]:
+    """Count a connection of a client; raise too_many if it has as many as an address may."""
+    if app.held[client] >= app.config.limits.connections_per_address:
+        raise too_many(60)
+    app.held[client] += 1
+    try:
+        yield
+    finally:
+        app.held[client] -= 1
+        if not app.held[client]:
+            del app.held[client]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1192,6 +1225,19 @@ def drop_session(app: AppState, session: Session) -> None:
     session.task = None
     if session.connection is not None:
         session.connection.fail("session_not_found", no_session().message, 4404)
+
+
+def make_room(app: AppState) -> None:
+    """See to it that another session fits: of a full house the oldest without a message goes, or
+    else the oldest without a socket. Raises too_many_sessions if there is none."""
+    if len(app.sessions) < app.config.limits.max_sessions:
+        return
+    silent = (one for one in app.sessions.values() if not one.message_count)
+    alone = (one for one in app.sessions.values() if one.connection is None)
+    oldest = next(itertools.chain(silent, alone), None)
+    if oldest is None:
+        raise ApiError(503, "too_many_sessions", "The server is full. Please try again later.")
+    drop_session(app, oldest)
 
 
 def join(connection: Connection, session: Session, last_seq: int | None, now: float) -> None:
@@ -1474,8 +1520,9 @@ def load_sessions(app: AppState, now: float) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Budgets: what a site may spend in a UTC day. Reserved before a call, settled after it, so that
-# any number of calls at once stay within it. A crash counts what was reserved as spent.
+# Budgets: what a site may spend in a UTC day, and one address of that. Reserved before a call,
+# settled after it, so that any number of calls at once stay within it. A crash counts what was
+# reserved as spent; the addresses are in memory only.
 
 
 @dataclasses.dataclass(slots=True)
@@ -1508,26 +1555,38 @@ def tokens_at_most(texts: Iterable[str]) -> int:
     return sum(every - plain + plain // 3 + 1 for every, plain in sizes)
 
 
-def admit(app: AppState, site: Site, messages: int, tokens: int, now: float) -> Usage:
+Charge = Sequence[Usage]  # the usages that a call is charged to: the site's, then its address's
+
+
+def admit(
+    app: AppState, site: Site, address: str, messages: int, tokens: int, now: float
+) -> Charge:
     """Count messages and reserve tokens for a call, or raise budget_exceeded for both."""
-    limits, usage = app.config.limits, usage_today(app, site.id, now)
-    for limit, wanted in (
-        (limits.site_messages_per_day, usage.messages + messages),
-        (limits.site_tokens_per_day, usage.tokens + usage.reserved + tokens),
-    ):
-        if limit and wanted > limit:
-            raise ApiError(429, "budget_exceeded", site.refusal)
-    usage.messages += messages
-    usage.reserved += tokens
-    save_usage(app, site.id, usage)
-    return usage
+    limits = app.config.limits
+    budgets = {site.id: 1.0, f"{site.id} {address}": limits.address_share}
+    charge = [usage_today(app, name, now) for name in budgets]
+    for usage, share in zip(charge, budgets.values(), strict=True):
+        for limit, wanted in (
+            (limits.site_messages_per_day, usage.messages + messages),
+            (limits.site_tokens_per_day, usage.tokens + usage.reserved + tokens),
+        ):
+            if limit and wanted > math.ceil(limit * share):
+                raise ApiError(429, "budget_exceeded", site.refusal)
+    for usage in charge:
+        usage.messages += messages
+        usage.reserved += tokens
+    save_usage(app, site.id, charge[0])
+    if len(app.usage) > MAX_BUCKETS + len(app.sites):
+        del app.usage[next(name for name in app.usage if " " in name)]  # the oldest address
+    return charge
 
 
-def settle_tokens(app: AppState, site: Site, usage: Usage, reserved: int, spent: int) -> None:
-    usage.reserved -= reserved
-    usage.tokens += spent
+def settle_tokens(app: AppState, site: Site, charge: Charge, reserved: int, spent: int) -> None:
+    for usage in charge:
+        usage.reserved -= reserved
+        usage.tokens += spent
     app.count("tokens_total", spent)
-    save_usage(app, site.id, usage)
+    save_usage(app, site.id, charge[0])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2103,6 +2162,7 @@ RESTARTED = "The server was restarted in the middle of this. Please ask me again
 INTERRUPTED = "This task was interrupted. Please tell me if I should try again."
 GOING_IN_CIRCLES = "I am getting no further here, so I have stopped. Please have a look yourself."
 TOO_MANY_STEPS = "This takes more steps than I may do at once, so I have stopped here."
+TOO_FAST = "I have done too much in too short a time. Please go on in a minute."
 NOT_POSSIBLE = "I am sorry, I cannot do that on this page."
 PAGE_CHANGED = "The page has changed meanwhile, so I have not done it."
 NOT_CONFIRMED = "All right, I have not done it."
@@ -2827,6 +2887,15 @@ def first_call_tokens(app: AppState, session: Session, context: Json, message: s
     )
 
 
+def small_budgets(config: Config) -> list[str]:
+    """Return a doubt if a budget is too small for one call with a full page."""
+    texts = [SYSTEM_PROMPT, ACTION_HELP, "x" * (MAX_PAGE_CHARS + config.limits.message_chars)]
+    needed = tokens_at_most(texts) + KNOWLEDGE_CHARS + SITEMAP_CHARS + config.llm.max_tokens
+    left = math.ceil(config.limits.site_tokens_per_day * config.limits.address_share)
+    said = f"leaves an address {left:,} tokens a day, and one call may need {needed:,}"
+    return [f"limits.site_tokens_per_day {said}"] if 0 < left < needed else []
+
+
 # ---------------------------------------------------------------------------------------------
 # The model client: raw bytes in, text out. Any endpoint that speaks chat/completions.
 
@@ -3074,7 +3143,8 @@ class ChatModel:
             prompt = build_prompt(turn, divisor, page_part)
             texts = [message["content"] for message in prompt]
             reserved = tokens_at_most(texts) + self._config.max_tokens
-            usage = admit(turn.app, site, 0, reserved, time.time())
+            await self._take_turn(turn)
+            charge = admit(turn.app, site, turn.task.address, 0, reserved, time.time())
             completion, asked = Completion(), 0
             call = self.stream(prompt, completion)
             try:
@@ -3099,9 +3169,20 @@ class ChatModel:
             finally:
                 guess = (asked + completion.length) // 4
                 spent = guess if completion.tokens is None else completion.tokens
-                settle_tokens(turn.app, site, usage, reserved, spent)
+                settle_tokens(turn.app, site, charge, reserved, spent)
                 turn.cut_short |= completion.cut_short
         raise ContextOverflow("the prompt is too long for it, however short")
+
+    async def _take_turn(self, turn: Turn) -> None:
+        """Wait until the session may make another call; raise ApiError if that takes too long."""
+        key, app = f"call {turn.session.id}", turn.app
+        bucket = bucket_of(app, key, app.config.limits.model_calls_per_minute)
+        app.buckets[key] = bucket
+        try:
+            async with asyncio.timeout(MODEL_CALL_WAIT_SECONDS):
+                await bucket.acquire()
+        except TimeoutError:
+            raise ApiError(429, "rate_limit_exceeded", TOO_FAST) from None
 
     async def stream(self, prompt: list[Json], completion: Completion) -> Pieces:
         """Yield the model's raw text as it arrives. Raises ModelError.
@@ -3639,7 +3720,7 @@ async def run_turn(turn: Turn) -> None:
         await answer(turn)
     except asyncio.CancelledError:
         return  # it has been ended already; what holds the cancelled task's frames goes free
-    except ApiError as error:  # the budget is spent
+    except ApiError as error:  # the budget is spent, or calls came too fast
         count_error(turn.app, error)
         end_with_message(turn, error.message)
     except ModelError as error:
@@ -3912,13 +3993,10 @@ async def init_session(request: web.Request) -> web.Response:
     body = await read_object(request, empty_ok=True)
     refuse_when_draining(app)
     fields = checked_fields(body, INIT_FIELDS)
-    client = client_of(request)
-    limiter = app.init_limiters.setdefault(client, new_limiter(app.config.limits.init_per_minute))
-    if len(app.init_limiters) > MAX_LIMITERS:
-        del app.init_limiters[next(iter(app.init_limiters))]
-    await spend(limiter)
-    if len(app.sessions) >= app.config.limits.max_sessions:
-        raise ApiError(503, "too_many_sessions", "The server is full. Please try again later.")
+    per_minute = app.config.limits.init_per_minute
+    sizes = zip(networks(client_of(request)), (1, 4, 16), strict=False)
+    await spend(app, *((f"init {network}", per_minute * size) for network, size in sizes))
+    make_room(app)
     page_url = (fields["pageUrl"] or fields["websiteUrl"])[:2000]
     session_id = str(uuid.uuid4())
     session = Session(session_id, site.id, host, page_url, time.time(), time.monotonic())
@@ -3945,13 +4023,13 @@ async def chat(request: web.Request) -> web.Response:
         context = take_picture(session, body[name], limits, name)
     message_id = session.message_id_by_client_id.get(client_id)
     if message_id is None:
-        session.limiter = session.limiter or new_limiter(limits.chat_per_minute)
-        await spend(session.limiter)
+        await spend(app, (f"chat {session.id}", limits.chat_per_minute))
         tokens = first_call_tokens(app, session, context, message)
-        usage = admit(app, site, 1, tokens, time.time())
+        address = networks(client_of(request))[-1]
+        charge = admit(app, site, address, 1, tokens, time.time())
         session.context = context
-        release = functools.partial(settle_tokens, app, site, usage, tokens, 0)
-        message_id = start_task(app, session, Task(message, release=release))
+        release = functools.partial(settle_tokens, app, site, charge, tokens, 0)
+        message_id = start_task(app, session, Task(message, address, release=release))
         if client_id:
             session.message_id_by_client_id[client_id] = message_id
         if len(session.message_id_by_client_id) > MAX_CLIENT_IDS:
@@ -4139,9 +4217,9 @@ async def owner_page(request: web.Request) -> web.Response:
 async def no_such_route(request: web.Request) -> NoReturn:
     """Whatever no other route took: 405 if its path is known, else 404."""
     allowed: set[str] = set()
-    for resource in request.app.router.resources():
-        if resource is not request.match_info.route.resource:
-            allowed |= (await resource.resolve(request))[1]
+    for known in request.app.router.resources():
+        if known is not request.match_info.route.resource:
+            allowed |= (await known.resolve(request))[1]
     error = standard_error(405 if allowed else 404)
     if allowed:
         error.headers["Allow"] = ", ".join(sorted(allowed))
@@ -4157,6 +4235,11 @@ class TokenError(Exception):
     """Why a token is refused: "expired" or "invalid", and no more than that."""
 
 
+def ascii_lower(email: str) -> str:
+    """Lower-case A to Z alone: other letters that look or fold alike are other addresses."""
+    return "".join(c.lower() if c.isascii() else c for c in email)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Caller:
     """Who signed in: the uid, and the e-mail address if Google has verified it."""
@@ -4165,7 +4248,7 @@ class Caller:
     email: str = ""
 
     def is_one_of(self, names: Sequence[str]) -> bool:
-        has_email = self.email != "" and self.email in map(str.casefold, names)
+        has_email = self.email != "" and self.email in map(ascii_lower, names)
         return has_email or self.uid in names
 
 
@@ -4210,7 +4293,7 @@ def verify_token(token: str, keys: PublicKeys, project: str, now: float) -> Call
     if expires <= now - LEEWAY_SECONDS:
         raise TokenError("expired")
     email = claims.get("email") if claims.get("email_verified") is True else ""
-    return Caller(uid, email.casefold() if isinstance(email, str) else "")
+    return Caller(uid, ascii_lower(email) if isinstance(email, str) else "")
 
 
 class KeyCache:
@@ -4365,19 +4448,28 @@ def save_site(app: AppState, site_id: str, patch: Json) -> None:
     app.store.flush()
 
 
-def refuse_taken(app: AppState, hosts: list[HostEntry], site_id: str, *, admin: bool) -> None:
-    """Raise host_taken for a host of another site.
+def refuse_taken(
+    app: AppState, hosts: list[HostEntry], site_id: str, mine: set[HostEntry] | None = None
+) -> None:
+    """Raise host_taken for a host of another site, on whatever port if an owner asks.
 
-    Owners may not take a port or a subdomain of another site's host either; admins may.
+    Owners may only add what is below a host of `mine`; everything else is for admins.
     """
+    strange = []
     for host, port in hosts:
         theirs = {app.site_index.get((host, port))}
-        if not admin:
-            theirs.add(find_site(app.site_index, host, port or 0))
-            theirs |= {site for (name, _), site in app.site_index.items() if name == host}
+        if mine is not None:
+            above = [host, *(host[dot.end() :] for dot in re.finditer(r"\.", host))]
+            own = [n for n, name in enumerate(above, 1) if {(name, None), (name, port)} & mine]
+            between = above[: own[0]] if own else above
+            theirs |= {site for (name, _), site in app.site_index.items() if name in between}
+            strange += [] if own else [host]
         if any(site is not None and site.id != site_id for site in theirs):
             message = f"The host {host} belongs to another site."
             raise ApiError(409, "host_taken", message, host=host)
+    if strange:
+        message = f"{strange[0]} is not below a host of this site; please ask an admin to add it."
+        raise ApiError(403, "forbidden", message, host=strange[0])
 
 
 async def change_site(request: web.Request, rules: Rules) -> web.Response:
@@ -4399,7 +4491,8 @@ async def change_site(request: web.Request, rules: Rules) -> web.Response:
     except ConfigError as error:
         raise invalid_config({"": str(error)}) from None
     added = [entry for entry in new.allowed_hosts if entry not in site.allowed_hosts]
-    refuse_taken(app, added, site.id, admin=admin)
+    known = {*site.allowed_hosts, *parse_site(base, "site").allowed_hosts}
+    refuse_taken(app, added, site.id, None if admin else known)
     save_site(app, site.id, patch)
     return json_response(site_details(app, site.id))
 
@@ -4422,7 +4515,7 @@ async def create_site(request: web.Request) -> web.Response:
     bare = host.removeprefix("www.")
     check_body({"host": bare}, rules)  # www.co.uk is fine, its twin is not
     hosts = [host] if is_ip(host) or host == "localhost" else [bare, f"www.{bare}"]
-    refuse_taken(app, [(one, port) for one in hosts], "", admin=True)
+    refuse_taken(app, [(one, port) for one in hosts], "")
     slug = re.sub(r"[^a-z0-9]+", "-", bare).strip("-")[:50]
     ids = itertools.chain([slug], (f"{slug}-{n}" for n in itertools.count(2)))
     site_id = next(one for one in ids if one not in app.sites)
@@ -4611,7 +4704,11 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
     refuse_when_draining(app)
     limit = MAX_BODY_BYTES + 1  # aiohttp refuses what is as long as this
     ws = web.WebSocketResponse(
-        heartbeat=PING_SECONDS, timeout=CLOSE_SECONDS, compress=False, max_msg_size=limit
+        heartbeat=PING_SECONDS,
+        timeout=CLOSE_SECONDS,
+        autoping=False,  # so that control frames count
+        compress=False,
+        max_msg_size=limit,
     )
     await ws.prepare(request)
     connection = Connection(ws, request.transport, site.id)
@@ -4629,6 +4726,8 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
             receive(connection, lambda: join(connection, find(), last_seq, now))
         async for frame in ws:
             accept_frame(app, connection, frame)
+            if frame.type is web.WSMsgType.PING and connection.close_code is None:
+                await ws.pong(frame.data)
     except ConnectionError:
         pass  # the client is gone in the middle of a frame
     except Exception:
@@ -4647,7 +4746,8 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
 
 async def root(request: web.Request) -> web.StreamResponse:
     if request.method == "GET" and "websocket" in request.headers.get("Upgrade", "").lower():
-        return await serve_socket(request)
+        with held_by(request.app[APP_STATE], f"socket {client_of(request)}"):
+            return await serve_socket(request)
     if request.path != "/" or not request.app[APP_STATE].config.server.demo:
         raise standard_error(404)
     return await demo(request)
@@ -4755,9 +4855,9 @@ async def sweep(app: AppState, now: float) -> None:
             connection.sending_since = math.inf
         elif now - connection.sending_since >= STALL_SECONDS:
             connection.abort_if_unread()
-    for number, (address, limiter) in enumerate(list(app.init_limiters.items()), 1):
-        if limiter.has_capacity(limiter.max_rate):
-            app.init_limiters.pop(address, None)
+    for number, (name, bucket) in enumerate(list(app.buckets.items()), 1):
+        if bucket.has_capacity(bucket.max_rate):
+            app.buckets.pop(name, None)
         if number % 500 == 0:
             await asyncio.sleep(0)
 
@@ -4869,6 +4969,32 @@ def make_app(config: Config) -> web.Application:
     return app
 
 
+def watch_door(server: web.Server, app: AppState) -> None:
+    """Hang up at once on an address that has too many connections; trusted proxies may have more.
+
+    aiohttp tells only its server of a connection that has not asked for anything yet.
+    """
+    made, lost = server.connection_made, server.connection_lost
+    opened: dict[web.RequestHandler, contextlib.ExitStack] = {}
+
+    def connection_made(handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        made(handler, transport)
+        opened[handler] = stack = contextlib.ExitStack()
+        peer = (transport.get_extra_info("peername") or [""])[0]  # none if it has gone already
+        try:
+            if not is_trusted(peer, app.config.server.trusted_proxies):
+                stack.enter_context(held_by(app, client_key(peer, (), ())))
+        except (ApiError, ValueError):  # not before aiohttp's own task for it has begun
+            asyncio.get_running_loop().call_soon(transport.abort)
+
+    def connection_lost(handler: web.RequestHandler, exc: BaseException | None = None) -> None:
+        opened.pop(handler).close()
+        lost(handler, exc)
+
+    server.connection_made = connection_made  # type: ignore[method-assign]
+    server.connection_lost = connection_lost  # type: ignore[method-assign]
+
+
 @contextlib.asynccontextmanager
 async def serving(config: Config) -> AsyncIterator[tuple[web.Application, str]]:
     """Serve until the block ends, then drain; yields the app and its URL."""
@@ -4884,7 +5010,8 @@ async def serving(config: Config) -> AsyncIterator[tuple[web.Application, str]]:
     )
     try:
         await runner.setup()
-        await web.TCPSite(runner, config.server.host, config.server.port, backlog=1024).start()
+        watch_door(cast(web.Server, runner.server), app[APP_STATE])
+        await web.TCPSite(runner, config.server.host, config.server.port, backlog=100).start()
         host, port = runner.addresses[0][:2]
         yield app, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         await drain(app)  # while the port still answers 503
@@ -4892,7 +5019,26 @@ async def serving(config: Config) -> AsyncIterator[tuple[web.Application, str]]:
         await runner.cleanup()
 
 
+def raise_file_limit() -> None:
+    """Have as many files open as the system allows, and say once a minute if that is too few.
+
+    At the limit asyncio complains a hundred times a second.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # a service may not be let
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    once_a_minute = RateLimitedLog()
+
+    def handle(loop: asyncio.AbstractEventLoop, context: Json) -> None:
+        if getattr(context.get("exception"), "errno", 0) not in (errno.EMFILE, errno.ENFILE):
+            return loop.default_exception_handler(context)
+        return once_a_minute(logging.ERROR, "files", "too many open files to accept a connection")
+
+    asyncio.get_running_loop().set_exception_handler(handle)
+
+
 async def run(config: Config) -> None:
+    raise_file_limit()
     gc.freeze()  # what is loaded now stays: looking through it cost a tenth of a turn's time
     stop = asyncio.Event()
     for signal_number in (signal.SIGINT, signal.SIGTERM):
@@ -4900,7 +5046,7 @@ async def run(config: Config) -> None:
     async with serving(config) as (_, url):
         model = "offline guide" if config.offline else f"{config.llm.model} (remote)"
         print(f"leflux {__version__} listens on {url}, model: {model}", flush=True)
-        for doubt in doubts(config):
+        for doubt in doubts(config) + small_budgets(config):
             log.warning("%s", doubt)
         notify_systemd("READY=1")
         await stop.wait()
@@ -4924,7 +5070,7 @@ def check(path: Path, config: Config) -> None:
     """Say what is in a configuration, and what may not be meant."""
     read_knowledge(config)
     print(f"{path} is fine: {len(config.sites)} site(s)")
-    for doubt in doubts(config):
+    for doubt in doubts(config) + small_budgets(config):
         print(f"warning: {doubt}")
 
 

@@ -433,7 +433,9 @@ def test_config_defaults() -> None:
     assert (limits.message_chars, limits.indexed_elements) == (5000, 50)
     assert (limits.visible_text_chars, limits.idle_minutes) == (5000, 30)
     assert (limits.max_sessions, limits.max_action_plans) == (10_000, 30)
-    assert (limits.site_messages_per_day, limits.site_tokens_per_day) == (0, 0)
+    assert (limits.site_messages_per_day, limits.site_tokens_per_day) == (1000, 3_000_000)
+    assert (limits.connections_per_address, limits.model_calls_per_minute) == (200, 60)
+    assert limits.address_share == 0.2
     assert (config.firebase.project_id, config.firebase.admins) == ("", ())
     assert config.firebase.keys_url.startswith("https://www.googleapis.com/robot/v1/metadata/x509")
     assert config.offline
@@ -481,6 +483,9 @@ INF, NAN = float("inf"), float("nan")
         ("limits.visible_text_chars", [-1, 1.5]),
         ("limits.idle_minutes", [0, -1, "30", INF]),
         ("limits.max_sessions", [0, 1.5]),
+        ("limits.connections_per_address", [0, 0.5]),
+        ("limits.model_calls_per_minute", [0, "60"]),
+        ("limits.address_share", [0, 1.1, "0.2"]),
         ("limits.max_action_plans", [0, True]),
         ("limits.site_messages_per_day", [-1, 0.5]),
         ("limits.site_tokens_per_day", [-1, "1"]),
@@ -900,6 +905,23 @@ def test_lines_about_files(content: bytes | str | None, line: str, tmp_path: Pat
 def test_doubts(sites: list[Json], key: str, doubts: list[str]) -> None:
     """--check says what is legal and surely not meant."""
     assert lf.doubts(lf.parse_config({"sites": sites}, {"LEFLUX_LLM_API_KEY": key})) == doubts
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({}, None),
+        ({"site_tokens_per_day": 0}, None),
+        ({"site_tokens_per_day": 100_000, "address_share": 1}, None),
+        ({"site_tokens_per_day": 5000, "address_share": 1}, "5,000"),
+        ({"site_tokens_per_day": 50_000, "address_share": 0.1}, "5,000"),
+    ],
+)
+def test_a_budget_too_small_for_one_call(limits: Json, said: str | None) -> None:
+    """--check says of a budget, or of an address's share of it, that no call may fit into it."""
+    doubts = lf.small_budgets(lf.parse_config({"limits": limits}, {}))
+    start = f"limits.site_tokens_per_day leaves an address {said} tokens a day"
+    assert [doubt.startswith(start) for doubt in doubts] == [True] * (said is not None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1989,13 +2011,13 @@ BUDGET_SPENT = (429, "budget_exceeded")
 NOON = datetime(2026, 2, 28, 12, tzinfo=UTC).timestamp()
 
 
-def offline_state(**limits: int) -> lf.AppState:
+def offline_state(**limits: float) -> lf.AppState:
     state = lf.new_state(make_config(limits=limits, sites=[FRUGAL, OTHER]))
     lf.rebuild_sites(state)
     return state
 
 
-def frugal(**limits: int) -> tuple[lf.AppState, lf.Site]:
+def frugal(**limits: float) -> tuple[lf.AppState, lf.Site]:
     """The state of a server that was never started, and its site."""
     state = offline_state(**limits)
     return state, state.config.sites[0]
@@ -2021,14 +2043,14 @@ def test_budgets_are_for_a_utc_day(first: str, second: str, same_day: bool) -> N
     """Messages and tokens are counted in UTC days; a new day begins with nothing used."""
     app, site = frugal(site_messages_per_day=2, site_tokens_per_day=100)
     now, later = (datetime.fromisoformat(day).timestamp() for day in (first, second))
-    lf.settle_tokens(app, site, lf.admit(app, site, 2, 100, now), 100, 90)
+    lf.settle_tokens(app, site, lf.admit(app, site, "", 2, 100, now), 100, 90)
     usage = lf.usage_today(app, site.id, later)
     assert (usage.messages, usage.tokens) == ((2, 90) if same_day else (0, 0))
     if same_day:
         with pytest.raises(lf.ApiError):
-            lf.admit(app, site, 1, 1, later)
+            lf.admit(app, site, "", 1, 1, later)
     else:
-        lf.admit(app, site, 2, 100, later)
+        lf.admit(app, site, "", 2, 100, later)
 
 
 @pytest.mark.parametrize(
@@ -2053,12 +2075,12 @@ def test_budget_that_is_left(
     usage = lf.usage_today(app, site.id, NOON)
     usage.messages, usage.tokens = used
     if fits:
-        assert lf.admit(app, site, *wanted, NOON) is usage
+        assert lf.admit(app, site, "", *wanted, NOON)[0] is usage
         assert (usage.messages, usage.reserved) == (used[0] + wanted[0], wanted[1])
-        assert lf.admit(app, app.config.sites[1], *wanted, NOON) is not usage
+        assert lf.admit(app, app.config.sites[1], "", *wanted, NOON)[0] is not usage
     else:
         with pytest.raises(lf.ApiError) as caught:
-            lf.admit(app, site, *wanted, NOON)
+            lf.admit(app, site, "", *wanted, NOON)
         assert (caught.value.status, caught.value.code) == BUDGET_SPENT
         assert caught.value.message == REFUSAL
         assert (usage.messages, usage.tokens, usage.reserved) == (*used, 0)
@@ -2067,11 +2089,11 @@ def test_budget_that_is_left(
 def test_call_over_midnight() -> None:
     """A call that ends on the next day is charged to the day on which it began."""
     app, site = frugal(site_tokens_per_day=100)
-    usage = lf.admit(app, site, 1, 100, NOON)
-    tomorrow = lf.admit(app, site, 1, 100, NOON + 86400)
-    lf.settle_tokens(app, site, usage, 100, 70)
-    assert (usage.tokens, usage.reserved) == (70, 0)
-    assert (tomorrow.tokens, tomorrow.reserved) == (0, 100)
+    today = lf.admit(app, site, "", 1, 100, NOON)
+    tomorrow = lf.admit(app, site, "", 1, 100, NOON + 86400)
+    lf.settle_tokens(app, site, today, 100, 70)
+    assert [(usage.tokens, usage.reserved) for usage in today] == [(70, 0)] * 2
+    assert [(usage.tokens, usage.reserved) for usage in tomorrow] == [(0, 100)] * 2
 
 
 @with_config(limits={"site_messages_per_day": 2}, sites=[FRUGAL, OTHER])
@@ -2094,6 +2116,70 @@ async def test_messages_per_day(server: Server, model: FakeModel, clock: Clock) 
     assert (await visitor.post("Five")).error == BUDGET_SPENT
     clock.stopped_at += 1
     assert (await visitor.ask("Three", clientMessageId="three"))["data"]["text"] == "ok"
+
+
+@with_config(limits={"site_messages_per_day": 8, "address_share": 0.25, "init_per_minute": 100})
+async def test_an_address_has_its_share(server: Server, model: FakeModel) -> None:
+    """One address (IPv6: /48) may use a part of a site's day, its tokens as well; a restart of the
+    chat does not help, another address does."""
+
+    async def say(address: str) -> Answer:
+        visitor = await server.visitor(connect=False)
+        body = {"sessionId": visitor.id, "message": "Hello"}
+        return await server.call("POST", "/api/chat", body, headers={"X-Forwarded-For": address})
+
+    for address in ("198.51.100.1", "2001:db8:1:{}::1"):
+        answers = [await say(address.format(n)) for n in range(3)]
+        assert [answer.status for answer in answers] == [200, 200, 429]
+        assert answers[2].error == BUDGET_SPENT
+    assert [(await say(f"198.51.100.{n}")).status for n in range(2, 8)] == [200] * 4 + [429] * 2
+
+
+def test_an_address_has_its_share_of_tokens() -> None:
+    """Tokens that are reserved or spent count for the address, too; others have the rest."""
+    app, site = frugal(site_tokens_per_day=1000, address_share=0.2)
+    charge = lf.admit(app, site, "a", 0, 150, NOON)
+    with pytest.raises(lf.ApiError):
+        lf.admit(app, site, "a", 0, 51, NOON)
+    lf.settle_tokens(app, site, charge, 150, 10)
+    lf.admit(app, site, "a", 0, 190, NOON)
+    lf.admit(app, site, "b", 0, 200, NOON)
+    lf.admit(app, site, "a", 0, 200, NOON + 86400)
+
+
+@with_constants(MAX_BUCKETS=5)
+async def test_addresses_are_forgotten(serve: Serve) -> None:
+    """However many addresses write: what is kept of them has an end, and sites stay."""
+    server = await serve(limits={"address_share": 0.2, "site_messages_per_day": 100})
+    for number in range(20):
+        visitor = await server.visitor(connect=False)
+        body = {"sessionId": visitor.id, "message": "Hello"}
+        headers = {"X-Forwarded-For": f"198.51.100.{number}"}
+        assert (await server.call("POST", "/api/chat", body, headers=headers)).status == 200
+    assert len(server.app.buckets) <= 5
+    assert len(server.app.usage) <= 5 + 2
+    assert lf.usage_today(server.app, "shop", time.time()).messages == 20
+
+
+@pytest.mark.parametrize(("per_minute", "ends"), [(1, "message"), (600, "message_done")])
+@with_constants(MODEL_CALL_WAIT_SECONDS=0.3)
+async def test_calls_of_a_session(
+    per_minute: int, ends: str, serve: Serve, model: FakeModel
+) -> None:
+    """Each call to the model counts for its session: over the limit a task waits, and ends visibly
+    if that takes too long; another session goes on."""
+    server = await serve(model, limits={"model_calls_per_minute": per_minute})
+    visitor = await server.visitor()
+    await visitor.ask()
+    bucket = server.app.buckets[f"call {visitor.id}"]
+    while bucket.has_capacity():
+        await bucket.acquire()
+    end = await visitor.ask()
+    assert end["event"] == ends
+    if ends == "message":
+        assert end["data"]["text"] == lf.TOO_FAST
+    assert len(model.requests) == (1 if ends == "message" else 2)
+    assert (await (await server.visitor()).ask())["data"]["text"] == "ok"
 
 
 @with_config(limits={"site_messages_per_day": 2, "chat_per_minute": 1})
@@ -2184,8 +2270,8 @@ async def test_call_that_never_began(
 ) -> None:
     """What was set aside for a call that is cancelled before it begins is given back."""
     app, session = server.app, visitor.session
-    usage = lf.admit(app, app.sites["shop"], 1, 500, NOON)
-    release = functools.partial(lf.settle_tokens, app, app.sites["shop"], usage, 500, 0)
+    usage, *_ = charge = lf.admit(app, app.sites["shop"], "", 1, 500, NOON)
+    release = functools.partial(lf.settle_tokens, app, app.sites["shop"], charge, 500, 0)
     lf.start_task(app, session, lf.Task("One", release=release))
     assert usage.reserved == 500
     if how == "message":
@@ -6646,9 +6732,9 @@ async def test_empty_limiters_are_purged(serve: Serve) -> None:
     """An address is remembered as long as its limiter is not empty."""
     slow, fast = await serve(), await serve(limits={"init_per_minute": 6000})
     assert (await slow.init()).status == (await fast.init()).status == 200
-    assert len(slow.app.init_limiters) == 1
-    await until(lambda: not fast.app.init_limiters)
-    assert len(slow.app.init_limiters) == 1
+    assert len(slow.app.buckets) == 1
+    await until(lambda: not fast.app.buckets)
+    assert len(slow.app.buckets) == 1
 
 
 async def test_chat_limit(server: Server, visitor: Visitor) -> None:
@@ -6664,15 +6750,70 @@ async def test_chat_limit(server: Server, visitor: Visitor) -> None:
     assert (await visitor.get()).body["messageCount"] >= 30
 
 
-@with_config(limits={"max_sessions": 2})
+@with_config(limits={"max_sessions": 3})
 async def test_max_sessions(server: Server) -> None:
-    """A full server says so, and takes new sessions when others have gone."""
-    first, _ = await server.visitor(connect=False), await server.visitor(connect=False)
+    """Of a full house goes the oldest without a message, then the oldest without a socket; where
+    everybody talks on a socket it says so."""
+    talker, alone, silent = [await server.visitor(connect=n != 1) for n in range(3)]
+    await talker.chat()
+    await alone.chat()
+    newer = await server.visitor()
+    assert (await silent.get()).error == (404, "session_not_found")
+    assert (await read_close(silent.ws))[1] == 4404
+    await newer.chat()
+    newest = await server.visitor()
+    assert (await alone.get()).status == 404
+    await newest.chat()
     answer = await server.init()
     assert answer.error == (503, "too_many_sessions")
     assert answer.headers["Access-Control-Allow-Origin"] in ("*", ORIGIN)
-    await first.delete()
-    assert (await server.init()).status == 200
+    assert [*server.app.sessions] == [talker.id, newer.id, newest.id]
+
+
+async def test_one_network_closes_nobody_out(server: Server) -> None:
+    """A /56 gets 4 times what a /64 gets, a /48 16 times; what is refused is not remembered."""
+
+    async def inits(number: int, address: str) -> int:
+        headers = [{"X-Forwarded-For": address.format(n)} for n in range(number)]
+        answers = [await server.init(headers=header) for header in headers]
+        assert {answer.status for answer in answers} <= {200, 429}
+        return sum(answer.status == 200 for answer in answers)
+
+    assert 40 <= await inits(60, "2001:db8:1:2{:02x}::1") <= 42  # a bucket leaks meanwhile
+    before = len(server.app.buckets)
+    assert await inits(5, "2001:db8:1:2{:02x}::1") <= 1
+    assert len(server.app.buckets) <= before + 1
+    assert 120 <= await inits(150, "2001:db8:1:{:02x}00::1") <= 125
+    assert await inits(1, "2001:db8:2::1") == 1
+
+
+@with_config(limits={"connections_per_address": 3}, server={"trusted_proxies": ["127.0.0.1"]})
+async def test_connections_of_an_address(server: Server, serve: Serve) -> None:
+    """An address has so many connections at once; behind a trusted proxy its WebSockets count."""
+
+    async def upgrade(address: str) -> int:
+        headers = {"Origin": ORIGIN, "X-Forwarded-For": address}
+        try:
+            server.sockets.append(await server.http.ws_connect(server.url, headers=headers))
+        except aiohttp.WSServerHandshakeError as error:
+            return error.status
+        return 101
+
+    assert [await upgrade("198.51.100.1") for _ in range(5)] == [101] * 3 + [429] * 2
+    assert await upgrade("198.51.100.2") == 101
+    await server.sockets[0].close()
+    await until(lambda: server.app.held["socket 198.51.100.1"] == 2)
+    assert await upgrade("198.51.100.1") == 101
+
+    bare = await serve(limits={"connections_per_address": 3}, server={"trusted_proxies": []})
+    host, _, port = bare.url.removeprefix("http://").partition(":")
+    streams = [await asyncio.open_connection(host, int(port)) for _ in range(5)]
+    assert [await reader.read() for reader, _ in streams[3:]] == [b"", b""]  # hung up on
+    assert bare.app.held == {"127.0.0.1": 3}
+    for _, writer in streams:
+        writer.close()
+    await until(lambda: not bare.app.held)
+    assert (await bare.call("GET", "/health")).status == 200
 
 
 async def test_client_message_id(server: Server, visitor: Visitor, model: FakeModel) -> None:
@@ -7406,7 +7547,8 @@ CHANGES: list[tuple[str, Json, Json]] = [  # below /shop, the patch, what is dif
 @pytest.mark.parametrize(("path", "patch", "different"), CHANGES)
 async def test_patch(path: str, patch: Json, different: Json, admin: Server) -> None:
     """A merge patch changes what it names and nothing else; the answer is the whole site."""
-    answer = await admin.manage("PATCH", f"/shop{path}", patch)
+    who = "admin" if "allowedHosts" in patch else "owner"
+    answer = await admin.manage("PATCH", f"/shop{path}", patch, who)
     assert answer.status == 200, answer.raw
     config = {**MANAGED_CONFIG, **different.get("config", {})}
     assert answer.body == {**MANAGED_SITE, **different, "config": config}
@@ -7543,7 +7685,7 @@ async def test_allowed_hosts_hold_at_once(admin: Server) -> None:
     new = "https://new.example"
     assert (await admin.init(origin=new)).error == (403, "host_not_registered")
     hosts = ["new.example", "acme.com:8443"]
-    assert (await admin.manage("PATCH", "/shop", {"allowedHosts": hosts})).status == 200
+    assert (await admin.manage("PATCH", "/shop", {"allowedHosts": hosts}, "admin")).status == 200
     assert (await admin.init(origin=new)).status == 200
     assert (await admin.init(origin=f"{ORIGIN}:8443")).status == 200
     assert (await admin.init()).error == (403, "host_not_registered")
@@ -7571,13 +7713,13 @@ async def test_hosts_of_others(admin: Server) -> None:
     assert (await admin.init(origin="https://x.example")).status == 403
     moved = {"allowedHosts": ["acme.com"]}
     assert (await admin.manage("PATCH", "/shop", moved)).status == 200
-    answer = await admin.manage("PATCH", "/other", {"allowedHosts": ["localhost"]}, "other owner")
+    answer = await admin.manage("PATCH", "/other", {"allowedHosts": ["localhost"]}, "admin")
     assert answer.status == 200
     # Back to the file's value is no way around it.
     assert (await admin.manage("PATCH", "/shop", {"allowedHosts": None})).error == taken
     assert (await admin.manage("PATCH", "/shop", {"name": "New"})).status == 200
     subdomain = {"allowedHosts": ["acme.com", "shop.other.example"]}
-    assert (await admin.manage("PATCH", "/shop", subdomain)).status == 200
+    assert (await admin.manage("PATCH", "/shop", subdomain, "admin")).status == 200
 
 
 async def test_changes_are_kept(key_server: KeyServer, tmp_path: Path) -> None:
@@ -7862,17 +8004,45 @@ async def test_session_of_a_site(admin: Server, model: FakeModel) -> None:
     assert answer.error == (404, "session_not_found")
 
 
-async def test_owners_cannot_take_part_of_anothers_host(admin: Server) -> None:
-    """Not by a port and not by a subdomain; that is for admins to give."""
-    theirs = next(s for s in admin.app.sites.values() if s.id != "shop").allowed_hosts[0][0]
-    mine = [h for h, _ in admin.app.sites["shop"].allowed_hosts]
-    for host in (theirs, f"{theirs}:443", f"deep.{theirs}"):
-        change = {"allowedHosts": [*mine, host]}
-        answer = await admin.manage("PATCH", "/shop", change, "owner")
-        assert answer.error == (409, "host_taken"), answer.raw
-    caller = lf.find_site(admin.app.site_index, theirs, 443)
-    assert caller is not None
-    assert caller.id != "shop"
+@pytest.mark.parametrize(
+    ("host", "refused"),
+    [
+        ("other.example", "host_taken"),
+        ("other.example:443", "host_taken"),
+        ("deep.other.example", "host_taken"),
+        ("b.shop.acme.com", "host_taken"),  # shop.acme.com:8443 is another site's
+        ("shop.acme.com", "host_taken"),
+        ("b.shop.acme.com:8443", "host_taken"),
+        ("google.com", "forbidden"),
+        ("edu.pl", "forbidden"),
+        ("com:8443", "invalid_config"),
+        ("notacme.com", "forbidden"),
+        ("acme.com.evil.example", "forbidden"),
+        ("new.acme.com", ""),
+        ("acme.com:8443", ""),
+        ("a.b.acme.com:1", ""),
+        ("localhost:3000", ""),
+        ("b.ported.example:8443", ""),
+        ("b.ported.example", "forbidden"),
+        ("ported.example:1", "forbidden"),
+    ],
+)
+async def test_hosts_that_owners_add(host: str, refused: str, admin: Server) -> None:
+    """Only below a host that they have, and not below another site's, on whatever port; all else
+    is for admins to give."""
+    mine = ["acme.com", "localhost", "ported.example:8443"]
+    theirs = ["other.example", "shop.acme.com:8443"]
+    for site, hosts in (("shop", mine), ("other", theirs)):
+        change = {"allowedHosts": hosts}
+        assert (await admin.manage("PATCH", f"/{site}", change, "admin")).status == 200
+    change = {"allowedHosts": [*mine, host]}
+    answer = await admin.manage("PATCH", "/shop", change)
+    assert (answer.error[1] if answer.status != 200 else "") == refused
+    assert (await admin.manage("PATCH", "/shop", {"name": "New"})).status == 200
+    if refused == "forbidden":
+        assert answer.status == 403
+        assert (await admin.manage("PATCH", "/shop", change, "admin")).status == 200
+        assert (await admin.manage("PATCH", "/shop", {"allowedHosts": None})).status == 200
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8271,6 +8441,17 @@ async def test_flood(visitor: Visitor) -> None:
     await visitor.get()
     assert visitor.ws.close_code is None
     await visitor.send("stop")
+    assert (await read_close(visitor.ws))[1] == 1008
+
+
+@pytest.mark.parametrize("opcode", [b"\x89", b"\x8a"])
+async def test_flood_of_control_frames(opcode: bytes, visitor: Visitor) -> None:
+    """Pings and pongs count as frames; up to their limit pings are answered."""
+    await visitor.ws.ping(b"?")
+    cast(Any, visitor.ws)._conn.transport.write((opcode + b"\x80" + bytes(4)) * 59)
+    await visitor.get()
+    assert visitor.ws.close_code is None
+    cast(Any, visitor.ws)._conn.transport.write((opcode + b"\x80" + bytes(4)) * 5000)
     assert (await read_close(visitor.ws))[1] == 1008
 
 

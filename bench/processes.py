@@ -116,6 +116,10 @@ base_url = "{model_url}/v1"
 init_per_minute = 1e9
 chat_per_minute = 1e9
 max_sessions = 1_000_000
+connections_per_address = 1_000_000
+model_calls_per_minute = 1e9
+site_messages_per_day = 0
+site_tokens_per_day = 0
 idle_minutes = {idle_minutes}
 [[sites]]
 id = "bench"

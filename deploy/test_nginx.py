@@ -251,7 +251,7 @@ async def test_addresses_through_nginx(serve: Serve, tmp_path: Path) -> None:
         assert answer.headers["Retry-After"]
         async with proxy.visitors("127.0.0.3") as other:
             assert (await other.init()).status == 200
-    assert [*server.app.init_limiters] == ["127.0.0.2", "127.0.0.3"]
+    assert [*server.app.buckets] == ["init 127.0.0.2", "init 127.0.0.3"]
 
 
 async def test_large_bodies_through_nginx(serve: Serve, tmp_path: Path) -> None:
