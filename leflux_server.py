@@ -1589,6 +1589,13 @@ def settle_tokens(app: AppState, site: Site, charge: Charge, reserved: int, spen
     save_usage(app, site.id, charge[0])
 
 
+def release(task: Task) -> None:
+    """Give back what was reserved with the message: from here on each call reserves for itself."""
+    give_back, task.release = task.release, None
+    if give_back is not None:
+        give_back()
+
+
 # ---------------------------------------------------------------------------------------------
 # Page context: what the visitor's page shows, cut to its limits, of known types only.
 
@@ -2876,15 +2883,13 @@ def build_prompt(turn: Turn, divisor: int = 1, page_part: float = 1) -> list[Jso
 
 
 def first_call_tokens(app: AppState, session: Session, context: Json, message: str) -> int:
-    """Return what the first call for a message may cost, by all that its prompt can hold."""
+    """Return what the first call for a message may cost, beside what will be found for it."""
     if app.backend.kind == "offline":
         return 0
     texts = [SYSTEM_PROMPT, ACTION_HELP, GO_ON, app.sites[session.site_id].instructions, message]
     texts += [one["content"] for one in recent_history(session.history, 1)]
     page: int = context.get("tokens", 0)
-    return (
-        tokens_at_most(texts) + page + KNOWLEDGE_CHARS + SITEMAP_CHARS + app.config.llm.max_tokens
-    )
+    return tokens_at_most(texts) + page + app.config.llm.max_tokens
 
 
 def small_budgets(config: Config) -> list[str]:
@@ -3144,6 +3149,7 @@ class ChatModel:
             texts = [message["content"] for message in prompt]
             reserved = tokens_at_most(texts) + self._config.max_tokens
             await self._take_turn(turn)
+            release(turn.task)
             charge = admit(turn.app, site, turn.task.address, 0, reserved, time.time())
             completion, asked = Completion(), 0
             call = self.stream(prompt, completion)
@@ -3705,17 +3711,9 @@ def end_without_action(turn: Turn, failure: Exception | None) -> None:
     end_with_message(turn, text, isError=True)
 
 
-def release(task: Task) -> None:
-    """Give back what was reserved with the message: from here on each call reserves for itself."""
-    give_back, task.release = task.release, None
-    if give_back is not None:
-        give_back()
-
-
 async def run_turn(turn: Turn) -> None:
     """One turn. Ends visibly, whatever the model, the network or a bug does."""
     failure: Exception | None = None
-    release(turn.task)
     try:
         await answer(turn)
     except asyncio.CancelledError:
