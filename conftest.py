@@ -314,8 +314,11 @@ MANAGED_SITE: Json = {
     "instructions": "Be kind.",
     "refusal": REFUSAL,
     "restrictions": [],
+    "notifyUrl": "",
+    "paused": False,
     "config": MANAGED_CONFIG,
     "usage": {"messagesToday": 0, "tokensToday": 0},
+    "budget": {"messagesPerDay": 0, "tokensPerDay": 0},
 }
 PEOPLE: dict[str, Json] = {
     "owner": {"sub": "olga"},

@@ -103,6 +103,7 @@ from conftest import (
     forever,
     join_token,
     kept_messages,
+    listening,
     locked,
     make_config,
     make_token,
@@ -4821,7 +4822,7 @@ def judged(message: str, site: str) -> str:
     typed = [f"{labels[s['elementId']]}={s['inputData']}" for s in action.get("steps", [])]
     met = {
         "says": wanted in said and not action,
-        "contact": wanted in said and not action,
+        "contact": wanted in said and action.get("type") in (None, "ask_user"),
         "unknown": False,
         "greets": not action and bool(re.match("Hello|You are welcome", said)),
         "clicks": labels.get(action.get("elementId", 0)) == wanted,
@@ -7272,6 +7273,9 @@ ADMIN_ROWS: list[tuple[str, str, Any]] = [
     ("DELETE", "/shop", None),
     ("GET", "/shop/sessions", None),
     ("GET", "/shop/sessions/x", None),
+    ("GET", "/shop/messages", None),
+    ("POST", "/shop/messages/test", None),
+    ("DELETE", "/shop/messages/x", None),
 ]
 
 
@@ -7525,6 +7529,8 @@ CHANGES: list[tuple[str, Json, Json]] = [  # below /shop, the patch, what is dif
     ("", {"instructions": "Be short."}, {"instructions": "Be short."}),
     ("", {"refusal": "No."}, {"refusal": "No."}),
     ("", {"restrictions": ["submit", "type"]}, {"restrictions": ["submit", "type"]}),
+    ("", {"notifyUrl": "https://x.example/a?b"}, {"notifyUrl": "https://x.example/a?b"}),
+    ("", {"paused": True}, {"paused": True}),
     (
         "",
         {"allowedHosts": ["New.Example.", "[2001:DB8::0:1]:80", "bücher.example"]},
@@ -7586,6 +7592,13 @@ BAD_VALUES: dict[str, list[Any]] = {  # of a site
     "refusal": ["", "x" * 501],
     "restrictions": [["fly"], "type"],
     "owners": ["olga", [""]],
+    "notifyUrl": [
+        "x.example/a",
+        "ftp://x.example",
+        "https://u:p@x.example",
+        "https://x.example/ a",
+    ],
+    "paused": ["yes", 1],
     "nonsense": [1, None],
     "id": ["other"],
     "knowledge": [["/etc/passwd"]],
@@ -8043,6 +8056,207 @@ async def test_hosts_that_owners_add(host: str, refused: str, admin: Server) -> 
         assert answer.status == 403
         assert (await admin.manage("PATCH", "/shop", change, "admin")).status == 200
         assert (await admin.manage("PATCH", "/shop", {"allowedHosts": None})).status == 200
+
+
+# ---------------------------------------------------------------------------------------------
+# Messages to the owner
+
+LETTER = {"name": "Ada", "email": "ada@example.com", "message": "Please call me.\nIt is urgent."}
+
+
+class Hook:
+    """A notify_url: notes what comes, and answers with the next of its statuses, else 204."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.statuses: deque[int] = deque()
+        self.got: list[Json] = []
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.got.append(await request.json())
+        code = self.statuses.popleft() if self.statuses else 204
+        return web.Response(status=code, headers={"Location": "/elsewhere"})
+
+
+@pytest.fixture
+async def hook() -> AsyncIterator[Hook]:
+    there = Hook()
+    async with listening(there.answer) as url:
+        there.url = f"{url}/hook?key=s3cret"
+        yield there
+
+
+async def write_to_owner(visitor: Visitor, model: FakeModel) -> Json:
+    """Let the model ask whether it may send a message, and agree; returns what ends that turn."""
+    model.scripts.append(act("", {"type": "contact_owner", **LETTER}))
+    if (asked := await visitor.ask("Pass it on"))["event"] != "confirmation_required":
+        return asked
+    await visitor.send("confirmation_response", confirmed=True)
+    return await visitor.next()
+
+
+def hooked(hook: Hook) -> Json:
+    return {**MANAGED, "notify_url": hook.url}
+
+
+@with_constants(SWEEP_SECONDS=0.01)
+async def test_message_to_the_owner(
+    serve: Serve, model: FakeModel, key_server: KeyServer, hook: Hook
+) -> None:
+    """The visitor sees and confirms the whole text; then it is kept, posted, and the owner's to
+    delete."""
+    server = await serve(model, **office(key_server, sites=[hooked(hook), FOREIGN]))
+    visitor = await server.visitor()
+    model.scripts.append(act("", {"type": "contact_owner", **LETTER}))
+    asked = (await visitor.ask("Tell them", pageContext=SHOWN))["data"]
+    text = "Please call me.\nIt is urgent.\n\nAda, ada@example.com"
+    assert asked["message"] == f"Shall I send this to Acme Shop?\n\n{text}"
+    assert (await server.manage("GET", "/shop/messages")).body == {"messages": []}
+    for _ in range(2):  # it counts once
+        await visitor.send("confirmation_response", confirmed=True)
+    end = await visitor.next()
+    said = "Your message is on its way to Acme Shop."
+    assert (end["event"], end["data"]) == ("task_complete", {"summary": said, "message": said})
+    await until(lambda: hook.got)
+    await until(lambda: all(letter.body["delivered"] for letter in server.app.letters.values()))
+    (kept,) = (await server.manage("GET", "/shop/messages")).body["messages"]
+    shared = {**LETTER, "pageUrl": SHOWN["url"], "createdAt": kept["createdAt"]}
+    assert kept == {**shared, "id": kept["id"], "sessionId": visitor.id, "delivered": True}
+    line = "Ada (ada@example.com) on Acme Shop: Please call me. It is urgent."
+    head = {"event": "message", "site": "shop"}
+    assert hook.got == [{**head, **shared, "text": line, "content": line}]
+    assert (await server.manage("GET", "/other/messages", who="admin")).body == {"messages": []}
+    answer = await server.manage("DELETE", f"/other/messages/{kept['id']}", who="admin")
+    assert answer.error == (404, "not_found")
+    path = f"/shop/messages/{kept['id']}"
+    assert (await server.manage("DELETE", path)).body == {"deleted": True}
+    assert (await server.manage("DELETE", path)).error == (404, "not_found")
+    assert (await server.manage("GET", "/shop/messages")).body == {"messages": []}
+
+
+async def test_message_to_the_owner_without_consent(
+    server: Server, visitor: Visitor, model: FakeModel
+) -> None:
+    """Nothing is kept of what the visitor does not confirm."""
+    model.scripts.append(act("", {"type": "contact_owner", **LETTER}))
+    await visitor.ask("Tell them")
+    await visitor.send("confirmation_response", confirmed=False)
+    assert (await visitor.next())["data"]["text"] == lf.NOT_CONFIRMED
+    assert server.app.letters == {}
+
+
+@pytest.mark.parametrize(
+    "fields", [{"email": ""}, {"email": "ada at home"}, {"message": " "}, {"message": None}]
+)
+async def test_unfinished_messages_to_the_owner(
+    fields: Json, visitor: Visitor, model: FakeModel
+) -> None:
+    """The model is told what is missing, and asks for it."""
+    model.scripts.append(act("", {"type": "contact_owner", **LETTER, **fields}))
+    model.scripts.append(act("", {"type": "ask_user", "question": "Your address?"}))
+    assert (await visitor.ask())["data"]["text"] == "Your address?"
+    assert "ask the visitor for it" in model.prompt()
+
+
+@with_config(limits={"idle_minutes": 120})
+async def test_limit_of_messages_to_the_owner(
+    server: Server, visitor: Visitor, model: FakeModel, clock: Clock
+) -> None:
+    """Three an hour and session; others have their own."""
+    for _ in range(3):
+        assert (await write_to_owner(visitor, model))["event"] == "task_complete"
+    assert (await write_to_owner(visitor, model))["data"]["text"] == lf.TOO_MANY_LETTERS
+    assert (await write_to_owner(await server.visitor(), model))["event"] == "task_complete"
+    clock.ahead = 3601
+    assert (await write_to_owner(visitor, model))["event"] == "task_complete"
+
+
+@with_constants(MAX_LETTERS=2)
+async def test_full_box_of_messages_to_the_owner(server: Server, model: FakeModel) -> None:
+    """What is kept for a site is bounded."""
+    ends = [await write_to_owner(await server.visitor(), model) for _ in range(3)]
+    assert [end["event"] for end in ends] == ["task_complete", "task_complete", "message"]
+
+
+def test_messages_to_the_owner_ring_for_nobody() -> None:
+    """What chat programs take for a call to all of a team is defused."""
+    for text in ("@everyone", "<!channel>", "<@U123>", "<@&99>", "<#C1>", "@here!"):
+        assert lf.MENTION.search(text)
+    for text in ("ada@example.com", "a < b", "@ada"):
+        assert not lf.MENTION.search(text)
+
+
+@with_constants(SWEEP_SECONDS=0.01)
+async def test_messages_are_posted_until_they_are_taken(
+    serve: Serve, model: FakeModel, hook: Hook, tmp_path: Path, clock: Clock, caplog: Log
+) -> None:
+    """Again after 1, 5 and 30 minutes and at the next start; no redirect is followed."""
+    config = make_config(model, sites=[hooked(hook)], server=on_disk(tmp_path))
+    hook.statuses.extend([500, 302, 404, 503])
+    async with running(config) as server:
+        await write_to_owner(await server.visitor(), model)
+        (letter,) = server.app.letters.values()
+        for tries, minutes in ((1, 1), (2, 5), (3, 30), (4, 9999)):
+            await until(functools.partial(lambda n: letter.tries == n, tries))
+            clock.ahead += 60 * minutes - 10
+            await asyncio.sleep(0.05)
+            assert len(hook.got) == tries
+            clock.ahead += 11
+        await asyncio.sleep(0.05)
+    for _ in range(2):
+        async with running(config) as server:
+            (kept,) = server.app.letters.values()
+            await until(functools.partial(kept.body.__getitem__, "delivered"))
+    assert hook.got == hook.got[:1] * 5
+    assert "s3cret" not in caplog.text
+    assert "call me" not in caplog.text
+
+
+async def test_test_of_the_notify_url(admin: Server, hook: Hook) -> None:
+    """Owners learn whether their URL takes messages; it may not lead into our own network."""
+    path = "/shop/messages/test"
+    answer = await admin.manage("POST", path)
+    assert answer.error == (400, "invalid_config")
+    assert answer.body["details"]["errors"].keys() == {"notifyUrl"}
+    assert (await admin.manage("PATCH", "/shop", {"notifyUrl": hook.url})).status == 200
+    failed = {"delivered": False, "reason": "ClientConnectorError"}
+    assert (await admin.manage("POST", path)).body == failed
+    assert hook.got == []
+    admin.app.public_http = admin.app.http
+    hook.statuses.append(410)
+    assert (await admin.manage("POST", path)).body == {"delivered": False, "reason": "HTTP 410"}
+    assert (await admin.manage("POST", path)).body == {"delivered": True, "reason": ""}
+    assert hook.got[0]["event"] == "test"
+
+
+async def test_pause(admin: Server) -> None:
+    """A paused site's visitors get the refusal, at once and until it is taken back."""
+    visitor = await admin.visitor()
+    await visitor.ask()
+    assert (await admin.manage("PATCH", "/shop", {"paused": True})).body["paused"]
+    answer = await visitor.post()
+    assert (*answer.error, answer.body["message"]) == (*BUDGET_SPENT, REFUSAL)
+    await admin.manage("PATCH", "/shop", {"paused": None})
+    await visitor.ask()
+
+
+async def test_the_guide_passes_messages_on(serve: Serve) -> None:
+    """Where the page has no form, the offline guide asks for what is missing and writes."""
+    server = await serve()
+    visitor = await server.visitor()
+    said = ["I want to talk to a human", "Hello, do you repair mugs?", "Ada", "none", "a@b.example"]
+    heard = [(await visitor.ask(one))["data"] for one in said]
+    questions = ["your message", "your name", "your e-mail address", "your e-mail address"]
+    assert [one["text"] for one in heard[:-1]] == [lf.ASKING.format(one) for one in questions]
+    assert "Hello, do you repair mugs?\n\nAda, a@b.example" in heard[-1]["message"]
+    await visitor.send("confirmation_response", confirmed=True)
+    assert (await visitor.next())["event"] == "task_complete"
+    (letter,) = server.app.letters.values()
+    assert letter.body["message"] == "Hello, do you repair mugs?"
+    whole = "tell them that I love it, my name is Ada, ada@example.com"
+    assert "I love it\n\nAda, ada@example.com" in (await visitor.ask(whole))["data"]["message"]
+    await visitor.ask("talk to a human")
+    assert (await visitor.ask("never mind"))["data"]["text"] == "All right, then not."
 
 
 # ---------------------------------------------------------------------------------------------
