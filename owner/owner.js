@@ -152,9 +152,25 @@ const LOOKS = [
   ]],
 ];
 
+const SCREENS = { computer: [1080, 760], phone: [390, 720] }; // pixels of the page in the preview
+
 async function looks(site) {
   const frame = h("iframe", { title: "Preview of the chat" });
+  const box = h("div.screen", {}, frame);
   const opened = h("input", { type: "checkbox", checked: true });
+  const screen = h("select", { "aria-label": "Screen" },
+    Object.keys(SCREENS).map((name) => h("option", {}, name)));
+  /** The frame is as large as the screen, and drawn smaller if there is less room. */
+  const fit = () => {
+    const [width, height] = SCREENS[screen.value];
+    const scale = Math.min(1, box.clientWidth / width);
+    Object.assign(frame.style,
+      { width: `${width}px`, height: `${height}px`, transform: `scale(${scale})` });
+    box.style.height = `${height * scale}px`;
+  };
+  const room = new ResizeObserver(fit);
+  room.observe(box);
+  site.signal.addEventListener("abort", () => room.disconnect());
   const show = (config) => {
     const said = JSON.stringify({ config, open: opened.checked });
     const url = `/owner/preview.html#${encodeURIComponent(said)}`;
@@ -176,9 +192,10 @@ async function looks(site) {
     },
   });
   opened.onchange = () => show(fields.read());
+  screen.onchange = fit;
   show(site.details.config);
   return [h("div.beside", {}, fields, h("div.stage", {},
-    h("label.check", {}, opened, "The chat is open"), frame))];
+    h("div.row", {}, screen, h("label.check", {}, opened, "The chat is open")), box))];
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -418,8 +435,8 @@ const SETTINGS = [
   { path: "refusal", label: "Refusal", kind: "area", rows: 2,
     hint: "What visitors read when the day's budget is spent, or the chat is paused." },
   { path: "paused", label: "Paused: visitors get the refusal", kind: "check" },
-  { path: "notifyUrl", label: "Tell me of messages at", keepEmpty: true,
-    hint: "An address that gets a POST for each, of Slack for example. Empty: none." },
+  { path: "notifyUrl", label: "Address for messages", keepEmpty: true,
+    hint: "A web address that gets a POST for each, such as one of Slack. Empty: none." },
 ];
 
 async function configuration(site) {
@@ -428,13 +445,18 @@ async function configuration(site) {
   const told = h("span", { role: "status" });
   const test = worker("Test the address", async () => {
     told.textContent = "";
-    const { delivered, reason } = await site.ask("POST", "/messages/test");
-    told.textContent = delivered ? "It has arrived." : `It did not arrive: ${reason}`;
+    try {
+      const { delivered, reason } = await site.ask("POST", "/messages/test");
+      told.textContent = delivered ? "It has arrived." : `It did not arrive: ${reason}`;
+    } catch (failure) {
+      if (!failure.errors?.notifyUrl) throw failure;
+      fields.complain(failure);
+    }
   });
   const fields = form(specs, site.details, { submit: "Save", save: site.save });
   return [
     fields,
-    section("Messages of visitors", h("p", {}, "Send a test to the address that is saved."),
+    section("Messages of visitors", h("p", {}, "A test goes to the saved address, as a message would."),
       h("div.row", {}, test, told)),
     isAdmin && section("Delete the site", h("p", {}, "With its chats and everything set here."),
       worker("Delete this site", async () => {
@@ -485,7 +507,8 @@ async function findSites(signal) {
   const found = [await api("GET", "", { signal })];
   if (host) found.push(await api("GET", "", { host, signal })); // in another process, perhaps
   for (const site of found.flatMap((list) => list.sites)) sites.set(site.id, site);
-  isAdmin = found.some((list) => list.admin);
+  // Only admins may make sites: an empty wish lacks something to them, and is forbidden to others.
+  isAdmin = await api("POST", "", { body: {}, signal }).catch(({ status }) => status === 400);
 }
 
 async function showSites() {

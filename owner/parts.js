@@ -263,7 +263,7 @@ export function form(specs, values, { submit, save, onchange, more = [], done = 
       });
     },
   }, body, problem, h("div.row", {}, send, more, told));
-  return Object.assign(element, { read, write });
+  return Object.assign(element, { read, complain });
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from conftest import (
     Serve,
     Server,
     Visit,
+    act,
     axe,
     listening,
     make_token,
@@ -137,6 +138,26 @@ async def google() -> AsyncIterator[Google]:
     stand_in = Google()
     async with listening(stand_in.answer) as stand_in.url:
         yield stand_in
+
+
+class Hook:
+    """A notify_url."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.status = 204
+        self.got: list[Json] = []
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.got.append(await request.json())
+        return web.Response(status=self.status)
+
+
+@pytest.fixture
+async def hook() -> AsyncIterator[Hook]:
+    there = Hook()
+    async with listening(there.answer) as there.url:
+        yield there
 
 
 Open = Callable[..., Awaitable[Page]]
@@ -294,7 +315,7 @@ async def test_a_sign_in_that_has_ended(enter: Open, google: Google) -> None:
 REFUSED = [  # tab, field, what is written, what it is told
     ("looks", "Greeting", "x" * 241, "Greeting must be a string of 0 to 240 characters."),
     ("looks", "Colour", "red;", "Colour must be a CSS colour such as #a855f7."),
-    ("looks", "Logo", "javascript:alert(1)", "an http(s) URL"),
+    ("looks", "Logo", "/my logo.png", "an http(s) URL"),
     ("looks", "Button 1", "x" * 31, "item 1 must be"),
     ("looks", "Distance from the side", "501", "a number from 0 to 500"),
     ("looks", "Distance from top or bottom", "far", "a number from 0 to 500"),
@@ -329,6 +350,64 @@ async def test_errors_stand_at_their_fields(enter: Open, office: Server) -> None
     assert office.app.site_patches["shop"] == {"config": {}}
 
 
+async def test_settings(enter: Open, office: Server, hook: Hook) -> None:
+    """Settings hold at once and stay; a button tells whether the notify URL works."""
+    page = await enter("settings")
+    await page.get_by_role("button", name="Test the address").click()
+    address = page.get_by_label("Address for messages")
+    await expect(address).to_have_accessible_description(re.compile("is not set"))
+    office.app.public_http = office.app.http  # which may reach this machine
+    written = {"Name": "Acme", "Hosts": "localhost\nlocalhost:8000", "Refusal": "Closed."}
+    for name, text in {**written, "Address for messages": hook.url}.items():
+        await page.get_by_label(name, exact=True).fill(text)
+    for name in ("send forms", "Paused: visitors get the refusal"):
+        await page.get_by_label(name).check()
+    await page.get_by_role("button", name="Save").click()
+    await expect(page.get_by_text("Saved.")).to_be_visible()
+    site = office.app.sites["shop"]
+    assert (site.name, site.refusal, site.restrictions) == ("Acme", "Closed.", ("submit",))
+    assert (site.paused, site.notify_url) == (True, hook.url)
+    assert site.allowed_hosts == (("localhost", None), ("localhost", 8000))
+    for hook.status, words in ((500, "It did not arrive: HTTP 500"), (204, "It has arrived.")):
+        await page.get_by_role("button", name="Test the address").click()
+        await expect(page.get_by_text(words)).to_be_visible()
+    assert [one["event"] for one in hook.got] == ["test", "test"]
+    await page.reload()
+    for name, text in written.items():
+        await expect(page.get_by_label(name, exact=True)).to_have_value(text)
+    await expect(page.get_by_label("send forms")).to_be_checked()
+    for name in ("Name", "Address for messages"):  # back to what config.toml says
+        await page.get_by_label(name, exact=True).fill("")
+    await page.get_by_role("button", name="Save").click()
+    await expect(page.get_by_label("Name")).to_have_value("Acme Shop")
+    assert office.app.sites["shop"].notify_url == ""
+
+
+async def test_messages(enter: Open, office: Server, model: FakeModel) -> None:
+    """Messages are shown as text, whatever is in them, and deleted once the owner is sure."""
+    said = {
+        "name": "<b>Ada</b>",
+        "email": "ada@example.com",
+        "message": "<img src=x onerror=alert(1)>",
+    }
+    model.scripts.append(act("", {"type": "contact_owner", **said}))
+    visitor = await office.visitor("http://localhost")
+    await visitor.ask("Tell them")
+    await visitor.send("confirmation_response", confirmed=True)
+    await visitor.turn()
+    page = await enter("messages")
+    card = page.locator(".cards > li")
+    await expect(card).to_contain_text(said["message"])
+    await expect(card.get_by_role("link")).to_have_attribute("href", "mailto:ada@example.com")
+    await card.get_by_role("button", name="Delete").click()
+    await page.get_by_role("button", name="Cancel").click()
+    assert len(office.app.letters) == 1
+    await card.get_by_role("button", name="Delete").click()
+    await page.get_by_role("button", name="Delete it").click()
+    await expect(page.get_by_text("Nobody has left a message.")).to_be_visible()
+    assert office.app.letters == {}
+
+
 # ---------------------------------------------------------------------------------------------
 # Everybody can use it
 
@@ -344,3 +423,122 @@ async def test_axe(enter: Open, office: Server) -> None:
         for scheme in ("light", "dark"):
             await page.emulate_media(color_scheme=scheme)
             assert await axe(page) == [], (tab, scheme)
+
+
+PHONES: tuple[Json, ...] = ({"width": 320, "height": 640}, {"width": 844, "height": 390})
+
+
+@pytest.mark.parametrize("size", PHONES)
+async def test_on_a_phone(enter: Open, office: Server, size: Json) -> None:
+    """Nothing is wider than the screen, and no field so small that a phone zooms in."""
+    page = await enter("settings", is_mobile=True, **size)
+    for tab in TABS:
+        await page.goto(f"{office.url}/owner#/shop/{tab}")
+        await page.get_by_role("heading", level=2, name=tab).wait_for()
+        assert await page.evaluate("document.documentElement.scrollWidth") == size["width"], tab
+        small = (
+            "(fields) => fields.filter((one) => parseFloat(getComputedStyle(one).fontSize) < 16)"
+        )
+        fields = page.locator("input:not([readonly]), textarea, select")
+        assert await fields.evaluate_all(small) == []
+
+
+async def tab_to(page: Page, selector: str) -> None:
+    """Press Tab until the focus is there, and can be seen to be."""
+    for _ in range(80):
+        await page.keyboard.press("Tab")
+        if await page.evaluate("(it) => document.activeElement.matches(it)", selector):
+            break
+    focused = page.locator(":focus")
+    await expect(focused).to_have_css("outline-style", "solid")
+    assert await page.evaluate("(it) => document.activeElement.matches(it)", selector)
+
+
+async def test_by_keyboard(visit: Visit, office: Server) -> None:
+    """Everything can be reached and done with the keyboard, and the focus is never lost."""
+    page = await visit(f"{office.url}/owner#/shop/settings")
+    await expect(page.get_by_label("E-mail address")).to_be_focused()
+    await page.keyboard.type(OLGA)
+    await page.keyboard.press("Tab")
+    await page.keyboard.type(PASSWORD)
+    await page.keyboard.press("Enter")
+    await page.get_by_role("heading", name="Settings").wait_for()
+    await tab_to(page, "nav a[href$=looks]")
+    await page.keyboard.press("Enter")
+    await page.get_by_role("heading", name="Looks").wait_for()
+    await expect(page.locator("nav a[aria-current=page]")).to_be_focused()
+    await tab_to(page, "textarea")
+    await page.keyboard.press("Control+a")
+    await page.keyboard.type("Good morning!")
+    await tab_to(page, "button[type=submit]")
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_text("Saved.")).to_be_visible()
+    await expect(page.get_by_role("button", name="Save")).to_be_focused()
+    assert office.app.sites["shop"].config["greeting"] == "Good morning!"
+
+
+# ---------------------------------------------------------------------------------------------
+# Admins
+
+
+async def test_new_sites(enter: Open, office: Server) -> None:
+    """An admin makes a site, hands it over to its owner, and deletes it; owners cannot."""
+    page = await enter("settings", email=BOSS)
+    await page.get_by_role("link", name="leflux").click()
+    make = page.get_by_role("button", name="Make it")
+    for host, words in (("https://acme.com", "acme.com"), ("other.example", "another site")):
+        await page.get_by_label("Host").fill(host)
+        await page.get_by_label("Name").fill("Acme")
+        await make.click()
+        await expect(page.get_by_label("Host")).to_have_accessible_description(re.compile(words))
+    await page.get_by_label("Host").fill("acme.com")
+    await make.click()
+    await page.get_by_role("heading", level=2, name="Settings").wait_for()
+    await page.get_by_label("Owners").fill(OLGA)
+    await page.get_by_role("button", name="Save").click()
+    await expect(page.get_by_text("Saved.")).to_be_visible()
+    assert office.app.sites["acme-com"].owners == (OLGA,)
+    await page.get_by_role("button", name="Delete this site").click()
+    await page.get_by_role("button", name="Cancel").click()
+    await page.get_by_role("button", name="Delete this site").click()
+    await page.get_by_role("button", name="Delete it").click()
+    await expect(page.get_by_role("heading", name="Your sites")).to_be_visible()
+    assert await page.locator(".cards a").all_inner_texts() == ["Acme Shop", "Other"]
+    assert office.app.sites.keys() == {"shop", "other"}
+    # A site of config.toml cannot be deleted here.
+    await page.get_by_role("link", name="Acme Shop").click()
+    await page.get_by_role("link", name="Settings").click()
+    await page.get_by_role("button", name="Delete this site").click()
+    await page.get_by_role("button", name="Delete it").click()
+    await expect(page.get_by_role("alert")).to_contain_text("config.toml")
+
+
+async def test_what_owners_cannot(enter: Open, office: Server) -> None:
+    """An owner makes and deletes no sites, and reads who the owners are."""
+    page = await enter("settings")
+    await expect(page.get_by_label("Owners")).to_have_attribute("readonly", "")
+    await expect(page.get_by_role("button", name="Delete this site")).to_have_count(0)
+    await page.get_by_role("link", name="leflux").click()
+    await expect(page.get_by_role("link", name="Acme Shop")).to_be_visible()
+    await expect(page.get_by_role("button", name="Make it")).to_have_count(0)
+    await page.goto(f"{office.url}/owner#/other/settings")
+    await expect(page.get_by_role("alert")).to_be_visible()
+
+
+async def test_requests_name_the_host(visit: Visit, office: Server) -> None:
+    """Requests for a site say which host it has, so that a proxy finds the process it lives in."""
+    page = await visit("about:blank")
+    said: list[tuple[str, str | None]] = []
+    path = "/api/admin/sites"
+    page.on(
+        "request",
+        lambda one: (
+            said.append((one.url.partition(path)[2], one.headers.get("x-leflux-host")))
+            if path in one.url
+            else None
+        ),
+    )
+    await page.goto(f"{office.url}/owner?host=shop.example#/shop/settings")
+    await sign_in(page)
+    await page.get_by_role("heading", name="Settings").wait_for()
+    assert {("", None), ("", "shop.example"), ("/shop", "localhost")} == set(said)
