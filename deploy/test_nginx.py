@@ -27,14 +27,17 @@ from conftest import (
     UUID,
     FakeModel,
     Json,
+    KeyServer,
     Patch,
     Serve,
     Server,
     Visitor,
+    bearer,
     certificate,
     chunk,
     make_config,
     needs,
+    office,
     private_key,
     program,
     read_close,
@@ -325,6 +328,30 @@ async def test_each_site_stays_on_one_instance(serve: Serve, tmp_path: Path) -> 
             same_origin = {"Host": domain, "Sec-Fetch-Site": "same-origin"}
             path = f"/api/session/{answers[0].body['sessionId']}"
             assert (await other.call("GET", path, origin=None, headers=same_origin)).status == 200
+        assert all(server in homes for server in servers)
+
+
+async def test_owners_reach_the_process_of_their_site(
+    serve: Serve, key_server: KeyServer, tmp_path: Path
+) -> None:
+    """An owner's request goes where the pages of the host go that X-Leflux-Host names; visitors
+    cannot choose."""
+    tables = office(key_server, sites=[{**MANY, "owners": ["olga"]}])
+    servers = [await serve(**tables, limits={"init_per_minute": 1000}) for _ in range(3)]
+    async with nginx(tmp_path, *servers) as proxy, proxy.visitors() as site:
+        homes = []
+        for number, domain in enumerate(DOMAINS):
+            chosen = {"X-Leflux-Host": DOMAINS[number - 1]}  # it counts for nothing here
+            answer = await site.init(origin=f"https://www.{domain}", headers=chosen)
+            session_id = answer.body["sessionId"]
+            (home,) = [server for server in servers if session_id in server.app.sessions]
+            homes.append(home)
+            path = f"/api/admin/sites/many/sessions/{session_id}"
+            headers = {**bearer("owner"), "X-Leflux-Host": domain}
+            answer = await site.call("GET", path, origin=site.url, headers=headers)
+            assert answer.status == 200, domain
+            path = f"/api/session/{session_id}"
+            assert (await site.call("GET", path, origin=f"https://{domain}")).status == 200
         assert all(server in homes for server in servers)
 
 
