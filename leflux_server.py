@@ -8,6 +8,7 @@ server; it asks a language model and streams the answer back over a WebSocket.
 
 Without an API key the built-in offline guide answers, so that everything can be tried at once.
 Settings are in config.toml beside this file; the model's key is in $LEFLUX_LLM_API_KEY.
+SIGHUP (systemctl reload leflux) reads them again, with the files of knowledge.
 --check reads them, says what looks wrong, and exits. deploy/doctor.py checks a whole deployment.
 
 REST (JSON in, JSON out; a caller is the site whose allowed_hosts contains its Origin):
@@ -4973,15 +4974,21 @@ async def root(request: web.Request) -> web.StreamResponse:
 # Lifecycle: what runs beside the handlers, and how it all ends.
 
 
+def connect(app: AppState, http: aiohttp.ClientSession) -> None:
+    """Make what calls others: the model's client, and the cache of Google's keys."""
+    llm, firebase = app.config.llm, app.config.firebase
+    app.backend = OfflineGuide()
+    if not app.config.offline:
+        app.backend = ChatModel(http, llm, app.config.api_key)
+    app.keys = KeyCache(http, firebase.keys_url) if firebase.project_id else None
+
+
 async def http_client(app: web.Application) -> AsyncIterator[None]:
     """The one ClientSession of the app, and the model on it."""
     state = app[APP_STATE]
     async with new_client() as http, new_client(public=True) as public_http:
         state.http, state.public_http = http, public_http
-        if not state.config.offline:
-            state.backend = ChatModel(http, state.config.llm, state.config.api_key)
-        if state.config.firebase.project_id:
-            state.keys = KeyCache(http, state.config.firebase.keys_url)
+        connect(state, http)
         yield
 
 
@@ -5044,19 +5051,54 @@ async def persistence(app: web.Application) -> AsyncIterator[None]:
     state.store.close()
 
 
+async def index_files(app: AppState) -> None:
+    """Bring the knowledge up to date with the files."""
+    for site in app.sites.values():
+        pages = app.files.get(site.id, [])
+        await app.knowledge.call(app.knowledge.replace, site.id, "file", pages)
+
+
 async def site_texts(app: web.Application) -> AsyncIterator[None]:
     """Open the knowledge and bring it up to date with the files; close it at the end."""
     state = app[APP_STATE]
     folder = state.config.server.state_dir
     path = state.config.folder / folder / "knowledge.db" if folder else None
     try:
-        knowledge = state.knowledge = Knowledge(path)
+        state.knowledge = Knowledge(path)
     except (sqlite3.Error, OSError) as error:
         raise ConfigError(f"{path} cannot be used: {error}") from None
-    for site in state.sites.values():
-        await knowledge.call(knowledge.replace, site.id, "file", state.files.get(site.id, []))
+    await index_files(state)
     yield
-    knowledge.close()
+    state.knowledge.close()
+
+
+HOLDS_FROM_THE_START = ("host", "port", "cors_origins", "state_dir", "demo")  # of [server]
+
+
+async def read_again(app: AppState, path: Path) -> None:
+    """Go by what config.toml and the files of knowledge say by now. A mistake changes nothing."""
+    before = app.config
+    try:
+        config = await asyncio.to_thread(load_config, path, os.environ)
+        files = await asyncio.to_thread(read_knowledge, config)
+    except ConfigError as error:
+        log.error("nothing is changed: %s", " ".join(str(error).split()))
+        return
+    kept = {name: getattr(before.server, name) for name in HOLDS_FROM_THE_START}
+    server = dataclasses.replace(config.server, **kept)
+    app.config, app.files = dataclasses.replace(config, server=server), files
+    logging.getLogger().setLevel(server.log_level)
+    if (before.llm, before.api_key) != (config.llm, config.api_key) or (
+        before.firebase != config.firebase
+    ):
+        connect(app, cast(aiohttp.ClientSession, app.http))
+    for site in config.sites:
+        app.api_sites.pop(site.id, None)
+    rebuild_sites(app)
+    for session in [one for one in app.sessions.values() if one.site_id not in app.sites]:
+        drop_session(app, session)
+    await index_files(app)
+    log.info("config.toml has been read again: %d site(s)", len(config.sites))
 
 
 async def sweep(app: AppState, now: float) -> None:
@@ -5082,9 +5124,9 @@ async def sweep(app: AppState, now: float) -> None:
             await asyncio.sleep(0)
 
 
-async def repeat(work: Callable[[], Awaitable[None]]) -> None:
+async def repeat(work: Callable[[], Awaitable[None]], pause: float | None = None) -> None:
     while True:
-        await asyncio.sleep(SWEEP_SECONDS)
+        await asyncio.sleep(SWEEP_SECONDS if pause is None else pause)
         try:
             await work()
         except Exception:
@@ -5261,19 +5303,29 @@ def raise_file_limit() -> None:
     asyncio.get_running_loop().set_exception_handler(handle)
 
 
-async def run(config: Config) -> None:
+async def run(config: Config, path: Path) -> None:
+    """Serve until SIGINT or SIGTERM; SIGHUP reads the configuration again."""
     raise_file_limit()
     gc.freeze()  # what is loaded now stays: looking through it cost a tenth of a turn's time
-    stop = asyncio.Event()
+    stop, changed, loop = asyncio.Event(), asyncio.Event(), asyncio.get_running_loop()
     for signal_number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
-    async with serving(config) as (_, url):
+        loop.add_signal_handler(signal_number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, changed.set)
+    async with serving(config) as (app, url):
+
+        async def follow_changes() -> None:
+            await changed.wait()
+            changed.clear()
+            await read_again(app[APP_STATE], path)
+
         model = "offline guide" if config.offline else f"{config.llm.model} (remote)"
         print(f"leflux {__version__} listens on {url}, model: {model}", flush=True)
         for doubt in doubts(config) + small_budgets(config):
             log.warning("%s", doubt)
         notify_systemd("READY=1")
+        following = asyncio.create_task(repeat(follow_changes, 0))
         await stop.wait()
+        following.cancel()
         notify_systemd("STOPPING=1")
         log.info("stopping")
 
@@ -5315,7 +5367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # These quote what clients send, a session id perhaps.
         logging.getLogger("aiohttp.websocket").setLevel(logging.ERROR)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(run(config))
+            runner.run(run(config, Path(options.config)))
     except ConfigError as error:
         print("leflux:", " ".join(str(error).split()), file=sys.stderr)
         return 2

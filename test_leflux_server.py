@@ -80,6 +80,7 @@ from conftest import (
     KeyServer,
     Log,
     Patch,
+    Program,
     Script,
     Serve,
     Server,
@@ -8797,6 +8798,60 @@ async def test_startup_line(tmp_path: Path) -> None:
         assert "remote" in running.first_line
         assert (await running.server.call("GET", "/health")).body["llm"] == "remote"
         await running.stop(signal.SIGINT)
+
+
+async def reload(running: Program) -> str:
+    """Send SIGHUP; return the one line that the server logs of it."""
+    running.child.send_signal(signal.SIGHUP)
+    assert running.child.stderr is not None
+    reading = running.child.stderr.readline()
+    return (await asyncio.wait_for(reading, PATIENCE_SECONDS)).decode()
+
+
+async def test_reload(tmp_path: Path) -> None:
+    """SIGHUP reads config.toml and the knowledge again, for open chats too; with a mistake in them
+    everything stays as it is."""
+    async with program(tmp_path) as running:
+        path, server, new = tmp_path / "config.toml", running.server, "https://new.example"
+        before = path.read_text()
+        visitor = await server.visitor()
+        (tmp_path / "facts.md").write_text("Zebras cost 5 euros.")
+        after = before.replace('"acme.com"', '"acme.com", "new.example"')
+        path.write_text(f'{after}knowledge = ["facts.md"]\nconfig = {{ greeting = "New" }}\n')
+        assert "read again" in await reload(running)
+        for mistake in ('nme = "x"', 'knowledge = ["none.md"]', "]"):
+            path.write_text(f"{before}{mistake}\n")
+            line = await reload(running)
+            assert "ERROR leflux nothing is changed:" in line
+            assert ("none.md" if "none" in mistake else str(path)) in line
+        assert (await server.init(origin=new)).status == 200
+        assert (await visitor.get()).body["siteConfig"]["greeting"] == "New"
+        assert "5 euros" in (await visitor.ask("How much is a zebra?"))["data"]["text"]
+        path.write_text(before)
+        assert "read again" in await reload(running)
+        assert (await server.init(origin=new)).error == (403, "host_not_registered")
+        assert "do not know" in (await visitor.ask("How much is a zebra?"))["data"]["text"]
+        assert "Traceback" not in await running.stop()
+
+
+async def test_reload_renews_the_model(serve: Serve, model: FakeModel, tmp_path: Path) -> None:
+    """Another model and other limits hold from the next answer on; a site that is gone takes its
+    chats along."""
+    server = await serve(model)
+    visitor, other = await server.visitor(), await server.visitor("https://other.example")
+    await visitor.ask()
+    path = tmp_path / "config.toml"
+    path.write_text(
+        f'[llm]\nbase_url = "{model.url}"\nmodel = "new"\n[limits]\nchat_per_minute = 2\n'
+        '[[sites]]\nid = "shop"\nname = "New"\nallowed_hosts = ["acme.com"]\n'
+    )
+    await lf.read_again(server.app, path)
+    await visitor.ask()
+    assert [request["model"] for request in model.requests] == [lf.LlmConfig().model, "new"]
+    assert (await read_close(other.ws))[1] == 4404
+    assert server.app.config.server.port == 0  # as it was at the start
+    newcomer = await server.visitor()
+    assert [(await newcomer.post()).status for _ in range(3)] == [200, 200, 429]
 
 
 async def test_port_in_use(tmp_path: Path) -> None:
