@@ -288,6 +288,7 @@ async def key_server() -> AsyncIterator[KeyServer]:
 # ---------------------------------------------------------------------------------------------
 # The admin API: two sites, and who comes to it
 
+CUT_SHORT = "\n\n" + lf.ENGLISH("cut_short")
 REFUSAL = "Enough for today, see you tomorrow."
 MANAGED: Json = {
     **SHOP,

@@ -55,6 +55,7 @@ from multidict import CIMultiDict
 import leflux_server as lf
 from conftest import (
     CLAIMS,
+    CUT_SHORT,
     DAMAGES,
     FOREIGN,
     HEADER,
@@ -1098,7 +1099,7 @@ async def test_a_message_is_kept_before_it_is_acknowledged(
     await visitor.turn()
 
 
-FAQ = {"items": [{"question": "Q", "answer": "A"}]}
+FAQ = {"items": [{"q": "Q", "a": "A"}]}
 LAST_EVENTS = [  # the ends of a turn, and what of them the history keeps
     ("message_done", reply("The reply"), "The reply"),
     ("message", act("", {"type": "ask_user", "question": "The reply"}), "The reply"),
@@ -1570,7 +1571,7 @@ async def test_kill_right_after_the_acknowledgement(
             visitor.server = run.server
             history = await visitor.history()
             assert ("user", "Is this kept?") in history
-            assert history[-1] == ("assistant", lf.RESTARTED)
+            assert history[-1] == ("assistant", lf.ENGLISH("restarted"))
             again = await visitor.post("Is this kept?", clientMessageId="one")
             assert again.body == json.loads(answer.raw)
 
@@ -1853,10 +1854,10 @@ async def test_kill_cuts_off_turns_and_tasks(tmp_path: Path, model: FakeModel) -
             await visitor.connect(seen)
             end = await visitor.next()
             assert end["event"] == "message", name
-            assert end["data"] == {"text": lf.RESTARTED}
+            assert end["data"] == {"text": lf.ENGLISH("restarted")}
             assert seen < end["seq"] < 2**53
             assert (await visitor.history())[0] == ("user", "Do it")
-            assert (await visitor.history())[-1] == ("assistant", lf.RESTARTED)
+            assert (await visitor.history())[-1] == ("assistant", lf.ENGLISH("restarted"))
             await visitor.send("continue_task", context=SHOWN)
             await visitor.send("confirmation_response", confirmed=True)
             await visitor.expect_open()
@@ -1935,7 +1936,9 @@ class Talker:
         history = await self.visitor.history()
         for role, expected in (("user", self.acknowledged), ("assistant", self.heard)):
             kept = [text for one, text in history if one == role]
-            assert len(set(kept) - {lf.RESTARTED}) == len([t for t in kept if t != lf.RESTARTED])
+            assert len(set(kept) - {lf.ENGLISH("restarted")}) == len(
+                [t for t in kept if t != lf.ENGLISH("restarted")]
+            )
             assert [text for text in kept if text in expected] == expected
 
 
@@ -1993,9 +1996,9 @@ async def test_shutdown_flushes_everything(tmp_path: Path, model: FakeModel) -> 
     assert kept_messages(tmp_path, done.id) == [("user", "Short"), ("assistant", "ok")]
     assert kept_messages(tmp_path, streaming.id) == [
         ("user", "Long"),
-        ("assistant", f"Half{lf.CUT_SHORT}"),
+        ("assistant", f"Half{CUT_SHORT}"),
     ]
-    assert kept_messages(tmp_path, confirming.id)[-1] == ("assistant", lf.INTERRUPTED)
+    assert kept_messages(tmp_path, confirming.id)[-1] == ("assistant", lf.ENGLISH("interrupted"))
     assert [end["event"] for end in ends] == ["message_done", "message_done", "message"]
     async with program(tmp_path, more) as run:
         for visitor, end in zip((done, streaming, confirming), ends, strict=True):
@@ -2179,7 +2182,7 @@ async def test_calls_of_a_session(
     end = await visitor.ask()
     assert end["event"] == ends
     if ends == "message":
-        assert end["data"]["text"] == lf.TOO_FAST
+        assert end["data"]["text"] == lf.ENGLISH("too_fast")
     assert len(model.requests) == (1 if ends == "message" else 2)
     assert (await (await server.visitor()).ask())["data"]["text"] == "ok"
 
@@ -2281,7 +2284,7 @@ async def test_call_that_never_began(
     elif how == "delete":
         lf.drop_session(app, session)
     else:
-        lf.interrupt_task(app, session, lf.STOPPED)
+        lf.interrupt_task(app, session, lf.ENGLISH("stopped"))
     await until(lambda: usage.reserved == 0)
     assert usage.tokens == 0
     await until(lambda: session.task is None)
@@ -2694,7 +2697,15 @@ def confirming(pending: Any, **more: Any) -> Json:
 
 
 BAD_STEPS = (
-    *("click", step("hover", 2), step(["click"], 2), step("click", 99), step("click", 5)),
+    *(
+        "click",
+        step("dance", 2),
+        step("press", 3),
+        step("press", 3, key="F5"),
+        step(["click"], 2),
+        step("click", 99),
+        step("click", 5),
+    ),
     *(step("type", 3), step("type", 3, inputData=5), step("type", 3, inputData=None)),
     *(step("select", 4, inputData=["Pro"]), step("type", 6, inputData="hunter2"), step("wait")),
     *(step("wait", waitDuration=long) for long in (-1, True, "5", float("nan"), float("inf"))),
@@ -2722,9 +2733,7 @@ BAD_STEPS = (
         *(confirming({"type": kind}) for kind in ("task_complete", "confirmation_required")),
         *(block("iframe", {"items": [{"title": "x"}]}), block(["faq_list"], {"items": [1]})),
         *(block("faq_list", "x"), block("faq_list", {}), block("faq_list", {"items": []})),
-        block("faq_list", {"items": [[[[[["deep"]]]]]]}),
-        block("link_cards", {"items": [{"title": "x", "url": "https://evil.example/"}]}),
-        block("link_cards", {"items": [{"title": "x", "href": "javascript:alert(1)"}]}),
+        *(block("faq_list", {"items": [item]}) for item in ([["deep"]], {"q": ""}, {"x": "y"}, 5)),
     ],
 )
 def test_an_invalid_action_is_refused_whole(raw: Any) -> None:
@@ -2868,37 +2877,80 @@ def test_what_the_owner_forbids_does_not_run(restriction: str, raw: Json) -> Non
 def test_a_click_that_cannot_be_taken_back_is_known(element: Json, risky: bool) -> None:
     """delete, remove, buy, pay, purchase, order, send, transfer, unsubscribe, cancel what; each
     name is read by itself, without what nobody sees."""
-    page = page_of({**PAGE_CONTEXT, "indexedElements": [{"id": 1, "type": "button", **element}]})
-    plan = plan_of(click(1), page)
-    assert bool(lf.irreversible_elements(plan, page)) is risky
-    sequence = plan_of(steps(step("scroll_to", 1), step("click", 1)), page)
-    assert bool(lf.irreversible_elements(sequence, page)) is risky
+    for raw in (click(1), steps(step("scroll_to", 1), step("double_click", 1))):
+        assert bool(asked_about([{"type": "button", **element}], raw)) is risky
 
 
-def test_a_submit_of_a_form_that_says_so_cannot_be_taken_back() -> None:
-    """The words may stand in the form instead of on its button."""
-    button = {"id": 1, "type": "submit", "text": "Continue"}
-    context = {**PAGE_CONTEXT, "indexedElements": [button]}
-    assert not lf.is_irreversible(button, context)
-    assert lf.is_irreversible(button, {**context, "forms": ['{"title":"Transfer money"}']})
+def test_labels_of_all_languages() -> None:
+    """At least 95 % of what cannot be undone is asked about, at most 5 % of what is harmless; no
+    word was chosen for the labels under "heldOut"."""
+    languages = json.loads((lf.HERE / "test_labels.json").read_bytes())
+    assert languages.keys() == lf.all_words().keys()
+    for part in ("tuned", "heldOut"):
+        asked = {"harmful": [0, 0], "harmless": [0, 0]}
+        for labels in languages.values():
+            for kind, texts in labels[part].items():
+                asked[kind][0] += sum(bool(asked_about([{"text": text}])) for text in texts)
+                asked[kind][1] += len(texts)
+        harmful, harmless = (found / whole for found, whole in asked.values())
+        assert (harmful >= 0.95, harmless <= 0.05) == (True, True), (part, asked)
+
+
+def asked_about(elements: list[Json], raw: Any = None, **context: Any) -> list[str]:
+    """What a plan on a page of some elements asks about first, a click on the first by default."""
+    known = [{"id": at, "type": "button"} | one for at, one in enumerate(elements, 1)]
+    page = page_of({**PAGE_CONTEXT, "indexedElements": known, **context})
+    return [name for _, name in lf.irreversible_steps(plan_of(raw or click(1), page), page)]
+
+
+BLOCKS: dict[str, Json] = {
+    "pricing_cards": {
+        "plans": [
+            {"name": "Pro", "price": "12", "period": "month", "highlighted": True}
+            | {"features": ["All"], "cta_label": "Take it", "cta_url": "/pro"},
+            {"name": "Team", "cta_label": "Ask", "cta_action": "I want Team"},
+        ]
+    },
+    "feature_grid": {"features": [{"icon": "bolt", "title": "Fast", "body": "Very."}]},
+    "faq_list": {"items": [{"q": "Why?", "a": "So."}]},
+    "link_cards": {
+        "cards": [{"title": "Docs", "description": "All", "url": "https://x.example/", "icon": "a"}]
+    },
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks_have_their_published_shapes(kind: str) -> None:
+    """They pass as they are, pass the schema's list of fields, and lose what they do not know."""
+    assert checked(block(kind, BLOCKS[kind])) == {"block_type": kind, "data": BLOCKS[kind]}
+    ((name, items),) = BLOCKS[kind].items()
+    more = {name: [{**item, "script": "x"} for item in items], "more": 1}
+    assert checked(block(kind, more))["data"] == BLOCKS[kind]
+    data = lf.ACTIONS["render_ui_block"].fields["data"]["anyOf"]
+    (shape,) = (one["properties"][name] for one in data if name in one["properties"])
+    assert {field for item in items for field in item} <= set(shape["items"]["properties"])
 
 
 def test_a_block_is_cut_to_its_limits() -> None:
-    """At most 8 items, 280 characters a text, links of the site resolved."""
-    items = [{"title": "x" * 500, "url": "/a", "points": ["y"] * 20} for _ in range(20)]
-    shown = checked(block("link_cards", {"items": items}))["data"]["items"]
-    assert len(shown) == 8
-    cut = {"title": "x" * 280, "url": "https://acme.com/a", "points": ["y"] * 8}
-    assert shown[0] == cut
+    """At most 8 items, 280 characters a text; numbers are texts."""
+    items = [{"name": "x" * 500, "price": 9.5, "features": ["y" * 300] * 20} for _ in range(20)]
+    shown = checked(block("pricing_cards", {"items": [*items, 7]}))["data"]["plans"]
+    assert shown == [{"name": "x" * 280, "price": "9.5", "features": ["y" * 280] * 8}] * 8
 
 
-def test_a_block_shows_something() -> None:
-    """Bare words become titles; items that show nothing are left out."""
-    mixed = ["Fast", 5, {}, {"title": ""}, "Cheap"]
-    shown = checked(block("feature_grid", mixed))
-    assert shown["data"] == {"items": [{"title": "Fast"}, {"title": "Cheap"}]}
-    with pytest.raises(lf.ActionRejected):
-        lf.check_action(block("feature_grid", {"items": [{"title": ""}, 5]}), page_of())
+@pytest.mark.parametrize(
+    ("url", "stays"),
+    [
+        *((url, True) for url in ("/a", "?b", "https://acme.com/a", "http://other.example/x")),
+        *((url, False) for url in ("javascript:alert(1)", "data:text/html,x", "mailto:a@b.c", 5)),
+        *((url, False) for url in ("java\tscript:x", "https://[", "https://a@evil.example/", "")),
+    ],
+)
+def test_a_bad_link_costs_the_link_alone(url: Any, stays: bool) -> None:
+    """http(s) of any website stays as it was written; the item and the block stay in any case."""
+    cards = [{"title": "x", "url": url}, {"title": "y"}]
+    shown = checked(block("link_cards", {"cards": cards}))["data"]["cards"]
+    assert shown == [{"title": "x"} | ({"url": url} if stays else {}), {"title": "y"}]
 
 
 def test_the_vocabulary_comes_from_one_list() -> None:
@@ -3144,7 +3196,7 @@ def expect_end(end: Json, text: str, cut_short: bool = False) -> None:
     """Check the event that ends a turn: the whole text, or a message that says sorry."""
     if text:
         assert end["event"] == "message_done"
-        assert end["data"]["text"] == text + (lf.CUT_SHORT if cut_short else "")
+        assert end["data"]["text"] == text + (CUT_SHORT if cut_short else "")
     else:
         assert end["event"] == "message"
         assert end["data"]["isError"] is True
@@ -3378,7 +3430,7 @@ async def test_no_model_at_all(serve: Serve, caplog: Log) -> None:
         visitor = await server.visitor()
         expect_end(await visitor.ask(), "")
     assert [m for m in caplog.messages if "attempt" in m][-1].endswith("(attempt 3)")
-    assert (await visitor.history())[1][1].startswith(lf.NO_ANSWER)
+    assert (await visitor.history())[1][1].startswith(lf.ENGLISH("no_answer"))
 
 
 @pytest.mark.parametrize(
@@ -3429,7 +3481,7 @@ async def test_endless_reply_is_cut(visitor: Visitor, model: FakeModel) -> None:
     end = await visitor.ask()
     assert end["event"] == "message_done"
     assert 100_000 < len(end["data"]["text"]) < 210_000
-    assert end["data"]["text"].endswith(lf.CUT_SHORT)
+    assert end["data"]["text"].endswith(CUT_SHORT)
 
 
 def http_chunks(*pieces: bytes) -> Callable[[web.Request], Awaitable[None]]:
@@ -3581,7 +3633,10 @@ async def test_context_overflow(
     started = time.monotonic()
     end = await visitor.ask("question-now", pageContext=page)
     assert time.monotonic() - started < 3
-    assert (end["event"], end["data"]) == ("message", {"text": lf.TOO_LONG, "isError": True})
+    assert (end["event"], end["data"]) == (
+        "message",
+        {"text": lf.ENGLISH("too_long"), "isError": True},
+    )
     words = ("question-0", "question-3", "question-now", "Begin", "End")
     assert [sees(model, calls + n, *words) for n in range(4)] == [
         [True, True, True, True, True],
@@ -3610,7 +3665,7 @@ async def test_what_is_no_overflow(
     """A throttled call is tried again later, with all of the conversation."""
     model.scripts += [status(code, {"error": {"message": message}}, Retry_After="0")] * 3
     text = (await visitor.ask())["data"]["text"]
-    assert lf.TOO_LONG not in text
+    assert lf.ENGLISH("too_long") not in text
     assert len(model.requests) == calls
 
 
@@ -3933,7 +3988,7 @@ async def test_no_call_lasts_for_ever(visitor: Visitor, model: FakeModel) -> Non
     model.scripts.append([sse(chunk("x")), pause] * 100)
     end = await visitor.ask()
     assert 3 <= end["data"]["text"].count("x") <= 9
-    assert end["data"]["text"].endswith(lf.CUT_SHORT)
+    assert end["data"]["text"].endswith(CUT_SHORT)
 
 
 @with_config(llm={"first_text_seconds": 0.4})
@@ -3966,7 +4021,7 @@ async def test_silence_after_a_finish_reason(
         started = time.monotonic()
         frames = await visitor_asks(visitor)
         assert 0.45 <= time.monotonic() - started < 1.5
-        assert lf.CUT_SHORT not in json.dumps(frames)
+        assert CUT_SHORT not in json.dumps(frames)
         assert frames[-1]["event"] == "message"
         assert frames[-1]["data"]["isQuestion"] is True  # its action runs
     assert not warnings(caplog)
@@ -4048,7 +4103,7 @@ async def test_streams_without_text(
     end = await visitor.ask()
     assert end["event"] == "message"
     assert end["data"]["isError"] is True
-    assert end["data"]["text"].startswith(lf.NO_ANSWER)
+    assert end["data"]["text"].startswith(lf.ENGLISH("no_answer"))
     assert reason in warnings(caplog)
     assert "SECRET" not in caplog.text
     assert used(server)[1] == 0
@@ -4114,7 +4169,7 @@ async def test_the_guide_helps_out(
     end = await visitor.ask("Within how many days can I return something?", pageContext=page)
     assert end["event"] == "message"
     assert end["data"]["isError"] is True
-    assert end["data"]["text"].startswith(lf.NO_ANSWER)
+    assert end["data"]["text"].startswith(lf.ENGLISH("no_answer"))
     assert "within 30 days" in end["data"]["text"]
     assert (await visitor.history())[-1] == ("assistant", end["data"]["text"])
     assert "a turn got no whole answer" in warnings(caplog)
@@ -4140,7 +4195,7 @@ async def test_a_reply_that_repeats_itself(
     model.scripts.append([step for one in pieces for step in (sse(chunk(one)), breath)])
     end = await visitor.ask()
     assert end["event"] == "message_done"
-    assert end["data"]["text"].endswith(lf.CUT_SHORT)
+    assert end["data"]["text"].endswith(CUT_SHORT)
     assert len(end["data"]["text"]) < 2500
     assert "repeats itself" in warnings(caplog)
     await until(lambda: model.hung_up)
@@ -4549,13 +4604,13 @@ def test_the_guide_does_not_ask_for_what_was_given() -> None:
         2: "Ada",
         3: "ada@example.com",
     }
-    question = lf.ASKING.format("E-mail")
+    question = lf.ENGLISH("guide_ask", what="E-mail")
     assert typed(guided(wish, question, "sure, it is ada@example.com")) == {3: "ada@example.com"}
 
 
 def test_a_question_is_no_answer() -> None:
     """Asked for a name, the visitor may ask or want something else."""
-    asked = lf.ASKING.format("Your name")
+    asked = lf.ENGLISH("guide_ask", what="Your name")
     assert guided("request an appointment", asked, "how much is it?")["action"] is None
     assert guided("request an appointment", asked, "show me prices")["action"]["elementId"] == 1
 
@@ -5141,7 +5196,7 @@ async def test_a_refused_action_is_explained_to_the_model_twice(
     model.scripts += [act("Trying.", action) for action in bad]
     end = await page.ask()
     assert end["event"] == "message"
-    assert end["data"] == {"text": lf.NOT_POSSIBLE}
+    assert end["data"] == {"text": lf.ENGLISH("not_possible")}
     assert len(model.requests) == 3
     assert "element 99 is not on the page" in model.prompt(1)
     assert "url leaves this website" in model.prompt(2)
@@ -5177,7 +5232,7 @@ async def test_a_bug_in_the_last_resort_ends_visibly(
     """Even where the model is out of reach and the guide fails, there is an end."""
     monkeypatch.setattr(lf, "guide_answer", lambda *_: 1 / 0)
     model.scripts.append(status(401))
-    assert (await visitor.ask())["data"] == {"text": lf.NO_ANSWER, "isError": True}
+    assert (await visitor.ask())["data"] == {"text": lf.ENGLISH("no_answer"), "isError": True}
     caplog.clear()
 
 
@@ -5207,7 +5262,7 @@ async def test_an_irreversible_click_waits_for_the_visitor(
         await page.visitor.send("confirmation_response", confirmed=True)
         assert (await page.done(after))["event"] == "task_complete"
     else:
-        assert (after["event"], after["data"]) == ("message", {"text": lf.NOT_CONFIRMED})
+        assert (after["event"], after["data"]) == ("message", {"text": lf.ENGLISH("not_confirmed")})
     await page.visitor.send("confirmation_response", confirmed=True)
     await page.visitor.expect_open()
     assert page.plans == int(confirmed)
@@ -5266,7 +5321,7 @@ async def test_a_confirmed_action_is_checked_against_the_page_of_that_moment(
     model.scripts += [act("", click(8))]
     await page.ask()
     await page.visitor.send("update_context", context=at("/shop/", *now))
-    assert (await page.answer(True))["data"] == {"text": lf.PAGE_CHANGED}
+    assert (await page.answer(True))["data"] == {"text": lf.ENGLISH("page_changed")}
 
 
 async def test_a_scroll_does_not_void_a_confirmation(page: OpenPage, model: FakeModel) -> None:
@@ -5331,7 +5386,7 @@ async def test_a_pending_confirmation_is_gone_with_its_task(
         assert (await page.ask("Hello"))["event"] == "message_done"
     elif ended_by == "stop":
         await page.visitor.send("stop")
-        assert (await page.turn())["data"] == {"text": lf.STOPPED}
+        assert (await page.turn())["data"] == {"text": lf.ENGLISH("stopped")}
     else:
         data = {"sessionId": page.visitor.id, "confirmed": True}
         await other.ws.send_json({"event": "confirmation_response", "data": data})
@@ -5349,16 +5404,16 @@ B = [{"id": n, "type": "button", "text": f"B{n}"} for n in range(9)]
 @pytest.mark.parametrize(
     ("actions", "moves", "plans", "text"),
     [
-        ([click(2)] * 9, True, 3, lf.GOING_IN_CIRCLES),
-        ([{"type": "navigate", "url": "/a"}] * 9, True, 2, lf.GOING_IN_CIRCLES),
+        ([click(2)] * 9, True, 3, lf.ENGLISH("going_in_circles")),
+        ([{"type": "navigate", "url": "/a"}] * 9, True, 2, lf.ENGLISH("going_in_circles")),
         (
             [steps(step("scroll_to", 2), step("wait", waitDuration=1))] * 9,
             True,
             3,
-            lf.GOING_IN_CIRCLES,
+            lf.ENGLISH("going_in_circles"),
         ),
-        ([click(n) for n in range(9)], False, 5, lf.GOING_IN_CIRCLES),
-        ([click(n) for n in range(9)], True, 6, lf.TOO_MANY_STEPS),
+        ([click(n) for n in range(9)], False, 5, lf.ENGLISH("going_in_circles")),
+        ([click(n) for n in range(9)], True, 6, lf.ENGLISH("too_many_steps")),
     ],
     ids=["clicks", "navigation", "scrolling", "no effect", "max_action_plans"],
 )
@@ -5389,7 +5444,7 @@ async def test_a_question_comes_with_its_field(page: OpenPage, model: FakeModel)
 
 async def test_a_block_is_shown(page: OpenPage, model: FakeModel) -> None:
     """render_ui_block becomes ui_block."""
-    data: Json = {"items": [{"title": "Pro", "price": "12"}]}
+    data = BLOCKS["pricing_cards"]
     model.scripts += [act("Our plans:", block("pricing_cards", data))]
     end = await page.ask()
     assert end["event"] == "ui_block"
@@ -5440,7 +5495,7 @@ async def test_a_result_without_a_fresh_page_ends_the_task(
     """action_complete without continue_task within 30 s."""
     model.scripts += [act("", click(2))]
     await page.report(await page.ask())
-    assert (await page.turn())["data"] == {"text": lf.INTERRUPTED}
+    assert (await page.turn())["data"] == {"text": lf.ENGLISH("interrupted")}
 
 
 async def test_an_unanswered_plan_is_replayed_with_the_same_id(
@@ -5474,7 +5529,7 @@ async def test_a_task_whose_page_never_comes_back_says_so(page: OpenPage, model:
     model.scripts += [act("", click(1))]
     plan = await page.ask()
     await page.visitor.connect(last_seq=plan["seq"])
-    assert (await page.turn())["data"] == {"text": lf.INTERRUPTED}
+    assert (await page.turn())["data"] == {"text": lf.ENGLISH("interrupted")}
 
 
 @with_constants(ACTION_SECONDS=0.1, SWEEP_SECONDS=0.05)
@@ -5484,7 +5539,7 @@ async def test_a_client_that_never_reports_does_not_leave_a_task_open(
     """A plan without any answer ends visibly too, its own waits not counted."""
     model.scripts += [act("", click(1))]
     await page.ask()
-    assert (await page.turn())["data"] == {"text": lf.INTERRUPTED}
+    assert (await page.turn())["data"] == {"text": lf.ENGLISH("interrupted")}
 
 
 async def test_a_new_message_drops_the_actions_of_the_old_one(
@@ -5505,7 +5560,7 @@ async def test_stop_ends_a_task_that_waits_for_the_page(page: OpenPage, model: F
     model.scripts += [act("", click(2))]
     await page.ask()
     await page.visitor.send("stop")
-    assert (await page.turn())["data"] == {"text": lf.STOPPED}
+    assert (await page.turn())["data"] == {"text": lf.ENGLISH("stopped")}
 
 
 async def test_an_action_is_checked_against_the_latest_page(
@@ -5527,7 +5582,7 @@ async def test_a_cut_short_answer_does_not_act(page: OpenPage, model: FakeModel)
     model.scripts.append([sse(chunk(whole, finish_reason="length"))])
     end = await page.ask()
     assert end["event"] == "message_done"
-    assert end["data"]["text"] == "I click." + lf.CUT_SHORT
+    assert end["data"]["text"] == "I click." + CUT_SHORT
 
 
 async def test_a_whole_visit(page: OpenPage, model: FakeModel) -> None:
@@ -5565,7 +5620,7 @@ async def test_a_hostile_page_cannot_lead_the_agent_away(page: OpenPage, model: 
     leave = steps(step("wait", waitDuration=1), step("navigate", url="//evil.example"))
     for action in ({"type": "navigate", "url": "https://evil.example/"}, click(1), leave):
         model.scripts.append(act("", action))
-    assert (await page.ask())["data"] == {"text": lf.NOT_POSSIBLE}
+    assert (await page.ask())["data"] == {"text": lf.ENGLISH("not_possible")}
     for request in model.requests:
         assert "evil.example" not in request["messages"][0]["content"]
         shown = request["messages"][-1]["content"]
@@ -5951,7 +6006,7 @@ async def test_a_message_of_which_nothing_is_known(visit_demo: VisitDemo) -> Non
         asked = await visit.wish(answer)
     assert asked["event"] == "confirmation_required"
     assert visit.values == {"name": "Grace", "email": "grace@example.com", "message": "Hi"}
-    assert (await visit.answer(False))["data"]["text"] == lf.NOT_CONFIRMED
+    assert (await visit.answer(False))["data"]["text"] == lf.ENGLISH("not_confirmed")
     # It is over: the next words are a wish of their own.
     assert "€79" in (await visit.wish("how much is Team?"))["data"]["text"]
 
@@ -6045,7 +6100,8 @@ async def test_init(server: Server) -> None:
         assert answer.body.keys() == {"sessionId", "wsUrl", "siteConfig"}
         assert UUID.fullmatch(answer.body["sessionId"])
         assert answer.body["wsUrl"] == server.url.replace("http", "ws")
-        assert answer.body["siteConfig"] == server.app.sites["shop"].config
+        limits = {"limits": {"elements": 50, "text": 5000, "message": 5000}}
+        assert answer.body["siteConfig"] == server.app.sites["shop"].config | limits
         assert answer.body["siteConfig"]["greeting"] == "Hey"
         assert await Visitor(server, answer.body["sessionId"]).connect()
     assert len({a.body["sessionId"] for a in answers}) == len(answers)
@@ -7667,7 +7723,7 @@ async def test_changes_hold_at_once(admin: Server, model: FakeModel) -> None:
     assert (await visitor.get()).body["siteConfig"]["greeting"] == "New"
     assert (await admin.init()).body["siteConfig"]["greeting"] == "New"
     model.scripts.extend([navigate] * 3)
-    assert (await visitor.ask())["data"]["text"] == lf.NOT_POSSIBLE
+    assert (await visitor.ask())["data"]["text"] == lf.ENGLISH("not_possible")
     assert "Be terse." in model.prompt()
     assert "Renamed" in model.prompt()
     assert "Be kind." not in model.prompt()
@@ -8142,7 +8198,7 @@ async def test_message_to_the_owner_without_consent(
     model.scripts.append(act("", {"type": "contact_owner", **LETTER}))
     await visitor.ask("Tell them")
     await visitor.send("confirmation_response", confirmed=False)
-    assert (await visitor.next())["data"]["text"] == lf.NOT_CONFIRMED
+    assert (await visitor.next())["data"]["text"] == lf.ENGLISH("not_confirmed")
     assert server.app.letters == {}
 
 
@@ -8166,7 +8222,7 @@ async def test_limit_of_messages_to_the_owner(
     """Three an hour and session; others have their own."""
     for _ in range(3):
         assert (await write_to_owner(visitor, model))["event"] == "task_complete"
-    assert (await write_to_owner(visitor, model))["data"]["text"] == lf.TOO_MANY_LETTERS
+    assert (await write_to_owner(visitor, model))["data"]["text"] == lf.ENGLISH("too_many_letters")
     assert (await write_to_owner(await server.visitor(), model))["event"] == "task_complete"
     clock.ahead = 3601
     assert (await write_to_owner(visitor, model))["event"] == "task_complete"
@@ -8248,7 +8304,9 @@ async def test_the_guide_passes_messages_on(serve: Serve) -> None:
     said = ["I want to talk to a human", "Hello, do you repair mugs?", "Ada", "none", "a@b.example"]
     heard = [(await visitor.ask(one))["data"] for one in said]
     questions = ["your message", "your name", "your e-mail address", "your e-mail address"]
-    assert [one["text"] for one in heard[:-1]] == [lf.ASKING.format(one) for one in questions]
+    assert [one["text"] for one in heard[:-1]] == [
+        lf.ENGLISH("guide_ask", what=one) for one in questions
+    ]
     assert "Hello, do you repair mugs?\n\nAda, a@b.example" in heard[-1]["message"]
     await visitor.send("confirmation_response", confirmed=True)
     assert (await visitor.next())["event"] == "task_complete"
@@ -8908,7 +8966,7 @@ async def test_shutdown_settles_long_turns(said: str, tmp_path: Path, model: Fak
         end = (await visitor.turn())[-1]
         assert end["event"] == "message_done"
         assert end["data"]["text"].startswith(said)
-        assert lf.CUT_SHORT.strip() in end["data"]["text"]
+        assert CUT_SHORT.strip() in end["data"]["text"]
         assert deltas(visitor.frames) == end["data"]["text"]
         assert (await read_close(visitor.ws))[1] == 1001
         assert (await running.end())[0] == 0
@@ -9095,7 +9153,7 @@ async def test_page_of_the_api_is_understood() -> None:
     )
     clean = lf.clean_context(page, lf.LimitsConfig())
     assert clean["indexedElements"] == page["indexedElements"]
-    assert clean.keys() == {*page, "shown"}
+    assert clean.keys() == {*page, "language", "shown"}
     table = document.partition("An element has")[2].partition("Other fields")[0]
     assert set(re.findall(r"`(\w+)`", table)) >= lf.ELEMENT_FIELDS.keys()
 

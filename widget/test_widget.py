@@ -419,7 +419,7 @@ async def test_confirmation(meet: Meet, serve: Serve, model: FakeModel, pages: P
     await guest.see(".confirm", "Shall I click “Delete it”?").wait_for()
     await expect(no).to_be_focused()
     await no.click()
-    await guest.hears(lf.NOT_CONFIRMED)
+    await guest.hears(lf.ENGLISH("not_confirmed"))
     await expect(yes).to_have_count(0)
     assert await guest.page.inner_text("main") == "Delete it"
 
@@ -427,7 +427,7 @@ async def test_confirmation(meet: Meet, serve: Serve, model: FakeModel, pages: P
     before = await guest.log()
     await guest.page.reload()
     await guest.see(".confirm").wait_for()
-    await guest.see(".bot", lf.NOT_CONFIRMED).wait_for()
+    await guest.see(".bot", lf.ENGLISH("not_confirmed")).wait_for()
     await expect(guest.see(".confirm button:enabled")).to_have_count(0)
     bubbles = [line for line in before if not line.startswith("confirm")]
     assert [line for line in await guest.log() if not line.startswith("confirm")] == bubbles
@@ -645,7 +645,7 @@ async def test_errors_and_retry(meet: Meet, serve: Serve, model: FakeModel, page
     model.scripts.append([cut_wire])
     server.app.buckets.clear()
     await guest.ask("And now?")
-    await guest.see(".bot.error", lf.NO_ANSWER).wait_for()
+    await guest.see(".bot.error", lf.ENGLISH("no_answer")).wait_for()
     await expect(guest.see(".stop")).to_be_hidden()
 
 
@@ -896,7 +896,7 @@ async def test_restart_in_the_middle(
     async with program(tmp_path, more, **environ):
         endings = {
             "SIGTERM": "(The answer was cut short.)",
-            "SIGKILL": lf.RESTARTED,
+            "SIGKILL": lf.ENGLISH("restarted"),
             "forgetful": "The answer got lost.",
         }
         await guest.hears(endings[how])
@@ -1328,7 +1328,7 @@ async def test_settled_while_acting(
     await guest.ask("Do it then")
     await until_text(guest.page, "main", "Add++")
     await guest.see(".stop").click()
-    await guest.hears(lf.STOPPED)
+    await guest.hears(lf.ENGLISH("stopped"))
     model.scripts.append(does(click("Add")))
     model.scripts.append(says("", type="task_complete", summary="Added."))
     await guest.ask("Add one")
@@ -1826,7 +1826,7 @@ async def test_visit_with_the_guide(meet: Meet, serve: Serve) -> None:
         await guest.hears("Done.")
         await guest.ask("Delete my account")
         await guest.see(".confirm button:enabled", "No").click()
-        await guest.hears(lf.NOT_CONFIRMED)
+        await guest.hears(lf.ENGLISH("not_confirmed"))
         await guest.ask("Delete my account")
         await guest.see(".choices button:first-child:enabled").click()
         await guest.page.locator("#account", has_text="is deleted").wait_for()
