@@ -2922,7 +2922,7 @@ BLOCKS: dict[str, Json] = {
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_blocks_have_their_published_shapes(kind: str) -> None:
     """They pass as they are, pass the schema's list of fields, and lose what they do not know."""
-    assert checked(block(kind, BLOCKS[kind])) == {"block_type": kind, "data": BLOCKS[kind]}
+    assert checked(block(kind, BLOCKS[kind]))["data"] == BLOCKS[kind]
     ((name, items),) = BLOCKS[kind].items()
     more = {name: [{**item, "script": "x"} for item in items], "more": 1}
     assert checked(block(kind, more))["data"] == BLOCKS[kind]
