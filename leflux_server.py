@@ -124,6 +124,7 @@ JOIN_SECONDS = 10
 PING_SECONDS = 25
 NOTIFY_SECONDS = 10  # for a notify_url to take a message
 CLOSE_SECONDS = 5  # for a client to answer that a socket closes
+GOODBYE_SECONDS = 1  # for that word to be sent to a client that is not heard any more
 STALL_SECONDS = 30  # a socket that takes nothing for so long is cut off
 FRAMES_PER_WINDOW, FRAME_WINDOW_SECONDS = 60, 10
 SWEEP_SECONDS = 2
@@ -912,7 +913,7 @@ def kept_json(value: Any) -> bytes:
 def decode_json(raw: bytes) -> Any:
     """Parse strict JSON of bounded nesting and size; raise ValueError for everything else."""
     if raw.count(b"[") + raw.count(b"{") > MAX_JSON_DEPTH:
-        brackets = re.sub(rb'"(?:[^"\\]+|\\.)*+"?|[^]["{}]+', b"", raw, flags=re.S)
+        brackets = re.sub(rb'(?:"(?:[^"\\]++|\\.)*+"?|[^]["{}]++)++', b"", raw, flags=re.S)
         depths = itertools.accumulate(1 if one in b"[{" else -1 for one in brackets)
         if len(brackets) > MAX_JSON_BRACKETS or max(depths) > MAX_JSON_DEPTH:
             raise ValueError("has too many brackets")
@@ -1125,8 +1126,11 @@ class Connection:
                         self.sending_since = math.inf
                 if self.close_code is not None:
                     self.sending_since = min(self.sending_since, time.monotonic())
-                    await self.ws.close(code=self.close_code)
-                    return
+                    # Not ws.close(): that would take in all that a client goes on sending.
+                    code = self.close_code.to_bytes(2, "big")
+                    await self.ws.send_frame(code, web.WSMsgType.CLOSE)
+                    await asyncio.sleep(CLOSE_SECONDS)  # less if the reader hears its answer
+                    return None if self.transport is None else self.transport.abort()
                 self.changed.clear()
                 await self.changed.wait()
 
@@ -3385,6 +3389,7 @@ class EventReader:
     def __init__(self) -> None:
         self._line = bytearray()  # whose end has not arrived
         self._event = bytearray()  # its lines so far, as far as they are no JSON one by one
+        self._patience = 100  # with what is no JSON, which takes its time to fail
         self.done = False
 
     def feed(self, data: bytes) -> list[Any]:
@@ -3399,16 +3404,24 @@ class EventReader:
             payload, event = line[5:].strip() if line.startswith(b"data:") else b"", None
             if payload == b"[DONE]":
                 self.done = True
-            elif payload and (event := parse_json(payload)) is None:
-                self._event += payload + b"\n"  # the others come in further lines
+            elif payload:
+                event = self._parse(payload) if payload.endswith(b"}") else None
+                self._event += payload + b"\n" if event is None else b""  # of more lines
             elif self._event and not line:  # it ends here
-                event = parse_json(bytes(self._event))
+                event = self._parse(bytes(self._event))
                 self._event.clear()
             if event is not None:
                 events.append(event)
         if len(self._line) + len(self._event) > MAX_SSE_LINE_BYTES:
             raise ModelError("a line of the stream is too long")
         return events
+
+    def _parse(self, payload: bytes) -> Any:
+        event = parse_json(payload)
+        self._patience += -1 if event is None else 2
+        if self._patience < 0:
+            raise ModelError("too much of the stream is no JSON")
+        return event
 
 
 def retry_after_seconds(header: str | None) -> float | None:
@@ -5162,16 +5175,19 @@ def receive(connection: Connection, act: Callable[[], None]) -> None:
         connection.fail(code, error.message, 4404 if gone else None)
 
 
-def accept_frame(app: AppState, connection: Connection, frame: aiohttp.WSMessage) -> None:
-    if connection.close_code is not None:
-        return  # what a client says while it is shown out does not count
+def accept_frame(app: AppState, connection: Connection, frame: aiohttp.WSMessage) -> bool:
+    """Act on a frame; returns whether another one is to be read."""
     if connection.flooded(time.monotonic()):
         app.count("limits_hit_total", code="frames")
         connection.close(1008)
+        return False
+    if connection.close_code is not None:
+        pass  # what a client says while it is shown out does not count
     elif frame.type is web.WSMsgType.BINARY:
         connection.close(1003)
     elif frame.type is web.WSMsgType.TEXT:
         receive(connection, lambda: dispatch(app, connection, frame.data))
+    return True
 
 
 async def serve_socket(request: web.Request) -> web.WebSocketResponse:
@@ -5181,7 +5197,7 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
     limit = MAX_BODY_BYTES + 1  # aiohttp refuses what is as long as this
     ws = web.WebSocketResponse(
         heartbeat=PING_SECONDS,
-        timeout=CLOSE_SECONDS,
+        autoclose=False,
         autoping=False,  # so that control frames count
         compress=False,
         max_msg_size=limit,
@@ -5201,7 +5217,8 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
             find = functools.partial(find_session, app, session_id, site.id, now)
             receive(connection, lambda: join(connection, find(), last_seq, now))
         async for frame in ws:
-            accept_frame(app, connection, frame)
+            if not accept_frame(app, connection, frame):
+                break
             if frame.type is web.WSMsgType.PING and connection.close_code is None:
                 await ws.pong(frame.data)
     except ConnectionError:
@@ -5213,10 +5230,12 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
         join_timer.cancel()
         app.connections.discard(connection)
         connection.leave()
-        if connection.close_code is not None:  # let it say good-bye
-            await asyncio.wait([writer], timeout=CLOSE_SECONDS)
+        if connection.close_code is not None and ws.close_code is None:  # let it say good-bye
+            await asyncio.wait([writer], timeout=GOODBYE_SECONDS)
         writer.cancel()
         connection.abort_if_unread()
+        if connection.transport is not None and connection.close_code is not None:
+            connection.transport.close()  # before aiohttp says good-bye a second time
     return ws
 
 
