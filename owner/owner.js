@@ -280,7 +280,13 @@ function crawlPart(site, state, pages) {
   const errors = h("div");
   const list = h("div");
   const problem = h("p.error", { role: "alert", hidden: true });
-  const start = worker("Read it now", () => site.ask("POST", "/crawl").then(follow));
+  const where = form([
+    { path: "crawl", label: "Address", keepEmpty: true, hint: "Such as https://acme.com/; empty: none." },
+    { path: "crawlPages", label: "Pages at most", kind: "number" },
+    { path: "crawlHours", label: "Hours between two readings", kind: "number",
+      hint: "0: only when you say so." },
+  ], details, { submit: "Save", save: site.save });
+  const start = worker("Read it now", () => site.ask("POST", "/crawl").then(follow), "plain", where);
   const stop = worker("Stop", () => site.ask("DELETE", "/crawl").then(follow));
   const draw = (now) => {
     const got = now.fetched + now.unchanged + now.failed;
@@ -318,12 +324,6 @@ function crawlPart(site, state, pages) {
   draw(state);
   drawPages(pages);
   if (state.running) follow().catch((failure) => report(problem, failure));
-  const where = form([
-    { path: "crawl", label: "Address", keepEmpty: true, hint: "Such as https://acme.com/; empty: none." },
-    { path: "crawlPages", label: "Pages at most", kind: "number" },
-    { path: "crawlHours", label: "Hours between two readings", kind: "number",
-      hint: "0: only when you say so." },
-  ], details, { submit: "Save", save: site.save });
   return [where, told, bar, h("div.row", {}, start, stop), problem, errors, list];
 }
 
@@ -443,17 +443,12 @@ async function configuration(site) {
   const specs = SETTINGS.map((spec) =>
     (spec.path === "owners" && !isAdmin ? { ...spec, readOnly: true } : spec));
   const told = h("span", { role: "status" });
+  const fields = form(specs, site.details, { submit: "Save", save: site.save });
   const test = worker("Test the address", async () => {
     told.textContent = "";
-    try {
-      const { delivered, reason } = await site.ask("POST", "/messages/test");
-      told.textContent = delivered ? "It has arrived." : `It did not arrive: ${reason}`;
-    } catch (failure) {
-      if (!failure.errors?.notifyUrl) throw failure;
-      fields.complain(failure);
-    }
-  });
-  const fields = form(specs, site.details, { submit: "Save", save: site.save });
+    const { delivered, reason } = await site.ask("POST", "/messages/test");
+    told.textContent = delivered ? "It has arrived." : `It did not arrive: ${reason}`;
+  }, "plain", fields);
   return [
     fields,
     section("Messages of visitors", h("p", {}, "A test goes to the saved address, as a message would."),
@@ -603,7 +598,19 @@ async function enter() {
   else await route();
 }
 
+const isUnsaved = () => [...main.querySelectorAll("form")].some((one) => one.isChanged?.());
+
+/** A link away from what is not saved yet asks first. */
+async function leave(event) {
+  const link = event.target.closest("a[href^='#']");
+  if (!link || !isIn || !isUnsaved()) return;
+  event.preventDefault();
+  if (await sure("Leave without saving?", "Leave")) location.hash = link.getAttribute("href");
+}
+
 async function start() {
+  document.addEventListener("click", leave);
+  addEventListener("beforeunload", (event) => { if (isIn && isUnsaved()) event.preventDefault(); });
   out.onclick = () => signOut("You are signed out.");
   addEventListener("hashchange", route);
   const left = (why) => {

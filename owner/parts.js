@@ -46,12 +46,15 @@ async function alone(it, work) {
   await work().finally(() => { it.ariaDisabled = "false"; });
 }
 
-/** A button that works on something; what fails stands beside it. */
-export function worker(label, work, look) {
+/** A button that works on something; what fails stands beside it, or at the fields of a form. */
+export function worker(label, work, look, fields = null) {
   const problem = h("span.error", { role: "alert", hidden: true });
   const it = button(label, () => {
     report(problem, null);
-    alone(it, work).catch((failure) => report(problem, failure));
+    alone(it, work).catch((failure) => {
+      if (fields && failure instanceof Failure) fields.complain(failure);
+      else report(problem, failure);
+    });
   }, look);
   return h("span.worker", {}, it, problem);
 }
@@ -263,7 +266,8 @@ export function form(specs, values, { submit, save, onchange, more = [], done = 
       });
     },
   }, body, problem, h("div.row", {}, send, more, told));
-  return Object.assign(element, { read, complain });
+  const isChanged = () => Object.keys(difference(before, read())).length > 0;
+  return Object.assign(element, { read, complain, isChanged });
 }
 
 // ---------------------------------------------------------------------------------------------

@@ -163,9 +163,15 @@ async def hook() -> AsyncIterator[Hook]:
 Open = Callable[..., Awaitable[Page]]
 
 
-@pytest.fixture
-async def office(serve: Serve, model: FakeModel, key_server: KeyServer, google: Google) -> Server:
-    """A server with the owner's page."""
+async def open_office(
+    serve: Serve,
+    key_server: KeyServer,
+    google: Google,
+    model: FakeModel | None = None,
+    site: Json = SITE,
+    **tables: Any,
+) -> Server:
+    """Start a server with the owner's page."""
     firebase = {
         "project_id": PROJECT,
         "keys_url": key_server.url,
@@ -174,7 +180,12 @@ async def office(serve: Serve, model: FakeModel, key_server: KeyServer, google: 
         "sign_in_url": f"{google.url}/v1",
         "token_url": f"{google.url}/token",
     }
-    return await serve(model, sites=[SITE, OTHER], firebase=firebase)
+    return await serve(model, sites=[site, OTHER], firebase=firebase, **tables)
+
+
+@pytest.fixture
+async def office(serve: Serve, key_server: KeyServer, google: Google, model: FakeModel) -> Server:
+    return await open_office(serve, key_server, google, model)
 
 
 async def sign_in(page: Page, email: str = OLGA, password: str = PASSWORD) -> None:
@@ -348,6 +359,21 @@ async def test_errors_stand_at_their_fields(enter: Open, office: Server) -> None
         await expect(told).to_contain_text("Saved.")
         await expect(page.locator("[aria-invalid]")).to_have_count(0)
     assert office.app.site_patches["shop"] == {"config": {}}
+
+
+async def test_unsaved_changes(enter: Open) -> None:
+    """A link away from what was written, but not saved, asks first."""
+    page = await enter("looks")
+    greeting, away = page.get_by_label("Greeting"), page.get_by_role("link", name="Settings")
+    await greeting.fill("Good morning")
+    await away.click()
+    await page.get_by_role("button", name="Cancel").click()
+    await expect(greeting).to_have_value("Good morning")
+    await away.click()
+    await page.get_by_role("button", name="Leave").click()
+    await page.get_by_role("heading", name="Settings").wait_for()
+    await page.get_by_role("link", name="Looks").click()
+    await expect(greeting).to_have_value("Welcome!")
 
 
 async def test_settings(enter: Open, office: Server, hook: Hook) -> None:
