@@ -4528,11 +4528,11 @@ async def stats(request: web.Request) -> web.Response:
 
 def may_see_numbers(request: web.Request) -> bool:
     """Whether a request comes from server.metrics_from."""
-    server, forwarded = request.app[APP_STATE].config.server, "X-Forwarded-For" in request.headers
+    server, peer = request.app[APP_STATE].config.server, request.remote or ""
     hops = request.headers.getall("X-Forwarded-For", [])
-    client = client_address(request.remote or "", hops, server.trusted_proxies)
-    # One that a proxy of ours has forwarded, and that seems to be the proxy's own, is anybody's.
-    if client is None or (forwarded and client == parse_ip(request.remote or "")):
+    client = client_address(peer, hops, server.trusted_proxies)
+    # A request that a proxy of ours has forwarded, and that seems to be its own, is anybody's.
+    if client is None or (hops and client == parse_ip(peer)):
         return False
     return any(client in network for network in server.metrics_from)
 
@@ -4551,23 +4551,8 @@ async def health(request: web.Request) -> web.Response:
     return json_response(body)
 
 
-METRICS = {  # name: (type, help)
-    "uptime_seconds": ("gauge", "Seconds since the start"),
-    "sessions": ("gauge", "Chats in memory"),
-    "sockets": ("gauge", "Open WebSockets"),
-    "messages_total": ("counter", "Messages of visitors"),
-    "tokens_total": ("counter", "Tokens of the model, as reported or estimated"),
-    "model_seconds": ("histogram", "Seconds until the first text of a reply"),
-    "errors_total": ("counter", "Errors by code: of requests, of turns, of the model"),
-    "actions_refused_total": ("counter", "Actions of the model that were not allowed to run"),
-    "limits_hit_total": ("counter", "Requests over a limit, by code"),
-    "store_failing": ("gauge", "1 while the database cannot be written"),
-    "store_bytes": ("gauge", "Size of the database"),
-}
-
-
 async def metrics(request: web.Request) -> web.Response:
-    """Prometheus' text format, version 0.0.4."""
+    """Prometheus' text format, version 0.0.4: what is so now, and what count() has added up."""
     if not may_see_numbers(request):
         raise standard_error(404)
     app = request.app[APP_STATE]
@@ -4579,13 +4564,14 @@ async def metrics(request: web.Request) -> web.Response:
         "store_failing": int(app.store.failing),
         "store_bytes": app.store.size(),
     }
-    values = {**app.counts, **{(name, ""): value for name, value in now.items()}}
-    lines = []
-    for name, (kind, what) in METRICS.items():
-        lines += [f"# HELP leflux_{name} {what}", f"# TYPE leflux_{name} {kind}"]
-        for (series, labels), value in values.items():
-            if series in (name, f"{name}_bucket", f"{name}_sum", f"{name}_count"):
-                lines.append(f"leflux_{series}{labels and f'{{{labels}}}'} {value}")
+    values = {**{(name, ""): value for name, value in now.items()}, **app.counts}
+    lines: list[str] = []
+    for (series, labels), value in sorted(values.items(), key=lambda item: item[0][0]):
+        name = re.sub("_(bucket|sum|count)$", "", series)
+        kind = "counter" if name.endswith("_total") else "gauge" if name == series else "histogram"
+        head = f"# TYPE leflux_{name} {kind}"
+        lines += [] if head in lines else [head]
+        lines.append(f"leflux_{series}{labels and f'{{{labels}}}'} {value}")
     headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
     return web.Response(text="\n".join([*lines, ""]), headers=headers)
 
@@ -4645,20 +4631,14 @@ async def demo(request: web.Request) -> web.Response:
 OWNER_FILE = re.compile(r"[a-z0-9-]+\.(css|html|js)")
 
 
-def owner_config(request: web.Request) -> Json:
-    """What the owner's page has to know to sign somebody in; all of it is public."""
-    config = request.app[APP_STATE].config
-    firebase, public_url = config.firebase, config.server.public_url or own_url(request, config)
-    urls = {"signInUrl": firebase.sign_in_url, "tokenUrl": firebase.token_url}
-    return {"apiKey": firebase.api_key, **urls, "publicUrl": public_url}
-
-
 async def owner_page(request: web.Request) -> web.Response:
     """A file of owner/, for all to read: what it shows comes from the admin API."""
-    firebase = request.app[APP_STATE].config.firebase
-    name = request.match_info.get("name") or "index.html"
-    if firebase.api_key and name == "config.json":
-        return json_response(owner_config(request))
+    config, name = request.app[APP_STATE].config, request.match_info.get("name") or "index.html"
+    firebase = config.firebase
+    if firebase.api_key and name == "config.json":  # what it takes to sign in; all of it is public
+        body = {"apiKey": firebase.api_key, "signInUrl": firebase.sign_in_url}
+        public_url = config.server.public_url or own_url(request, config)
+        return json_response({**body, "tokenUrl": firebase.token_url, "publicUrl": public_url})
     if not firebase.api_key or not OWNER_FILE.fullmatch(name):
         raise standard_error(404)
     google = {"/".join(url.split("/")[:3]) for url in (firebase.sign_in_url, firebase.token_url)}
