@@ -4,12 +4,14 @@
 A script on the page opens a chat. What the visitor writes and what the page shows reach this
 server; it asks a language model and streams the answer back over a WebSocket.
 
-    python leflux_server.py [--config FILE] [--check]
+    python leflux_server.py [--config FILE] [--check | --export WHO | --erase WHO]
 
 Without an API key the built-in offline guide answers, so that everything can be tried at once.
 Settings are in config.toml beside this file; the model's key is in $LEFLUX_LLM_API_KEY.
 SIGHUP (systemctl reload leflux) reads them again, with the files of knowledge.
---check reads them, says what looks wrong, and exits. deploy/doctor.py checks a whole deployment.
+--check reads them, says what looks wrong, and exits. --export prints what is kept of a chat's id or
+an e-mail address, and --erase deletes it, also while the server runs (docs/privacy.md).
+deploy/doctor.py checks a whole deployment.
 
 REST (JSON in, JSON out; a caller is the site whose allowed_hosts contains its Origin):
 
@@ -1545,6 +1547,9 @@ class Store:
         self._sessions.pop(session.row, None)
         if session.row:
             self._gone.add(session.row)
+
+    def erase(self, row: int) -> None:
+        self._gone.add(row)
 
     def put(self, kind: str, name: str, sql: str, *values: Any) -> None:
         """Mark a row of another table; a later one of the same kind and name replaces it."""
@@ -3855,8 +3860,8 @@ GIVEN_VALUES = {
     r"^(?!.*(user|company)).*\bname\b": r"\b(?:(?i:my name is|name:)|(?i:i am|i'm)(?=\s[A-Z]))\s+"
     r"([^\W\d_][\w'-]*(?:\s[A-Z][\w'-]*){0,3})",
     r"phone|\btel|mobile": r"(\+?\d[\d ()/-]{6,}\d)",
-    r"message|comment|area": r"\b(?i:message:|saying|says?|that|(?:tell|ask) (?:them|you))\s+"
-    r"(.+?)(?=,\s*(?i:(?:and )?my (?:name|e-?mail)|i am\b|i'm\b|[\w.+-]+@)|$)",
+    r"message|comment|area": r"\b(?i:message:|saying|says?|that|(?:tell|ask) (?:them|you)"
+    r"(?: that)?)\s+(.+?)(?=,\s*(?i:(?:and )?my (?:name|e-?mail)|i am\b|i'm\b|[\w.+-]+@)|$)",
 }
 
 
@@ -5295,11 +5300,30 @@ def check_database(path: Path, config: Config) -> int:
     return len(state.sessions)
 
 
+def state_file(config: Config, name: str) -> Path | None:
+    folder = config.server.state_dir
+    return config.folder / folder / name if folder else None
+
+
+def take_erasures(app: AppState) -> None:
+    """Erase the chats and letters that --erase has found, and its request after them."""
+    request = state_file(app.config, "erase.json")
+    if request is None or not request.exists():
+        return
+    found = parse_object(request.read_bytes())
+    for session in [one for one in app.sessions.values() if one.id in found["sessions"]]:
+        drop_session(app, session)
+    for row in found["rows"]:
+        app.store.erase(row)
+    drop_letters(app, lambda letter: letter.body["id"] in found["letters"])
+    if not app.store.failing:
+        request.unlink()
+
+
 async def persistence(app: web.Application) -> AsyncIterator[None]:
     """Open the store and load what it kept; write the rest at the end."""
     state = app[APP_STATE]
-    folder = state.config.server.state_dir
-    open_state(state, state.config.folder / folder / "leflux.db" if folder else None)
+    open_state(state, state_file(state.config, "leflux.db"))
     for session in list(state.sessions.values()):
         if session.task is not None:
             interrupt_task(state, session, "restarted")
@@ -5319,8 +5343,7 @@ async def index_files(app: AppState) -> None:
 async def site_texts(app: web.Application) -> AsyncIterator[None]:
     """Open the knowledge and bring it up to date with the files; close it at the end."""
     state = app[APP_STATE]
-    folder = state.config.server.state_dir
-    path = state.config.folder / folder / "knowledge.db" if folder else None
+    path = state_file(state.config, "knowledge.db")
     try:
         state.knowledge = Knowledge(path)
     except (sqlite3.Error, OSError) as error:
@@ -5370,6 +5393,7 @@ async def sweep(app: AppState, now: float) -> None:
             app.store.flush()
             await asyncio.sleep(0)
     app.store.flush()  # what has failed is tried again, too
+    take_erasures(app)
     for connection in app.connections:
         if not connection.unread:
             connection.sending_since = math.inf
@@ -5611,16 +5635,83 @@ def check(path: Path, config: Config) -> None:
         print(f"warning: {doubt}")
 
 
+def find_person(path: Path, who: str) -> tuple[Json, Json]:
+    """Return what is kept of a chat's id or an e-mail address, {chats, messages}, and what
+    take_erasures() has to know to erase it."""
+    wanted = re.compile(rf"(?<![\w.+-]){re.escape(who)}(?![\w-]|\.\w)", re.I)
+    uri = f"{path.absolute().as_uri()}?mode=rw"  # makes no file
+    with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
+        bodies = [parse_object(body) for (body,) in db.execute("SELECT body FROM letter")]
+        sql = "SELECT session, body FROM message"
+        rows = {
+            row for row, body in db.execute(sql) if wanted.search(parse_object(body)["content"])
+        }
+        chats: dict[int, Json] = {}
+        for row, raw in db.execute("SELECT row, state FROM session"):
+            if row in rows or (who in raw and parse_object(raw)["id"] == who):
+                state, sql = parse_object(raw), "SELECT body FROM message WHERE session = ?"
+                said = db.execute(f"{sql} ORDER BY number", (row,)).fetchall()
+                chat = {"sessionId": state["id"], "createdAt": iso_time(state["created"])}
+                history = [parse_object(body) for (body,) in said]
+                chats[row] = {**chat, "site": state["site"], "history": history}
+    letters = [one for one in bodies if wanted.fullmatch(one["email"]) or one["sessionId"] == who]
+    ids = {"sessions": [one["sessionId"] for one in chats.values()], "rows": list(chats)}
+    kept = {"chats": list(chats.values()), "messages": letters}
+    return kept, {**ids, "letters": [one["id"] for one in letters]}
+
+
+def erase_person(config: Config, path: Path, found: Json) -> None:
+    """Have it erased: by the server, if one runs on this folder, else here."""
+    request = path.with_name("erase.json")
+    request.with_suffix(".new").write_bytes(orjson.dumps(found))
+    request.with_suffix(".new").chmod(0o644)  # the server may be another user
+    request.with_suffix(".new").rename(request)
+    try:
+        os.close(lock_folder(path))
+    except ConfigError:  # a server runs, and looks every other second
+        for _ in range(100):
+            if not request.exists():
+                return
+            time.sleep(0.1)
+        raise ConfigError("the server is busy; it will erase that when it comes to it") from None
+    app = new_state(config)
+    open_state(app, path)
+    take_erasures(app)
+    asyncio.run(app.store.checkpoint())
+    app.store.close()
+
+
+def answer_person(config: Config, who: str, *, erase: bool) -> None:
+    """Print or erase all that is kept of a chat's id or an e-mail address."""
+    path = state_file(config, "leflux.db")
+    if path is None or not path.exists():
+        raise ConfigError(f"there is no database: {path or 'state_dir is empty'}")
+    try:
+        kept, found = find_person(path, who)
+    except sqlite3.Error as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not erase:
+        return print(json.dumps(kept, ensure_ascii=False, indent=2))
+    erase_person(config, path, found)
+    return print(f"erased: {len(kept['chats'])} chat(s), {len(kept['messages'])} message(s)")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="An AI agent for your website.")
     default = os.environ.get("LEFLUX_CONFIG") or HERE / "config.toml"
     parser.add_argument("--config", type=Path, default=default, metavar="FILE")
     parser.add_argument("--check", action="store_true", help="check the configuration and exit")
+    for name, help in (("--export", "print"), ("--erase", "delete")):
+        help += " what is kept of a chat's id or an e-mail address"
+        parser.add_argument(name, metavar="SESSION|EMAIL", help=help)
     options = parser.parse_args(arguments)
     try:
         config = load_config(Path(options.config), os.environ)
         if options.check:
             check(options.config, config)
+            return 0
+        if who := options.export or options.erase:
+            answer_person(config, who, erase=not options.export)
             return 0
         logging.basicConfig(
             level=config.server.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"

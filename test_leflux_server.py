@@ -8318,6 +8318,40 @@ async def test_the_guide_passes_messages_on(serve: Serve) -> None:
     assert (await visitor.ask("never mind"))["data"]["text"] == "All right, then not."
 
 
+async def test_export_and_erase(tmp_path: Path) -> None:
+    """On the command line a visitor's chats and messages to owners can be printed and deleted, by
+    a chat's id or an e-mail address, while the server runs and without it."""
+
+    async def tell(option: str, who: str) -> str:
+        config = str(tmp_path / "config.toml")
+        told = await run_program("--config", config, option, who, STATE_DIRECTORY=str(tmp_path))
+        assert told[::2] == (0, ""), told
+        return told[1]
+
+    async with program(tmp_path) as running:
+        ada, bada, other = [await running.server.visitor() for _ in range(3)]
+        await ada.ask("I am ada@example.com from Zanzibar")
+        await bada.ask("I am bada@example.com, not ada@example.community, from Madrid")
+        await other.ask("tell them that I moved to Zanzibar, my name is Ada, Ada@Example.com")
+        await other.send("confirmation_response", confirmed=True)
+        assert (await other.next())["event"] == "task_complete"
+        await other.delete()
+        kept = json.loads(await tell("--export", "ada@example.com"))
+        assert [chat["sessionId"] for chat in kept["chats"]] == [ada.id]
+        assert kept["chats"][0]["history"][0]["content"] == "I am ada@example.com from Zanzibar"
+        assert [one["message"] for one in kept["messages"]] == ["I moved to Zanzibar"]
+        assert await tell("--erase", "ada@example.com") == "erased: 1 chat(s), 1 message(s)\n"
+        assert (await ada.get()).error == (404, "session_not_found")
+        assert (await bada.get()).status == 200
+        assert await tell("--erase", "ada@example.com") == "erased: 0 chat(s), 0 message(s)\n"
+        await running.stop()
+    assert traces(tmp_path, "Zanzibar") == []
+    assert json.loads(await tell("--export", bada.id))["chats"][0]["sessionId"] == bada.id
+    assert await tell("--erase", bada.id) == "erased: 1 chat(s), 0 message(s)\n"
+    assert traces(tmp_path, "Madrid") == []
+    assert not (tmp_path / "erase.json").exists()
+
+
 # ---------------------------------------------------------------------------------------------
 # WebSocket: joining
 
