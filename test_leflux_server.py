@@ -2903,6 +2903,144 @@ def asked_about(elements: list[Json], raw: Any = None, **context: Any) -> list[s
     return [name for _, name in lf.irreversible_steps(plan_of(raw or click(1), page), page)]
 
 
+LINK, BOX, RADIO = {"type": "link"}, {"type": "checkbox"}, {"type": "radio"}
+ROLES = {"type": "select", "label": "Role", "options": ["Reader", "Delete user"]}
+SEND = {"type": "submit", "text": "Send", "parent": "Write"}
+
+
+@pytest.mark.parametrize(
+    ("elements", "raw", "asked"),
+    [
+        # Boxes, radios and options: what may be chosen counts, and is in the question.
+        ([{**BOX, "label": "Delete my account now"}], "true", ["Delete my account now: true"]),
+        ([{**RADIO, "label": "Pay 500 EUR now"}], "on", ["Pay 500 EUR now: on"]),
+        ([ROLES], "delete user", ["Role: delete user"]),
+        ([ROLES], "3", ["Role: 3"]),  # a value that the page keeps to itself
+        ([ROLES], "Reader", []),
+        ([ROLES], step("press", 1, key="ArrowDown"), ["Role"]),
+        ([ROLES], step("press", 1, key="Escape"), []),
+        # Where a link leads, by whatever way.
+        ([{**LINK, "text": "Ada", "href": "/users/5/delete"}], None, ["Ada"]),
+        ([{**LINK, "text": "Ada", "href": "/?do=%64eleteUser"}], None, ["Ada"]),
+        ([{**LINK, "text": "Ada", "href": "/users/5"}], None, []),
+        ([{**LINK, "text": "Ada", "href": "/shop/#/account/remove"}], None, ["Ada"]),
+        *(
+            ([{**LINK, "text": "A", "href": f"{of}:x"}], None, ["A"])
+            for of in ("mailto", "javascript")
+        ),
+        ([], step("navigate", url="/users/5/delete?sure=1"), ["/users/5/delete"]),
+        ([], step("navigate", url="/users/5"), []),
+        # Names: a title, a heading, none at all.
+        ([{"text": "Go", "title": "Erase everything"}], None, ["Go"]),
+        ([{"type": "submit", "text": "OK", "heading": "Close your account"}], None, ["OK"]),
+        ([{"text": "\u200b"}], step("double_click", 1), ["\u200b"]),
+        ([{"text": ""}], step("hover", 1), []),
+        # Enter in a field is its form's submit.
+        ([{"label": "Name", "type": "text", "parent": "Write"}, SEND], "Enter", ["Send"]),
+        ([{"label": "Find", "type": "search", "parent": "Find"}, SEND], "Enter", ["Send"]),
+        ([{"text": "Next"}, SEND], "Enter", []),
+    ],
+)
+def test_whatever_sets_something_off_is_asked_about(
+    elements: list[Json], raw: Any, asked: list[str]
+) -> None:
+    """Every kind of step that sets something off, and every way to say what it does."""
+    if isinstance(raw, str):
+        press = step("press", 1, key="Enter")
+        raw = press if raw == "Enter" else step("select", 1, inputData=raw)
+    found = asked_about(elements, steps(raw) if raw else None)
+    assert [name.strip("\u200b") for name in found] == [name.strip("\u200b") for name in asked]
+
+
+def test_a_form_speaks_for_its_submits() -> None:
+    """The words of the form that names a button count, those of another one do not."""
+    forms = ['{"name":"Transfer money","submit":"Continue"}', '{"submit":"Search"}']
+    for text, risky in {"Continue": True, "Search": False, "OK": True}.items():
+        assert bool(asked_about([{"type": "submit", "text": text}], forms=forms)) is risky
+
+
+AWAY = "https://evil.example/steal"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        *(click(1), steps(step("double_click", 1)), steps(step("press", 1, key="Enter"))),
+        *(steps(step("press", 2, key="Enter")), steps(step("select", 1, inputData="x"))),
+    ],
+)
+@pytest.mark.parametrize("kind", ["button", "submit", "link", "iframe"])
+def test_nothing_leads_to_another_website(raw: Json, kind: str) -> None:
+    """Not the link around a button, not the target of a form, by no kind of step."""
+    elements: list[Json] = [
+        {"id": 1, "type": kind, "text": "Go", "href": AWAY},
+        {"id": 2, "type": "text", "label": "Find", "href": "" if kind == "submit" else AWAY},
+    ]
+    with pytest.raises(lf.ActionRejected, match="leaves"):
+        lf.check_action(raw, page_of({**PAGE_CONTEXT, "indexedElements": elements}))
+
+
+@pytest.mark.parametrize(
+    ("restriction", "element", "what", "allowed"),
+    [
+        *(
+            ("submit", {"text": text}, click(1), False)
+            for text in ("Abschicken", "Valider", "送信")
+        ),
+        *(("submit", {"type": kind}, click(1), False) for kind in ("image", "submit")),
+        *(
+            ("submit", {"text": text}, click(1), text == "Blog post")
+            for text in ("Post", "Blog post")
+        ),
+        ("submit", {"type": "text", "label": "x"}, step("press", 1, key="Enter"), False),
+        ("submit", {"type": "text", "label": "x"}, step("press", 1, key="Tab"), True),
+        ("navigate", {"type": "submit", "href": "/found"}, click(1), True),
+        ("navigate", {"text": "x", "href": "/found"}, click(1), False),
+        ("navigate", {"text": "x", "href": "https://acme.com/shop/#a"}, click(1), True),
+        *(
+            ("type", box | {"label": "x"}, step("select", 1, inputData="on"), False)
+            for box in (BOX, ROLES)
+        ),
+        ("type", {"type": "number", "label": "x"}, step("press", 1, key="ArrowUp"), False),
+        ("type", {"type": "text", "label": "x"}, step("press", 1, key="Backspace"), False),
+        ("", {"type": "select", "label": "Expiry month"}, step("select", 1, inputData="5"), False),
+        ("", {"type": "text", "label": "Passwort"}, step("press", 1, key="Backspace"), False),
+        ("", RADIO | {"label": "Basic"}, step("press", 1, key="ArrowDown"), False),
+    ],
+)
+def test_every_step_passes_every_gate(
+    restriction: str, element: Json, what: Json, allowed: bool
+) -> None:
+    """`select` and keys are clicks and typing; names of submits of all languages count."""
+    context = {**PAGE_CONTEXT, "indexedElements": [{"id": 1, "type": "button", **element}]}
+    page = page_of(context, restrictions=[restriction] if restriction else [])
+    with contextlib.nullcontext() if allowed else pytest.raises(lf.ActionRejected):
+        lf.check_action(what if "type" in what else steps(what), page)
+
+
+SECRETS = "Hasło|Mot de passe|Contraseña|Senha|Wachtwoord|Şifre|كلمة المرور|पासवर्ड|暗証番号|密码"
+
+
+@pytest.mark.parametrize("label", SECRETS.split("|"))
+def test_secrets_of_all_languages(label: str) -> None:
+    assert lf.is_sensitive({"type": "text", "label": label})
+    assert not lf.is_sensitive({"type": "text", "label": f"{label[0]}."})
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["cancel ", "close a b c ", "買い物を続ける", "عرض الكل", "pass ", "x", "delete", "\u2067"],
+)
+def test_risky_words_are_read_in_linear_time(unit: str) -> None:
+    def seconds(times: int) -> float:
+        text, begun = lf.plain_words(unit * times), time.perf_counter()
+        for kind, mark in (("irreversible", ""), ("secret", ""), ("irreversible", "+")):
+            lf.is_named(kind, text, mark)
+        return time.perf_counter() - begun
+
+    assert min(seconds(8000) for _ in range(5)) < 4 * min(seconds(4000) for _ in range(5)) + 0.001
+
+
 BLOCKS: dict[str, Json] = {
     "pricing_cards": {
         "plans": [
@@ -3048,6 +3186,116 @@ def test_a_line_end_submits_nothing() -> None:
     for kind, typed in (("input", "a b"), ("textarea", "a\nb")):
         raw, page = typing({"type": kind}, "a\nb")
         assert checked(raw, page)["actions"][0]["inputData"] == typed
+
+
+# ---------------------------------------------------------------------------------------------
+# Words: a file a language
+
+
+@pytest.mark.parametrize("tag", sorted(lf.all_words()))
+def test_a_language_is_whole(tag: str) -> None:
+    """Its file has what the English one has: the same keys, the same placeholders, other texts."""
+    words, english = lf.all_words()[tag], lf.all_words()["en"]
+    assert words.keys() == {"widget", "server", "irreversible", "secret"}
+    for part in ("widget", "server"):
+        assert words[part].keys() == english[part].keys()
+        for key, text in words[part].items():
+            assert re.findall(r"\{\w*\}", text) == re.findall(r"\{\w*\}", english[part][key])
+            assert text.strip() == text != ""
+            assert tag == "en" or part == "widget" or text != english[part][key] or len(text) < 5
+    for entry in [*words["irreversible"], *words["secret"]]:
+        assert lf.plain_words(entry.lstrip("-+").strip("*")).strip()
+    texts = [words["server"][key] for key in ("confirm_click", "not_confirmed")]
+    assert texts == [
+        lf.say(f"{tag}-XX", key, what="{what}") for key in ("confirm_click", "not_confirmed")
+    ]
+
+
+def test_languages_fall_back(monkeypatch: Patch, tmp_path: Path) -> None:
+    """To their main language, to English key by key; without English nothing starts."""
+    assert [
+        lf.shipped_language(tag) for tag in ("de_AT", "PT-br", "zh-Hant-TW", "xx", "", "../en")
+    ] == [
+        *("de", "pt", "zh"),
+        *("", "", ""),
+    ]
+    assert lf.say("xx", "yes") == "Yes"
+    folder = tmp_path / "widget" / "words"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(lf, "HERE", tmp_path)
+    monkeypatch.setattr(lf, "all_words", lf.all_words.__wrapped__)
+    with pytest.raises(lf.ConfigError, match="widget/words"):
+        lf.all_words()
+    for tag, yes in {"en": {"yes": "Yes", "no": "No"}, "de": {"yes": "Ja"}}.items():
+        (folder / f"{tag}.json").write_text(json.dumps({"server": yes}))
+    assert [lf.say("de", key) for key in ("yes", "no")] == ["Ja", "No"]
+
+
+@pytest.mark.parametrize(
+    ("fixed", "init", "shown", "tag"),
+    [
+        (None, "fr-CA", "", "fr"),
+        ("auto", "fr", "de", "de"),
+        ("ja", "fr", "de", "ja"),
+        (None, "xx", "", "en"),
+        (None, "", "", "en"),
+    ],
+)
+async def test_the_server_speaks_the_visitors_language(
+    fixed: str | None, init: str, shown: str, tag: str, model: FakeModel, tmp_path: Path
+) -> None:
+    """siteConfig.language, else what the page reports: in questions, ends of tasks, the history,
+    and after a restart."""
+    site = {**SHOP, "config": {"language": fixed} if fixed else {}}
+    config = make_config(model, sites=[site], server=on_disk(tmp_path))
+    async with running(config) as server:
+        answer = await server.call("POST", "/api/session/init", {"language": init})
+        visitor = Visitor(server, answer.body["sessionId"], ORIGIN)
+        await visitor.connect()
+        model.scripts.append(act("", click(8)))
+        page = OpenPage(visitor, PAGE_CONTEXT | ({"language": shown} if shown else {}))
+        asked = (await page.ask())["data"]
+        assert asked["message"].startswith(lf.say(tag, "confirm_click", what="“Delete my account”"))
+        assert asked["cancel_label"] == lf.say(tag, "no")
+        assert (await page.answer(False))["data"]["text"] == lf.say(tag, "not_confirmed")
+        assert (await visitor.history())[-1] == ("assistant", lf.say(tag, "not_confirmed"))
+    async with running(config) as server:
+        visitor.server = server
+        await visitor.connect()
+        model.scripts.append(status(401, {}))
+        end = await visitor.ask()
+        assert end["data"]["text"].startswith(lf.say(tag, "no_answer"))
+
+
+async def test_words_of_the_widget(server: Server, monkeypatch: Patch) -> None:
+    """Any page may load them, and keep them for a while."""
+    monkeypatch.setitem(lf.all_words()["de"], "widget", {"title": "Gespräch"})
+    for tag in ("de", "de-AT"):
+        answer = await server.call("GET", f"/words/{tag}.json", origin="https://any.example")
+        assert (answer.status, answer.body) == (200, {"title": "Gespräch"})
+        assert answer.headers["Access-Control-Allow-Origin"] == "*"
+        assert "max-age" in answer.headers["Cache-Control"]
+    for tag in ("xx", "..%2Fen", "e", "en.json"):
+        assert (await server.call("GET", f"/words/{tag}.json")).error == (404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ({"language": "klingon-is-a-very-long-tag-of-more-than-35"}, "language"),
+        ({"language": "d e"}, "language"),
+        ({"words": {"title": 5}}, "words"),
+        ({"words": ["title"]}, "words"),
+        ({"words": {f"k{n}": "x" for n in range(201)}}, "words"),
+        ({"limits": {"elements": 5}}, "limits"),
+    ],
+)
+def test_languages_in_the_site_config(config: Json, field: str) -> None:
+    with pytest.raises(lf.ConfigError, match=field):
+        make_config(sites=[{**SHOP, "config": config}])
+    fine = {"language": "pt-BR", "words": {"title": "Oi"}}
+    site = make_config(sites=[{**SHOP, "config": fine}]).sites[0]
+    assert {name: site.config[name] for name in fine} == fine
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5285,6 +5533,57 @@ async def test_going_where_an_irreversible_link_leads(
     assert asked["event"] == "confirmation_required"
     assert "Delete my account" in asked["data"]["message"]
     assert (await page.ask())["event"] == "action_plan"
+
+
+async def test_a_question_says_all_that_goes_with_it(page: OpenPage, model: FakeModel) -> None:
+    """It lists every field with what is or will be in it, on a line, cut to 200 characters; a yes
+    counts for these alone."""
+    fields: list[Json] = [
+        {"id": 1, "type": "email", "label": "To", "value": "attacker@evil.example"},
+        {"id": 2, "type": "textarea", "label": "Message"},
+        {"id": 3, "type": "checkbox", "label": "Copy", "checked": True},
+        {"id": 4, "type": "text", "label": "Empty"},
+        {"id": 5, "type": "submit", "text": "Send"},
+        {"id": 6, "type": "text", "label": "Password hint", "value": "rex"},
+    ]
+    page.context = at("/contact", *fields)
+    texts = ("x" * 250, "Hi\n- To: boss")
+    twice = [step("type", 2, inputData=one) for one in texts]
+    model.scripts.append(act("", steps(*twice, step("click", 5))))
+    asked = await page.ask()
+    lines = ["- To: attacker@evil.example", f"- Message: {'x' * 200}… → Hi - To: boss", "- Copy: ✓"]
+    assert asked["data"]["message"] == "\n".join(
+        ["Shall I click “Send”?", "", "This goes with it:", *lines, "- Password hint: •••"]
+    )
+    fields[0]["value"] = "other@evil.example"
+    await page.visitor.send("update_context", context=at("/contact", *fields))
+    again = await page.answer(True)
+    assert again["event"] == "confirmation_required"
+    assert "other@evil.example" in again["data"]["message"]
+    assert (await page.answer(True))["event"] == "action_plan"
+
+
+async def test_who_only_asks_gets_an_answer(page: OpenPage, model: FakeModel) -> None:
+    """With intent "ask" no plan follows, nor a question before one; the answer stands."""
+    for message, action in {"It is 5.": click(2), "": confirming(click(2))}.items():
+        model.scripts += [act(message, action), act("Well.")]
+        await page.visitor.chat("How much?", pageContext=page.context, intent="ask")
+        assert (await page.turn())["data"]["text"] == (message or "Well.")
+        assert "only asks" in model.prompt()
+        model.scripts.clear()
+    assert page.plans == 0
+    answer = await page.visitor.post(intent="act")
+    assert answer.error == (400, "invalid_message")
+
+
+async def test_a_scroll_that_shows_something_is_progress(page: OpenPage, model: FakeModel) -> None:
+    """Only plans that scroll and show nothing new go in circles."""
+    model.scripts += [act("", steps(step("scroll_to", 1)))] * 5 + [act("Found.")]
+    page.context = at("/", *B[:2])
+    frame = await page.ask()
+    for count in range(3, 8):
+        frame = await page.done(frame, at("/", *B[:count]))
+    assert (frame["data"]["text"], page.plans) == ("Found.", 5)
 
 
 async def test_the_model_may_ask_for_confirmation_itself(page: OpenPage, model: FakeModel) -> None:
