@@ -3261,7 +3261,7 @@ async def test_the_server_speaks_the_visitors_language(
         assert (await visitor.history())[-1] == ("assistant", lf.say(tag, "not_confirmed"))
     async with running(config) as server:
         visitor.server = server
-        await visitor.connect()
+        await visitor.connect(999)
         model.scripts.append(status(401, {}))
         end = await visitor.ask()
         assert end["data"]["text"].startswith(lf.say(tag, "no_answer"))
