@@ -398,7 +398,7 @@ def widget_words(value: Any) -> Json:
     """Words of the widget that a site says otherwise, by their keys."""
     errors: dict[str, str] = {}
     keys = list(value)[:200] if isinstance(value, dict) else []
-    words = check_table(value, dict.fromkeys(keys, text(300)), "", errors)
+    words = check_table(value, dict.fromkeys(keys, text(300)), "", errors, null_ok=True)
     if errors:
         raise ValueError("must be a table of at most 200 texts, each of at most 300 characters")
     return words

@@ -145,7 +145,8 @@ const LOOKS = [
     { path: "typography.headingFont", label: "Font of headings" },
     { path: "typography.bodyFont", label: "Font of texts" },
     { path: "typography.headingWeight", label: "Weight of headings", kind: "number" },
-    { path: "typography.buttonRadius", label: "Roundness of buttons", hint: "Such as 8px." },
+    { path: "typography.buttonRadius", label: "Roundness of buttons", kind: "number",
+      hint: "Pixels, or such as 50%." },
     { path: "language", label: "Language", hint: "A tag such as de, or auto: the page's." },
     { path: "words", label: "Words of your own", kind: "pairs",
       hint: "One a line, key: text. Such as placeholder: Ask us anything" },
@@ -263,7 +264,7 @@ function snippetDetails(snippet, change) {
 }
 
 function unansweredForm({ text, askedAt }, change, redraw) {
-  const answer = form([{ path: "text", label: `Answer to “${text}”`, kind: "area", rows: 2 }], {}, {
+  const answer = form([{ path: "text", label: `Answer to “${text.slice(0, 300)}”`, kind: "area", rows: 2 }], {}, {
     submit: "Answer it", done: "",
     async save(_, { text: words }) {
       await change((list) => [...list, { question: text.slice(0, 2000), text: words ?? "" }]);
@@ -507,7 +508,7 @@ async function findSites(signal) {
 }
 
 async function showSites() {
-  const make = isAdmin && section("A new site", form([
+  const make = isAdmin && h("section", {}, h("h2", {}, "A new site"), form([
     { path: "name", label: "Name" },
     { path: "host", label: "Host", hint: "Such as acme.com; www.acme.com comes with it." },
   ], {}, {

@@ -7,16 +7,19 @@ python -m pytest owner -k picture --screenshots    # the README's, into docs/
 from __future__ import annotations
 
 import json
+import operator
 import re
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from functools import reduce
 from typing import Any
 from urllib.parse import parse_qs
 
 import pytest
 from aiohttp import web
-from playwright.async_api import Page, expect
+from playwright.async_api import FrameLocator, Locator, Page, expect
 
+import leflux_server as lf
 from conftest import (
     NOW,
     OTHER,
@@ -207,6 +210,31 @@ def enter(visit: Visit, office: Server) -> Open:
     return start
 
 
+def widget(page: Page | FrameLocator, selector: str) -> Locator:
+    return page.locator(f"leflux-widget {selector}")
+
+
+async def ask(page: Page, text: str) -> None:
+    """Write into the widget, and wait for the end of the answer."""
+    await widget(page, "textarea").fill(text)
+    await widget(page, "textarea").press("Enter")
+    await expect(widget(page, ".user").last).to_have_class("user")  # no longer pending
+    await expect(widget(page, ".stop")).to_be_hidden()
+
+
+# ---------------------------------------------------------------------------------------------
+# A day
+
+DAY_SECONDS = 86_400
+QUESTION, ANSWER = "Do you have decaf?", "Yes: our Colombia is free of caffeine."
+SHOWN: Json = {
+    "url": "http://localhost/coffee",
+    "title": "Acme",
+    "visibleText": "Our opening hours: the roastery opens at nine and closes at five.",
+    "indexedElements": [],
+}
+
+
 # ---------------------------------------------------------------------------------------------
 # Sign-in
 
@@ -361,6 +389,87 @@ async def test_errors_stand_at_their_fields(enter: Open, office: Server) -> None
     assert office.app.site_patches["shop"] == {"config": {}}
 
 
+# The fields of siteConfig: what they are called, what is put in, and the value of it.
+FIELDS: dict[str, tuple[str, str | bool, Any]] = {
+    "siteName": ("Name", "Acme", "Acme"),
+    "greeting": ("Greeting", "Good **morning**", "Good **morning**"),
+    "primaryColor": ("Colour", "#006400", "#006400"),
+    "layout": ("Layout", "side-panel", "side-panel"),
+    "position": ("Position", "top-left", "top-left"),
+    "logoUrl": ("Logo", "/logo.png", "/logo.png"),
+    "quickChips": ("Button 2", "Hours", ({"text": "Hours"},)),
+    "launcher.shape": ("Shape", "squircle", "squircle"),
+    "launcher.size": ("Size", "large", "lg"),
+    "launcher.icon": ("Icon", "cursor", "cursor"),
+    "launcher.position": ("Its position", "top-right", "top-right"),
+    "launcher.offsetX": ("Distance from the side", "12", 12),
+    "launcher.offsetY": ("Distance from top or bottom", "1.5", 1.5),
+    "launcher.glow": ("It glows", False, False),
+    "launcher.hidden": ("Hide it: the page has a button of its own", True, True),
+    "nudge.enabled": ("Show it", True, True),
+    "nudge.message": ("What it says", "Need help?", "Need help?"),
+    "nudge.style": ("Its style", "card", "card"),
+    "nudge.delay": ("After milliseconds", "0", 0),
+    "nudge.dismissable": ("It can be dismissed", True, True),
+    "typography.headingFont": ("Font of headings", "Georgia, serif", "Georgia, serif"),
+    "typography.bodyFont": ("Font of texts", "Arial", "Arial"),
+    "typography.headingWeight": ("Weight of headings", "bold", "bold"),
+    "typography.buttonRadius": ("Roundness of buttons", "8", 8),
+    "language": ("Language", "de", "de"),
+    "words": (
+        "Words of your own",
+        "send: Go: now\nstop: Halt",
+        {"send": "Go: now", "stop": "Halt"},
+    ),
+}
+
+
+def flat(table: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for name, value in table.items():
+        yield from flat(value, f"{path}{name}.") if isinstance(value, dict) else [path + name]
+
+
+async def put_in(page: Page, name: str, value: str | bool) -> None:
+    field = page.get_by_label(name, exact=True)
+    if isinstance(value, bool):
+        await field.set_checked(value)
+    elif await field.evaluate("(one) => one.localName") == "select":
+        await field.select_option(value)
+    else:
+        await field.fill(value)
+
+
+async def test_every_field_of_looks(enter: Open, office: Server) -> None:
+    """The form has all that there is to set; what is emptied is as in config.toml again."""
+    assert FIELDS.keys() == {*flat(lf.SITE_CONFIG_RULES)}
+    page = await enter("looks")
+    before = office.app.sites["shop"].config
+    for name, value, _ in FIELDS.values():
+        await put_in(page, name, value)
+    save = page.get_by_role("button", name="Save")
+    await save.click()
+    await expect(page.get_by_text("Saved.")).to_be_visible()
+    config = office.app.sites["shop"].config
+    assert {path: reduce(operator.getitem, path.split("."), config) for path in FIELDS} == {
+        path: value for path, (_, _, value) in FIELDS.items()
+    }
+    await page.reload()
+    await expect(page.get_by_label("Words of your own")).to_have_value("send: Go: now\nstop: Halt")
+    await put_in(page, "Words of your own", "stop: Halt")
+    await save.click()
+    await expect(page.get_by_text("Saved.")).to_be_visible()
+    assert office.app.sites["shop"].config["words"] == {"stop": "Halt"}
+    for name, value, _ in FIELDS.values():
+        field = page.get_by_label(name, exact=True)
+        if isinstance(value, str) and await field.evaluate("(one) => one.localName") != "select":
+            await field.fill("")
+    await save.click()
+    await expect(page.get_by_text("Saved.")).to_be_visible()
+    config = office.app.sites["shop"].config
+    assert (config["greeting"], config["primaryColor"]) == ("Welcome!", "#8a4b2a")
+    assert config.keys() == before.keys()
+
+
 async def test_unsaved_changes(enter: Open) -> None:
     """A link away from what was written, but not saved, asks first."""
     page = await enter("looks")
@@ -440,15 +549,37 @@ async def test_messages(enter: Open, office: Server, model: FakeModel) -> None:
 TABS = ("overview", "looks", "knowledge", "conversations", "messages", "settings")
 
 
-async def test_axe(enter: Open, office: Server) -> None:
-    """axe-core finds nothing on any tab, in light and dark."""
-    page = await enter("settings")
+async def test_axe(visit: Visit, office: Server) -> None:
+    """axe-core finds nothing on any view, in light and dark."""
+    page = await visit(f"{office.url}/owner")
+
+    async def check() -> None:
+        for scheme in ("light", "dark"):
+            await page.emulate_media(color_scheme=scheme)
+            assert await axe(page) == [], (page.url, scheme)
+
+    await sign_in(page, password="wrong")
+    await page.locator("[aria-invalid]").wait_for()
+    await check()
+    await (await office.visitor("http://localhost")).ask()
+    await sign_in(page, BOSS)
+    await page.get_by_role("heading", name="Your sites").wait_for()
+    await check()
     for tab in TABS:
         await page.goto(f"{office.url}/owner#/shop/{tab}")
         await page.get_by_role("heading", level=2, name=tab).wait_for()
-        for scheme in ("light", "dark"):
-            await page.emulate_media(color_scheme=scheme)
-            assert await axe(page) == [], (tab, scheme)
+        await page.evaluate(
+            "for (const one of document.querySelectorAll('details')) one.open = true"
+        )
+        await check()
+        if tab == "conversations":
+            await page.locator(".line").first.click()
+            await page.get_by_role("button", name="Erase").click()
+            await check()
+            await page.keyboard.press("Escape")
+            await page.keyboard.press("Escape")
+            await expect(page.get_by_role("dialog")).to_have_count(0)
+            await expect(page.locator(".line").first).to_be_focused()
 
 
 PHONES: tuple[Json, ...] = ({"width": 320, "height": 640}, {"width": 844, "height": 390})
@@ -568,3 +699,9 @@ async def test_requests_name_the_host(visit: Visit, office: Server) -> None:
     await sign_in(page)
     await page.get_by_role("heading", name="Settings").wait_for()
     assert {("", None), ("", "shop.example"), ("/shop", "localhost")} == set(said)
+
+
+# ---------------------------------------------------------------------------------------------
+# The README's picture
+
+ASKED = ("What does Pro cost?", "Do you ship abroad?", "Where is my order?", QUESTION)
