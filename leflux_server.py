@@ -84,7 +84,6 @@ import signal
 import socket
 import sqlite3
 import sys
-import threading
 import time
 import tomllib
 import unicodedata
@@ -98,12 +97,13 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Container,
     Iterable,
     Iterator,
     Mapping,
     Sequence,
 )
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
@@ -138,8 +138,8 @@ END_SECONDS = 0.2  # for the end of a response after its [DONE]
 MAX_REPLY_CHARS = 200_000
 MAX_TOKENS = 10**9  # that one call can have cost, whatever a provider reports
 MAX_SSE_LINE_BYTES = 4 * 1024 * 1024
-MAX_HISTORY = 500  # messages kept in a session: the first 2 and the last ones
-MAX_HISTORY_CHARS = 1_000_000
+MAX_HISTORY = 500  # entries kept of a chat: the first 2 and the last ones
+MAX_HISTORY_CHARS = 200_000
 PROMPT_FIRST, PROMPT_LAST = 2, 50  # messages of the conversation that the model sees
 PROMPT_STEPS = 12  # of the task's trace
 KNOWLEDGE_CHARS = 6000  # of passages in one prompt
@@ -149,7 +149,8 @@ MODEL_CALL_WAIT_SECONDS = 30  # of a task whose session makes calls too fast
 MAX_REJECTIONS = 2  # times in a row that the model is told why its action may not run
 ACTION_SECONDS = 120  # for the client to carry out a plan, beside the plan's own waits
 CONTINUE_SECONDS = 30  # for the fresh page after a result, or after a reload
-MAX_CLIENT_IDS = 100  # clientMessageIds remembered in a session
+MEGABYTE = 1024 * 1024
+MAX_CLIENT_IDS = 32  # clientMessageIds remembered in a session
 
 log = logging.getLogger("leflux")
 T = TypeVar("T")
@@ -571,9 +572,12 @@ class LimitsConfig:
     indexed_elements: int = key(50, whole(1, 1000))
     visible_text_chars: int = key(5000, whole(0, 200_000))
     idle_minutes: float = key(30, number(0.0001, 525_600))
+    keep_days: float = key(30, number(0, 36_500))
     max_sessions: int = key(10_000, whole(1, 10_000_000))
     connections_per_address: int = key(200, whole(1, 10_000_000))
     model_calls_per_minute: float = key(60, number(0.001))
+    context_mb: float = key(128, number(1))
+    history_mb: float = key(256, number(1))
     max_action_plans: int = key(30, whole(1, 1000))
     site_messages_per_day: int = key(1000, whole(0, 10**12))
     site_tokens_per_day: int = key(3_000_000, whole(0, 10**12))
@@ -970,6 +974,7 @@ class Task:
 
     wish: str
     address: str = ""  # who pays for its calls, as networks() writes it
+    question: int | None = None  # the number of that message, until it is marked as unanswered
     phase: str = "running"
     deadline: float = math.inf  # monotonic seconds; past it the task counts as interrupted
     letter: Json = dataclasses.field(default_factory=dict)  # one that waits for the visitor's word
@@ -994,6 +999,28 @@ class Task:
     release: Callable[[], None] | None = None  # gives back what is reserved for the first call
 
 
+class Held:
+    """What sessions hold of one kind in memory, in bytes, those that were unused longest first.
+
+    Beyond the limit these are let go.
+    """
+
+    def __init__(self, limit_bytes: float, let_go: Callable[[Session], None]) -> None:
+        self._limit, self._let_go = limit_bytes, let_go
+        self._sizes: dict[Session, int] = {}
+        self.total = 0
+
+    def note(self, session: Session, size: int) -> None:
+        """Note that a session's part was used, and its size now; 0: it holds none any more."""
+        self.total += size - self._sizes.pop(session, 0)
+        if size:
+            self._sizes[session] = size
+        while self.total > self._limit:
+            oldest = next(iter(self._sizes))
+            self.total -= self._sizes.pop(oldest)
+            self._let_go(oldest)
+
+
 def encode_event(event: str, data: Json, seq: int) -> bytes:
     return kept_json({"event": event, "data": data, "seq": seq})
 
@@ -1014,9 +1041,11 @@ class Session:
     created_at: float  # Unix time
     last_active: float  # monotonic seconds
     language: str = ""  # of the page, a BCP 47 tag
-    history: list[Json] = dataclasses.field(default_factory=list)
+    messages: list[Json] | None = dataclasses.field(default_factory=list)  # None: on disk alone
     history_chars: int = 0
-    message_count: int = 0
+    message_count: int = 0  # of the visitor's and the assistant's
+    number: int = 0  # of the next message
+    third: int = PROMPT_FIRST  # the number of messages[2]: those between 1 and it are cut
     context: Json = dataclasses.field(default_factory=dict)
     events: list[bytes] = dataclasses.field(default_factory=list)
     first_seq: int = 1
@@ -1025,13 +1054,43 @@ class Session:
     task: Task | None = None
     connection: Connection | None = None
     message_id_by_client_id: dict[str, str] = dataclasses.field(default_factory=dict)
+    unanswered: list[int] = dataclasses.field(default_factory=list)  # messages to be marked so
     row: int = 0  # its number in the database, once it has one
-    saved: int = 0  # how many of its messages are on disk
+    saved: int = 0  # how many of its messages have been written to the disk
+    home: Store | None = None  # where its messages are when they are not here
     gone: bool = False
 
     @property
     def next_seq(self) -> int:
         return self.first_seq + len(self.events)
+
+    @property
+    def entries(self) -> list[Json]:
+        """All messages, with what the agent did (role "action"); from the disk if need be."""
+        if self.messages is not None:
+            return self.messages
+        return self.home.bring_back(self) if self.home is not None else []
+
+    @property
+    def history(self) -> list[Json]:
+        """The messages, as the visitor saw them."""
+        return [one for one in self.entries if one["role"] != "action"]
+
+    @property
+    def held_bytes(self) -> int:
+        """About how much memory the messages and the events take."""
+        texts = (one["content"] for one in self.messages or ())
+        sizes = [sys.getsizeof(one) for one in (*self.events, *texts)]
+        return sum(sizes) + 250 * len(sizes)
+
+    def unload(self) -> None:
+        """Let go of what is on disk too, as in a restart: the messages, the last turn's events."""
+        self.messages = None
+        unread = self.connection is not None and self.connection.cursor < self.next_seq
+        if not unread and (self.task is None or self.task.phase != "running"):
+            self.first_seq = max(self.first_seq, self.next_seq - 2)
+            self.turn_seq = max(self.turn_seq, self.first_seq)
+            self.events = self.events[-2:]
 
     def emit(self, *events: tuple[str, Json]) -> None:
         """Append events to the log, all or none, and wake its socket."""
@@ -1050,14 +1109,18 @@ class Session:
         self.first_seq = keep_from
 
     def remember(self, role: str, content: str) -> None:
-        """Append a message to the history, as the visitor saw it."""
-        self.message_count += 1
-        self.history.append({"role": role, "content": content})
+        """Append a message, as the visitor saw it, or an action, for the owner."""
+        messages = self.entries
+        messages.append({"role": role, "content": content})
+        self.messages = messages
+        self.number += 1
+        self.message_count += role != "action"
         self.history_chars += len(content)
-        while len(self.history) > MAX_HISTORY or (
-            self.history_chars > MAX_HISTORY_CHARS and len(self.history) > 2 * PROMPT_FIRST
+        while len(messages) > MAX_HISTORY or (
+            self.history_chars > MAX_HISTORY_CHARS and len(messages) > 2 * PROMPT_FIRST
         ):
-            self.history_chars -= len(self.history.pop(PROMPT_FIRST)["content"])
+            self.history_chars -= len(messages.pop(PROMPT_FIRST)["content"])
+            self.third += 1
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -1121,11 +1184,13 @@ class Connection:
         """Send what there is to send until the socket closes or the client is gone."""
         with contextlib.suppress(ConnectionError, RuntimeError):  # the reader's loop ends too
             while True:
+                await self.committed()
                 while frame := self.next_frame():
                     self.sending_since = min(self.sending_since, time.monotonic())
                     await self.ws.send_frame(frame, web.WSMsgType.TEXT)
                     if not self.unread:
                         self.sending_since = math.inf
+                    await self.committed()
                 if self.close_code is not None:
                     self.sending_since = min(self.sending_since, time.monotonic())
                     # Not ws.close(): that would take in all that a client goes on sending.
@@ -1135,6 +1200,10 @@ class Connection:
                     return None if self.transport is None else self.transport.abort()
                 self.changed.clear()
                 await self.changed.wait()
+
+    async def committed(self) -> None:
+        if self.session is not None and self.session.home is not None:
+            await self.session.home.committed(self.session)
 
     @property
     def unread(self) -> int:
@@ -1166,7 +1235,7 @@ class AppState:
     site_index: dict[HostEntry, Site] = dataclasses.field(default_factory=dict)
     site_patches: dict[str, Json] = dataclasses.field(default_factory=dict)  # over config.toml
     api_sites: dict[str, Json] = dataclasses.field(default_factory=dict)
-    usage: dict[str, Usage] = dataclasses.field(default_factory=dict)
+    usage: dict[str, dict[str, Usage]] = dataclasses.field(default_factory=dict)  # by site and day
     files: dict[str, list[WebPage]] = dataclasses.field(default_factory=dict)  # by site
     letters: dict[str, Letter] = dataclasses.field(default_factory=dict)  # by id, oldest first
     keys: KeyCache | None = None  # None: no admin API
@@ -1185,7 +1254,14 @@ class AppState:
     model_failed: tuple[float, str] | None = None  # Unix time of the last one, what was wrong
     last_id: int = 0
     draining: bool = False
+    contexts: Held = dataclasses.field(init=False)
     knowledge: Knowledge = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        def let_go(session: Session) -> None:
+            session.context = {}  # the next message brings a new one
+
+        self.contexts = Held(self.config.limits.context_mb * MEGABYTE, let_go)
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """Add to a number of /metrics; its labels have few values, none of a visitor's making."""
@@ -1354,7 +1430,8 @@ def held_by(app: AppState, client: str) -> Iterator[None]:
 
 
 def is_idle(app: AppState, session: Session, now: float) -> bool:
-    return now - session.last_active >= app.config.limits.idle_minutes * 60
+    idle_seconds = app.config.limits.idle_minutes * 60
+    return session.gone or now - session.last_active >= idle_seconds
 
 
 def find_session(app: AppState, session_id: str, site_id: str, now: float) -> Session:
@@ -1365,10 +1442,20 @@ def find_session(app: AppState, session_id: str, site_id: str, now: float) -> Se
     return session
 
 
-def drop_session(app: AppState, session: Session) -> None:
-    """End a session: its turn is stopped, its socket closed; the next flush erases its rows."""
+def keep_context(app: AppState, session: Session, context: Json) -> None:
+    """Make a page context the session's latest, for as long as there is room for it."""
+    session.context = context
+    app.contexts.note(session, context.get("bytes", 0))
+
+
+def drop_session(app: AppState, session: Session, *, keep: bool = False) -> None:
+    """End a session: its turn is stopped, its socket closed.
+
+    The next flush erases its rows, unless they are kept for the site's owner.
+    """
     app.sessions.pop(session.id, None)
-    app.store.forget(session)
+    app.contexts.note(session, 0)
+    app.store.forget(session, keep=keep)
     if session.task is not None and session.task.runner is not None:
         session.task.runner.cancel()
     session.task = None
@@ -1415,22 +1502,36 @@ def join(connection: Connection, session: Session, last_seq: int | None, now: fl
 # disk is the checkpoint, and that runs in a thread.
 
 # Sessions have small numbers, and messages come one after the other, whosesoever they are: so the
-# rows of a moment lie side by side. Version 1 kept them by their UUIDs.
-SCHEMA_VERSION = 2
+# rows of a moment lie side by side. A row with a text has its checksum. `asked` is a hash of a
+# visitor's message, `words` are hashes of the words in a chat: both let owners search by an index.
+SCHEMA_VERSION = 3
+PAGE_BYTES = 4096
 SCHEMA = """
     DROP TABLE IF EXISTS session;
     DROP TABLE IF EXISTS message;
-    CREATE TABLE session (row INTEGER PRIMARY KEY, state TEXT NOT NULL);
-    CREATE TABLE message (
-        session INTEGER, number INTEGER, body TEXT NOT NULL, UNIQUE (session, number)
+    CREATE TABLE session (
+        row INTEGER PRIMARY KEY, id TEXT UNIQUE, site TEXT, created REAL, active REAL, page TEXT,
+        words BLOB, state TEXT, crc INTEGER
     );
+    CREATE INDEX session_by_site ON session (site, created, words);
+    CREATE TABLE message (
+        session INTEGER, number INTEGER, site TEXT, at REAL, asked INTEGER, unanswered INTEGER,
+        body TEXT, crc INTEGER, UNIQUE (session, number)
+    );
+    CREATE INDEX question ON message (site, at, asked) WHERE asked NOT NULL;
+    CREATE INDEX unanswered ON message (site, at) WHERE unanswered;
     CREATE TABLE IF NOT EXISTS usage (
         site TEXT, day TEXT, messages INTEGER NOT NULL, tokens INTEGER NOT NULL,
         PRIMARY KEY (site, day)
     ) WITHOUT ROWID;
+    ALTER TABLE usage ADD COLUMN chats INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE usage ADD COLUMN done INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE usage ADD COLUMN failed INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE usage ADD COLUMN unanswered INTEGER NOT NULL DEFAULT 0;
     CREATE TABLE IF NOT EXISTS site (
         id TEXT PRIMARY KEY, base BLOB, patch BLOB NOT NULL
     ) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS letter (id TEXT PRIMARY KEY, site TEXT, body TEXT);
 """
 SESSION_FIELDS = {  # of a session's row: their names there, and in Session
     "id": "id",
@@ -1439,12 +1540,19 @@ SESSION_FIELDS = {  # of a session's row: their names there, and in Session
     "pageUrl": "page_url",
     "created": "created_at",
     "count": "message_count",
+    "number": "number",
     "answered": "message_id_by_client_id",
     "language": "language",
 }
-
-
-LETTER_TABLE = "CREATE TABLE IF NOT EXISTS letter (id TEXT PRIMARY KEY, site TEXT, body TEXT)"
+SESSION_SQL = """
+    INSERT INTO session VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (row) DO UPDATE SET
+    active = excluded.active, state = excluded.state, crc = excluded.crc,
+    words = substr(CAST(words || excluded.words AS BLOB), -8192)
+"""
+MESSAGE_SQL = "REPLACE INTO message VALUES (?, ?, ?, ?, ?, NULL, ?, ?)"
+# Where no spaces stand between words, each two neighbours count as one.
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uac00-\ud7ff]+")
+MAX_SEARCHED_CHARS = 20_000  # of a message
 
 
 def lock_folder(path: Path) -> int:
@@ -1464,7 +1572,12 @@ def lock_folder(path: Path) -> int:
 
 def prepare_database(db: sqlite3.Connection) -> None:
     """Check the file, bring its tables up to date, and see that it can be written."""
-    for pragma in ("journal_mode = WAL", "wal_autocheckpoint = 0", "secure_delete = ON"):
+    for pragma in (
+        f"page_size = {PAGE_BYTES}",
+        "journal_mode = WAL",
+        "wal_autocheckpoint = 0",
+        "secure_delete = ON",
+    ):
         db.execute(f"PRAGMA {pragma}")
     if (verdict := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
         raise ConfigError(f"it is damaged ({verdict.splitlines()[0]})")
@@ -1473,80 +1586,181 @@ def prepare_database(db: sqlite3.Connection) -> None:
         raise ConfigError("a newer leflux wrote it")
     if version < SCHEMA_VERSION:
         db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-    db.execute(LETTER_TABLE)
     db.execute("BEGIN IMMEDIATE")  # fails now, not later, where nothing can be written
     db.execute("ROLLBACK")
     db.execute("PRAGMA synchronous = OFF")  # checkpoint() sees to what must be on the disk
     db.execute("PRAGMA busy_timeout = 0")  # a locked database is a failing one for that moment
 
 
+def committed_frames(log_path: Path) -> list[bool]:
+    """Return for each frame of a WAL, as it lies on the disk, whether it ends a transaction.
+
+    https://www.sqlite.org/fileformat2.html#the_write_ahead_log
+    """
+    ends, frame, salts = list[bool](), b"", set[bytes]()
+    with contextlib.suppress(OSError), log_path.open("rb") as file:
+        salts.add(file.read(32)[16:24])
+        while len(frame := file.read(24)) == 24:
+            if not ends:
+                salts.add(frame[8:16])  # the header's may be what is damaged
+            ends.append(frame[4:8] != bytes(4) and frame[8:16] in salts)
+            file.seek(PAGE_BYTES, os.SEEK_CUR)
+    return ends
+
+
+def open_database(name: Path | str, **options: Any) -> sqlite3.Connection:
+    db: sqlite3.Connection = sqlite3.connect(
+        name, isolation_level=None, check_same_thread=False, **options
+    )
+    db.text_factory = lambda raw: raw.decode(errors="replace")  # checksums find what is damaged
+    return db
+
+
+def inode_of(path: Path) -> int:
+    """Return what tells a file from another one in its place, 0 if there is none."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_ino
+    return 0
+
+
+def checksum(text: str) -> int:
+    return zlib.crc32(text.encode())
+
+
+def whole_rows(db: sqlite3.Connection, sql: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield rows that end in (JSON, checksum), with what the JSON says, but no damaged ones."""
+    damaged = 0
+    try:
+        for *columns, text, crc in db.execute(sql, values):
+            if checksum(str(text)) == crc:
+                yield (*columns, orjson.loads(text))
+            else:
+                damaged += 1
+    finally:
+        if damaged:
+            log.error("damaged rows of the database are left out: %d", damaged)
+
+
+def read_messages(db: sqlite3.Connection, row: int) -> list[tuple[int, Json]]:
+    """Return the messages of a chat with their numbers; raise sqlite3.Error."""
+    sql = "SELECT number, body, crc FROM message WHERE session = ? ORDER BY number"
+    return cast(list[tuple[int, Json]], list(whole_rows(db, sql, row)))
+
+
+def words_of(text: str) -> set[str]:
+    """Return the different words of a text in any script, without case."""
+    plain = unicodedata.normalize("NFKC", text[:MAX_SEARCHED_CHARS]).casefold()
+    runs = UNSPACED.findall(plain)
+    pairs = {a + b for run in runs for a, b in itertools.pairwise(run)}
+    return pairs | set(re.findall(r"\w+", UNSPACED.sub(" ", plain) if runs else plain))
+
+
+def word_mark(word: str) -> bytes:
+    return (checksum(word) & 0xFFFF).to_bytes(2)
+
+
+def question_hash(text: str) -> int:
+    """Return what is the same for questions that are the same but for case, spaces and marks."""
+    plain = " ".join(re.findall(r"\w+", text.casefold())) or text
+    return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=6).digest())
+
+
+def state_of(session: Session) -> Json:
+    """Return what of a session is written in any case, and shown to its site's owner."""
+    state = {key: getattr(session, name) for key, name in SESSION_FIELDS.items()}
+    return state | {"active": time.time() - time.monotonic() + session.last_active}
+
+
 def write_session(db: sqlite3.Connection, session: Session) -> None:
     """Bring a session's rows up to date, inside a transaction."""
-    state = {key: getattr(session, name) for key, name in SESSION_FIELDS.items()}
-    state["active"] = time.time() - time.monotonic() + session.last_active
+    now, messages, words = time.time(), session.entries, set[str]()
+    state = state_of(session)
     state["seq"] = session.next_seq
     state["open"] = session.task is not None
     if session.task is None and session.events:
         # What ended the turn, for a client that missed it in a crash: a locked text, an event.
         first = -2 if b'"event":"message_done"' in session.events[-2:][0][:30] else -1
         state["last"] = [orjson.Fragment(event) for event in session.events[first:]]
-    db.execute("REPLACE INTO session VALUES (?, ?)", (session.row, json_text(state)))
-    count, history = session.message_count, session.history
-    # The middle of a long conversation is not kept: the messages of these numbers.
-    cut = range(PROMPT_FIRST, PROMPT_FIRST + count - len(history))
-    for number in range(session.saved, count):
-        if number not in cut:
-            message = history[number if number < PROMPT_FIRST else number - len(cut)]
-            row = (session.row, number, json_text(message))
-            db.execute("REPLACE INTO message VALUES (?, ?, ?)", row)
-    if cut:
+    for number in range(session.saved, session.number):
+        if PROMPT_FIRST <= number < session.third:
+            continue  # the middle of a long chat is not kept
+        at = number - session.number
+        message = messages[number if -at > len(messages) else at]
+        words |= words_of(message["content"])
+        asked = question_hash(message["content"]) if message["role"] == "user" else None
+        body = json_text(message)
+        row = (session.row, number, session.site_id, now, asked, body, checksum(body))
+        db.execute(MESSAGE_SQL, row)
+    for number in session.unanswered:
+        sql = "UPDATE message SET unanswered = 1 WHERE session = ? AND number = ?"
+        db.execute(sql, (session.row, number))
+    if session.third > PROMPT_FIRST:
         sql = "DELETE FROM message WHERE session = ? AND number >= ? AND number < ?"
-        db.execute(sql, (session.row, cut.start, cut.stop))
+        db.execute(sql, (session.row, PROMPT_FIRST, session.third))
+    text, page = json_text(state), re.split("[?#]", session.page_url, maxsplit=1)[0][:300]
+    marks = b"".join(map(word_mark, words))
+    columns = (session.id, session.site_id, session.created_at, state["active"], page, marks)
+    db.execute(SESSION_SQL, (session.row, *columns, text, checksum(text)))
 
 
 class Store:
-    """The database of a running server; without a path it keeps nothing."""
+    """The database of a running server. Without a path it is in memory, and keeps no idle chat."""
 
-    def __init__(self, path: Path | None) -> None:
-        self._db: sqlite3.Connection | None = None
+    def __init__(self, path: Path | None, history_bytes: float = math.inf) -> None:
+        self.path = path
         self._dirty = path is not None  # there is something in the log
-        self._checkpointing = threading.Lock()
-        last_row = 0
         with contextlib.ExitStack() as opened:
+            frames: list[bool] = []
             if path is not None:
                 opened.callback(os.close, lock_folder(path))
+                frames = committed_frames(path.with_name(f"{path.name}-wal"))
                 # SQLite gives its -wal the mode of the file.
                 os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
                 path.chmod(0o600)
-                # Cached statements hold on to the texts that they wrote last.
-                db = sqlite3.connect(path, timeout=1, isolation_level=None, cached_statements=16)
-                opened.callback(db.close)
-                prepare_database(db)
-                (last_row,) = db.execute("SELECT ifnull(max(row), 0) FROM session").fetchone()
-                self._db = db
-                self._checkpointer = sqlite3.connect(path, check_same_thread=False)
-                opened.callback(self._checkpointer.close)
+            # Cached statements hold on to the texts that they wrote last.
+            self._db = db = open_database(path or ":memory:", timeout=1, cached_statements=16)
+            opened.callback(db.close)
+            prepare_database(db)
+            (last_row,) = db.execute("SELECT ifnull(max(row), 0) FROM session").fetchone()
+            self._reader = self._checkpointer = db
+            if path is not None:
+                self._inode = inode_of(path)
+                self._reader, self._checkpointer = (
+                    opened.enter_context(contextlib.closing(open_database(path, timeout=0)))
+                    for _ in range(2)
+                )
+                _, whole, _ = self._checkpointer.execute("PRAGMA wal_checkpoint").fetchone()
+                if whole >= 0 and any(frames[whole:]):
+                    log.error("the database's log is damaged: what was said last is lost")
             self._opened = opened.pop_all()  # what close() lets go of
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "store")
         self._new_row = itertools.count(last_row + 1)
         self._sessions: dict[int, Session] = {}  # with changes to write, by row
         self._gone: set[int] = set()  # rows of sessions to delete
         self._rows: dict[tuple[str, str], tuple[str, Any]] = {}  # all else, the last of a kind
+        self._held = Held(history_bytes, self._let_go)
+        self._writable = asyncio.Event()  # not while the log is emptied
+        self._writable.set()
         self._once_a_minute = RateLimitedLog()
+        self._next_row = 0  # that expired() looks at
         self.failing = False
 
     def save(self, session: Session) -> None:
         """Commit a session, and all else that is marked; it is kept from its first message on."""
-        if session.message_count and not session.gone:
+        if session.number and not session.gone:
             session.row = session.row or next(self._new_row)
+            session.home = self
             self._sessions[session.row] = session
             self.flush()
+            self._held.note(session, session.held_bytes)
 
-    def forget(self, session: Session) -> None:
-        """Mark a session for deletion at the next flush."""
+    def forget(self, session: Session, *, keep: bool = False) -> None:
+        """Let go of a session, and mark its rows for deletion at the next flush, unless kept."""
         session.gone = True
+        self._held.note(session, 0)
         self._sessions.pop(session.row, None)
-        if session.row:
-            self._gone.add(session.row)
+        if session.row and not keep:
+            self.erase(session.row)
 
     def erase(self, row: int) -> None:
         self._gone.add(row)
@@ -1557,65 +1771,109 @@ class Store:
 
     def flush(self) -> None:
         """Commit what is marked; on failure it stays marked, and serving goes on from memory."""
-        if not (self._sessions or self._gone or self._rows):
+        if not (self._sessions or self._gone or self._rows) or not self._writable.is_set():
             return
         try:
-            if self._db is not None:
-                self._commit(self._db)
+            self._commit(self._db)
         except sqlite3.Error as error:
             self.failing = True
             self._complain(error)
             return
         for session in self._sessions.values():
-            session.saved = session.message_count
+            session.saved, session.unanswered = session.number, []
         self._sessions, self._gone, self._rows = {}, set(), {}
-        self._dirty, self.failing = True, False
+        self._dirty, self.failing = self.path is not None, False
 
     def _commit(self, db: sqlite3.Connection) -> None:
         with db:
             db.execute("BEGIN IMMEDIATE")
-            for sql, values in self._rows.values():
-                db.execute(sql, values)
             for session in self._sessions.values():
                 write_session(db, session)
+            for sql, values in self._rows.values():
+                db.execute(sql, values)
             for row in self._gone:
                 db.execute("DELETE FROM message WHERE session = ?", (row,))
                 db.execute("DELETE FROM session WHERE row = ?", (row,))
 
+    async def committed(self, session: Session | None = None) -> None:
+        """Wait, while the log is emptied, for what is marked; of one session, or all of it.
+
+        What acknowledges a change waits here, so that "saved, then sent" holds.
+        """
+        while not self._writable.is_set() and (
+            session.row in self._sessions if session else self._sessions or self._rows or self._gone
+        ):
+            await self._writable.wait()
+
+    def _let_go(self, session: Session) -> None:
+        """Take a session's messages out of the memory; what no disk has ends with that."""
+        if self.path is None or session.row in self._sessions:
+            session.gone = True
+        else:
+            session.unload()
+
+    def bring_back(self, session: Session) -> list[Json]:
+        """Read the messages of a session that has been unloaded; raise sqlite3.Error."""
+        rows = read_messages(self._db, session.row)
+        messages = session.messages = [message for _, message in rows]
+        session.history_chars = sum(len(message["content"]) for message in messages)
+        whole = len(rows) > PROMPT_FIRST
+        session.third = rows[PROMPT_FIRST][0] if whole else max(PROMPT_FIRST, session.number)
+        self._held.note(session, session.held_bytes)
+        return messages
+
+    def expired(self, now: float, keep_days: float, sites: Container[str]) -> list[int]:
+        """Return the rows that are kept no longer, among the next few hundred. now: Unix time."""
+        sql = "SELECT row, site, active FROM session WHERE row > ? ORDER BY row LIMIT 500"
+        rows = self.read(sql, self._next_row)
+        self._next_row = rows[-1][0] if len(rows) == 500 else 0
+        oldest = now - keep_days * 86400
+        return [row for row, site, active in rows if active < oldest or site not in sites]
+
+    async def look(self, read: Callable[..., T], *values: Any) -> T:
+        """Return what a function of (connection, *values) reads, in a thread: it may take long."""
+        run = asyncio.get_running_loop().run_in_executor
+        return await run(self._thread, read, self._reader, *values)
+
     async def checkpoint(self) -> None:
         """Bring the log into the file and empty it, so that nothing deleted is left in either.
 
-        The thread copies and waits for the disk; it blocks no commit. If none came meanwhile, the
-        log is emptied here, where none can come between. Else what is new is copied, and so on.
-        Commits that leave no gap for a second are waited for here at last: a few of them, and for
-        a twentieth of the time at most, however slow the disk is.
+        First a thread copies and waits for the disk; that blocks no commit. What has come
+        meanwhile is little: while the thread copies that and empties the log, commits wait, and
+        with them what acknowledges them; the event loop never does.
         """
-        if self._db is None or not self._dirty:
+        if self.path is None:
             return
-        begun, late = time.monotonic(), False
-        # From now on a commit may reuse the log's start, and must order that on the disk.
-        self._db.execute("PRAGMA synchronous = NORMAL")
+        if inode_of(self.path) != self._inode:
+            message = "the database %s has vanished: what is said now is lost at the end"
+            self._once_a_minute(logging.ERROR, "path", message, self.path)
+        if not self._dirty:
+            return
+        run, emptied = asyncio.get_running_loop().run_in_executor, False
         try:
-            whole = True
-            while whole and self._dirty and not late:
-                self._dirty, started = False, time.monotonic()
-                whole = await asyncio.to_thread(self._copy_log)
-                now = time.monotonic()
-                late = now - begun > max(1, 20 * (now - started))
-            if whole and self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0:
-                self._db.execute("PRAGMA synchronous = OFF")
-                self._dirty = False
-                return
+            await run(self._thread, self._copy_log)
+            self._writable.clear()
+            emptied = await run(self._thread, self._empty_log)
+            self._dirty = not emptied
         except sqlite3.Error as error:
             self._complain(error)
-        self._dirty = True  # another program reads or copies the log
+        # Not emptied, a commit may reuse the log's start, and must order that on the disk.
+        self._db.execute(f"PRAGMA synchronous = {'OFF' if emptied else 'NORMAL'}")
+        self._writable.set()
+        self.flush()
 
-    def _copy_log(self) -> bool:
-        """In a thread: copy the log into the file; return whether all that was there is copied."""
-        with self._checkpointing:
-            result = self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        busy, in_log, copied = result
-        return not busy and in_log == copied
+    def _copy_log(self) -> None:
+        """In the thread: copy the log into the file. Until _empty_log, nobody reuses its start."""
+        self._reader.rollback()  # of one that has failed
+        self._reader.execute("BEGIN")
+        self._reader.execute("SELECT max(row) FROM session").fetchone()
+        self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+
+    def _empty_log(self) -> bool:
+        """In the thread, while nobody commits; false if another program holds on to the log."""
+        self._reader.rollback()
+        busy: int = self._checkpointer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        return not busy
 
     def _complain(self, error: sqlite3.Error) -> None:
         message = "the database cannot be written (%s); going on in memory"
@@ -1625,23 +1883,26 @@ class Store:
         """Return the bytes of the file, without its log."""
         with contextlib.suppress(sqlite3.Error):
             pages = self.read("SELECT * FROM pragma_page_count, pragma_page_size")
-            return math.prod(pages[0]) if pages else 0
+            return math.prod(pages[0])
         return 0
 
     def read(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        return [] if self._db is None else self._db.execute(sql, values).fetchall()
+        return self._db.execute(sql, values).fetchall()
+
+    def whole_rows(self, sql: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        return whole_rows(self._db, sql, *values)
 
     def close(self) -> None:
-        """Let go of the database; what is only marked is lost."""
-        with self._checkpointing:
-            if self._db is not None:
-                self._db.execute("PRAGMA synchronous = NORMAL")
-            self._db = None
-            self._opened.close()
+        """Commit what is marked, and let go of the database."""
+        self._thread.shutdown()
+        self._writable.set()
+        self.flush()
+        self._db.execute("PRAGMA synchronous = NORMAL")
+        self._opened.close()
 
 
-def restore_session(row: int, state: Json, now: float) -> Session:
-    """Build a session from its row, yet without its messages; now is monotonic."""
+def restore_session(row: int, state: Json, home: Store, now: float) -> Session:
+    """Build a session from its row; its messages come when they are needed. now is monotonic."""
     fields = {name: state[key] for key, name in SESSION_FIELDS.items() if key in state}
     last = state.get("last", [])
     events = [kept_json(event) for event in (last if isinstance(last, list) else [last])]
@@ -1652,7 +1913,9 @@ def restore_session(row: int, state: Json, now: float) -> Session:
     return Session(
         **fields,
         row=row,
-        saved=fields["message_count"],
+        messages=None,
+        saved=fields["number"],
+        home=home,
         last_active=now - max(0, time.time() - state["active"]),  # clocks are set back, too
         events=events,
         first_seq=first_seq,
@@ -1662,18 +1925,13 @@ def restore_session(row: int, state: Json, now: float) -> Session:
 
 
 def load_sessions(app: AppState, now: float) -> None:
-    """Load the sessions that are younger than the idle limit; mark the others for deletion."""
-    for row, raw in app.store.read("SELECT row, state FROM session"):
-        session = restore_session(row, orjson.loads(raw), now)
-        if is_idle(app, session, now) or session.site_id not in app.sites:
-            app.store.forget(session)
-            continue
-        sql = "SELECT body FROM message WHERE session = ? ORDER BY number"
-        for (body,) in app.store.read(sql, row):
-            message = orjson.loads(body)
-            session.remember(message["role"], message["content"])
-        session.message_count = session.saved
-        app.sessions[session.id] = session
+    """Load the sessions that are younger than the idle limit."""
+    oldest = time.time() - app.config.limits.idle_minutes * 60
+    sql = "SELECT row, state, crc FROM session WHERE active > ?"
+    for row, state in app.store.whole_rows(sql, oldest):
+        session = restore_session(row, state, app.store, now)
+        if session.site_id in app.sites:
+            app.sessions[session.id] = session
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1684,26 +1942,59 @@ def load_sessions(app: AppState, now: float) -> None:
 
 @dataclasses.dataclass(slots=True)
 class Usage:
+    """What a site has used in a day: a row of that table, and what is reserved."""
+
     day: str
     messages: int = 0
     tokens: int = 0
+    chats: int = 0
+    done: int = 0  # tasks
+    failed: int = 0
+    unanswered: int = 0  # questions
     reserved: int = 0  # tokens of calls that are under way
 
 
+ACTIVITY_DAYS = 90  # of usage are kept
+USAGE_COUNTS = {  # its fields, as owners see them
+    **{name: name for name in ("messages", "tokens", "chats")},
+    **{"done": "tasksDone", "failed": "tasksFailed", "unanswered": "unanswered"},
+}
+
+
 def usage_today(app: AppState, site_id: str, now: float) -> Usage:
-    """Return a site's usage of the UTC day that holds Unix time now."""
+    """Return a site's usage of the UTC day that holds Unix time now.
+
+    What was counted for later days, before the clock was set back, counts for that day.
+    """
     day = datetime.fromtimestamp(now, UTC).date().isoformat()
-    usage = app.usage.get(site_id)
-    if usage is None or usage.day != day:
-        usage = app.usage[site_id] = Usage(day)
+    days = app.usage.setdefault(site_id, {})
+    usage = days.setdefault(day, Usage(day))
+    for later in [days.pop(one) for one in list(days) if one > day]:
+        for name in USAGE_COUNTS:
+            setattr(usage, name, getattr(usage, name) + getattr(later, name))
+        usage.tokens += later.reserved
+        if site_id in app.sites:  # an address is none
+            sql = "DELETE FROM usage WHERE site = ? AND day = ?"
+            app.store.put("usage", f"{site_id} {later.day}", sql, site_id, later.day)
+            save_usage(app, site_id, usage)
+    if len(days) > 2:
+        del days[min(days)]
     return usage
 
 
 def save_usage(app: AppState, site_id: str, usage: Usage) -> None:
     """Mark a site's usage; it is committed with the message or the reply that it is for."""
-    sql = "REPLACE INTO usage VALUES (?, ?, ?, ?)"
-    row = (site_id, usage.day, usage.messages, usage.tokens + usage.reserved)
+    sql = "REPLACE INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+    messages, tokens, *others = (getattr(usage, name) for name in USAGE_COUNTS)
+    row = (site_id, usage.day, messages, tokens + usage.reserved, *others)
     app.store.put("usage", f"{site_id} {usage.day}", sql, *row)
+
+
+def count_usage(app: AppState, site_id: str, name: str) -> None:
+    """Count one of a day's chats, tasks done or failed, or questions unanswered."""
+    usage = usage_today(app, site_id, time.time())
+    setattr(usage, name, getattr(usage, name) + 1)
+    save_usage(app, site_id, usage)
 
 
 def tokens_at_most(texts: Iterable[str]) -> int:
@@ -1878,6 +2169,12 @@ def describe_page(context: Json) -> str:
     return "\n".join([*lines, "Visible text:", context["visibleText"]])[:MAX_PAGE_CHARS]
 
 
+def memory_of(value: Any) -> int:
+    """Return about how many bytes of memory a value of JSON takes."""
+    inside = value.values() if isinstance(value, dict) else value if type(value) is list else ()
+    return sys.getsizeof(value) + sum(map(memory_of, inside))
+
+
 def take_picture(session: Session, raw: Any, limits: LimitsConfig, name: str = "context") -> Json:
     """Return what a session is to keep of a page context; raise invalid_message.
 
@@ -1895,7 +2192,8 @@ def take_picture(session: Session, raw: Any, limits: LimitsConfig, name: str = "
             element["isNew"] = (element.get("type"), element.get("text")) not in known
     described = describe_page(context)
     context |= {"described": described, "tokens": tokens_at_most([described])}
-    return context | {"digest": digest, "nonce": secrets.token_hex(8)}
+    context |= {"digest": digest, "nonce": secrets.token_hex(8)}
+    return context | {"bytes": memory_of(context)}
 
 
 def element_label(element: Json) -> str:
@@ -2330,6 +2628,14 @@ class Knowledge:
 # sent the fresh page, everything else ends the task.
 
 
+def note_steps(session: Session, task: Task, outcomes: Sequence[str] = ()) -> None:
+    """Keep for the site's owner what became of the steps that are with the client."""
+    steps = task.plan.steps if task.plan is not None and task.phase == "acting" else []
+    for at, step in enumerate(steps):
+        outcome = outcomes[at] if at < len(outcomes) else "not known"
+        session.remember("action", f"{step['description']}: {outcome}")
+
+
 def emit_chunk(turn: Turn, delta: str) -> None:
     task = turn.task
     data = {"delta": delta, "streamId": task.stream_id, "chunkIndex": len(task.said)}
@@ -2358,6 +2664,7 @@ def finish_turn(
     )  # if it fails, all is as it was
     if ends_task:
         session.task = None
+        note_steps(session, turn.task)
     seen = said if shown in said else f"{said}\n\n{shown}".strip()
     if seen.strip():
         session.remember("assistant", seen)
@@ -2372,12 +2679,16 @@ def finish_task(turn: Turn, event: str = "", data: Json | None = None, shown: st
 
 
 def end_with_message(turn: Turn, text: str, **more: Any) -> None:
+    if turn.task.plans and turn.task.phase != "confirming" and "isQuestion" not in more:
+        count_usage(turn.app, turn.session.site_id, "failed")
     finish_task(turn, "message", {"text": text, **more}, text)
 
 
 def interrupt_turn(app: AppState, session: Session, note: str = "") -> None:
     """End the running turn, if there is one, with what it has said so far; drop its actions."""
     task, session.task = session.task, None
+    if task is not None:
+        note_steps(session, task)
     if task is None or task.phase != "running":
         return
     turn = Turn(app, session, task)
@@ -2887,7 +3198,9 @@ def offer_plan(turn: Turn, plan: Plan) -> None:
 def ask_first(turn: Turn, plan: Plan | None, question: str, yes: str, no: str) -> None:
     """Keep a plan (None: the task's letter) until the visitor agrees, with the page it is about."""
     task = turn.task
-    task.phase, task.plan, task.seen = "confirming", plan, turn.session.context
+    elements = [one for one in plan.elements if one] if plan is not None else []
+    task.phase, task.plan = "confirming", plan
+    task.seen = {"url": turn.session.context.get("url"), "indexedElements": elements}
     task.asked = question
     data = {"message": question, "confirm_label": yes, "cancel_label": no}
     finish_turn(turn, "confirmation_required", data, question)
@@ -3001,12 +3314,15 @@ def ask_to_contact(turn: Turn, action: Json) -> None:
 
 
 def complete_task(turn: Turn, action: Json) -> None:
+    count_usage(turn.app, turn.session.site_id, "done")
     summary = action["summary"] or turn.said or turn.say("done")
     data = {"summary": summary, "message": turn.said or summary}
     finish_task(turn, "task_complete", data, summary)
 
 
 def abort_workflow(turn: Turn, action: Json) -> None:
+    if not turn.task.plans:  # else it is counted in any case
+        count_usage(turn.app, turn.session.site_id, "failed")
     end_with_message(turn, action["reason"] or turn.said or turn.say("not_possible"))
 
 
@@ -4115,6 +4431,10 @@ async def answer(turn: Turn) -> None:
         reply = await stream_reply(turn)
         if turn.cut_short or not reply:
             return
+        if reply.get("answered") is False and task.question is not None:
+            count_usage(turn.app, turn.session.site_id, "unanswered")
+            turn.session.unanswered.append(task.question)
+            task.question = None
         try:
             perform(turn, reply.get("action"), seen)
             return
@@ -4196,19 +4516,32 @@ def start_task(app: AppState, session: Session, task: Task) -> str:
     interrupt_turn(app, session)
     app.messages_processed += 1
     session.last_active = time.monotonic()
+    if not session.message_count:
+        count_usage(app, session.site_id, "chats")
+    task.question = session.number
     session.remember("user", task.wish)
     session.task = task
     return f"msg-{start_turn(app, session, task)}"
 
 
-def note_result(task: Task, action_id: str | None, result: Json, now: float) -> None:
+def note_result(session: Session, action_id: str | None, result: Json, now: float) -> None:
     """Take the client's report on the action it was given; one on any other changes nothing."""
-    if task.phase != "acting" or task.plan is None or action_id not in (None, task.plan.id):
+    task = session.task
+    if (
+        task is None
+        or task.phase != "acting"
+        or task.plan is None
+        or action_id not in (None, task.plan.id)
+    ):
         return
     failed = [one for one in result["results"] if not one.get("success")]
     error = (failed[0] if failed else result).get("error") or "no reason given"
     step = f" at step {result['completedSteps'] + 1}" if result["completedSteps"] else ""
-    task.failure = "" if result["success"] else f"failed{step}: {printable(str(error)[:300])}"
+    problem = printable(str(error)[:300])
+    task.failure = "" if result["success"] else f"failed{step}: {problem}"
+    reports = result["results"] or [result]
+    outcomes = ["done" if one.get("success") else f"failed: {problem}" for one in reports]
+    note_steps(session, task, ["done"] * MAX_STEPS if result["success"] else outcomes)
     task.phase, task.deadline = "acted", now + CONTINUE_SECONDS
 
 
@@ -4224,6 +4557,7 @@ def resume_task(app: AppState, session: Session) -> None:
         effect = f"URL unchanged at {after[0]}" + (": no effect" if before == after else "")
     steps = task.plan.steps if task.plan is not None else []
     done = "; ".join(step["description"] for step in steps)[:500]
+    note_steps(session, task, ["the page was loaded anew"] * len(steps))
     report = task.failure or ("done" if task.phase == "acted" else "the page was loaded anew")
     task.trace.append(f"{done}: {report}. {effect}")
     start_turn(app, session, task)
@@ -4235,6 +4569,8 @@ def confirm(app: AppState, session: Session, confirmed: bool) -> None:
     if task is None or task.phase != "confirming":
         return None
     turn = Turn(app, session, task)
+    said = "confirmed" if confirmed else "declined"
+    session.remember("action", f"{task.asked}\n{said} by the visitor")
     if not confirmed:
         return end_with_message(turn, turn.say("not_confirmed"))
     session.begin_turn()
@@ -4309,6 +4645,8 @@ async def answer_expect(request: web.Request) -> web.StreamResponse | None:
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    if request.method not in ("GET", "HEAD"):
+        await request.app[APP_STATE].store.committed()
     headers = response.headers
     headers["X-Content-Type-Options"] = "nosniff"
     headers.popall("Server", None)
@@ -4482,7 +4820,7 @@ async def chat(request: web.Request) -> web.Response:
         tokens = first_call_tokens(app, session, context, message)
         address = networks(client_of(request))[-1]
         charge = admit(app, site, address, 1, tokens, time.time())
-        session.context = context
+        keep_context(app, session, context)
         release = functools.partial(settle_tokens, app, site, charge, tokens, 0)
         task = Task(message, address, release=release, only_asks=only_asks)
         message_id = start_task(app, session, task)
@@ -4966,7 +5304,8 @@ async def create_site(request: web.Request) -> web.Response:
     refuse_taken(app, [(one, port) for one in hosts], "")
     slug = re.sub(r"[^a-z0-9]+", "-", bare).strip("-")[:50]
     ids = itertools.chain([slug], (f"{slug}-{n}" for n in itertools.count(2)))
-    site_id = next(one for one in ids if one not in app.sites)
+    sql = "SELECT 1 FROM session WHERE site = ? LIMIT 1"  # chats of a deleted one
+    site_id = next(one for one in ids if one not in app.sites and not app.store.read(sql, one))
     entries = [written_host(one, port) for one in hosts]
     base = {"id": site_id, "name": clean["name"], "allowed_hosts": entries}
     app.api_sites[site_id] = base
@@ -4999,29 +5338,126 @@ async def delete_site(request: web.Request) -> web.Response:
     rebuild_sites(app)
     drop_letters(app, lambda letter: letter.site_id == site.id)
     app.store.put("site", site.id, "DELETE FROM site WHERE id = ?", site.id)
+    app.store.put("usage", site.id, "DELETE FROM usage WHERE site = ?", site.id)
+    app.usage.pop(site.id, None)
     app.store.flush()
     return json_response({"deleted": True})
 
 
-def session_summary(session: Session, now: float) -> Json:
-    """What an owner sees of a session; now is monotonic."""
+# What visitors said, for the owners of a site: kept chats are read from the disk, in the store's
+# thread.
+
+CHATS_SQL = "SELECT row, state, crc FROM session WHERE site = ? AND created < ?"
+CHAT_SQL = "SELECT row, state, crc FROM session WHERE site = ? AND id = ?"
+# The most frequent ones of the latest 20,000.
+QUESTIONS_SQL = """
+    SELECT count, latest, body, crc FROM (
+        SELECT count(*) AS count, max(at) AS latest, max(number) AS chosen FROM (
+            SELECT rowid AS number, at, asked FROM message
+            WHERE site = ? AND asked NOT NULL AND at >= ? ORDER BY at DESC LIMIT 20000
+        ) GROUP BY asked ORDER BY count DESC, latest DESC LIMIT 100
+    ) JOIN message ON message.rowid = chosen ORDER BY count DESC, latest DESC
+"""
+UNANSWERED_SQL = """
+    SELECT session.id, at, body, message.crc FROM message JOIN session ON row = session
+    WHERE message.site = ? AND unanswered AND at >= ? ORDER BY at DESC LIMIT 100
+"""
+PAGES_SQL = """
+    SELECT page, count(*) FROM (
+        SELECT page FROM session WHERE site = ? AND created >= ? ORDER BY created DESC LIMIT 20000
+    ) WHERE page != '' GROUP BY page ORDER BY count(*) DESC LIMIT 100
+"""
+
+
+def find_chats(
+    db: sqlite3.Connection, site_id: str, before: float, limit: int, words: set[str]
+) -> list[Json]:
+    """Return the states of a site's newest kept chats that hold all these words."""
+    marks = [word_mark(word) for word in words]
+    sql = f"{CHATS_SQL}{' AND instr(words, ?)' * len(marks)} ORDER BY created DESC"
+    found: list[Json] = []
+    for row, state in whole_rows(db, sql, site_id, before, *marks):
+        texts = (message["content"] for _, message in read_messages(db, row)) if words else ()
+        if words <= set[str]().union(*map(words_of, texts)):
+            found.append(state)
+        if len(found) == limit:
+            break
+    return found
+
+
+def read_chat(db: sqlite3.Connection, site_id: str, session_id: str) -> tuple[int, Json]:
+    """Return the row of a kept chat and its state with all its entries, or (0, {})."""
+    for row, state in whole_rows(db, CHAT_SQL, site_id, session_id):
+        return row, state | {"history": [message for _, message in read_messages(db, row)]}
+    return 0, {}
+
+
+def read_activity(db: sqlite3.Connection, site_id: str, since: float) -> Json:
+    """Return what visitors asked since a Unix time, and the pages where they did."""
     return {
-        "sessionId": session.id,
-        "createdAt": iso_time(session.created_at),
-        "lastActivity": iso_time(time.time() - (now - session.last_active)),
-        "messageCount": session.message_count,
-        "pageUrl": session.page_url,
+        "questions": [
+            {"text": body["content"][:500], "count": count, "lastAsked": iso_time(latest)}
+            for count, latest, body in whole_rows(db, QUESTIONS_SQL, site_id, since)
+        ],
+        "unanswered": [
+            {"text": body["content"][:500], "sessionId": session_id, "askedAt": iso_time(at)}
+            for session_id, at, body in whole_rows(db, UNANSWERED_SQL, site_id, since)
+        ],
+        "pages": [
+            {"url": url, "chats": count} for url, count in db.execute(PAGES_SQL, (site_id, since))
+        ],
     }
+
+
+def chat_summary(state: Json, *, live: bool) -> Json:
+    return {
+        "sessionId": state["id"],
+        "createdAt": iso_time(state["created"]),
+        "lastActivity": iso_time(state["active"]),
+        "messageCount": state["count"],
+        "pageUrl": state["pageUrl"],
+        "live": live,
+    }
+
+
+def query_number(request: web.Request, name: str, default: int, high: int) -> int:
+    value = request.query.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,3}", value) or not 1 <= int(value) <= high:
+        raise invalid(name, f"must be a number from 1 to {high}")
+    return int(value)
+
+
+def query_time(request: web.Request, name: str) -> float:
+    """Return the Unix time of a parameter in ISO 8601; a + in it may have become a space."""
+    value = request.query.get(name, "9999-12-31")
+    try:
+        at = datetime.fromisoformat(re.sub(r" (?=\d\d:?\d\d$)", "+", value))
+        return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        raise invalid(name, "must be a time such as 2026-01-31T12:00:00Z") from None
+
+
+def live_chats(app: AppState, site_id: str) -> dict[str, Session]:
+    now = time.monotonic()
+    ours = (one for one in app.sessions.values() if one.site_id == site_id)
+    return {session.id: session for session in ours if not is_idle(app, session, now)}
 
 
 async def list_site_sessions(request: web.Request) -> web.Response:
     app, site, _ = await managed_site(request)
-    limit, now = request.query.get("limit", "50"), time.monotonic()
-    if not re.fullmatch("[0-9]{1,3}", limit) or not 1 <= int(limit) <= 200:
-        raise invalid("limit", "must be a number from 1 to 200")
-    alive = [s for s in app.sessions.values() if s.site_id == site.id and not is_idle(app, s, now)]
-    newest = sorted(alive, key=lambda session: -session.created_at)[: int(limit)]
-    return json_response({"sessions": [session_summary(session, now) for session in newest]})
+    limit, before = query_number(request, "limit", 50, 200), query_time(request, "before")
+    wanted = request.query.get("q", "").strip()[:200]
+    before -= 1e-6  # what was listed with that time does not come again
+    found: list[Json] = []
+    if not wanted or words_of(wanted):
+        found = await app.store.look(find_chats, site.id, before, limit, words_of(wanted))
+    live = live_chats(app, site.id)
+    if not wanted:  # some are not on disk, above all those without a message
+        fresh = (one for one in live.values() if not one.saved and one.created_at < before)
+        found += map(state_of, fresh)
+    newest = sorted(found, key=lambda state: -state["created"])[:limit]
+    shown = [chat_summary(state, live=state["id"] in live) for state in newest]
+    return json_response({"sessions": shown})
 
 
 async def list_letters(request: web.Request) -> web.Response:
@@ -5051,9 +5487,51 @@ async def try_notify_url(request: web.Request) -> web.Response:
 
 async def get_site_session(request: web.Request) -> web.Response:
     app, site, _ = await managed_site(request)
-    now = time.monotonic()
-    session = find_session(app, request.match_info["session_id"], site.id, now)
-    return json_response({**session_summary(session, now), "history": session.history})
+    session_id = request.match_info["session_id"]
+    session = live_chats(app, site.id).get(session_id)
+    _, state = await app.store.look(read_chat, site.id, session_id)
+    if session is not None:  # the disk may fail
+        state = state_of(session) | {"history": session.entries}
+    if not state:
+        raise no_session()
+    shown = chat_summary(state, live=session is not None)
+    return json_response({**shown, "history": state["history"]})
+
+
+async def delete_site_session(request: web.Request) -> web.Response:
+    app, site, _ = await managed_site(request)
+    session_id = request.match_info["session_id"]
+    row, _ = await app.store.look(read_chat, site.id, session_id)
+    session = app.sessions.get(session_id)
+    if session is not None and session.site_id == site.id:
+        drop_session(app, session)
+    elif row:
+        app.store.erase(row)
+    else:
+        raise no_session()
+    app.store.flush()
+    return json_response({"deleted": True})
+
+
+async def site_activity(request: web.Request) -> web.Response:
+    app, site, _ = await managed_site(request)
+    count, now = query_number(request, "days", 30, ACTIVITY_DAYS), time.time()
+    today = datetime.fromtimestamp(now, UTC).date()
+    first = today - timedelta(count - 1)
+    since = datetime(first.year, first.month, first.day, tzinfo=UTC).timestamp()
+    found = await app.store.look(read_activity, site.id, since)
+    sql = "SELECT * FROM usage WHERE site = ? AND day >= ?"
+    rows = app.store.read(sql, site.id, str(first))
+    used = {row[1]: Usage(*row[1:]) for row in rows} | {str(today): usage_today(app, site.id, now)}
+    empty = Usage("")
+    days = [
+        {
+            "day": day,
+            **{shown: getattr(used.get(day, empty), name) for name, shown in USAGE_COUNTS.items()},
+        }
+        for day in (str(first + timedelta(number)) for number in range(count))
+    ]
+    return json_response({"days": days, **found})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5069,7 +5547,8 @@ async def get_site_session(request: web.Request) -> web.Response:
 
 
 def on_update_context(app: AppState, session: Session, data: Json) -> None:
-    session.context = take_picture(session, data.get("context"), app.config.limits)
+    context = take_picture(session, data.get("context"), app.config.limits)
+    keep_context(app, session, context)
     if session.task is not None and session.task.resumable:
         resume_task(app, session)  # the page was loaded anew in the middle of a task
 
@@ -5096,9 +5575,8 @@ def on_action_complete(app: AppState, session: Session, data: Json, default_id: 
     raw = checked_field(data, "result", an_object)
     result = checked_fields(raw, RESULT_FIELDS, "result.")
     session.last_active = time.monotonic()
+    note_result(session, action_id, result, session.last_active)
     app.store.save(session)
-    if session.task is not None:
-        note_result(session.task, action_id, result, session.last_active)
 
 
 def on_sequence_complete(app: AppState, session: Session, data: Json) -> None:
@@ -5267,18 +5745,20 @@ def load_state(app: AppState) -> None:
     for site_id, raw in app.store.read(sql):
         letter = Letter(site_id, orjson.loads(raw))
         app.letters[letter.body["id"]] = letter
-    today = usage_today(app, "", time.time()).day
-    sql = "SELECT site, day, messages, tokens FROM usage WHERE day = ?"
-    for site_id, *row in app.store.read(sql, today):
-        app.usage[site_id] = Usage(*row)
-    app.store.put("usage", "old", "DELETE FROM usage WHERE day < ?", today)
+    today = datetime.fromtimestamp(time.time(), UTC).date()
+    oldest, yesterday = (str(today - timedelta(days)) for days in (ACTIVITY_DAYS, 1))
+    for site_id, *row in app.store.read("SELECT * FROM usage WHERE day >= ?", yesterday):
+        app.usage.setdefault(site_id, {})[row[0]] = Usage(*row)
+    app.store.put("usage", "old", "DELETE FROM usage WHERE day <= ?", oldest)
     load_sessions(app, time.monotonic())
 
 
 def open_state(app: AppState, path: Path | None) -> None:
     """Open a database and load what it keeps; raise ConfigError if it cannot be used."""
     try:
-        app.store = Store(path)
+        store = Store(path, app.config.limits.history_mb * MEGABYTE)
+        app.store.close()
+        app.store = store
         load_state(app)
     except Exception as error:
         app.store.close()
@@ -5329,7 +5809,6 @@ async def persistence(app: web.Application) -> AsyncIterator[None]:
             interrupt_task(state, session, "restarted")
     await state.store.checkpoint()  # what the last process left in the log
     yield
-    state.store.flush()
     state.store.close()
 
 
@@ -5384,9 +5863,11 @@ async def read_again(app: AppState, path: Path) -> None:
 
 async def sweep(app: AppState, now: float) -> None:
     """Free what is idle: sessions, sockets that stopped reading, buckets that ran empty."""
+    limits = app.config.limits
+    kept = limits.keep_days > 0 and app.store.path is not None
     for number, session in enumerate(list(app.sessions.values()), 1):
         if is_idle(app, session, now):
-            drop_session(app, session)
+            drop_session(app, session, keep=kept)
         elif session.task is not None and session.task.deadline <= now:
             interrupt_task(app, session, "interrupted")
         if number % 5 == 0:  # many at once must not hold up the loop
@@ -5394,6 +5875,15 @@ async def sweep(app: AppState, now: float) -> None:
             await asyncio.sleep(0)
     app.store.flush()  # what has failed is tried again, too
     take_erasures(app)
+    rows = app.store.expired(time.time(), limits.keep_days, app.sites)
+    live = {session.row for session in app.sessions.values()} if rows else set()
+    for number, row in enumerate(rows, 1):
+        if row not in live:
+            app.store.erase(row)
+        if number % 5 == 0:
+            app.store.flush()
+            await asyncio.sleep(0)
+    app.store.flush()
     for connection in app.connections:
         if not connection.unread:
             connection.sending_since = math.inf
@@ -5496,7 +5986,11 @@ def make_app(config: Config) -> web.Application:
         "/api/admin/sites/{site_id}": {"GET": get_site, "PATCH": patch_site, "DELETE": delete_site},
         "/api/admin/sites/{site_id}/config": {"PATCH": patch_site_config},
         "/api/admin/sites/{site_id}/sessions": {"GET": list_site_sessions},
-        "/api/admin/sites/{site_id}/sessions/{session_id}": {"GET": get_site_session},
+        "/api/admin/sites/{site_id}/sessions/{session_id}": {
+            "GET": get_site_session,
+            "DELETE": delete_site_session,
+        },
+        "/api/admin/sites/{site_id}/activity": {"GET": site_activity},
         "/api/admin/sites/{site_id}/messages": {"GET": list_letters},
         "/api/admin/sites/{site_id}/messages/test": {"POST": try_notify_url},
         "/api/admin/sites/{site_id}/messages/{letter_id}": {"DELETE": delete_letter},
