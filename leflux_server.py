@@ -6030,6 +6030,7 @@ def watch_door(server: web.Server, app: AppState) -> None:
             if not is_trusted(peer, app.config.server.trusted_proxies):
                 stack.enter_context(held_by(app, client_key(peer, (), ())))
         except (ApiError, ValueError):  # not before aiohttp's own task for it has begun
+            app.count("limits_hit_total", code="connections")
             asyncio.get_running_loop().call_soon(transport.abort)
 
     def connection_lost(handler: web.RequestHandler, exc: BaseException | None = None) -> None:

@@ -7185,6 +7185,7 @@ async def test_connections_of_an_address(server: Server, serve: Serve) -> None:
     streams = [await asyncio.open_connection(host, int(port)) for _ in range(5)]
     assert [await reader.read() for reader, _ in streams[3:]] == [b"", b""]  # hung up on
     assert bare.app.held == {"127.0.0.1": 3}
+    assert bare.app.counts["limits_hit_total", 'code="connections"'] == 2
     for _, writer in streams:
         writer.close()
     await until(lambda: not bare.app.held)
