@@ -5,10 +5,10 @@
  * and everything else comes from the server that this file was loaded from: how the chat looks
  * (siteConfig), what it says, and what it does on the page. No build step, no dependencies.
  *
- * For the page's author there is window.LeFlux: open(), close(), toggle(), send(text),
- * setVisitorData({...}), clearConversation(), getState(), on(name, fn), off(name, fn), destroy().
- * Events, for on() and as "leflux:..." on document: ready, open, close, message, reply, action,
- * error. The attribute data-debug on the tag logs what goes over the socket.
+ * For the page's author there is window.LeFlux (its methods stand at the end of this file), events
+ * named "leflux:..." on document and window, custom properties --leflux-primary, -bg and so on, and
+ * attributes of the tag: data-consent (nothing happens before LeFlux.allow()), data-preview (no
+ * server; its value may be a siteConfig), data-no-user-memory, data-no-spa-detect, data-debug.
  *
  * The file reads downwards: words and small tools, colours, Markdown, what the page shows, what
  * can be done on it, the view, the conversation, and last the API and the start. The page's own
@@ -19,11 +19,13 @@
   "use strict";
 
   const script = document.currentScript || document.querySelector('script[src*="/embed.js"]');
-  if (!script || window.LeFlux?.destroy) return; // a second tag does nothing
+  const before = window.LeFlux;
+  if (!script || (before && !before.isDestroyed)) return; // a second tag does nothing
   const SERVER = new URL(script.src).origin;
-  const DEBUG = script.hasAttribute("data-debug");
+  const has = (name) => script.hasAttribute(`data-${name}`);
+  const DEBUG = has("debug"), PREVIEW = has("preview");
 
-  const WORDS = {
+  const WORDS = { // English; other languages come from the server: see speak
     title: "Chat", log: "Conversation", input: "Your message", placeholder: "Write a message…",
     open: "Open the chat", unread: "Open the chat, new message", close: "Close the chat",
     clear: "Start over", send: "Send", stop: "Stop", retry: "Try again", dismiss: "Dismiss",
@@ -35,19 +37,21 @@
     expired: "The earlier chat has ended; what follows starts afresh.",
     unreachable: "The server cannot be reached just now.",
     failed: "That did not work.",
+    newTab: "This opens a new tab:", yes: "Yes", no: "No",
+    preview: "This is a preview. Nothing is sent.",
   };
-  const MAX_CHARS = 5000; // of a message
-  const MAX_ELEMENTS = 50;
+  const limits = { elements: 50, text: 5000, message: 5000 }; // unless siteConfig.limits has others
   const KEEP_MS = 24 * 3600 * 1000; // how long a session id and a dismissed nudge are remembered
   const PHONE = matchMedia("(max-width: 640px), (max-height: 420px)");
   const TOUCH = matchMedia("(pointer: coarse)");
 
   const debug = (...what) => { if (DEBUG) console.debug("leflux:", ...what); };
   const pause = (ms) => new Promise((resume) => setTimeout(resume, ms));
-  const squeeze = (text, max) => (text || "").replace(/\s+/g, " ").trim().slice(0, max);
+  const squeeze = (text, max) => (/[^\s\p{C}]/u.test(text || "") // names such as U+200B are none
+    ? text.replace(/\s+/g, " ").trim().slice(0, max) : "");
   const over = new AbortController(); // aborted by destroy(): every listener hangs on it
-  const listen = (target, name, heard) =>
-    target.addEventListener(name, heard, { signal: over.signal });
+  const listen = (target, name, heard, capture = false) =>
+    target.addEventListener(name, heard, { signal: over.signal, capture });
 
   /** Make an element: attributes, "class" and on… handlers by name, then children (nodes, text). */
   function h(name, attributes = {}, ...children) {
@@ -63,24 +67,46 @@
     return element;
   }
 
-  /** A small JSON store that works, for the visit, where the browser forbids storage. */
-  function keep(area, name) {
-    const key = `leflux ${SERVER} ${name}`;
-    let memory; // of what could not be stored
-    return {
+  /**
+   * Small JSON stores. Until the visitor opens the chat or writes (mayStore) nothing is stored but
+   * in memory, nor ever where the browser forbids it.
+   */
+  let mayStore = false;
+  const stores = [];
+  function keep(area, name, key = `leflux ${SERVER} ${name}`) {
+    let memory; // of what is not stored
+    const store = {
       get() {
-        try { return memory ?? JSON.parse(window[area].getItem(key)); } catch { return null; }
+        if (memory !== undefined) return memory;
+        try { return JSON.parse(window[area].getItem(key)); } catch { return null; }
       },
       set(value) {
-        memory = undefined;
-        try { window[area].setItem(key, JSON.stringify(value)); } catch { memory = value; }
+        memory = value;
+        if (mayStore) store.save();
+      },
+      save() {
+        if (memory === undefined) return;
+        try {
+          if (memory === null) window[area].removeItem(key);
+          else window[area].setItem(key, JSON.stringify(memory));
+          memory = undefined;
+        } catch { /* so it stays in memory */ }
       },
     };
+    stores.push(store);
+    return store;
+  }
+  function storeFromNow() {
+    mayStore = true;
+    for (const store of stores) store.save();
   }
   const keptSession = keep("localStorage", "session"); // {id, wsUrl, at}
+  const keptUser = keep("localStorage", "", "leflux:userData"); // see remember
   const keptNudge = keep("localStorage", "nudge"); // when it was dismissed
   const keptOpen = keep("sessionStorage", "open"); // whether this tab's panel is open
-  const keptActing = keep("sessionStorage", "acting"); // {id, results}: see carryOut
+  const keptActing = keep("sessionStorage", "acting"); // {id, results, typing}: see carryOut
+  const keptNumber = keep("sessionStorage", "number"); // of the last element, see scan
+  const keptAnswers = keep("sessionStorage", "answers"); // [{text, label}] to confirmations
 
   // ---------------------------------------------------------------------------------------------
   // Colours: any CSS colour may be the site's own; text on and of it must stay readable (WCAG AA).
@@ -188,18 +214,22 @@
   }
 
   // ---------------------------------------------------------------------------------------------
-  // What the page shows: its elements that can be used, numbered, and its text. An element keeps
-  // its number for as long as the page lives, so that a plan made on an older picture never means
-  // another element.
+  // What the page shows: its elements that can be used, numbered, and its text. A number is never
+  // given twice in a tab, so that a plan made on an older picture never means another element.
 
   const ROLES = "button link checkbox radio switch tab menuitem menuitemcheckbox menuitemradio"
-    + " option combobox textbox searchbox slider spinbutton treeitem";
-  const INTERACTIVE = "a[href], button, input:not([type=hidden]), select, textarea, summary,"
-    + '[contenteditable=""], [contenteditable=true], [contenteditable=plaintext-only],'
+    + " option combobox listbox textbox searchbox slider spinbutton treeitem";
+  const EDITABLE = '[contenteditable=""], [contenteditable=true], [contenteditable=plaintext-only]';
+  const INTERACTIVE = "a, area[href], button, input:not([type=hidden]), select, textarea, summary,"
+    + ` ${EDITABLE}, [onclick], [data-action], th[aria-sort],`
     + ROLES.split(" ").map((role) => `[role=${role}]`).join();
+  const VALUED = `${EDITABLE}, [role=combobox], [role=listbox], [role=textbox], [role=searchbox],
+    [role=slider], [role=spinbutton]`; // what is inside is no name
   const MODAL = "dialog[open], [role=dialog], [role=alertdialog], [aria-modal=true]";
   const GROUP = `${MODAL}, form, fieldset, section, article, nav, aside, header, footer, main, li,
     td, details`;
+  const ASIDE = ["id", "class", "aria-label"].flatMap((name) => // cookie banners and share bars
+    ["cookie", "consent", "gdpr", "share", "social"].map((word) => `[${name}*=${word} i]`)).join();
   // What the server takes for a field of secrets, and so never fills (SENSITIVE there).
   const SECRET = new RegExp(String.raw`\bpass\s?(word|wd|code|phrase|wort)|\b(pass|pwd?|psw)\b
     |kennwort|contraseñ|mot\sde\spasse|\bsenha\b|wachtwoord|\bone\s?time|\bt?otp\b|\b(2|m|t)\s?fa\b
@@ -211,46 +241,81 @@
     |social\s?security|national\s?(id|insurance)|passport|\btax\s?(id|number|payer)|\btin\b
     |\b(identity|id)\s?(card|number|no\b)|personalausweis|\bdni\b|\bnino\b|\bcpf\b|aadhaar
     |driver\w*\slicen[cs]e`.replace(/\n\s*/g, ""));
-
   const numbers = new WeakMap(); // element -> its number
-  const elements = []; // number - 1 -> a weak reference to the element
+  const elements = new Map(); // number -> a weak reference to the element
+  let lastNumber = 0, pictured = null; // the numbers in the last picture
 
   // Fields of a form hide its properties of the same name: <input name="parentElement">.
   const parentOf = Object.getOwnPropertyDescriptor(Node.prototype, "parentElement").get;
+  const said = (element, name) => Element.prototype.getAttribute.call(element, name);
   /** What can be said of an element, or null if its page makes that impossible. */
   const attempt = (say) => (element) => { try { return say(element); } catch { return null; } };
 
-  /** closest(), out of shadow roots too. */
+  const frameOf = ({ ownerDocument: its }) =>
+    (its === document ? null : its.defaultView?.frameElement);
+  const insideOf = attempt((frame) => frame.localName === "iframe" && frame.contentDocument?.body);
+  /** closest(), out of shadow roots and frames too. */
   function around(element, selector) {
-    for (let at = element; at; at = at.getRootNode().host) {
-      const found = at.closest(selector);
-      if (found) return found;
+    let found = null;
+    for (let at = element; at && !found; at = at.getRootNode().host || frameOf(at)) {
+      found = at.closest(selector);
     }
-    return null;
+    return found;
   }
-  const isVisible = (element) =>
+  /** Where an element is in this window, out of frames too. */
+  function boxOf(element) {
+    let { left, top, width, height } = element.getBoundingClientRect();
+    for (let at = element; (at = frameOf(at));) {
+      const frame = at.getBoundingClientRect();
+      left += frame.left + at.clientLeft;
+      top += frame.top + at.clientTop;
+    }
+    return { left, top, width, height };
+  }
+  const isVisible = (element, opacityProperty = true) =>
     [...element.getClientRects()].some((box) => box.width > 1 && box.height > 1)
-    && (element.checkVisibility?.({ opacityProperty: true, visibilityProperty: true }) ?? true);
+    && (element.checkVisibility?.({ opacityProperty, visibilityProperty: true }) ?? true);
+  const isCheckable = (element) => /^(checkbox|radio)$/.test(element.type);
   const isUsable = (element) => !around(element, "[inert], [aria-hidden=true]")
-    && (isVisible(element) || [...(element.labels || [])].some(isVisible));
-  function isInViewport(element) {
-    const box = element.getBoundingClientRect();
-    return box.bottom > 0 && box.right > 0 && box.top < innerHeight && box.left < innerWidth;
+    && (isVisible(element, !isCheckable(element)) // what is drawn lies under a clear one
+      || element.localName === "area" || [...(element.labels || [])].some((one) => isVisible(one)));
+  /** How far an element is from what can be seen of the page, in pixels. */
+  function distanceOf(element) {
+    const { left, top, width, height } = boxOf(element);
+    return Math.max(0, 1 - top - height, top + 1 - innerHeight, 1 - left - width,
+      left + 1 - innerWidth);
   }
   const isField = (element) => element.matches("input, select, textarea");
   const isDisabled = (element) =>
     element.matches(":disabled") || around(element, "[aria-disabled=true]") !== null;
+  const isSubmit = ({ type, form }) => Boolean(form) && /^(submit|image)$/.test(type);
 
-  function* everything(root) { // open shadow roots of the page included
+  function* everything(root) { // open shadow roots of the page and frames of its origin included
     for (const element of root.querySelectorAll("*")) {
+      if (element === view.host) continue;
       yield element;
-      if (element.shadowRoot && element !== view.host) yield* everything(element.shadowRoot);
+      if (element.shadowRoot) yield* everything(element.shadowRoot);
+      const inside = element.localName === "iframe" && isVisible(element) && insideOf(element);
+      if (inside) yield* everything(inside);
     }
+  }
+  /** Whether a visitor could use an element: by its kind, or because the mouse says so. */
+  function isInteractive(element) {
+    if (element.matches("html, body, label, option")) return false;
+    if (element.localName === "iframe") return !insideOf(element) && element.offsetWidth > 50;
+    if (element.matches(INTERACTIVE)) return true;
+    const cursorOf = (one) => one.ownerDocument.defaultView.getComputedStyle(one).cursor;
+    const isPointed = () => cursorOf(element) === "pointer" && cursorOf(parentOf.call(element))
+      !== "pointer" && !around(element, `${INTERACTIVE}, label`);
+    return (element.matches('[role=gridcell], [tabindex]:not([tabindex^="-"])') || isPointed())
+      && !element.querySelector(INTERACTIVE);
   }
   function byIds(element, attribute) {
     const ids = (element.getAttribute(attribute) || "").split(/\s+/).filter(Boolean);
     return ids.map((id) => element.getRootNode().getElementById?.(id)?.textContent).join(" ");
   }
+  const textOf = (element) => squeeze(element.innerText ?? element.textContent, 120); // SVG
+  /** The accessible name of an element, as far as a visitor would say it. */
   function labelOf(element) {
     if (element.localName === "input" && /^(submit|button|reset|image)$/.test(element.type)) {
       return squeeze(element.value || element.alt || element.type, 120);
@@ -259,12 +324,13 @@
     for (const label of labels) { // around its field it would say the field's text, too
       for (const field of label.querySelectorAll("select, textarea")) field.remove();
     }
-    const own = isField(element) ? labels.map((label) => label.textContent).join(" ")
-      : element.innerText ?? element.textContent; // SVG has no innerText
-    return squeeze(own, 120) || squeeze(byIds(element, "aria-labelledby"), 120)
-      || (isField(element) ? "" : squeeze(element.title || element.querySelector("[alt]")?.alt
-        || element.querySelector("[aria-label]")?.ariaLabel
-        || element.querySelector("svg title")?.textContent, 120));
+    const inside = (selector) => element.querySelector(selector);
+    const names = [byIds(element, "aria-labelledby"), element.ariaLabel,
+      labels.map((label) => label.textContent).join(" "),
+      ...(isField(element) || element.matches(VALUED) ? [] : [textOf(element), inside("[alt]")?.alt,
+        inside("[aria-label]")?.ariaLabel, inside("svg title")?.textContent]),
+      element.title || element.alt];
+    return squeeze(names.find((name) => squeeze(name)), 120);
   }
   function headingOf(element) {
     for (let group = element; (group = parentOf.call(group)?.closest(GROUP));) {
@@ -274,6 +340,12 @@
     }
     return undefined;
   }
+  /** What tells apart a button that stands in each row of a table or list. */
+  function rowOf(element) {
+    const cells = [...(around(element, "tr, [role=row], li")?.children || [])];
+    return squeeze(cells.filter((cell) => !cell.matches(INTERACTIVE)
+      && !cell.querySelector(INTERACTIVE)).map(textOf).join(" "), 60);
+  }
   function isSecret(element) {
     const words = [element.type, element.autocomplete, element.name, element.id,
       element.placeholder, element.ariaLabel, byIds(element, "aria-describedby"),
@@ -282,87 +354,189 @@
       .replace(/(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[a-zA-Z])(?=[0-9])/g, " ")
       .replace(/[\s_.\-/[\]:]+/g, " ").toLowerCase());
   }
+  const linkAround = (element) => around(element, "a[href], area[href]");
+  /** Where a click leads: to the address of the link around, or to that of the form it sends. */
+  function targetOf(element) {
+    const link = linkAround(element);
+    if (link) return link.href.baseVal ?? link.href; // SVG
+    if (element.localName === "iframe") return element.src;
+    const action = isSubmit(element)
+      && (said(element, "formaction") || said(element.form, "action"));
+    return action ? URL.parse?.(action, document.baseURI)?.href ?? action : undefined;
+  }
+  const listOf = (element) => (element.matches("[role=listbox]") ? element
+    : element.getRootNode().getElementById?.(said(element, "aria-controls")
+      || said(element, "aria-owns")));
+  function optionsOf(element) {
+    if (element.options || element.list) return [...(element.options || element.list.options)];
+    if (isField(element) && !element.matches(VALUED)) return [];
+    return [...(listOf(element)?.querySelectorAll("[role=option]") || [])];
+  }
+  function valueOf(element) {
+    if (isField(element) && element.localName !== "select") return element.value;
+    const chosen = optionsOf(element).filter((one) => one.selected || one.ariaSelected === "true");
+    return element.ariaValueText || element.ariaValueNow
+      || (element.matches("select, [role=listbox]") ? chosen.map(textOf).join(", ")
+        : textOf(element));
+  }
 
+  const TYPES = { a: "link", area: "link", button: "button", summary: "summary", iframe: "iframe" };
   function describe(element) {
     const tag = element.localName;
-    const said = (name) => squeeze(element.getAttribute(name), 300) || undefined;
-    const role = said("role");
-    const type = { a: "link", button: "button", summary: "summary" }[tag]
-      || (isField(element) ? element.type.replace("select-one", "select") : role || "textbox");
-    const checkable = /^(checkbox|radio)$/.test(element.type);
-    const isWritten = isField(element) && !checkable && element.type !== "file";
-    const value = tag === "select" ? element.selectedOptions[0]?.text : element.value;
-    const submits = tag === "button" && element.form && element.type === "submit";
-    const options = tag === "select" ? [...element.options].slice(0, 30) : undefined;
+    const own = (name) => squeeze(said(element, name), 300) || undefined;
+    const isOn = (name) => ({ true: true, false: false })[said(element, name)];
+    const role = own("role"), checkable = isCheckable(element);
+    const type = TYPES[tag] || (isField(element) ? element.type.replace("select-one", "select")
+      : role || (element.matches(EDITABLE) ? "textbox" : "button"));
+    const isWritten = (isField(element) || element.matches(VALUED)) && !checkable
+      && element.type !== "file";
+    const text = labelOf(element), inner = textOf(element), options = optionsOf(element);
     return {
-      id: numbers.get(element),
-      type,
-      inputType: submits ? "submit" : undefined,
+      id: numbers.get(element), type, text,
+      inputType: isSubmit(element) && type !== "submit" ? "submit" : undefined,
       role: role === type ? undefined : role,
-      text: labelOf(element),
-      name: said("name"),
-      placeholder: said("placeholder"),
-      value: (isWritten && !isSecret(element) && squeeze(value, 100)) || undefined,
+      label: isWritten || inner === text ? undefined : inner || undefined,
+      name: own("name"), title: own("title"), placeholder: own("placeholder"),
+      value: (isWritten && !isSecret(element) && squeeze(valueOf(element), 100)) || undefined,
       autocomplete: (isField(element) && element.autocomplete) || undefined,
-      href: tag === "a" ? (element.href.baseVal ?? element.href).slice(0, 300) : undefined, // SVG
-      ariaLabel: said("aria-label"),
-      options: options?.map((option) => squeeze(option.text, 40)),
-      checked: checkable ? element.checked : { true: true, false: false }[element.ariaChecked],
-      required: element.matches(":required") || element.ariaRequired === "true" || undefined,
+      href: targetOf(element)?.slice(0, 300),
+      ariaLabel: own("aria-label"),
+      options: options.length ? options.slice(0, 30).map((one) =>
+        squeeze(one.text || one.value || one.textContent, 40)) : undefined,
+      checked: checkable ? element.checked : isOn("aria-checked") ?? isOn("aria-pressed"),
+      expanded: tag === "summary" ? parentOf.call(element).open : isOn("aria-expanded"),
+      selected: isOn("aria-selected"),
+      readonly: element.readOnly || isOn("aria-readonly") || undefined,
+      min: own("min") ?? own("aria-valuemin"),
+      max: own("max") ?? own("aria-valuemax"),
+      step: own("step"),
+      required: element.matches(":required") || isOn("aria-required") || undefined,
       disabled: isDisabled(element) || undefined,
       parent: headingOf(element),
       inModal: Boolean(around(element, MODAL)) || undefined,
-      inViewport: isInViewport(element) || undefined,
+      inViewport: distanceOf(element) === 0 || undefined,
+      isNew: (pictured && !pictured.has(numbers.get(element))) || undefined,
     };
   }
   function describeForm(form) {
     const inside = [...form.querySelectorAll("input, select, textarea, button")];
     const fields = inside.filter((field) => isField(field) && isUsable(field));
-    const submits = inside.filter((field) => field.type === "submit");
     const names = ["aria-label", "name", "id"].map((name) => form.getAttribute(name));
     return {
       name: names.find(Boolean),
+      heading: squeeze(form.querySelector("h1, h2, h3, h4, h5, h6, legend")?.textContent, 80)
+        || headingOf(form),
       fields: fields.map((field) => labelOf(field) || field.name).slice(0, 20),
-      submit: submits.map(labelOf).join(", "),
+      submit: inside.filter(isSubmit).map(labelOf).join(", "),
     };
   }
 
-  /** What can be read, the most telling parts first. */
+  const allVisible = (selector) =>
+    [...document.querySelectorAll(selector)].filter(attempt((one) => isVisible(one)));
+  /** What can be read: dialogs and main content first; of too much, what the visitor looks at. */
   function visibleText() {
     const main = document.querySelector("main, [role=main]");
-    const parts = [...document.querySelectorAll(MODAL)].filter(isVisible).concat(main || [])
-      .map((part) => part.innerText);
+    const parts = allVisible(MODAL).concat(main || []).map((part) => part.innerText);
     const rest = parts.reduce((text, part) => text.replace(part, ""), document.body.innerText);
-    return [...parts, rest].join("\n").trim().slice(0, MAX_CHARS);
+    const frames = allVisible("iframe").map((frame) => insideOf(frame)?.innerText);
+    const text = [...parts, rest, ...frames].filter(Boolean).join("\n").trim();
+    const seen = scrollY > 99 && document.elementFromPoint(innerWidth / 2, innerHeight / 4);
+    const at = seen ? text.indexOf((seen.innerText || "").trim().slice(0, 40)) - 200 : 0;
+    return text.slice(Math.max(0, Math.min(at, text.length - limits.text))).slice(0, limits.text);
+  }
+
+  /**
+   * The elements that a picture has room for: of dialogs, in view, of the main content, the rest,
+   * and last of cookie banners; in each of them fields and buttons before links, near before far.
+   * However many links are in view, a third of the room is for fields and buttons.
+   */
+  function ranked() {
+    const rank = (element) => {
+      const banner = around(element, ASIDE);
+      if (banner && !banner.matches("html, body, main, dialog[open]")
+        && !banner.querySelector("main, h1")) return 9;
+      if (around(element, MODAL)) return 0;
+      return (distanceOf(element) === 0 ? 2 : around(element, "main, [role=main], form") ? 4 : 6)
+        + element.matches("a, area, [role=link]"); // odd: a link
+    };
+    const found = [...everything(document.body)]
+      .filter(attempt((element) => isInteractive(element) && isUsable(element)))
+      .map((element) => ({ element, rank: rank(element), far: distanceOf(element) }))
+      .sort((one, other) => one.rank - other.rank || one.far - other.far);
+    const rest = found.splice(Math.ceil(limits.elements * 2 / 3));
+    rest.sort((one, other) => one.rank % 2 - other.rank % 2);
+    return [...found, ...rest].slice(0, limits.elements).map(({ element }) => element);
   }
 
   /** A picture of the page: what the server calls a page context. */
   function scan() {
-    const rank = (element) => (around(element, MODAL) ? 0 : isInViewport(element) ? 1 : 2);
-    const found = [...everything(document.body)]
-      .filter(attempt((element) => element.matches(INTERACTIVE) && isUsable(element)))
-      .map((element) => [rank(element), element])
-      .sort(([one], [other]) => one - other)
-      .slice(0, MAX_ELEMENTS)
-      .map(([, element]) => element);
-    elements.forEach((reference, at) => { if (!reference.deref()) delete elements[at]; });
-    for (const element of found) {
-      if (!numbers.has(element)) numbers.set(element, elements.push(new WeakRef(element)));
+    const found = ranked();
+    for (const [number, reference] of elements) if (!reference.deref()) elements.delete(number);
+    lastNumber = Math.max(lastNumber, keptNumber.get() || 0); // that of the tab's other pages
+    for (const element of found.filter((one) => !numbers.has(one))) {
+      numbers.set(element, ++lastNumber);
+      elements.set(lastNumber, new WeakRef(element));
     }
+    keptNumber.set(lastNumber);
+    const known = found.map((element) => [element, attempt(describe)(element)])
+      .filter(([, one]) => one);
+    const names = known.map(([, { type, text }]) => `${type} ${text}`);
+    for (const [at, [element, one]] of known.entries()) {
+      const isOnly = names.indexOf(names[at]) === names.lastIndexOf(names[at]);
+      const row = isOnly ? "" : attempt(rowOf)(element);
+      if (row) one.text = squeeze(`${one.text} (${row})`, 200);
+    }
+    pictured = new Set(known.map(([, { id }]) => id));
     return {
       url: location.href,
       title: squeeze(document.title, 300),
+      language,
       visibleText: visibleText(),
-      indexedElements: found.map(attempt(describe)).filter(Boolean),
-      forms: [...document.querySelectorAll("form")].filter(attempt(isVisible)).slice(0, 10)
-        .map(attempt(describeForm)).filter(Boolean),
+      indexedElements: known.map(([, one]) => one),
+      forms: allVisible("form").slice(0, 10).map(attempt(describeForm)).filter(Boolean),
+      previouslyFilledFields: known.map(attempt(([element, { id }]) => {
+        const { fields } = memory(), kind = kindOf(element);
+        return kind && fields[kind] && { elementId: id, ...fields[kind] };
+      })).filter(Boolean),
       visitorData,
     };
   }
 
+  // What a visitor types into forms as name, e-mail, telephone and address, for later forms, by
+  // kind: the first that fits the field's autocomplete, type or names.
+  const KINDS = Object.entries({
+    email: /e-?mail|correo|courriel/, tel: /\btel|phone|mobile|handy|cellulare/,
+    "given-name": /(given|first|fore)[ -]?name|vorname|pr[ée]nom/,
+    "family-name": /(family|last|sur)[ -]?name|nachname|apellido|cognome/,
+    organization: /organi[sz]ation|company|firma|entreprise|empresa/,
+    "postal-code": /postal|post ?code|\bzip\b|plz|\bcap\b/, country: /\bcountry|\bland\b|\bpays\b/,
+    "address-level2": /address-level2|\b(city|town|stadt|ort|ville|ciudad)\b/,
+    "street-address": /address|street|stra(ß|ss)e|adresse|dirección|indirizzo/,
+    name: /\bname\b|\bnombre\b|\bnom\b|\bnome\b/,
+  });
+  function kindOf(element) {
+    if (!element.matches?.("input, textarea") || isCheckable(element) || isSecret(element)) return null;
+    const words = [element.autocomplete, element.type, element.name, element.id, labelOf(element)]
+      .map((word) => String(word || "").toLowerCase().replace(/_/g, " "));
+    if (words.some((word) => /user|file|search/.test(word))) return null;
+    return KINDS.find(([, pattern]) => words.some((word) => pattern.test(word)))?.[0];
+  }
+  function memory() { // {fields: {kind: {value, timestamp}}, visitorData, at}, of the last 30 days
+    const { fields = {}, visitorData: data, at } = (!has("no-user-memory") && keptUser.get()) || {};
+    const isFresh = (time) => Date.now() - time < 30 * 24 * 3600 * 1000;
+    const fresh = Object.entries(fields).filter(([, { timestamp }]) => isFresh(timestamp));
+    return { fields: Object.fromEntries(fresh), ...(isFresh(at) && { visitorData: data, at }) };
+  }
+  function remember({ target, isTrusted }) {
+    const kind = isTrusted && !has("no-user-memory") && attempt(kindOf)(target), known = memory();
+    if (!kind || !target.value.trim()) return;
+    known.fields[kind] = { value: squeeze(target.value, 200), timestamp: Date.now() };
+    keptUser.set(known);
+  }
+
   // ---------------------------------------------------------------------------------------------
   // Acting: each kind of step does one thing as a visitor would, checks that it took, and throws
-  // an Error in words for the model if not.
+  // an Error in words for the model if not, with everything as it was before.
 
   let leftAt = 0; // when the page began to be left, in the current plan
 
@@ -370,7 +544,7 @@
     if (!condition) throw new Error(otherwise);
   }
   function elementOf({ elementId }) {
-    const element = elements[elementId - 1]?.deref();
+    const element = elements.get(elementId)?.deref();
     need(element?.isConnected, "the element is no longer on the page");
     need(isUsable(element), "the element cannot be seen");
     need(!isDisabled(element), "the element is disabled");
@@ -378,74 +552,219 @@
   }
   const fire = (element, ...events) => events.forEach((event) => element.dispatchEvent(event));
   const bubbling = { bubbles: true, cancelable: true, composed: true };
+  const mouse = { ...bubbling, button: 0, isPrimary: true, pointerType: "mouse", view: window };
+  const KEYS = { Enter: 13, Escape: 27, Tab: 9, Backspace: 8,
+    ArrowLeft: 37, ArrowUp: 38, ArrowRight: 39, ArrowDown: 40 };
+  const strike = (element, name, key) => element.dispatchEvent(new KeyboardEvent(name,
+    { ...bubbling, key, code: key, keyCode: KEYS[key], which: KEYS[key] }));
+  const isTab = (target) => Boolean(target) && !/^_(self|parent|top)$/i.test(target);
+
+  function press(element) {
+    fire(element, new PointerEvent("pointerdown", mouse), new MouseEvent("mousedown", mouse));
+    element.focus({ preventScroll: true });
+    fire(element, new PointerEvent("pointerup", mouse), new MouseEvent("mouseup", mouse));
+    if (element.click) element.click();
+    else fire(element, new MouseEvent("click", mouse)); // SVG
+  }
+  /** What opens a new tab is for the visitor to click (browsers block it): the chat shows it. */
+  function offerTab(url, name) {
+    add("bot", h("p", { dir: "auto" }, `${WORDS.newTab} `, link(url, name || url)));
+    throw new Error("it opens a new tab, which only the visitor can: the chat shows them the link");
+  }
+  /** Do what may send a form or open a tab; throw if the form is invalid or the tab cannot be. */
+  function guarded(element, act) {
+    const problems = [], { form } = element, { open: native } = window;
+    const note = ({ target }) => { if (form && target.form === form) problems.push(target); };
+    let tab;
+    window.open = (url) => { tab = url; return null; };
+    element.ownerDocument.addEventListener("invalid", note, true);
+    try { act(); } finally {
+      window.open = native;
+      element.ownerDocument.removeEventListener("invalid", note, true);
+    }
+    need(!problems.length, "the form was not sent: " + problems.slice(0, 5)
+      .map((one) => `${labelOf(one) || one.name}: ${one.validationMessage}`).join("; "));
+    if (tab) offerTab(tab, labelOf(element));
+  }
+  /** Set a value as the browser does, behind the back of frameworks that watch the property. */
+  function setValue(element, text, inputType = "insertText") {
+    const kind = element.localName === "input" ? HTMLInputElement : HTMLTextAreaElement;
+    Object.getOwnPropertyDescriptor(kind.prototype, "value").set.call(element, text);
+    fire(element, new InputEvent("input", { ...bubbling, inputType, data: text }),
+      new Event("change", bubbling));
+  }
+  const HINTS = { date: "a date is YYYY-MM-DD", time: "a time is HH:MM", month: "a month is YYYY-MM",
+    week: "a week is YYYY-Www", "datetime-local": "date and time are YYYY-MM-DDTHH:MM",
+    number: "a number is written like 12.5", color: "a colour is #rrggbb" };
+  /** Throw what a field of this type would hold, if it cannot hold a text. */
+  function checkTyped(element, text) {
+    const probe = element.cloneNode(), { type, min, max, step } = element;
+    probe.value = text;
+    const isSame = type === "range" ? Number(probe.value) === Number(text)
+      : type === "color" ? probe.value === text.toLowerCase() : probe.value !== "" || !text;
+    need(isSame, "the field did not take the text: " + (HINTS[type]
+      || `it takes numbers from ${min || 0} to ${max || 100} in steps of ${step || 1}`));
+  }
+  const folded = (text) => squeeze(text).toLowerCase();
+  const matching = (options, wish, nameOf) => options.find((one) => folded(nameOf(one)) === wish)
+    || options.find((one) => wish && folded(nameOf(one)).startsWith(wish));
+  async function chooseOption(element, option) {
+    const before = [...element.options].map((one) => one.selected);
+    option.selected = true;
+    fire(element, new Event("input", bubbling), new Event("change", bubbling));
+    await pause(60);
+    if (option.selected) return;
+    [...element.options].forEach((one, at) => { one.selected = before[at]; });
+    throw new Error("the list did not take the choice");
+  }
+  /** Open a list that the page has made itself, and choose in it. */
+  async function choose(element, wish) {
+    const before = element.value, isInput = element.localName === "input";
+    const options = () => {
+      const list = listOf(element);
+      return [...everything(list && isVisible(list) ? list : document.body)].filter(attempt((one) =>
+        one.matches("[role=option]") && isUsable(one) && !isDisabled(one)));
+    };
+    const find = () => matching(options(), wish, labelOf);
+    if (!find()) press(element);
+    for (let tries = 0; tries < 10 && !options().length; tries++) await pause(50);
+    if (!find() && isInput) { // it may want to be searched
+      setValue(element, wish);
+      for (let tries = 0; tries < 20 && !find(); tries++) await pause(50);
+    }
+    const option = find(), isList = options().length;
+    if (!option) {
+      if (isInput && element.value !== before) setValue(element, before);
+      strike(element, "keydown", "Escape");
+    }
+    need(option, isList ? "the list has no such option" : "it is no list, or did not open; click it");
+    const text = squeeze(labelOf(option), 200);
+    press(option);
+    await pause(60);
+    return { text };
+  }
 
   const DO = {
-    async click(step) {
+    click(step) {
+      const element = elementOf(step), link = linkAround(element);
+      const target = link ? link.target : isSubmit(element)
+        && (said(element, "formtarget") || said(element.form, "target"));
+      if (link && isTab(target)) offerTab(link.href, labelOf(element));
+      need(!isTab(target), "it opens a new tab, which only the visitor can");
+      if (link && isElsewhere(link)) navigating(link.href, "link");
+      guarded(element, () => press(element));
+    },
+
+    double_click(step) {
       const element = elementOf(step);
-      const press = { ...bubbling, button: 0, isPrimary: true, pointerType: "mouse", view: window };
-      fire(element, new PointerEvent("pointerdown", press), new MouseEvent("mousedown", press));
+      guarded(element, () => {
+        press(element);
+        press(element);
+        fire(element, new MouseEvent("dblclick", { ...mouse, detail: 2 }));
+      });
+    },
+
+    hover(step) {
+      const element = elementOf(step), { left, top, width, height } = boxOf(element);
+      const at = { ...mouse, clientX: left + width / 2, clientY: top + height / 2 };
+      const silent = { ...at, bubbles: false };
+      element.focus({ preventScroll: true }); // menus of style sheets open by :focus-within, too
+      fire(element, new PointerEvent("pointerover", at), new PointerEvent("pointerenter", silent),
+        new MouseEvent("mouseover", at), new MouseEvent("mouseenter", silent),
+        new PointerEvent("pointermove", at), new MouseEvent("mousemove", at));
+    },
+
+    press(step) {
+      const element = elementOf(step), { key } = step, { form, localName, type } = element;
+      need(KEYS[key], "there is no such key here");
       element.focus({ preventScroll: true });
-      fire(element, new PointerEvent("pointerup", press), new MouseEvent("mouseup", press));
-      if (element.click) element.click();
-      else fire(element, new MouseEvent("click", press)); // SVG
+      const isFree = strike(element, "keydown", key) // what the browser would do is done here
+        && (key !== "Enter" || strike(element, "keypress", key));
+      const up = { ArrowUp: 1, ArrowRight: 1, ArrowDown: -1, ArrowLeft: -1 }[key];
+      const submit = form && [...form.querySelectorAll("button, input")].find(isSubmit);
+      if (isFree && key === "Enter" && (!isField(element) || (localName === "input" && form))) {
+        const press = submit && isField(element) ? submit : element;
+        if (press !== element || !isField(element)) guarded(element, () => press.click?.());
+        else guarded(element, () => form.requestSubmit());
+      } else if (isFree && key === "Escape") {
+        const dialog = around(element, "dialog:modal");
+        if (dialog?.dispatchEvent(new Event("cancel", { cancelable: true }))) dialog.close();
+      } else if (isFree && key === "Tab") {
+        const stops = [...everything(document.body)].filter((one) => one.tabIndex >= 0
+          && isUsable(one) && !isDisabled(one));
+        stops[stops.indexOf(element) + 1]?.focus();
+      } else if (isFree && key === "Backspace" && /^(input|textarea)$/.test(localName)) {
+        need(!element.readOnly, "the field is read-only");
+        setValue(element, element.value.slice(0, -1), "deleteContentBackward");
+      } else if (isFree && up && /^(range|number)$/.test(type)) {
+        const probe = element.cloneNode();
+        probe.stepUp(up);
+        setValue(element, probe.value);
+      }
+      strike(element, "keyup", key);
     },
 
     async type(step) {
-      const element = elementOf(step);
-      const text = step.inputData;
-      const editable = element.isContentEditable;
+      const element = elementOf(step), text = step.inputData, { type } = element;
+      const editable = element.isContentEditable, isNumber = /^(range|number)$/.test(type);
       need(editable || element.matches("input, textarea"), "text cannot be typed there");
-      need(!/^(checkbox|radio|file|submit|button|reset|image|range|color)$/.test(element.type),
-        `a ${element.type} takes no text`);
+      need(!/^(checkbox|radio|file|submit|button|reset|image)$/.test(type), `a ${type} takes no text`);
       need(!isSecret(element), "only the visitor fills this field");
       need(!element.readOnly, "the field is read-only");
       need(!(element.maxLength >= 0 && text.length > element.maxLength), "the text is too long");
+      if (HINTS[type] || type === "range") checkTyped(element, text);
+      const read = () => (editable ? element.innerText : element.value);
+      const write = (written) => {
+        if (!editable) return setValue(element, written);
+        element.ownerDocument.getSelection().selectAllChildren(element);
+        // The one way that rich editors hear of.
+        return element.ownerDocument.execCommand(written ? "insertText" : "delete", false, written);
+      };
+      const before = read(), last = text.at(-1) || "Delete";
       element.focus({ preventScroll: true });
-      if (editable) {
-        getSelection().selectAllChildren(element);
-        document.execCommand("insertText", false, text); // the one way that rich editors hear of
-      } else {
-        // As the browser does it, behind the back of frameworks that watch the property.
-        const kind = element.localName === "input" ? HTMLInputElement : HTMLTextAreaElement;
-        Object.getOwnPropertyDescriptor(kind.prototype, "value").set.call(element, text);
-        fire(element, new InputEvent("input", { ...bubbling, inputType: "insertText", data: text }),
-          new Event("change", bubbling));
-      }
+      strike(element, "keydown", last);
+      write(text);
+      strike(element, "keyup", last); // filters wait for it
       await pause(60);
       const plain = (written) => written.replace(/[^\p{L}\p{N}]/gu, "").toLowerCase(); // of a mask
-      const now = editable ? element.innerText : element.value;
-      need(squeeze(now) === squeeze(text) || (plain(now) && plain(now) === plain(text)),
-        "the field did not take the text");
+      const now = read();
+      const isTaken = squeeze(now) === squeeze(text) || (plain(now) && plain(now) === plain(text))
+        || (isNumber && Number(now) === Number(text));
+      if (!isTaken) write(before);
+      need(isTaken, "the field did not take the text");
       return { text: squeeze(now, 200) };
     },
 
     async select(step) {
-      const element = elementOf(step);
-      const wish = squeeze(step.inputData).toLowerCase();
-      if (element.type === "radio" || element.type === "checkbox") {
+      const element = elementOf(step), wish = folded(step.inputData);
+      if (isCheckable(element)) {
         const on = element.type === "radio" || !/^(false|no|off|unchecked)$/.test(wish);
         if (element.checked !== on) element.click();
         await pause(60);
         need(element.checked === on, "it did not take the choice");
         return {};
       }
-      need(element.localName === "select", "this is no list; click it instead");
+      if (element.list) {
+        const known = matching(optionsOf(element), wish, (one) => one.value);
+        return DO.type({ ...step, inputData: known?.value ?? step.inputData });
+      }
+      if (element.localName !== "select") {
+        need(element.matches("[role=combobox], [role=listbox], [aria-haspopup], [aria-expanded]"),
+          "this is no list; click it instead");
+        return choose(element, wish);
+      }
       const options = [...element.options].filter((option) => !option.disabled);
-      const plain = (name) => squeeze(name).toLowerCase();
-      const option = options.find((one) => plain(one.text) === wish || plain(one.value) === wish)
-        || options.find((one) => wish && plain(one.text).startsWith(wish));
+      const option = options.find((one) => [one.text, one.value].map(folded).includes(wish))
+        || matching(options, wish, (one) => one.text);
       need(option, "the list has no such option");
-      option.selected = true;
-      fire(element, new Event("input", bubbling), new Event("change", bubbling));
-      await pause(60);
-      need(option.selected, "the list did not take the choice");
+      await chooseOption(element, option);
       return { text: squeeze(option.text, 200) };
     },
 
-    async scroll_to(step) {
+    scroll_to(step) {
       const element = elementOf(step);
       element.scrollIntoView({ block: "center", behavior: "instant" });
-      need(isInViewport(element), "it could not be scrolled to");
+      need(distanceOf(element) === 0, "it could not be scrolled to");
     },
 
     async navigate({ url }) {
@@ -456,6 +775,7 @@
       const own = [...document.links].find((a) => a.href === href && !a.target && isUsable(a)
         && !a.matches("[role=button], [onclick]") && !/method|confirm/.test(Object.keys(a.dataset)));
       const anchor = own || document.body.appendChild(h("a", { href, hidden: true }));
+      navigating(href, own ? "link" : "assign");
       anchor.click();
       if (!own) anchor.remove();
       if (await isUnderWay(before)) return;
@@ -465,6 +785,10 @@
 
     wait: ({ waitDuration }) => pause(waitDuration),
   };
+  function navigating(url, method) {
+    emit("navigating", { url, method });
+    become("navigating");
+  }
 
   /** Whether the page is being left, or a router has changed its address; waits a little for it. */
   async function isUnderWay(before, tries = 20) {
@@ -474,29 +798,43 @@
   /** Whether the browser, and not the page, follows a click or sends a form. */
   function leaves({ type, target, defaultPrevented }) {
     const link = type === "click" ? target.closest?.("a[href]:not([download])") : target;
-    if (defaultPrevented || !link || /_blank/.test(link.target)) return false;
+    if (defaultPrevented || !link || isTab(link.target)) return false;
     return type === "submit" ? link.method !== "dialog" : isElsewhere(link);
   }
   const isElsewhere = ({ href }) => /^https?:/.test(href)
     && href.split("#")[0] !== location.href.split("#")[0];
 
-  /** Wait until the page has reacted: no change for a while, or it never rests. */
-  async function settled(quietMs) {
-    let isCalm = false;
-    const observer = new MutationObserver(() => { isCalm = false; });
+  const busyParts = () => allVisible("[aria-busy=true], [role=progressbar], progress");
+  /**
+   * Watch the page from now on; returns what waits until it rests: the first change outside of
+   * `element` has `firstMs` to come, then nothing changes for `quietMs`, twice that where a router
+   * has changed the address. What says that it is busy, and a page that is left, have 10 s.
+   */
+  function watch(element = null) {
+    const from = location.href, busyBefore = new Set(busyParts());
+    let changedAt = 0;
+    const observer = new MutationObserver((records) => {
+      if (records.some(({ target }) => !element?.contains(target))) changedAt = Date.now();
+    });
     const all = { subtree: true, childList: true, attributes: true, characterData: true };
-    observer.observe(document.body, all);
-    for (let tries = 0; tries < 7 && !isCalm; tries++) {
-      isCalm = true;
-      await pause(quietMs);
-    }
-    observer.disconnect();
+    observer.observe(document, all);
+    return async (firstMs, quietMs = 300) => {
+      const asked = Date.now();
+      for (let isAtRest = false; !isAtRest;) {
+        await pause(50);
+        const now = Date.now(), calmMs = location.href === from ? quietMs : 2 * quietMs;
+        isAtRest = now - leftAt > 10_000 && (changedAt
+          ? now - changedAt >= calmMs || now - asked > 2500 + quietMs : now - asked >= firstMs)
+          && (now - asked > 10_000 || !busyParts().some((one) => !busyBefore.has(one)));
+      }
+      observer.disconnect();
+    };
   }
 
   /** Show for a moment which element is meant. */
   async function pointAt(element) {
-    if (!isInViewport(element)) element.scrollIntoView({ block: "center", behavior: "instant" });
-    const { left, top, width, height } = element.getBoundingClientRect();
+    if (distanceOf(element)) element.scrollIntoView({ block: "center", behavior: "instant" });
+    const { left, top, width, height } = boxOf(element);
     const place = { left: left - 6, top: top - 6, width: width + 12, height: height + 12 };
     for (const [name, value] of Object.entries(place)) view.ring.style[name] = `${value}px`;
     view.ring.hidden = false;
@@ -515,7 +853,8 @@
   async function carryOut(action, isCancelled) {
     const steps = stepsOf(action);
     const results = [];
-    const note = (...more) => keptActing.set({ id: action.id, results: [...results, ...more] });
+    const note = (...more) =>
+      keptActing.set({ id: action.id, typing, results: [...results, ...more] });
     const leave = (event) => {
       if (event.type === "beforeunload" || leaves(event)) leftAt = Date.now();
     };
@@ -523,27 +862,30 @@
     leftAt = 0;
     // Only now: it can cost the page its place in the back/forward cache.
     for (const sign of signs) window.addEventListener(sign, leave);
-    for (const step of steps) {
+    for (const [at, step] of steps.entries()) {
       const result = { success: true, elementId: step.elementId };
+      let firstMs = /type|select|scroll|wait/.test(step.action) && at < steps.length - 1 ? 50 : 1500;
+      let rest;
       try {
         note();
-        if (step.elementId !== undefined) await pointAt(elementOf(step));
+        const element = step.elementId === undefined ? null : elementOf(step);
+        if (element) await pointAt(element);
         if (isCancelled()) break;
         note(result);
-        const before = location.href;
-        const link = step.action === "click" && elementOf(step).closest("a[href]");
+        const before = location.href, link = step.action === "click" && linkAround(element);
+        rest = watch(element);
         Object.assign(result, await DO[step.action](step));
-        if (link && isElsewhere(link) && !link.target) await isUnderWay(before, 30);
+        if (link && isElsewhere(link)) await isUnderWay(before, 40);
       } catch (error) {
         Object.assign(result, { success: false, error: squeeze(error.message, 300) });
+        firstMs = 50;
       }
       results.push(result);
-      if (!result.success) break;
-      await settled(/click|navigate/.test(step.action) ? 300 : 50);
-      while (Date.now() - leftAt < 10_000) await pause(100); // longer: it was a download
-      if (isCancelled()) break;
+      await rest?.(firstMs);
+      if (!result.success || isCancelled()) break;
     }
     for (const sign of signs) window.removeEventListener(sign, leave);
+    if (conversation === "navigating") become("processing");
     return isCancelled() ? null : results;
   }
 
@@ -556,13 +898,14 @@
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
 .root { font: medium/1.5 var(--body-font, system-ui), sans-serif; color: var(--ink); color-scheme: light dark;
-  --paper: #fff; --ink: #1b1b1f; --soft: #5b5b66; --line: #dedee4; --edge: #85858f; --bubble: #f2f2f5; --bad: #a3140c;
+  --paper: var(--leflux-bg, #fff); --ink: var(--leflux-text-primary, #1b1b1f); --soft: var(--leflux-text-secondary, #5b5b66);
+  --line: var(--leflux-border, #dedee4); --edge: var(--leflux-input-border, #85858f); --bubble: #f2f2f5; --bad: #a3140c;
   --bad-paper: #fdeceb; --accent-ink: var(--light-ink); --tint: var(--light-tint); --rim: var(--light-rim); }
 button { font: inherit; color: inherit; background: none; border: 1px solid transparent; margin: 0; padding: 0;
   cursor: pointer; border-radius: var(--radius, .8em); }
 button:disabled { opacity: .5; cursor: default; }
 a { color: var(--accent-ink); }
-:focus-visible { outline: 2px solid var(--accent-ink); outline-offset: 2px; }
+:is(:focus-visible, .confirm button:focus) { outline: 2px solid var(--accent-ink); outline-offset: 2px; }
 svg { width: 1.25em; height: 1.25em; flex: none; display: block; fill: none; stroke: currentColor; stroke-width: 2;
   stroke-linecap: round; stroke-linejoin: round; }
 .quiet { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
@@ -613,7 +956,7 @@ h2, h3 { font-family: var(--heading-font, inherit); font-weight: var(--heading-w
 :is(.bar, .minimal) :focus-visible { outline-color: currentColor; outline-offset: -3px; }
 .banner { display: flex; align-items: center; justify-content: space-between; gap: .8em; padding: .5em 1em;
   font-size: .9em; background: var(--tint); border-bottom: 1px solid var(--line); }
-.log { flex: 1; display: flex; flex-direction: column; gap: .6em; padding: 1em; overflow-y: auto;
+.log { flex: 1; background: var(--leflux-messages-bg, none); display: flex; flex-direction: column; gap: .6em; padding: 1em; overflow-y: auto;
   overscroll-behavior: contain; scrollbar-width: thin; }
 :is(.log, pre):focus-visible { outline-offset: -2px; }
 .log > * { flex: none; max-width: 88%; overflow-wrap: anywhere; }
@@ -638,13 +981,14 @@ pre { overflow-x: auto; padding: .5em .7em; border-radius: .5em; background: var
 .cards .card { flex: 1 0 9em; max-width: 100%; border: 1px solid var(--line); border-radius: .9em; padding: .7em .9em; }
 .list .card { flex-basis: 100%; }
 .card > :is(h3, p, ul) { margin: 0 0 .25em; } h3, summary { font-size: 1em; font-weight: 600; }
+.card.highlighted { border: 2px solid var(--accent-ink); } .card .icon { float: inline-start; margin-inline-end: .4em; }
 .card .price { font-size: 1.15em; font-weight: 600; color: var(--accent-ink); }
 a.card { color: inherit; text-decoration: none; } a.card h3 { color: var(--accent-ink); text-decoration: underline; }
 summary { cursor: pointer; }
 .confirm { align-self: stretch; border: 2px solid var(--accent-ink); border-radius: 1.1em; padding: .8em .9em; }
 .yes .plain:not(.accent), .no .accent { display: none; }
 form { display: flex; align-items: flex-end; gap: .25em; margin: 0 .75em .75em; padding: .25em;
-  border: 1px solid var(--edge); border-radius: 1.1em; }
+  border: 1px solid var(--edge); border-radius: 1.1em; background: var(--leflux-input-bg, none); }
 form:focus-within { outline: 2px solid var(--accent-ink); outline-offset: -1px; }
 .field { flex: 1; min-width: 0; }
 textarea { display: block; width: 100%; max-height: min(9em, 25dvh); font: inherit; font-size: max(16px, 1em);
@@ -656,8 +1000,9 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   pointer-events: none; }
 
 @media (prefers-color-scheme: dark) {
-  .root { --paper: #1c1c20; --ink: #f2f2f5; --soft: #b3b3bd; --line: #3b3b43; --edge: #82828e; --bubble: #2b2b31;
-    --bad: #ffb4ab; --bad-paper: #47201d; --accent-ink: var(--dark-ink); --tint: var(--dark-tint);
+  .root { --paper: var(--leflux-bg, #1c1c20); --ink: var(--leflux-text-primary, #f2f2f5);
+    --soft: var(--leflux-text-secondary, #b3b3bd); --line: var(--leflux-border, #3b3b43);
+    --edge: var(--leflux-input-border, #82828e); --bubble: #2b2b31; --bad: #ffb4ab; --bad-paper: #47201d; --accent-ink: var(--dark-ink); --tint: var(--dark-tint);
     --rim: var(--dark-rim); }
 }
 @media (max-width: 640px), (max-height: 420px) {
@@ -684,32 +1029,39 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   const button = (name, onclick, ...children) => h(name, { type: "button", onclick }, ...children);
   function iconButton(name, word, onclick, picture = word) {
     const type = onclick ? "button" : "submit";
-    return h(name, { "aria-label": WORDS[word], title: WORDS[word], type, onclick }, icon(picture));
+    return worded(h(name, { type, onclick }, icon(picture)), word, "aria-label", "title");
+  }
+  /** Give an element's attributes a word of WORDS, now and whenever the language changes. */
+  function worded(element, word, ...attributes) {
+    const write = () => attributes.forEach((name) => element.setAttribute(name, WORDS[word]));
+    write();
+    view.worded.push(write);
+    return element;
   }
 
-  const view = { dots: null };
+  const view = { dots: null, worded: [] };
 
   /** Build everything, once, hidden but for the launcher. */
   function mount() {
-    view.host = h("leflux-widget", { lang: "en" });
+    view.host = h("leflux-widget");
     const shadow = view.host.attachShadow({ mode: "open" });
     const sheet = new CSSStyleSheet();
     sheet.replaceSync(STYLE);
     shadow.adoptedStyleSheets = [sheet];
 
-    view.launcher = h("button.launcher", { onclick: () => open(), "aria-haspopup": "dialog" });
+    view.launcher = h("button.launcher", { onclick: () => open("click"), "aria-haspopup": "dialog" });
     view.nudge = h("div.nudge", { role: "status", hidden: true });
     view.logo = h("img", { alt: "", onerror: () => { view.logo.hidden = true; } });
     view.title = h("h2", { dir: "auto" });
     view.banner = h("div.banner", { role: "status", hidden: true });
-    view.log = h("div.log",
-      { role: "log", "aria-live": "off", "aria-label": WORDS.log, tabindex: 0 });
+    view.log = worded(h("div.log", { role: "log", "aria-live": "off", tabindex: 0 }),
+      "log", "aria-label");
     view.chips = h("div.chips");
     view.input = h("textarea", {
-      rows: 1, dir: "auto", autocomplete: "off", enterkeyhint: "send",
-      placeholder: WORDS.placeholder, "aria-label": WORDS.input, "aria-describedby": "counter",
+      rows: 1, dir: "auto", autocomplete: "off", enterkeyhint: "send", "aria-describedby": "counter",
       oninput: measure, onkeydown: sendOnEnter,
     });
+    worded(worded(view.input, "placeholder", "placeholder"), "input", "aria-label");
     view.counter = h("div.counter", { id: "counter" });
     view.stop = iconButton("button.stop", "stop", stop);
     view.stop.hidden = true;
@@ -720,15 +1072,21 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     view.panel = h("div.panel", dialog,
       h("div.bar.accent", {}, view.logo, view.title,
         iconButton("button", "clear", () => LeFlux.clearConversation()),
-        iconButton("button", "close", close)),
+        iconButton("button", "close", () => close("click"))),
       view.banner, view.log, view.form);
     view.live = h("div.quiet", { "aria-live": "polite", lang: "" }); // in whatever language
     view.ring = h("div.ring", { hidden: true });
     view.root = h("div.root", {}, view.launcher, view.nudge, view.panel, view.live, view.ring);
     shadow.append(view.root);
-    // What is typed here is none of the page's business, its keyboard shortcuts least of all.
-    for (const name of ["keydown", "keyup", "keypress"]) {
-      view.host.addEventListener(name, (event) => event.stopPropagation());
+    // What happens in here is none of the page's business: its keyboard shortcuts, and the focus
+    // traps of its dialogs, which would take the focus away or close.
+    const quiet = (event) => event.stopPropagation();
+    for (const name of ("keydown keyup keypress focusin focusout pointerdown mousedown touchstart"
+      + " click").split(" ")) view.host.addEventListener(name, quiet);
+    for (const name of ["focusin", "focusout"]) {
+      listen(window, name, (event) => {
+        if ([event.target, event.relatedTarget].includes(view.host)) event.stopImmediatePropagation();
+      }, true);
     }
     document.documentElement.append(view.host); // outside of body, which some frameworks replace
     listen(PHONE, "change", () => view.panel.setAttribute("aria-modal", PHONE.matches));
@@ -741,8 +1099,12 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     view.root.style.setProperty("--top", `${visualViewport.offsetTop}px`);
   }
 
+  /** A custom property of the page that restyles the panel, or "". */
+  const custom = (name) => getComputedStyle(view.host).getPropertyValue(`--leflux-${name}`).trim();
+
   /** Make it look as the site's owner wants. */
-  function dress({ launcher = {}, typography = {}, nudge = {}, primaryColor, ...config }) {
+  function dress({ launcher = {}, typography = {}, nudge = {}, ...config }) {
+    const primaryColor = custom("primary") || config.primaryColor;
     const { bodyFont, headingFont, headingWeight, buttonRadius } = typography;
     // The server knows that it is harmless, the browser whether it is a colour.
     const accent = rgb(CSS.supports("color", inSrgb(primaryColor)) ? primaryColor : "#a855f7");
@@ -762,7 +1124,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     };
     for (const [mode, goal, paper, bubble] of [
       ["light", BLACK, "#fff", "#f2f2f5"], ["dark", WHITE, "#1c1c20", "#2b2b31"],
-    ]) {
+    ].map(([mode, goal, paper, bubble]) => [mode, goal, custom("bg") || paper, bubble])) {
       const tint = mix(rgb(paper), accent, 0.12);
       looks[`${mode}-tint`] = css(tint);
       looks[`${mode}-ink`] = css(readable(accent, goal, rgb(bubble), tint));
@@ -775,9 +1137,6 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     view.root.dataset.layout = config.layout || "floating";
     view.root.dataset.corner = launcher.position || config.position || "bottom-right";
 
-    const name = config.siteName || WORDS.title;
-    view.title.textContent = name;
-    view.panel.setAttribute("aria-label", name);
     view.panel.setAttribute("aria-modal", PHONE.matches);
     view.logo.hidden = !config.logoUrl;
     if (config.logoUrl) view.logo.src = config.logoUrl;
@@ -785,9 +1144,17 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     const isPill = launcher.shape === "pill";
     view.badge = h("i.badge", { hidden: true });
     view.launcher.classList.add(launcher.shape || "circle", isBar ? "line" : "accent");
-    const words = h("span", { dir: "auto" }, isBar ? WORDS.placeholder : isPill && name);
+    const words = h("span", { dir: "auto" });
     view.launcher.append(icon(launcher.icon || "chat"), words, view.badge);
     view.isHidden = launcher.hidden === true;
+    view.worded.push(() => {
+      const name = config.siteName || WORDS.title;
+      view.title.textContent = name;
+      view.panel.setAttribute("aria-label", name);
+      words.textContent = isBar ? WORDS.placeholder : isPill ? name : "";
+      markUnread(!view.badge.hidden);
+    });
+    reword();
     show(false);
 
     view.chips.append(...(config.quickChips || []).map(({ text, payload }) =>
@@ -810,7 +1177,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (over.signal.aborted || isOpen() || view.isHidden || view.log.querySelector(".user")) return;
     const dismiss = () => { settleNudge(); view.launcher.focus(); };
     view.nudge.className = `nudge ${style || "bubble"}`;
-    view.nudge.replaceChildren(button("button", () => open(), h("span", { dir: "auto" }, message)));
+    view.nudge.replaceChildren(button("button", () => open("click"), h("span", { dir: "auto" }, message)));
     if (dismissable !== false) view.nudge.append(iconButton("button", "dismiss", dismiss, "close"));
     view.nudge.hidden = false;
   }
@@ -826,6 +1193,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     view.launcher.setAttribute("aria-expanded", opened);
     markUnread(false);
     if (opened) settleNudge();
+    view.nudge.hidden ||= opened;
     (opened ? view.panel : view.root).append(view.live); // what is outside a modal is not read out
     keptOpen.set(opened);
   }
@@ -836,8 +1204,9 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   /** Put the focus where one writes; but where that brings up a keyboard, into the panel. */
   const focusInput = () => (TOUCH.matches ? view.panel : view.input).focus();
   let focusBefore = null;
-  function open(focus = true) {
+  function open(source, focus = true) {
     if (isOpen()) return;
+    if (source === "click") storeFromNow();
     focusBefore = document.activeElement;
     show(true);
     wanted = true;
@@ -845,21 +1214,30 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (focus) focusInput();
     else if (PHONE.matches) view.panel.focus();
     scrollDown();
-    emit("open");
+    emit("open", { source });
   }
-  function close() {
+  function close(source) {
     if (!isOpen()) return;
     const hadFocus = document.activeElement === view.host;
     show(false);
     // Back to where the visitor was: the page's own button that opened it, or the launcher.
     const wasOutside = ![view.host, document.body, null].includes(focusBefore);
     if (hadFocus) (wasOutside && focusBefore.isConnected ? focusBefore : view.launcher).focus();
-    emit("close");
+    emit("close", { source });
   }
+  /** The panel as a column at the side of the page, whatever its layout, or as before. */
+  function dock(on) {
+    if (on === isDocked()) return;
+    view.undocked = on ? view.root.dataset.layout : null;
+    view.root.dataset.layout = on ? "side-panel" : config.layout || "floating";
+    emit(on ? "expand" : "collapse");
+    if (on) open("api");
+  }
+  const isDocked = () => Boolean(view.undocked);
   function keyInPanel(event) {
     if (event.key === "Escape" && !event.isComposing) {
       event.preventDefault();
-      close();
+      close("click");
     } else if (event.key === "Tab" && PHONE.matches) { // a full-screen sheet keeps the focus
       const stops = [...view.panel.querySelectorAll("button, a, textarea, summary, [tabindex='0']")]
         .filter((one) => !one.disabled && one.getClientRects().length);
@@ -911,40 +1289,51 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     view.log.append(view.chips);
   }
 
-  // Cards: few words, or the model's slips for them; whatever is no text is left out.
+  // Cards: few words, in the published shapes or in the model's slips for them; whatever is no text
+  // is left out.
   const isText = (value) => ["string", "number"].includes(typeof value);
   function words(item, ...names) {
     return String(names.map((name) => item[name]).find(isText) ?? "");
   }
-  const BLOCKS = ["pricing_cards", "feature_grid", "faq_list", "link_cards"];
+  const BLOCKS = { pricing_cards: "cards", feature_grid: "cards", faq_list: "cards.list",
+    link_cards: "cards.list" };
   function addBlock(type, data) {
     const items = Object.values(data || {}).find(Array.isArray) || [];
     const cards = items.filter((item) => item && typeof item === "object").map((item) => {
-      const title = words(item, "title", "name", "label", "question");
-      const text = words(item, "text", "description", "answer", "subtitle");
-      const url = words(item, "url", "href", "link");
-      const price = words(item, "price");
-      const points = ([item.points, item.features].find(Array.isArray) || []).filter(isText);
+      const title = words(item, "title", "name", "label", "question", "q");
+      const text = words(item, "text", "description", "answer", "subtitle", "body", "a");
+      const url = words(item, "url", "cta_url", "href", "link");
+      const message = words(item, "cta_action"), label = words(item, "cta_label");
+      const price = [words(item, "price"), words(item, "period")].filter(Boolean).join(" ");
+      const points = ([item.features, item.points].find(Array.isArray) || []).filter(isText);
+      const sign = words(item, "icon"); // a name of ours, or an emoji
       const isLink = type === "link_cards" && safeUrl(url);
       const [whole, heading] = type === "faq_list" ? ["details", "summary"] : ["div", "h3"];
       const body = [
+        sign && (ICONS[sign] || !/\w/.test(sign))
+          && h("span.icon", { "aria-hidden": true }, ICONS[sign] ? icon(sign) : sign),
         h(heading, { dir: "auto" }, title),
         price && h("p.price", { dir: "auto" }, price),
         text && h("p", { dir: "auto" }, ...inline(text)),
         points.length && h("ul", { dir: "auto" }, ...points.map((one) => h("li", {}, `${one}`))),
-        url && !isLink && h("p", { dir: "auto" }, link(url, WORDS.link)),
+        url && !isLink && safeUrl(url) && h("p", { dir: "auto" }, link(url, label || WORDS.link)),
+        message && !url && button("button.plain", () => send(message), label || title),
       ];
       const card = isLink ? link(url, ...body) : h(whole, {}, ...body);
-      card.className = "card";
+      card.className = item.highlighted === true ? "card highlighted" : "card";
       return card;
     });
-    return add(/faq|link/.test(type) ? "cards.list" : "cards", ...cards);
+    return BLOCKS[type] && add(BLOCKS[type], ...cards);
   }
 
   function askToConfirm({ message, confirm_label, cancel_label }, question) {
+    const seq = lastSeq;
+    const show = ({ confirmed }) => card.classList.add(confirmed ? "yes" : "no");
     const answer = (confirmed) => {
       retireCards();
-      card.classList.add(confirmed ? "yes" : "no");
+      const given = { seq, confirmed, text: message, label: confirmed ? confirm_label : cancel_label };
+      show(given);
+      keptAnswers.set([...keptAnswers.get() || [], given].slice(-20));
       focusInput();
       setRunning(true);
       tell("confirmation_response", { confirmed });
@@ -956,7 +1345,10 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     card.setAttribute("role", "group");
     card.setAttribute("aria-label", message);
     stayOnTop();
-    if (isOpen() && isIdle()) no.focus();
+    const given = (keptAnswers.get() || []).find((one) => one.seq === seq && one.text === message);
+    if (given) show(given); // before this page was loaded
+    else if (isOpen() && isIdle() && !view.input.value) no.focus({ focusVisible: true });
+    become("awaiting-input");
     scrollDown();
   }
 
@@ -983,8 +1375,8 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     view.input.style.height = "auto";
     view.input.style.height = `${view.input.scrollHeight}px`;
     const length = lengthOf(view.input.value.trim());
-    const isOver = length > MAX_CHARS;
-    view.counter.textContent = length < MAX_CHARS * 0.9 ? "" : `${length} / ${MAX_CHARS}`;
+    const isOver = length > limits.message;
+    view.counter.textContent = length < limits.message * 0.9 ? "" : `${length} / ${limits.message}`;
     view.counter.classList.toggle("over", isOver);
     view.input.setAttribute("aria-invalid", isOver);
     view.send.disabled = isOver;
@@ -1040,6 +1432,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   const encode = (data) => JSON.stringify(data, (_, value) => value?.toWellFormed?.() ?? value);
 
   async function call(method, path, data) {
+    if (PREVIEW) throw Object.assign(new Error(WORDS.preview), { code: "preview" });
     const body = data && encode(data); // text/plain: no preflight; a small one outlives the page
     const options = { method, body, credentials: "omit", keepalive: !(body?.length > 20_000) };
     let response, answer;
@@ -1054,16 +1447,16 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   }
 
   /** The session that this or another tab has left in the store, if it may still live. */
-  function kept() {
+  function keptOne() {
     const found = keptSession.get();
     return found?.id && Date.now() - found.at < KEEP_MS ? found : null;
   }
   /** Begin a new session, or take over what another tab has begun meanwhile. */
   async function begin() {
-    session = kept();
+    session = keptOne();
     lastSeq = null;
     if (session) return;
-    const asked = { siteHost: location.host, pageUrl: location.href };
+    const asked = { siteHost: location.host, pageUrl: location.href, language };
     const { sessionId, wsUrl, siteConfig } = await call("POST", "/api/session/init", asked);
     session = { id: sessionId, wsUrl, at: Date.now() };
     lastSeq = 0;
@@ -1143,7 +1536,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   }
   function comeBack({ persisted }) { // out of the back/forward cache: other pages came after this
     if (!persisted || !wanted) return;
-    session = kept();
+    session = keptOne();
     if (session) takeBack();
     else LeFlux.clearConversation();
   }
@@ -1189,7 +1582,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     }
     lastSeq = seq;
     const ws = socket;
-    settled(250).then(() => { // what is replayed comes first
+    watch()(250, 250).then(() => { // what is replayed comes first
       if (ws !== socket) return;
       const frames = unanswered;
       if (history.length && !picture && !sending) introduce();
@@ -1239,7 +1632,9 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     lastPlan = action.id;
     acting = action;
     typing ||= document.activeElement === view.host;
-    emit("action", action);
+    const { type, description = "" } = action, [{ elementId, url }] = stepsOf(action);
+    const target = elements.get(elementId)?.deref();
+    emit("action", { type, target: url ?? (target ? attempt(labelOf)(target) : null), description });
     const results = await carryOut(action, () => acting !== action);
     if (results) report(action, results);
   }
@@ -1252,12 +1647,15 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     view.dots = stream = locked = null;
     tails = [];
     greet();
+    const answers = [...keptAnswers.get() || []];
     for (const { role, content } of history) {
       if (role === "user") {
         add("user", content);
         tails = [];
-      } else if (!BLOCKS.includes(content)) {
+      } else if (!BLOCKS[content]) {
         tails.push({ text: content.trim(), node: addBot(content) });
+        const at = answers.findIndex((answer) => answer.text === content.trim());
+        if (at >= 0) add("note", answers.splice(at, 1)[0].label);
       }
     }
     view.log.append(...unsent);
@@ -1271,7 +1669,11 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     view.stop.hidden = !on;
     view.log.setAttribute("aria-busy", on);
     setDots(on);
-    if (on) return;
+    if (on) {
+      if (conversation !== "navigating") become("processing");
+      return;
+    }
+    become("idle");
     view.panel.classList.remove("acting");
     if (typing && isOpen() && !PHONE.matches) view.input.focus({ preventScroll: true });
     typing = false;
@@ -1285,19 +1687,19 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (at >= 0) tails.splice(at, 1)[0].node.remove();
     return at < 0 || picture; // else it is from before this page
   }
-  function tellOf(text, news) {
+  function tellOf(text, news, { isQuestion = false, isError = false } = {}) {
     if (!news) return;
     announce(text);
-    emit("reply", { text });
+    emit("reply", { text, ts: Date.now(), isQuestion, isError });
   }
   /** Tell of a text, unless the one locked before it says so already; returns whether it is said. */
-  function adds(text, before) {
+  function adds(text, before, traits) {
     const more = Boolean(text) && !before?.text.includes(text);
-    if (more) tellOf(text, before ? before.news : isNews(text));
+    if (more) tellOf(text, before ? before.news : isNews(text), traits);
     return more;
   }
-  function say(text, before, kind = "bot") {
-    if (adds(text, before)) addBot(text, kind);
+  function say(text, before, kind = "bot", traits = {}) {
+    if (adds(text, before, traits)) addBot(text, kind);
   }
 
   const ON = {
@@ -1305,6 +1707,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
       if (stream?.id !== streamId) {
         setRunning(true);
         setDots(false);
+        become("typing");
         stream = { id: streamId, next: 0, text: "", node: addBot("") };
       }
       if (chunkIndex < stream.next) return;
@@ -1319,6 +1722,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     message_done({ text, streamId }) {
       const { node, isSettled } = stream?.id === streamId ? stream : { node: addBot("") };
       stream = null;
+      if (conversation === "typing") become("processing");
       setText(node, text);
       if (!text.trim()) return node.remove();
       const news = isNews(text);
@@ -1326,19 +1730,23 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
       if (!isSettled) locked = { text, news };
     },
     message({ text, isQuestion, isError, field }, before) {
-      say(text, before, isError ? "bot.error" : "bot");
+      say(text, before, isError ? "bot.error" : "bot", { isQuestion, isError });
       if (!isQuestion) return;
+      become("awaiting-input");
       expect(field?.type);
       if (isOpen() && isIdle()) view.input.focus();
     },
     ui_block({ block_type, data, message }) {
       const block = addBlock(block_type, data);
-      if (!message) announce(block.innerText);
+      if (block && !message) announce(block.innerText);
     },
     confirmation_required(data, before) {
       askToConfirm(data, adds(data.message, before) && data.message);
     },
-    task_complete: ({ summary }, before) => say(summary, before),
+    task_complete({ summary }, before) {
+      say(summary, before);
+      emit("task_complete", { summary });
+    },
     action_plan({ actions: [action] }) {
       view.panel.classList.add("acting"); // on a phone the sheet makes room for the page
       if (picture) act(action);
@@ -1349,10 +1757,11 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   function enqueue(act) {
     queue = queue.then(act).catch((error) => console.error("leflux:", error));
   }
-  function send(text) {
+  function send(text, intent) {
     const message = String(text ?? "").trim();
     if (!message) return;
-    if (lengthOf(message) > MAX_CHARS) {
+    storeFromNow();
+    if (lengthOf(message) > limits.message) {
       failed({ code: "invalid_message", message: WORDS.tooLong });
       return;
     }
@@ -1360,13 +1769,18 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     view.chips.hidden = true;
     view.nudge.hidden = true;
     retireCards();
-    emit("message", { text: message });
-    const id = crypto.randomUUID?.() || `${Date.now()}-${Math.random()}`;
-    enqueue(() => deliver(message, id, node));
+    emit("message", { text: message, ts: Date.now(), sessionId: session?.id ?? null });
+    if (PREVIEW) {
+      node.classList.remove("pending");
+      addBot(WORDS.preview);
+      return;
+    }
+    const clientMessageId = crypto.randomUUID?.() || `${Date.now()}-${Math.random()}`;
+    enqueue(() => deliver({ message, clientMessageId, intent }, node));
   }
 
   /** Send a message until the server has it. The same id again is no second message. */
-  async function deliver(message, clientMessageId, node, isRetry) {
+  async function deliver(what, node, isRetry) {
     const wasTaken = taken, hadPicture = picture;
     acting = early = locked = null; // a new wish settles the old one
     if (stream) stream.isSettled = true; // what comes after its text belongs to the new one
@@ -1383,7 +1797,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
           await begin();
           if (!node.isConnected) break;
         }
-        const body = { sessionId: session.id, message, clientMessageId, pageContext: scan() };
+        const body = { sessionId: session.id, ...what, pageContext: scan() };
         sent = await call("POST", "/api/chat", body);
       } catch (error) {
         debug("not sent", error);
@@ -1400,7 +1814,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (problem) {
       taken = wasTaken;
       setRunning(false);
-      const again = () => deliver(message, clientMessageId, node, true);
+      const again = () => deliver(what, node, true);
       failed(problem, () => enqueue(again));
       return;
     }
@@ -1429,81 +1843,149 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   let address = location.href, timer = 0;
   async function look() {
     stayOnTop();
+    speak();
     const mustSpeak = !joined || (running && !acting);
     if (socket && mustSpeak && Date.now() - heardAt > (joined ? 60_000 : 10_000)) {
       disconnect(); // the server is never silent so long
       connect();
     }
-    if (location.href === address) return;
+    if (location.href === address || has("no-spa-detect")) return;
     const here = address = location.href;
-    await settled(200);
+    await watch()(200, 200);
     if (here === address && joined && picture && !acting) showPage();
+  }
+
+  // ---------------------------------------------------------------------------------------------
+  // What the page's author hears of the conversation, and the language that it is held in.
+
+  function emit(name, detail = {}) {
+    document.dispatchEvent(new CustomEvent(`leflux:${name}`, { detail, bubbles: true }));
+  }
+  let conversation = "idle"; // or "typing", "processing", "navigating", "awaiting-input"
+  function become(state) {
+    const prev = conversation;
+    if (state === prev) return;
+    conversation = state;
+    if (prev === "typing") emit("typing-end");
+    if (state === "typing") emit("typing-start");
+    emit("state-change", { state, prev, ts: Date.now() });
+  }
+
+  const ENGLISH = { ...WORDS };
+  let language = "", spoken = "en"; // the page's, and that of WORDS
+  /** The language of siteConfig, else of the page, else of the browser. */
+  function languageNow() {
+    const { language: fixed } = config;
+    return (fixed && fixed !== "auto" ? fixed : document.documentElement.lang.trim()
+      || navigator.language || "en").slice(0, 35);
+  }
+  /** Speak the language of the page, once it is known and whenever it changes. */
+  async function speak() {
+    const prev = language, lang = languageNow();
+    if (lang === prev) return;
+    language = lang;
+    let found = {}, tag = lang.toLowerCase().split(/[-_]/)[0];
+    if (tag !== "en" && !PREVIEW) {
+      try { found = await call("GET", `/words/${tag}.json`); } catch { tag = "en"; }
+    }
+    if (lang !== language) return; // another one has come meanwhile
+    const isWord = ([key, word]) => key in ENGLISH && typeof word === "string" && word;
+    const own = Object.entries({ ...found, ...config.words }).filter(isWord);
+    Object.assign(WORDS, ENGLISH, Object.fromEntries(own));
+    spoken = Object.keys(found).length ? tag : "en";
+    if (view.host) reword();
+    emit("language-detected", { lang, prev: prev || null });
+  }
+  function reword() {
+    view.host.lang = spoken;
+    view.root.dir = /^(ar|dv|fa|he|ku|ps|sd|ug|ur|yi)$/.test(spoken) ? "rtl" : "ltr";
+    for (const write of view.worded) write();
   }
 
   // ---------------------------------------------------------------------------------------------
   // For the page's author, and the start.
 
-  const hearers = new Map(); // event -> functions
-  function emit(name, detail = {}) {
-    document.dispatchEvent(new CustomEvent(`leflux:${name}`, { detail, bubbles: true }));
-    for (const heard of hearers.get(name) || []) {
-      try { heard(detail); } catch (error) { console.error(error); }
-    }
-  }
-
   let beReady;
   const ready = new Promise((resolve) => { beReady = resolve; });
-  const later = (act) => (...args) => {
-    ready.then(() => { if (!over.signal.aborted) act(...args); });
-  };
+  const isDead = () => over.signal.aborted;
+  const later = (act) => (...args) => { ready.then(() => { if (!isDead()) act(...args); }); };
+  const isReady = () => Boolean(view.host) && !isDead();
+  const full = (name) => `leflux:${String(name).replace(/^leflux:/, "")}`;
 
   const LeFlux = {
-    open: later(() => open()),
-    close: later(() => close()),
-    toggle: later(() => (isOpen() ? close() : open())),
-    send: later((text) => { open(); send(text); }),
+    isDestroyed: false,
+    allow() {}, // see data-consent
+    open: later(() => open("api")),
+    close: later(() => close("api")),
+    toggle: later(() => (isOpen() ? close("api") : open("api"))),
+    send: later((text) => { open("api"); send(text); }),
+    /** Ask what is to be answered, and nothing to be done for. */
+    ask: later((text) => { open("api"); send(text, "ask"); }),
     setVisitorData(data) {
+      if (isDead()) return;
       visitorData = data ? JSON.parse(JSON.stringify({ ...data })) : undefined; // plain, or throws
+      if (!has("no-user-memory")) {
+        keptUser.set(data ? { ...memory(), visitorData, at: Date.now() } : null);
+      }
     },
+    dock: later(() => dock(true)),
+    undock: later(() => dock(false)),
+    showLauncher: later((on) => {
+      view.isHidden = on === false;
+      view.launcher.hidden = isOpen() || view.isHidden;
+    }),
+    /** Look at the page again: it has changed in a way that cannot be noticed. */
+    reindex: later(() => { if (joined && picture && !acting) showPage(); }),
     clearConversation: later(() => {
       const { id } = session || {};
       forget();
       keptSession.set(null);
       keptActing.set(null);
+      keptAnswers.set(null);
       setRunning(false);
       view.log.replaceChildren();
       view.chips.hidden = false;
       greet();
       if (id) call("DELETE", `/api/session/${id}`).catch(() => {}); // else it ends by itself
     }),
-    getState() {
-      const isReady = Boolean(view.host);
-      return { ready: isReady, open: isReady && isOpen(), connected: joined, running, taken };
-    },
+    isReady,
+    isOpen: () => isReady() && isOpen(),
+    isExpanded: () => isReady() && isDocked(),
+    getLanguage: () => language || languageNow(),
+    getSessionId: () => (isDead() ? null : session?.id ?? null),
+    getState: () => ({
+      ready: isReady(), open: LeFlux.isOpen(), expanded: LeFlux.isExpanded(), conversation,
+      language: LeFlux.getLanguage(), sessionId: LeFlux.getSessionId(),
+      layout: view.root?.dataset.layout || config.layout || "floating", host: location.host,
+    }),
+    /** Hear an event by its name, with or without "leflux:"; returns what ends that. */
     on(name, heard) {
-      if (name === "ready" && view.host) later(heard)({}); // it has been, already
-      hearers.set(name, (hearers.get(name) || new Set()).add(heard));
-      return LeFlux;
+      if (isDead()) return () => {};
+      if (full(name) === "leflux:ready" && view.host) { // it has been, already
+        later(heard)(new CustomEvent("leflux:ready", { detail: LeFlux.getState() }));
+      }
+      listen(document, full(name), heard);
+      return () => LeFlux.off(name, heard);
     },
-    off(name, heard) {
-      hearers.get(name)?.delete(heard);
-      return LeFlux;
-    },
+    off(name, heard) { document.removeEventListener(full(name), heard); },
     destroy() {
-      over.abort();
+      if (isDead()) return;
       acting = null;
       clearInterval(timer);
       disconnect();
       view.host?.remove();
-      delete window.LeFlux;
+      become("idle");
+      emit("destroy");
+      over.abort();
+      LeFlux.isDestroyed = true; // the tag may be loaded again
     },
   };
 
   /** Find or begin the session; returns its history. Waits while the server is not there. */
   async function enter() {
-    for (let tries = 0; !over.signal.aborted; tries++) {
+    for (let tries = 0; !isDead(); tries++) {
       try {
-        session = kept();
+        session = keptOne();
         if (!session) {
           await begin();
           return [];
@@ -1513,7 +1995,9 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
         return history;
       } catch (error) {
         debug("no session", error);
-        if (error.code === "session_not_found") keptSession.set(null);
+        // Over plain http and by IP a GET does not say whose it is: the chat begins anew.
+        const isLost = /session_not_found|host_not_registered/.test(error.code);
+        if (isLost && session) keptSession.set(null);
         else if (error.code === "host_not_registered") break;
         else await pause(Math.min(60_000, 1000 * 2 ** tries));
       }
@@ -1521,16 +2005,31 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     return null;
   }
 
+  function previewed() { // data-preview: no server, and a siteConfig in its value
+    try { config = JSON.parse(script.dataset.preview); } catch { config = {}; }
+    config = { greeting: "Hi! How can I help?", ...config };
+    return [];
+  }
+
   async function start() {
-    const history = await enter();
-    if (over.signal.aborted) return;
+    mayStore = Boolean(keptOne()); // the visitor has used it before
+    visitorData ??= memory().visitorData;
+    language = languageNow();
+    const history = PREVIEW ? previewed() : await enter();
+    if (isDead()) return;
     if (!history) {
       console.warn(`leflux: ${location.host} is not a site of ${SERVER}, see its allowed_hosts.`);
       delete window.LeFlux;
       return;
     }
+    for (const [name, most] of Object.entries(config.limits || {})) {
+      if (Number.isInteger(most) && most > 0) limits[name] = most;
+    }
+    language = "";
+    await speak();
+    if (isDead()) return;
     mount();
-    const wasOpen = keptOpen.get();
+    const wasOpen = keptOpen.get(), { typing: wasTyping } = keptActing.get() || {};
     dress(config);
     if (history.length) restore(history);
     else greet();
@@ -1538,16 +2037,23 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     listen(window, "online", wakeUp);
     listen(window, "pageshow", comeBack);
     listen(window, "pagehide", () => { acting = null; }); // the next page reports what was done
+    listen(document, "change", remember, true);
     timer = setInterval(look, 500);
     wanted = history.length > 0; // a task may go on
     wakeUp();
     if (keptActing.get()) view.panel.classList.add("acting"); // the agent has brought us here
-    if (wasOpen) open(false);
+    if (wasOpen) open("restore", false);
+    typing = Boolean(wasTyping);
+    if (typing && isOpen() && !PHONE.matches) view.input.focus({ preventScroll: true });
     beReady();
-    emit("ready");
+    emit("ready", LeFlux.getState());
   }
 
-  window.LeFlux = LeFlux;
-  if (document.readyState === "loading") listen(document, "DOMContentLoaded", start);
-  else start();
+  function begun() {
+    window.LeFlux = LeFlux;
+    if (document.readyState === "loading") listen(document, "DOMContentLoaded", start);
+    else start();
+  }
+  if (has("consent")) window.LeFlux = { allow: begun };
+  else begun();
 })();

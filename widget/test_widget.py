@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import itertools
 import json
 import re
 import socket
+import time
 import tomllib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -504,7 +506,6 @@ async def test_what_follows_a_text(
         replies = [line for line in replies if line.startswith("bot: ")]
         assert await guest.page.evaluate("replies") == replies
         await guest.page.reload()
-        await guest.page.wait_for_function("LeFlux?.getState().connected")
         await until(lambda: guest.sent("update_context"))  # what is replayed comes before
         await is_seen()
         assert await guest.page.evaluate("replies") == []
@@ -923,7 +924,6 @@ async def test_two_tabs(visit: Visit, serve: Serve, model: FakeModel, pages: Pag
     await chat_server(serve, pages, model)
     url = pages.add("/", "<main><button onclick='this.after(`+`)'>Add</button></main>")
     one, two = await in_two_tabs(visit, url)
-    assert await one.page.evaluate("LeFlux.getState().taken") is True
     await two.open()
     await two.see(".bot", "ok").wait_for()
     model.scripts.append(says("Second answer"))
@@ -972,7 +972,7 @@ async def test_tab_in_the_background(
     await one.ask("Second")
     await one.hears("ok")
     assert len(two.joins) == count
-    assert await one.page.evaluate("LeFlux.getState().taken") is False
+    await expect(one.see(".banner")).to_be_hidden()
     await two.page.evaluate("isShown = true, document.dispatchEvent(new Event('visibilitychange'))")
     await one.see(".banner", "open in another tab").wait_for()
     await two.see(".user", "Second").wait_for()
@@ -1056,7 +1056,7 @@ async def test_what_is_seen(meet: Meet, serve: Serve, model: FakeModel, pages: P
         "Dark mode": {"type": "switch", "checked": True},
         "Details": {"type": "tab"},
         "More": {"type": "summary"},
-        "My note": {"type": "textbox", "ariaLabel": "Note"},
+        "Note": {"type": "textbox", "value": "My note"},
         "E-mail": {"type": "email", "disabled": True, "autocomplete": "email"},
         "Join now": {"type": "button", "inputType": "submit", "parent": "Sign up"},
         "Join later": {"type": "submit"},
@@ -1078,7 +1078,8 @@ async def test_what_is_seen(meet: Meet, serve: Serve, model: FakeModel, pages: P
     numbers = [element["id"] for element in context["indexedElements"]]
     assert len(set(numbers)) == len(numbers)
     fields = context["forms"][0].pop("fields")
-    assert context["forms"] == [{"name": "Sign up", "submit": "Join now, Join later"}]
+    [form] = context["forms"]
+    assert form == {"name": "Sign up", "heading": "Everything", "submit": "Join now, Join later"}
     assert "Kennwort" in fields
 
     sent = json.dumps(guest.posts)
@@ -1128,7 +1129,7 @@ async def test_the_nearest_fifty(meet: Meet, serve: Serve, model: FakeModel, pag
     assert first[0]["inModal"] is True
     assert first[1]["text"] in ("Link 99", "Link 100")
     assert first[1]["inViewport"] is True
-    assert first[-1]["text"] < "Link 30"
+    assert first[-1]["text"] < "Link 99"
     assert "inViewport" not in first[-1]
     assert guest.context["visibleText"].startswith("Agree")
     await guest.ask("And now?")
@@ -1425,7 +1426,6 @@ async def test_task_over_pages(meet: Meet, serve: Serve, model: FakeModel, pages
     # numbers of elements that are its own.
     await guest.page.go_back(wait_until="commit")
     await guest.page.go_back(wait_until="commit")
-    await guest.page.wait_for_function("LeFlux?.getState().connected")
     await until(lambda: session.context["url"] == f"{pages.url}/")
     await guest.see(".bot", "There.").wait_for()
     await guest.ask("Where am I?")
@@ -1690,66 +1690,246 @@ async def test_clearing_while_a_session_begins(
 # For the page's author
 
 
-async def test_api_and_events(visit: Visit, serve: Serve, model: FakeModel, pages: Pages) -> None:
-    """window.LeFlux does what it says, from before it is ready until it is destroyed."""
+SNIPPETS = """<script>
+    window.heard = [];
+    const events = "ready open close expand collapse message reply typing-start typing-end"
+      + " state-change action navigating language-detected task_complete error destroy";
+    for (const name of events.split(" ")) // they bubble to window
+      addEventListener("leflux:" + name, ({ detail }) => heard.push([name, detail]));
+    addEventListener("leflux:ready", () => {
+      window.off = LeFlux.on("reply", ({ detail }) => heard.push(["on", detail.text]));
+    });
+</script>"""
+
+
+async def test_published_snippets(
+    visit: Visit, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """Each method, getter and event of LeFlux's published API once, with its details."""
     server = await chat_server(serve, pages, model)
+    pages.add("/next", "<main>Next</main>")
+    body = f"{SNIPPETS}<main><button>Press</button><a href='#next'>Further</a></main>"
+    guest = Guest(await visit(pages.add("/", body)))
+    page = guest.page
+
+    async def tell(script: str, *events: str) -> list[Json]:
+        """Run a snippet, wait for these events, return their details."""
+        await page.evaluate(f"heard = []; {script}; 0")
+        names = list(dict.fromkeys(events))
+        await page.wait_for_function(
+            "(names) => names.every((name) => heard.some(([one]) => one === name))", arg=names
+        )
+        heard = await page.evaluate("heard")
+        return [next(detail for name, detail in heard if name == one) for one in names]
+
+    [state, language] = await tell(
+        "LeFlux.on('ready', ({ detail }) => heard.push(['ready', detail]), 0),"
+        " heard.push(['language-detected', { lang: LeFlux.getLanguage(), prev: null }])",
+        "ready",
+        "language-detected",
+    )
+    idle = {
+        "ready": True,
+        "open": False,
+        "expanded": False,
+        "conversation": "idle",
+        "language": "en",
+        "sessionId": await page.evaluate("LeFlux.getSessionId()"),
+        "layout": "floating",
+        "host": pages.url.removeprefix("http://"),
+    }
+    assert state == await page.evaluate("LeFlux.getState()") == idle
+    assert language == {"lang": "en", "prev": None}
+    assert await page.evaluate("[LeFlux.isReady(), LeFlux.isOpen(), LeFlux.isExpanded()]") == [
+        True,
+        False,
+        False,
+    ]
+    await page.evaluate("LeFlux.showLauncher(false)")
+    await expect(guest.see(".launcher")).to_be_hidden()
+    await page.evaluate("LeFlux.showLauncher(true)")
+    await expect(guest.see(".launcher")).to_be_visible()
+    assert await tell("LeFlux.open()", "open") == [{"source": "api"}]
+    assert await tell("LeFlux.toggle()", "close") == [{"source": "api"}]
+    await page.evaluate("heard = []")
+    await guest.open()
+    await guest.see("[aria-label='Close the chat']").click()
+    assert await page.evaluate("heard") == [
+        ["open", {"source": "click"}],
+        ["close", {"source": "click"}],
+    ]
+    await tell("LeFlux.dock()", "expand", "open")
+    assert (await page.evaluate("LeFlux.getState()"))["layout"] == "side-panel"
+    assert await page.evaluate("LeFlux.isExpanded()") is True
+    await tell("LeFlux.undock()", "collapse")
+    assert await page.evaluate("LeFlux.isExpanded()") is False
+
+    streams(model, "Good ", "day")
+    message, started = await tell("LeFlux.send(' Hello ')", "message", "typing-start")
+    assert message | {"ts": 0} == {"text": "Hello", "ts": 0, "sessionId": idle["sessionId"]}
+    assert started == {}
+    assert (await page.evaluate("LeFlux.getState()"))["conversation"] == "typing"
+    model.gate.release()
+    model.gate.release()
+    await guest.hears("Good day")
+    await page.wait_for_function("LeFlux.getState().conversation === 'idle'")
+    heard = await page.evaluate("heard")
+    assert [name for name, _ in heard if name != "state-change"] == [
+        "message",
+        "typing-start",
+        "typing-end",
+        "on",
+        "reply",
+    ]
+    states = [(one["prev"], one["state"]) for name, one in heard if name == "state-change"]
+    chain = ["idle", "processing", "typing", "processing", "idle"]
+    assert states == list(itertools.pairwise(chain))
+    reply = next(detail for name, detail in heard if name == "reply")
+    assert reply | {"ts": 0} == {"text": "Good day", "ts": 0, "isQuestion": False, "isError": False}
+    assert abs(reply["ts"] - time.time() * 1000) < 60_000
+
+    model.scripts.append(says("", type="ask_user", question="Which?", field_type="text"))
+    [reply] = await tell("off(), LeFlux.ask('What is there?')", "reply")
+    assert (reply["text"], reply["isQuestion"]) == ("Which?", True)
+    assert "on" not in [name for name, _ in await page.evaluate("heard")]
+    await page.wait_for_function("LeFlux.getState().conversation === 'awaiting-input'")
+    assert guest.posts[-1]["intent"] == "ask"
+    assert "intent" not in guest.posts[0]
+
+    model.scripts += [does(click("Press")), does({"action": "navigate", "url": "/#next"})]
+    model.scripts.append(says("", type="task_complete", summary="Pressed."))
+    action, navigating, done = await tell(
+        "LeFlux.send('Press it')", "action", "navigating", "task_complete"
+    )
+    assert action == {"type": "click_element", "target": "Press", "description": "click Press"}
+    assert navigating == {"url": f"{pages.url}/#next", "method": "link"}
+    assert done == {"summary": "Pressed."}
+    await page.evaluate("LeFlux.setVisitorData({ plan: 'Pro' }), LeFlux.reindex()")
+    await until(lambda: guest.context.get("visitorData") == {"plan": "Pro"})
+    [error] = await tell("LeFlux.send('x'.repeat(5001))", "error")
+    assert error == {"code": "invalid_message", "message": "That is too long for one message."}
+    [old] = server.app.sessions
+    await page.evaluate("LeFlux.clearConversation()")
+    await until(lambda: old not in server.app.sessions)
+    assert await guest.log() == ["bot: Hello!"]
+    await tell("LeFlux.close()", "close")
+
+    assert await tell("LeFlux.destroy()", "destroy") == [{}]
+    assert await page.locator("leflux-widget").count() == 0
+    names = "open close toggle send ask setVisitorData dock undock clearConversation showLauncher"
+    await page.evaluate(
+        "(names) => { heard = []; for (const name of names.split(' ')) LeFlux[name]('x'); }",
+        f"{names} reindex destroy off on",
+    )
+    dead = idle | {"ready": False, "sessionId": None}
+    assert await page.evaluate("LeFlux.getState()") == dead
+    assert await page.evaluate("heard") == []
+    await page.add_script_tag(url=f"{server.url}/embed.js")  # and once more
+    await guest.open()
+    await guest.ask("Again")
+    await guest.hears("ok")
+
+
+async def test_api_before_it_is_ready(
+    visit: Visit, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """What a page calls before the chat is there is done once it is."""
+    await chat_server(serve, pages, model)
     early = """<script>
-        window.heard = [];
-        for (const name of "ready open close message reply action error".split(" "))
-          document.addEventListener("leflux:" + name, ({ detail }) => heard.push([name, detail]));
-        const hear = (detail) => heard.push(["on", detail.text]);
         new MutationObserver((_, observer) => {
           if (!window.LeFlux) return;
           observer.disconnect();
-          LeFlux.on("reply", hear).send("Sent early");
+          LeFlux.on("leflux:reply", ({ detail }) => { window.heard = detail.text; });
+          LeFlux.send("Sent early");
         }).observe(document, { childList: true, subtree: true });
     </script>"""
     guest = Guest(await visit(pages.add("/", f"{early}<button>Press</button>", script="")))
     await guest.hears("ok")
-    heard = await guest.page.evaluate("heard")
-    assert [name for name, _ in heard] == ["ready", "open", "message", "reply", "on"]
-    assert heard[2][1] == {"text": "Sent early"}
-    assert heard[3][1] == {"text": "ok"}
-    state = {"ready": True, "open": True, "connected": True, "running": False, "taken": False}
-    assert await guest.page.evaluate("LeFlux.getState()") == state
+    assert await guest.page.evaluate("heard") == "ok"
 
-    model.scripts.append(does(click("Press")))
-    model.scripts.append(says("", type="task_complete", summary="Pressed."))
-    await guest.page.evaluate("heard = [], LeFlux.off('reply', hear), LeFlux.send('Press it')")
-    await guest.hears("Pressed.")
-    heard = await guest.page.evaluate("heard")
-    assert [name for name, _ in heard] == ["message", "reply", "action", "reply"]
-    assert heard[2][1]["type"] == "click_element"
 
-    await guest.page.evaluate("heard = [], LeFlux.toggle()")
-    await expect(guest.see(".panel")).to_be_hidden()
-    await guest.page.evaluate("LeFlux.open(), LeFlux.close(), LeFlux.close(), LeFlux.toggle()")
-    await guest.page.wait_for_function("heard.length == 4")
-    assert [name for name, _ in await guest.page.evaluate("heard")] == [
-        "close",
-        "open",
-        "close",
-        "open",
-    ]
+STORED = "Object.keys(localStorage).concat(Object.keys(sessionStorage), document.cookie || [])"
 
-    [old] = server.app.sessions
-    await guest.page.evaluate("LeFlux.clearConversation()")
-    await until(lambda: old not in server.app.sessions)
-    assert await guest.log() == ["bot: Hello!"]
-    await guest.page.evaluate("LeFlux.send('A new start')")
+
+async def test_nothing_is_stored_before(visit: Visit, serve: Serve, pages: Pages) -> None:
+    """The browser stores nothing before the visitor opens the chat; with data-consent, not even
+    the server is asked before LeFlux.allow()."""
+    server = await chat_server(serve, pages)
+    page = await visit(pages.add("/", "<input name=email>", script="data-consent"))
+    assert await page.evaluate("Object.keys(LeFlux)") == ["allow"]
+    assert await page.locator("leflux-widget").count() == len(server.app.sessions) == 0
+    await page.evaluate("LeFlux.allow()")
+    await page.locator("leflux-widget .launcher").wait_for()
+    await page.fill("input", "ada@example.com")
+    await page.keyboard.press("Tab")
+    await page.evaluate("LeFlux.setVisitorData({ plan: 'Pro' }), LeFlux.open(), LeFlux.close()")
+    await page.wait_for_timeout(600)
+    assert await page.evaluate(STORED) == []
+    await Guest(page).open()
+    stored = await page.evaluate(STORED)
+    assert {"leflux:userData", f"leflux {server.url} session"} <= set(stored)
+
+
+async def test_visitor_memory(visit: Visit, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """What a visitor has typed into forms is offered to later ones for 30 days, secrets never."""
+    await chat_server(serve, pages, model)
+    form = """<input name=email><input autocomplete=given-name><input name=iban>
+        <input aria-label='Telefon'><input name=q><input name=username>"""
+    guest = await Guest(await visit(pages.add("/", MAIN % form))).open()
+    page = guest.page
+    for name, value in enumerate(("ada@example.com", "Ada", "DE00", "0421 1", "shoes", "ada1")):
+        await page.locator("main input").nth(name).fill(value)
+    await guest.ask("Hello")
     await guest.hears("ok")
-    assert await guest.log() == ["bot: Hello!", "user: A new start", "bot: ok"]
-    assert "Sent early" not in model.prompt()
 
-    streams(model, "This goes on")
-    await guest.ask("Go on")
-    await guest.see(".bot", "This goes on").wait_for()
-    await guest.page.evaluate("LeFlux.destroy()")
-    assert await guest.page.locator("leflux-widget").count() == 0
-    assert await guest.page.evaluate("window.LeFlux") is None
-    model.gate.release()
-    await guest.page.add_script_tag(url=f"{server.url}/embed.js")  # and once more
-    await guest.hears("This goes on")
+    async def offered() -> dict[str, str]:
+        await page.reload()
+        await guest.ask("Hello")
+        await guest.hears("ok")
+        names = {one["id"]: one["text"] or one.get("name") for one in guest.context["indexedElements"]}
+        fields = guest.context["previouslyFilledFields"]
+        assert all(one.keys() == {"elementId", "value", "timestamp"} for one in fields)
+        return {names[one["elementId"]]: one["value"] for one in fields}
+
+    pages.add("/", MAIN % form.replace("autocomplete=given-name", "name=first_name"))
+    known = {"email": "ada@example.com", "first_name": "Ada", "Telefon": "0421 1"}
+    assert await offered() == known
+    pages.add("/", MAIN % form, script="data-no-user-memory")
+    assert await offered() == {}
+    pages.add("/", MAIN % form)
+    await page.evaluate(
+        """() => { const kept = JSON.parse(localStorage["leflux:userData"]);
+            for (const one of Object.values(kept.fields)) one.timestamp -= 31 * 24 * 3600 * 1000;
+            kept.fields.tel.timestamp = Date.now();
+            localStorage["leflux:userData"] = JSON.stringify(kept); }"""
+    )
+    assert await offered() == {"Telefon": "0421 1"}
+    await page.evaluate("LeFlux.setVisitorData(null)")
+    assert await page.evaluate("localStorage['leflux:userData']") is None
+    assert await offered() == {}
+
+
+async def test_attributes(visit: Visit, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """data-preview asks no server; data-no-spa-detect leaves routers alone; custom properties of
+    the page restyle the panel."""
+    server = await chat_server(serve, pages, model)
+    config = json.dumps({"greeting": "Look!", "layout": "side-panel"}).replace('"', "&quot;")
+    style = "<style>:root { --leflux-primary: #123456; --leflux-bg: rgb(250, 240, 230) }</style>"
+    page = await visit(pages.add("/", style, script=f'data-preview="{config}"'))
+    guest = await Guest(page).open()
+    await guest.ask("Hello")
+    await guest.see(".bot", "This is a preview.").wait_for()
+    assert (await guest.log())[:2] == ["bot: Look!", "user: Hello"]
+    colour = "(node) => getComputedStyle(node).backgroundColor"
+    assert await guest.see(".bar").evaluate(colour) == "rgb(18, 52, 86)"
+    assert await guest.see(".panel").evaluate(colour) == "rgb(250, 240, 230)"
+    assert not server.app.sessions
+    guest = await Guest(await visit(pages.add("/", "", script="data-no-spa-detect"))).open()
+    await guest.ask("Hello")
+    await guest.hears("ok")
+    await guest.page.evaluate("history.pushState({}, '', '/about')")
+    await guest.page.wait_for_timeout(1200)
+    assert not guest.sent("update_context")
 
 
 async def test_strict_policy(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
