@@ -2,18 +2,14 @@
  *
  *     <script src="https://chat.example.com/embed.js" async></script>
  *
- * and everything else comes from the server that this file was loaded from: how the chat looks
- * (siteConfig), what it says, and what it does on the page. No build step, no dependencies.
+ * and everything else comes from that server: how the chat looks (siteConfig), what it says and what
+ * it does on the page. For the page's author there are window.LeFlux and events (at the end of this
+ * file), custom properties (--leflux-primary, -bg, …), and attributes of the tag: data-consent
+ * (nothing before LeFlux.allow()), data-preview (no server; its value may be a siteConfig),
+ * data-no-user-memory, data-no-spa-detect, data-debug.
  *
- * For the page's author there is window.LeFlux (its methods stand at the end of this file), events
- * named "leflux:..." on document and window, custom properties --leflux-primary, -bg and so on, and
- * attributes of the tag: data-consent (nothing happens before LeFlux.allow()), data-preview (no
- * server; its value may be a siteConfig), data-no-user-memory, data-no-spa-detect, data-debug.
- *
- * The file reads downwards: words and small tools, colours, Markdown, what the page shows, what
- * can be done on it, the view, the conversation, and last the API and the start. The page's own
- * style cannot reach in (shadow root), nothing here needs inline styles or scripts (strict
- * Content-Security-Policy), and text from the server only ever becomes text nodes.
+ * The file reads downwards. The page's style cannot reach in (shadow root), nothing needs inline
+ * styles or scripts (strict Content-Security-Policy), and texts only ever become text nodes.
  */
 (() => {
   "use strict";
@@ -37,7 +33,7 @@
     expired: "The earlier chat has ended; what follows starts afresh.",
     unreachable: "The server cannot be reached just now.",
     failed: "That did not work.",
-    newTab: "This opens a new tab:", yes: "Yes", no: "No",
+    newTab: "This opens a new tab:",
     preview: "This is a preview. Nothing is sent.",
   };
   const limits = { elements: 50, text: 5000, message: 5000 }; // unless siteConfig.limits has others
@@ -67,30 +63,25 @@
     return element;
   }
 
-  /**
-   * Small JSON stores. Until the visitor opens the chat or writes (mayStore) nothing is stored but
-   * in memory, nor ever where the browser forbids it.
-   */
+  // Small JSON stores: in memory until the visitor opens the chat or writes (mayStore).
   let mayStore = false;
   const stores = [];
   function keep(area, name, key = `leflux ${SERVER} ${name}`) {
     let memory; // of what is not stored
     const store = {
       get() {
-        if (memory !== undefined) return memory;
-        try { return JSON.parse(window[area].getItem(key)); } catch { return null; }
+        try { return memory ?? JSON.parse(window[area].getItem(key)); } catch { return null; }
       },
       set(value) {
         memory = value;
-        if (mayStore) store.save();
+        if (mayStore || value === null) store.save();
       },
       save() {
-        if (memory === undefined) return;
         try {
           if (memory === null) window[area].removeItem(key);
-          else window[area].setItem(key, JSON.stringify(memory));
+          else if (memory !== undefined) window[area].setItem(key, JSON.stringify(memory));
           memory = undefined;
-        } catch { /* so it stays in memory */ }
+        } catch { /* forbidden: it stays in memory */ }
       },
     };
     stores.push(store);
@@ -102,7 +93,7 @@
   }
   const keptSession = keep("localStorage", "session"); // {id, wsUrl, at}
   const keptUser = keep("localStorage", "", "leflux:userData"); // see remember
-  const keptNudge = keep("localStorage", "nudge"); // when it was dismissed
+  const keptNudge = keep("sessionStorage", "nudge"); // when it was dismissed
   const keptOpen = keep("sessionStorage", "open"); // whether this tab's panel is open
   const keptActing = keep("sessionStorage", "acting"); // {id, results, typing}: see carryOut
   const keptNumber = keep("sessionStorage", "number"); // of the last element, see scan
@@ -262,8 +253,7 @@
     }
     return found;
   }
-  /** Where an element is in this window, out of frames too. */
-  function boxOf(element) {
+  function boxOf(element) { // in this window, out of frames too
     let { left, top, width, height } = element.getBoundingClientRect();
     for (let at = element; (at = frameOf(at));) {
       const frame = at.getBoundingClientRect();
@@ -279,8 +269,7 @@
   const isUsable = (element) => !around(element, "[inert], [aria-hidden=true]")
     && (isVisible(element, !isCheckable(element)) // what is drawn lies under a clear one
       || element.localName === "area" || [...(element.labels || [])].some((one) => isVisible(one)));
-  /** How far an element is from what can be seen of the page, in pixels. */
-  function distanceOf(element) {
+  function distanceOf(element) { // in pixels, from what can be seen of the page
     const { left, top, width, height } = boxOf(element);
     return Math.max(0, 1 - top - height, top + 1 - innerHeight, 1 - left - width,
       left + 1 - innerWidth);
@@ -332,15 +321,16 @@
       element.title || element.alt];
     return squeeze(names.find((name) => squeeze(name)), 120);
   }
+  const headingIn = (group) =>
+    squeeze(group.querySelector("h1, h2, h3, h4, h5, h6, legend")?.textContent, 80) || undefined;
   function headingOf(element) {
     for (let group = element; (group = parentOf.call(group)?.closest(GROUP));) {
       const name = squeeze(group.getAttribute("aria-label") || byIds(group, "aria-labelledby")
-        || group.querySelector("h1, h2, h3, h4, h5, h6, legend")?.textContent, 80);
+        || headingIn(group), 80);
       if (name) return name;
     }
     return undefined;
   }
-  /** What tells apart a button that stands in each row of a table or list. */
   function rowOf(element) {
     const cells = [...(around(element, "tr, [role=row], li")?.children || [])];
     return squeeze(cells.filter((cell) => !cell.matches(INTERACTIVE)
@@ -354,6 +344,7 @@
       .replace(/(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[a-zA-Z])(?=[0-9])/g, " ")
       .replace(/[\s_.\-/[\]:]+/g, " ").toLowerCase());
   }
+  const isTab = (target) => Boolean(target) && !/^_(self|parent|top)$/i.test(target);
   const linkAround = (element) => around(element, "a[href], area[href]");
   /** Where a click leads: to the address of the link around, or to that of the form it sends. */
   function targetOf(element) {
@@ -413,6 +404,9 @@
       required: element.matches(":required") || isOn("aria-required") || undefined,
       disabled: isDisabled(element) || undefined,
       parent: headingOf(element),
+      heading: isSubmit(element) ? headingIn(element.form) : undefined,
+      iframe: squeeze(frameOf(element)?.title || frameOf(element)?.name, 80) || undefined,
+      newTab: isTab(linkAround(element)?.target) || undefined,
       inModal: Boolean(around(element, MODAL)) || undefined,
       inViewport: distanceOf(element) === 0 || undefined,
       isNew: (pictured && !pictured.has(numbers.get(element))) || undefined,
@@ -424,8 +418,7 @@
     const names = ["aria-label", "name", "id"].map((name) => form.getAttribute(name));
     return {
       name: names.find(Boolean),
-      heading: squeeze(form.querySelector("h1, h2, h3, h4, h5, h6, legend")?.textContent, 80)
-        || headingOf(form),
+      heading: headingIn(form) || headingOf(form),
       fields: fields.map((field) => labelOf(field) || field.name).slice(0, 20),
       submit: inside.filter(isSubmit).map(labelOf).join(", "),
     };
@@ -446,9 +439,8 @@
   }
 
   /**
-   * The elements that a picture has room for: of dialogs, in view, of the main content, the rest,
-   * and last of cookie banners; in each of them fields and buttons before links, near before far.
-   * However many links are in view, a third of the room is for fields and buttons.
+   * The elements that a picture has room for: dialogs, what is in view, main content, the rest, last
+   * cookie banners; fields and buttons before links, to which they leave two thirds of the room.
    */
   function ranked() {
     const rank = (element) => {
@@ -468,7 +460,6 @@
     return [...found, ...rest].slice(0, limits.elements).map(({ element }) => element);
   }
 
-  /** A picture of the page: what the server calls a page context. */
   function scan() {
     const found = ranked();
     for (const [number, reference] of elements) if (!reference.deref()) elements.delete(number);
@@ -481,10 +472,9 @@
     const known = found.map((element) => [element, attempt(describe)(element)])
       .filter(([, one]) => one);
     const names = known.map(([, { type, text }]) => `${type} ${text}`);
-    for (const [at, [element, one]] of known.entries()) {
+    for (const [at, [element, one]] of known.entries()) { // what tells apart those of one name
       const isOnly = names.indexOf(names[at]) === names.lastIndexOf(names[at]);
-      const row = isOnly ? "" : attempt(rowOf)(element);
-      if (row) one.text = squeeze(`${one.text} (${row})`, 200);
+      if (!isOnly) one.row = attempt(rowOf)(element) || undefined;
     }
     pictured = new Set(known.map(([, { id }]) => id));
     return {
@@ -502,17 +492,17 @@
     };
   }
 
-  // What a visitor types into forms as name, e-mail, telephone and address, for later forms, by
-  // kind: the first that fits the field's autocomplete, type or names.
+  // What visitors type into forms of themselves, for later forms: by kind, the first that fits the
+  // field's autocomplete, type or names.
   const KINDS = Object.entries({
-    email: /e-?mail|correo|courriel/, tel: /\btel|phone|mobile|handy|cellulare/,
-    "given-name": /(given|first|fore)[ -]?name|vorname|pr[ée]nom/,
-    "family-name": /(family|last|sur)[ -]?name|nachname|apellido|cognome/,
+    email: /e-?mail|correo/, tel: /\btel|phone|mobile|handy/,
+    "given-name": /(given|first|fore|vor)[ -]?name|pr[ée]nom/,
+    "family-name": /(family|last|sur|nach)[ -]?name|apellido|cognome/,
     organization: /organi[sz]ation|company|firma|entreprise|empresa/,
-    "postal-code": /postal|post ?code|\bzip\b|plz|\bcap\b/, country: /\bcountry|\bland\b|\bpays\b/,
-    "address-level2": /address-level2|\b(city|town|stadt|ort|ville|ciudad)\b/,
+    "postal-code": /postal|post ?code|\bzip\b|plz/, country: /\bcountry|\bpays\b/,
+    "address-level2": /level2|\b(city|town|stadt|ort|ville|ciudad)\b/,
     "street-address": /address|street|stra(ß|ss)e|adresse|dirección|indirizzo/,
-    name: /\bname\b|\bnombre\b|\bnom\b|\bnome\b/,
+    name: /\b(name|nombre|nome?)\b/,
   });
   function kindOf(element) {
     if (!element.matches?.("input, textarea") || isCheckable(element) || isSecret(element)) return null;
@@ -557,7 +547,6 @@
     ArrowLeft: 37, ArrowUp: 38, ArrowRight: 39, ArrowDown: 40 };
   const strike = (element, name, key) => element.dispatchEvent(new KeyboardEvent(name,
     { ...bubbling, key, code: key, keyCode: KEYS[key], which: KEYS[key] }));
-  const isTab = (target) => Boolean(target) && !/^_(self|parent|top)$/i.test(target);
 
   function press(element) {
     fire(element, new PointerEvent("pointerdown", mouse), new MouseEvent("mousedown", mouse));
@@ -566,12 +555,13 @@
     if (element.click) element.click();
     else fire(element, new MouseEvent("click", mouse)); // SVG
   }
-  /** What opens a new tab is for the visitor to click (browsers block it): the chat shows it. */
-  function offerTab(url, name) {
+  /** A new tab is for the visitor to open (browsers block it else): the chat shows the link. */
+  function noTab(url, name) {
+    if (!url) return;
     add("bot", h("p", { dir: "auto" }, `${WORDS.newTab} `, link(url, name || url)));
     throw new Error("it opens a new tab, which only the visitor can: the chat shows them the link");
   }
-  /** Do what may send a form or open a tab; throw if the form is invalid or the tab cannot be. */
+  /** Do what may send a form or open a tab, and throw if the form is invalid. */
   function guarded(element, act) {
     const problems = [], { form } = element, { open: native } = window;
     const note = ({ target }) => { if (form && target.form === form) problems.push(target); };
@@ -584,7 +574,7 @@
     }
     need(!problems.length, "the form was not sent: " + problems.slice(0, 5)
       .map((one) => `${labelOf(one) || one.name}: ${one.validationMessage}`).join("; "));
-    if (tab) offerTab(tab, labelOf(element));
+    noTab(tab, labelOf(element));
   }
   /** Set a value as the browser does, behind the back of frameworks that watch the property. */
   function setValue(element, text, inputType = "insertText") {
@@ -595,7 +585,7 @@
   }
   const HINTS = { date: "a date is YYYY-MM-DD", time: "a time is HH:MM", month: "a month is YYYY-MM",
     week: "a week is YYYY-Www", "datetime-local": "date and time are YYYY-MM-DDTHH:MM",
-    number: "a number is written like 12.5", color: "a colour is #rrggbb" };
+    number: "a number is like 12.5", color: "a colour is #rrggbb" };
   /** Throw what a field of this type would hold, if it cannot hold a text. */
   function checkTyped(element, text) {
     const probe = element.cloneNode(), { type, min, max, step } = element;
@@ -617,8 +607,7 @@
     [...element.options].forEach((one, at) => { one.selected = before[at]; });
     throw new Error("the list did not take the choice");
   }
-  /** Open a list that the page has made itself, and choose in it. */
-  async function choose(element, wish) {
+  async function choose(element, wish) { // in a list that the page has made itself
     const before = element.value, isInput = element.localName === "input";
     const options = () => {
       const list = listOf(element);
@@ -647,31 +636,27 @@
   const DO = {
     click(step) {
       const element = elementOf(step), link = linkAround(element);
-      const target = link ? link.target : isSubmit(element)
-        && (said(element, "formtarget") || said(element.form, "target"));
-      if (link && isTab(target)) offerTab(link.href, labelOf(element));
-      need(!isTab(target), "it opens a new tab, which only the visitor can");
+      if (isTab(link?.target)) noTab(link.href, labelOf(element));
+      need(!isSubmit(element) || !isTab(said(element, "formtarget") || said(element.form, "target")),
+        "it opens a new tab, which only the visitor can");
       if (link && isElsewhere(link)) navigating(link.href, "link");
       guarded(element, () => press(element));
     },
 
     double_click(step) {
-      const element = elementOf(step);
-      guarded(element, () => {
-        press(element);
-        press(element);
-        fire(element, new MouseEvent("dblclick", { ...mouse, detail: 2 }));
-      });
+      DO.click(step);
+      DO.click(step);
+      fire(elementOf(step), new MouseEvent("dblclick", { ...mouse, detail: 2 }));
     },
 
     hover(step) {
       const element = elementOf(step), { left, top, width, height } = boxOf(element);
       const at = { ...mouse, clientX: left + width / 2, clientY: top + height / 2 };
-      const silent = { ...at, bubbles: false };
       element.focus({ preventScroll: true }); // menus of style sheets open by :focus-within, too
-      fire(element, new PointerEvent("pointerover", at), new PointerEvent("pointerenter", silent),
-        new MouseEvent("mouseover", at), new MouseEvent("mouseenter", silent),
-        new PointerEvent("pointermove", at), new MouseEvent("mousemove", at));
+      for (const name of ["over", "enter", "move"]) {
+        const how = { ...at, bubbles: name !== "enter" };
+        fire(element, new PointerEvent(`pointer${name}`, how), new MouseEvent(`mouse${name}`, how));
+      }
     },
 
     press(step) {
@@ -681,14 +666,12 @@
       const isFree = strike(element, "keydown", key) // what the browser would do is done here
         && (key !== "Enter" || strike(element, "keypress", key));
       const up = { ArrowUp: 1, ArrowRight: 1, ArrowDown: -1, ArrowLeft: -1 }[key];
-      const submit = form && [...form.querySelectorAll("button, input")].find(isSubmit);
       if (isFree && key === "Enter" && (!isField(element) || (localName === "input" && form))) {
-        const press = submit && isField(element) ? submit : element;
-        if (press !== element || !isField(element)) guarded(element, () => press.click?.());
-        else guarded(element, () => form.requestSubmit());
+        const button = isField(element)
+          ? [...form.querySelectorAll("button, input")].find(isSubmit) : element;
+        guarded(element, () => (button ? button.click?.() : form.requestSubmit()));
       } else if (isFree && key === "Escape") {
-        const dialog = around(element, "dialog:modal");
-        if (dialog?.dispatchEvent(new Event("cancel", { cancelable: true }))) dialog.close();
+        around(element, "dialog:modal")?.close();
       } else if (isFree && key === "Tab") {
         const stops = [...everything(document.body)].filter((one) => one.tabIndex >= 0
           && isUsable(one) && !isDisabled(one));
@@ -806,9 +789,9 @@
 
   const busyParts = () => allVisible("[aria-busy=true], [role=progressbar], progress");
   /**
-   * Watch the page from now on; returns what waits until it rests: the first change outside of
-   * `element` has `firstMs` to come, then nothing changes for `quietMs`, twice that where a router
-   * has changed the address. What says that it is busy, and a page that is left, have 10 s.
+   * Watch the page from now on; returns what waits until it rests. The first change outside of the
+   * element has `firstMs`; then nothing changes for `quietMs`, twice that after a router's change of
+   * address. Parts that say they are busy, and a page that is left, have 10 s.
    */
   function watch(element = null) {
     const from = location.href, busyBefore = new Set(busyParts());
@@ -831,7 +814,6 @@
     };
   }
 
-  /** Show for a moment which element is meant. */
   async function pointAt(element) {
     if (distanceOf(element)) element.scrollIntoView({ block: "center", behavior: "instant" });
     const { left, top, width, height } = boxOf(element);
@@ -1031,17 +1013,14 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     const type = onclick ? "button" : "submit";
     return worded(h(name, { type, onclick }, icon(picture)), word, "aria-label", "title");
   }
-  /** Give an element's attributes a word of WORDS, now and whenever the language changes. */
+  /** Give attributes of an element a word, now and whenever the language changes. */
   function worded(element, word, ...attributes) {
-    const write = () => attributes.forEach((name) => element.setAttribute(name, WORDS[word]));
-    write();
-    view.worded.push(write);
+    view.worded.push(() => attributes.forEach((name) => element.setAttribute(name, WORDS[word])));
+    view.worded.at(-1)();
     return element;
   }
 
   const view = { dots: null, worded: [] };
-
-  /** Build everything, once, hidden but for the launcher. */
   function mount() {
     view.host = h("leflux-widget");
     const shadow = view.host.attachShadow({ mode: "open" });
@@ -1099,15 +1078,13 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     view.root.style.setProperty("--top", `${visualViewport.offsetTop}px`);
   }
 
-  /** A custom property of the page that restyles the panel, or "". */
   const custom = (name) => getComputedStyle(view.host).getPropertyValue(`--leflux-${name}`).trim();
 
-  /** Make it look as the site's owner wants. */
   function dress({ launcher = {}, typography = {}, nudge = {}, ...config }) {
-    const primaryColor = custom("primary") || config.primaryColor;
     const { bodyFont, headingFont, headingWeight, buttonRadius } = typography;
     // The server knows that it is harmless, the browser whether it is a colour.
-    const accent = rgb(CSS.supports("color", inSrgb(primaryColor)) ? primaryColor : "#a855f7");
+    const accent = rgb([custom("primary"), config.primaryColor, "#a855f7"]
+      .find((colour) => colour && CSS.supports("color", inSrgb(colour))));
     const isDark = contrast(accent, WHITE) >= 4.5;
     const looks = {
       accent: css(accent),
@@ -1122,13 +1099,13 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
       "heading-weight": headingWeight,
       radius: Number.isFinite(buttonRadius) ? `${buttonRadius}px` : buttonRadius,
     };
-    for (const [mode, goal, paper, bubble] of [
+    for (const [mode, goal, ground, bubble] of [
       ["light", BLACK, "#fff", "#f2f2f5"], ["dark", WHITE, "#1c1c20", "#2b2b31"],
-    ].map(([mode, goal, paper, bubble]) => [mode, goal, custom("bg") || paper, bubble])) {
-      const tint = mix(rgb(paper), accent, 0.12);
+    ]) {
+      const paper = rgb(custom("bg") || ground), tint = mix(paper, accent, 0.12);
       looks[`${mode}-tint`] = css(tint);
       looks[`${mode}-ink`] = css(readable(accent, goal, rgb(bubble), tint));
-      const isLost = contrast(accent, rgb(paper)) < 1.5;
+      const isLost = contrast(accent, paper) < 1.5;
       looks[`${mode}-rim`] = isLost ? "var(--edge)" : "transparent";
     }
     for (const [name, value] of Object.entries(looks)) {
@@ -1182,8 +1159,10 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     view.nudge.hidden = false;
   }
   function settleNudge() { // dismissed, or followed
-    if (!view.nudge.hidden) keptNudge.set(Date.now());
+    if (view.nudge.hidden) return;
     view.nudge.hidden = true;
+    keptNudge.set(Date.now());
+    keptNudge.save(); // as the visitor has asked for, if not for the chat
   }
 
   const isOpen = () => !view.panel.hidden;
@@ -1193,7 +1172,6 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     view.launcher.setAttribute("aria-expanded", opened);
     markUnread(false);
     if (opened) settleNudge();
-    view.nudge.hidden ||= opened;
     (opened ? view.panel : view.root).append(view.live); // what is outside a modal is not read out
     keptOpen.set(opened);
   }
@@ -1225,8 +1203,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (hadFocus) (wasOutside && focusBefore.isConnected ? focusBefore : view.launcher).focus();
     emit("close", { source });
   }
-  /** The panel as a column at the side of the page, whatever its layout, or as before. */
-  function dock(on) {
+  function dock(on) { // as a column at the side of the page, whatever the layout
     if (on === isDocked()) return;
     view.undocked = on ? view.root.dataset.layout : null;
     view.root.dataset.layout = on ? "side-panel" : config.layout || "floating";
@@ -1873,7 +1850,6 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
 
   const ENGLISH = { ...WORDS };
   let language = "", spoken = "en"; // the page's, and that of WORDS
-  /** The language of siteConfig, else of the page, else of the browser. */
   function languageNow() {
     const { language: fixed } = config;
     return (fixed && fixed !== "auto" ? fixed : document.documentElement.lang.trim()
@@ -1919,7 +1895,6 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     close: later(() => close("api")),
     toggle: later(() => (isOpen() ? close("api") : open("api"))),
     send: later((text) => { open("api"); send(text); }),
-    /** Ask what is to be answered, and nothing to be done for. */
     ask: later((text) => { open("api"); send(text, "ask"); }),
     setVisitorData(data) {
       if (isDead()) return;
@@ -1934,7 +1909,6 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
       view.isHidden = on === false;
       view.launcher.hidden = isOpen() || view.isHidden;
     }),
-    /** Look at the page again: it has changed in a way that cannot be noticed. */
     reindex: later(() => { if (joined && picture && !acting) showPage(); }),
     clearConversation: later(() => {
       const { id } = session || {};
@@ -1958,7 +1932,6 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
       language: LeFlux.getLanguage(), sessionId: LeFlux.getSessionId(),
       layout: view.root?.dataset.layout || config.layout || "floating", host: location.host,
     }),
-    /** Hear an event by its name, with or without "leflux:"; returns what ends that. */
     on(name, heard) {
       if (isDead()) return () => {};
       if (full(name) === "leflux:ready" && view.host) { // it has been, already

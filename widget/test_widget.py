@@ -1686,6 +1686,273 @@ async def test_clearing_while_a_session_begins(
     assert [post["message"] for post in guest.posts] == ["Hello"]
 
 
+LINKS = "".join(f"<li><a href='/{n}'>Link {n}</a></li>" for n in range(300))
+BUSY = f"""
+<style>.card {{ cursor: pointer }} .clear {{ opacity: 0 }} .sub {{ display: none }}
+  nav, main {{ display: block }}</style>
+<div class="cookie-banner"><button>Accept cookies</button></div>
+<nav><ul>{LINKS}</ul></nav>
+<main>
+  <div onclick="log('card')" class="card">Card one</div>
+  <div class="card" id="listened">Card two</div><span tabindex="0" onkeydown="">Stop</span>
+  <div class="card"><button onclick="log('inner')">In a card</button></div>
+  <span data-action="save">Data action</span><a onclick="log('a')">No address</a>
+  <a href="/around"><b class="card">Inside a link</b></a>
+  <a href="/tab" target="_blank">Elsewhere</a>
+  <button onclick="open('/popup')">Pops up</button>
+  <map name="m"><area href="/area" alt="Area" shape="rect" coords="0,0,9,9"></map>
+  <img usemap="#m" width="20" height="20" src="data:image/gif;base64,R0lGODlhAQABAAAAACw=">
+  <table><tr><th aria-sort="none" onclick="log('sorted')">Price</th></tr>
+    <tr><td>Ada</td><td><button onclick="log('ada')">Edit</button></td></tr>
+    <tr><td>Bob</td><td><button onclick="log('bob')">Edit</button></td></tr></table>
+  <div role="grid"><div role="row"><span role="gridcell" onclick="log('14')">14</span></div></div>
+  <button aria-expanded="false" aria-controls="sub"
+    onmouseover="document.querySelector('.sub').style.display = 'block'">Menu</button>
+  <button class="sub">Submenu</button>
+  <div role="combobox" aria-label="Fruit" aria-controls="fruits" tabindex="0"
+    id="combo">\u200b</div>
+  <ul role="listbox" id="fruits" hidden><li role="option">Apple</li><li role="option">Pear</li></ul>
+  <input type="range" aria-label="Volume" min="0" max="10" step="2" value="4">
+  <input type="date" aria-label="Day" min="2026-01-01" value="2026-05-05">
+  <input type="color" aria-label="Paint"><input aria-label="City" list="cities">
+  <datalist id="cities"><option value="Bremen"><option value="Berlin"></datalist>
+  <select multiple aria-label="Sizes"><option selected>S</option>
+    <option selected>M</option></select>
+  <input type="checkbox" class="clear" aria-label="Newsletter"><input aria-label="Fixed" readonly>
+  <div role="tab" aria-selected="true">Tab</div><div role="slider" aria-label="Speed"
+    aria-valuenow="3" aria-valuemin="1" aria-valuemax="9" tabindex="0"></div>
+  <iframe title="Inner" srcdoc="<p>Framed text</p><button onclick='parent.log(`framed`)'>In a frame
+    </button>"></iframe>
+  <button ondblclick="log('twice')">Twice</button>
+  <form action="/search" onsubmit="log('searched ' + q.value); return false">
+    <h2>Find it</h2><input id="q" aria-label="Search" onkeyup="log('key')"></form>
+  <form action="/join" onsubmit="log('joined'); return false">
+    <input type="email" aria-label="Mail" required><button formaction="/fast">Join</button></form>
+  <p id="log"></p>
+</main>
+<div class="share"><a href="/share">Share</a></div>
+<script>
+  const log = (text) => {{ document.querySelector("#log").append(text + ";"); }};
+  listened.addEventListener("click", () => log("listened"));
+  combo.addEventListener("click", () => {{ fruits.hidden = false; }});
+  fruits.addEventListener("click", ({{ target }}) => {{
+    combo.textContent = target.textContent; fruits.hidden = true; }});
+</script>
+"""
+SEEN: dict[str, Json | None] = {  # what is indexed of that page, and how
+    "Card one": {"type": "button"},
+    "Card two": {"type": "button"},
+    "Stop": {"type": "button"},
+    "In a card": {"type": "button"},
+    "Data action": {"type": "button"},
+    "No address": {"type": "link"},
+    "Elsewhere": {"newTab": True},
+    "Area": {"type": "link"},
+    "Price": {"type": "button"},
+    "14": {"type": "gridcell"},
+    "Menu": {"expanded": False},
+    "Submenu": None,
+    "Fruit": {"type": "combobox"},
+    "Volume": {"type": "range", "value": "4", "min": "0", "max": "10", "step": "2"},
+    "Day": {"type": "date", "value": "2026-05-05", "min": "2026-01-01"},
+    "City": {"options": ["Bremen", "Berlin"]},
+    "Sizes": {"value": "S, M"},
+    "Newsletter": {"type": "checkbox", "checked": False},
+    "Fixed": {"readonly": True},
+    "Tab": {"type": "tab", "selected": True},
+    "Speed": {"type": "slider", "value": "3", "min": "1", "max": "9"},
+    "In a frame": {"type": "button", "iframe": "Inner"},
+    "Search": {"type": "text", "parent": "Find it"},
+    "Join": {"inputType": "submit", "href": "/fast"},
+    "Accept cookies": None,  # there are better ones
+    "Share": None,
+    "Link 299": None,
+}
+
+
+async def test_what_is_indexed(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """Of 300 links and all else, what can be used is seen with its state, the important first."""
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", BUSY))
+    await guest.ask("What is here?")
+    await guest.hears("ok")
+    context = guest.context
+    assert len(context["indexedElements"]) == 50
+    elements = {element["text"]: element for element in context["indexedElements"]}
+    for name, wanted in SEEN.items():
+        if wanted is None:
+            assert name not in elements
+        else:
+            found = {**elements[name]}
+            found["href"] = found.get("href", "").removeprefix(pages.url)
+            assert wanted.items() <= found.items(), name
+    rows = [one["row"] for one in context["indexedElements"] if one["text"] == "Edit"]
+    assert rows == ["Ada", "Bob"]
+    assert "value" not in elements["Fruit"]
+    inside = [one for one in context["indexedElements"] if one["text"] == "Inside a link"]
+    assert [one["href"] for one in inside] == [f"{pages.url}/around"]
+    await guest.page.evaluate("document.querySelector('nav').remove()")
+    await guest.ask("And now?")
+    await guest.hears("ok")
+    assert "Framed text" in guest.context["visibleText"]
+    last = guest.context["indexedElements"][-2:]
+    assert {one["text"] for one in last} == {"Share", "Accept cookies"}
+    new = {one["text"] for one in guest.context["indexedElements"] if one.get("isNew")}
+    assert {"Share", "Accept cookies"} <= new
+    assert not new & {"Card one", "Fruit"}
+
+
+def press(key: str, name: str) -> Json:
+    return {"action": "press", "on": name, "key": key}
+
+
+STEPS: list[tuple[Json, str, str]] = [  # a step, what it does (a line of JavaScript), or its error
+    (click("Card one"), "said.includes('card;')", ""),
+    (click("Card two"), "said.includes('listened;')", ""),
+    (click("No address"), "said.includes('a;')", ""),
+    (click("Price"), "said.includes('sorted;')", ""),
+    (click('row="Bob"'), "said.includes('bob;')", ""),
+    (click('"14"'), "said.includes('14;')", ""),
+    (click("In a frame"), "said.includes('framed;')", ""),
+    (click("Elsewhere"), "location.pathname === '/'", "opens a new tab"),
+    (click("Pops up"), "location.pathname === '/'", "opens a new tab"),
+    (click("Join"), "!said.includes('joined')", "the form was not sent: Mail: "),
+    ({"action": "double_click", "on": "Twice"}, "said.includes('twice;')", ""),
+    ({"action": "hover", "on": "Menu"}, "document.querySelector('.sub').offsetWidth > 0", ""),
+    (fill("Fruit", "pear", "select"), "combo.textContent === 'Pear'", ""),
+    (fill("Fruit", "plum", "select"), "combo.textContent === 'Pear'", "no such option"),
+    (fill("City", "ber", "select"), "field('City').value === 'Berlin'", ""),
+    (fill("Volume", "8"), "field('Volume').value === '8'", ""),
+    (fill("Volume", "7"), "field('Volume').value === '8'", "from 0 to 10 in steps of 2"),
+    (press("ArrowUp", "Volume"), "field('Volume').value === '10'", ""),
+    (fill("Day", "2026-12-24"), "field('Day').value === '2026-12-24'", ""),
+    (fill("Day", "24.12."), "field('Day').value === '2026-12-24'", "a date is YYYY-MM-DD"),
+    (fill("Paint", "#00FF00"), "field('Paint').value === '#00ff00'", ""),
+    (fill("Search", "shoes"), "said.includes('key;')", ""),
+    (press("Backspace", "Search"), "q.value === 'shoe'", ""),
+    (press("Enter", "Search"), "said.includes('searched shoe;')", ""),
+    (press("Tab", "Search"), "document.activeElement === field('Mail')", ""),
+]
+
+
+async def test_each_kind_of_step(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """Each step does what a visitor would have done, or says why not and leaves all as it was."""
+    await chat_server(serve, pages, model, limits={"chat_per_minute": 60})
+    guest = await meet(pages.add("/", BUSY.replace(LINKS, "")))
+    await guest.page.evaluate("field = (name) => document.querySelector(`[aria-label=${name}]`)")
+    for number, (step, effect, error) in enumerate(STEPS):
+        wait = {"action": "wait", "waitDuration": 0}
+        model.scripts += [does(step, wait), says("", type="task_complete", summary=f"At {number}.")]
+        await guest.ask("Go on")
+        await guest.hears(f"At {number}.")
+        [result] = [one for one in guest.results()[number]["results"] if "elementId" in one]
+        assert error in result.get("error", ""), step
+        assert result["success"] is not bool(error), (step, result)
+        said = "said = document.querySelector('#log').textContent, "
+        assert await guest.page.evaluate(said + effect), step
+    links = guest.see(".bot a")
+    assert await links.all_inner_texts() == ["Elsewhere", "Pops up"]
+
+
+LATE = {  # what a click brings later, with the time in ms
+    "router": "setTimeout(() => { history.pushState({}, '', '/late'); main.append('late') }, 900)",
+    "data": "main.ariaBusy = 'true', setTimeout(() => {"
+    " main.append('late'); main.ariaBusy = 'false' }, 2500)",
+    "leaving": "setTimeout(() => { location.href = '/late' }, 1300)",
+}
+
+
+@pytest.mark.parametrize("what", LATE)
+async def test_picture_of_a_page_at_rest(
+    what: str, meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """After a step the picture is taken when what it has set off is there."""
+    await chat_server(serve, pages, model)
+    pages.add("/late", "<main>late</main>")
+    body = f'<main id="main"><button onclick="{LATE[what]}">Go</button></main>'
+    guest = await meet(pages.add("/", body))
+    model.scripts += [does(click("Go")), says("There.")]
+    await guest.ask("Go")
+    await guest.hears("There.")
+    assert "late" in model.prompt().split("Visible text:")[-1]
+
+
+TRAPS = {  # as in focus-trap, Bootstrap, MUI and Radix: the focus, the mouse or both are watched
+    "bootstrap": "document.addEventListener('focusin', ({ target }) => {"
+    " if (target !== document && !box.contains(target)) field.focus() })",
+    "mui": "document.addEventListener('focusin', () => {"
+    " if (!box.contains(document.activeElement)) field.focus() });"
+    "document.addEventListener('focusin', ({ target }) => {"
+    " if (!box.contains(target)) field.focus() }, true)",
+    "radix": "document.addEventListener('focusout', ({ relatedTarget }) => {"
+    " if (relatedTarget && !box.contains(relatedTarget)) field.focus() });"
+    "document.addEventListener('pointerdown', ({ target }) => {"
+    " if (!box.contains(target)) box.remove() })",
+    "native": "box.showModal()",
+}
+
+
+@pytest.mark.parametrize("kind", TRAPS)
+async def test_modals_of_the_page(kind: str, visit: Visit, serve: Serve, pages: Pages) -> None:
+    """A modal of the page that keeps the focus to itself leaves the chat usable."""
+    await chat_server(serve, pages)
+    tag, role = ("dialog", "") if kind == "native" else ("div", "role=dialog")
+    box = f"<{tag} {role} id=box><input id=field></{tag}><script>{TRAPS[kind]}</script>"
+    page = await visit(pages.add("/", box))
+    await page.locator("leflux-widget .launcher").wait_for()
+    await page.focus("#field")
+    await page.wait_for_timeout(600 if kind == "native" else 0)
+    guest = await Guest(page).open()
+    await page.keyboard.type("Hello")
+    assert await guest.see("textarea").input_value() == "Hello"
+    await guest.see("textarea").click()
+    await page.keyboard.type("!")
+    assert await guest.see("textarea").input_value() == "Hello!"
+    assert await page.locator("#box").count() == 1
+    assert await page.input_value("#field") == ""
+
+
+async def test_confirmation_while_typing(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """A question does not take the focus from who types; after a reload its answer can be seen."""
+    await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", MAIN % "<button>Send order</button>"))
+    model.scripts += [[model.at_gate, *says("")], says("")]
+    model.scripts[0] = does(click("Send order"))
+    await guest.ask("Order")
+    await guest.see("textarea").fill("and")
+    await guest.see(".confirm").wait_for()
+    await guest.page.keyboard.type(" more")
+    assert await guest.see("textarea").input_value() == "and more"
+    await guest.see(".choices button:last-child:enabled").click()
+    await guest.hears(lf.NOT_CONFIRMED)
+    await guest.see("textarea").fill("")
+    await guest.page.reload()
+    await guest.see(".confirm.no").wait_for()
+    await guest.ask("Thanks")
+    await guest.hears("ok")
+    await guest.page.reload()
+    await guest.see(".bot", "Shall I click").wait_for()
+    await expect(guest.see(".note")).to_have_text(["No"])
+
+
+async def test_focus_after_a_page(
+    visit: Visit, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """On a page that the agent has loaded the focus is where it was: in the chat."""
+    await chat_server(serve, pages, model)
+    pages.add("/next", MAIN % "<button>There</button>")
+    guest = await Guest(await visit(pages.add("/", MAIN % "<a href='/next'>Next</a>"))).open()
+    model.scripts += [does(click("Next")), [model.at_gate, *says("There we are.")]]
+    await guest.ask("Go on")
+    await guest.page.wait_for_url("**/next")
+    await expect(guest.see("textarea")).to_be_focused()
+    model.gate.release()
+    await guest.hears("There we are.")
+    assert guest.context["indexedElements"][0]["id"] > 1  # numbers go on
+
+
 # ---------------------------------------------------------------------------------------------
 # For the page's author
 
@@ -1883,10 +2150,12 @@ async def test_visitor_memory(visit: Visit, serve: Serve, model: FakeModel, page
     await guest.hears("ok")
 
     async def offered() -> dict[str, str]:
-        await page.reload()
+        await page.goto(f"{pages.url}/?{len(guest.posts)}")  # a reload would fill them in again
         await guest.ask("Hello")
         await guest.hears("ok")
-        names = {one["id"]: one["text"] or one.get("name") for one in guest.context["indexedElements"]}
+        names = {
+            one["id"]: one["text"] or one.get("name") for one in guest.context["indexedElements"]
+        }
         fields = guest.context["previouslyFilledFields"]
         assert all(one.keys() == {"elementId", "value", "timestamp"} for one in fields)
         return {names[one["elementId"]]: one["value"] for one in fields}
