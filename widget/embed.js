@@ -440,23 +440,23 @@
 
   /**
    * The elements that a picture has room for: dialogs, what is in view, main content, the rest, last
-   * cookie banners; fields and buttons before links, to which they leave two thirds of the room.
+   * cookie banners; fields before buttons before links, to which they leave half of the room.
    */
   function ranked() {
     const rank = (element) => {
+      const kind = isField(element) || isSubmit(element) ? 0 : 1 + element.matches("a, [role=link]");
       const banner = around(element, ASIDE);
-      if (banner && !banner.matches("html, body, main, dialog[open]")
-        && !banner.querySelector("main, h1")) return 9;
-      if (around(element, MODAL)) return 0;
-      return (distanceOf(element) === 0 ? 2 : around(element, "main, [role=main], form") ? 4 : 6)
-        + element.matches("a, area, [role=link]"); // odd: a link
+      const place = banner && !banner.matches("html, body, main, dialog[open]")
+        && !banner.querySelector("main, h1") ? 4 : around(element, MODAL) ? 0
+        : !distanceOf(element) ? 1 : around(element, "main, [role=main], form") ? 2 : 3;
+      return { kind, place: 3 * place + kind };
     };
     const found = [...everything(document.body)]
       .filter(attempt((element) => isInteractive(element) && isUsable(element)))
-      .map((element) => ({ element, rank: rank(element), far: distanceOf(element) }))
-      .sort((one, other) => one.rank - other.rank || one.far - other.far);
-    const rest = found.splice(Math.ceil(limits.elements * 2 / 3));
-    rest.sort((one, other) => one.rank % 2 - other.rank % 2);
+      .map((element) => ({ element, far: distanceOf(element), ...rank(element) }))
+      .sort((one, other) => one.place - other.place || one.far - other.far);
+    const rest = found.splice(Math.ceil(limits.elements / 2));
+    if (found.length + rest.length > limits.elements) rest.sort((one, other) => one.kind - other.kind);
     return [...found, ...rest].slice(0, limits.elements).map(({ element }) => element);
   }
 
@@ -1631,7 +1631,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
         tails = [];
       } else if (!BLOCKS[content]) {
         tails.push({ text: content.trim(), node: addBot(content) });
-        const at = answers.findIndex((answer) => answer.text === content.trim());
+        const at = answers.findIndex(({ text }) => content.trim().endsWith(text));
         if (at >= 0) add("note", answers.splice(at, 1)[0].label);
       }
     }

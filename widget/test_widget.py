@@ -1720,7 +1720,7 @@ BUSY = f"""
     <option selected>M</option></select>
   <input type="checkbox" class="clear" aria-label="Newsletter"><input aria-label="Fixed" readonly>
   <div role="tab" aria-selected="true">Tab</div><div role="slider" aria-label="Speed"
-    aria-valuenow="3" aria-valuemin="1" aria-valuemax="9" tabindex="0"></div>
+    aria-valuenow="3" aria-valuemin="1" aria-valuemax="9" tabindex="0">|</div>
   <iframe title="Inner" srcdoc="<p>Framed text</p><button onclick='parent.log(`framed`)'>In a frame
     </button>"></iframe>
   <button ondblclick="log('twice')">Twice</button>
@@ -1764,9 +1764,6 @@ SEEN: dict[str, Json | None] = {  # what is indexed of that page, and how
     "In a frame": {"type": "button", "iframe": "Inner"},
     "Search": {"type": "text", "parent": "Find it"},
     "Join": {"inputType": "submit", "href": "/fast"},
-    "Accept cookies": None,  # there are better ones
-    "Share": None,
-    "Link 299": None,
 }
 
 
@@ -1776,8 +1773,14 @@ async def test_what_is_indexed(meet: Meet, serve: Serve, model: FakeModel, pages
     guest = await meet(pages.add("/", BUSY))
     await guest.ask("What is here?")
     await guest.hears("ok")
+    texts = [element["text"] for element in guest.context["indexedElements"]]
+    assert len(texts) == 50
+    assert {"Link 0", "Search", "Mail", "Join", "Fruit"} <= set(texts)
+    assert not {"Link 299", "Accept cookies", "Share"} & set(texts)
+    await guest.page.evaluate("document.querySelector('nav').remove()")
+    await guest.ask("And now?")
+    await guest.hears("ok")
     context = guest.context
-    assert len(context["indexedElements"]) == 50
     elements = {element["text"]: element for element in context["indexedElements"]}
     for name, wanted in SEEN.items():
         if wanted is None:
@@ -1791,67 +1794,11 @@ async def test_what_is_indexed(meet: Meet, serve: Serve, model: FakeModel, pages
     assert "value" not in elements["Fruit"]
     inside = [one for one in context["indexedElements"] if one["text"] == "Inside a link"]
     assert [one["href"] for one in inside] == [f"{pages.url}/around"]
-    await guest.page.evaluate("document.querySelector('nav').remove()")
-    await guest.ask("And now?")
-    await guest.hears("ok")
     assert "Framed text" in guest.context["visibleText"]
-    last = guest.context["indexedElements"][-2:]
-    assert {one["text"] for one in last} == {"Share", "Accept cookies"}
+    assert list(elements)[-2:] == ["Accept cookies", "Share"]
     new = {one["text"] for one in guest.context["indexedElements"] if one.get("isNew")}
     assert {"Share", "Accept cookies"} <= new
     assert not new & {"Card one", "Fruit"}
-
-
-def press(key: str, name: str) -> Json:
-    return {"action": "press", "on": name, "key": key}
-
-
-STEPS: list[tuple[Json, str, str]] = [  # a step, what it does (a line of JavaScript), or its error
-    (click("Card one"), "said.includes('card;')", ""),
-    (click("Card two"), "said.includes('listened;')", ""),
-    (click("No address"), "said.includes('a;')", ""),
-    (click("Price"), "said.includes('sorted;')", ""),
-    (click('row="Bob"'), "said.includes('bob;')", ""),
-    (click('"14"'), "said.includes('14;')", ""),
-    (click("In a frame"), "said.includes('framed;')", ""),
-    (click("Elsewhere"), "location.pathname === '/'", "opens a new tab"),
-    (click("Pops up"), "location.pathname === '/'", "opens a new tab"),
-    (click("Join"), "!said.includes('joined')", "the form was not sent: Mail: "),
-    ({"action": "double_click", "on": "Twice"}, "said.includes('twice;')", ""),
-    ({"action": "hover", "on": "Menu"}, "document.querySelector('.sub').offsetWidth > 0", ""),
-    (fill("Fruit", "pear", "select"), "combo.textContent === 'Pear'", ""),
-    (fill("Fruit", "plum", "select"), "combo.textContent === 'Pear'", "no such option"),
-    (fill("City", "ber", "select"), "field('City').value === 'Berlin'", ""),
-    (fill("Volume", "8"), "field('Volume').value === '8'", ""),
-    (fill("Volume", "7"), "field('Volume').value === '8'", "from 0 to 10 in steps of 2"),
-    (press("ArrowUp", "Volume"), "field('Volume').value === '10'", ""),
-    (fill("Day", "2026-12-24"), "field('Day').value === '2026-12-24'", ""),
-    (fill("Day", "24.12."), "field('Day').value === '2026-12-24'", "a date is YYYY-MM-DD"),
-    (fill("Paint", "#00FF00"), "field('Paint').value === '#00ff00'", ""),
-    (fill("Search", "shoes"), "said.includes('key;')", ""),
-    (press("Backspace", "Search"), "q.value === 'shoe'", ""),
-    (press("Enter", "Search"), "said.includes('searched shoe;')", ""),
-    (press("Tab", "Search"), "document.activeElement === field('Mail')", ""),
-]
-
-
-async def test_each_kind_of_step(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
-    """Each step does what a visitor would have done, or says why not and leaves all as it was."""
-    await chat_server(serve, pages, model, limits={"chat_per_minute": 60})
-    guest = await meet(pages.add("/", BUSY.replace(LINKS, "")))
-    await guest.page.evaluate("field = (name) => document.querySelector(`[aria-label=${name}]`)")
-    for number, (step, effect, error) in enumerate(STEPS):
-        wait = {"action": "wait", "waitDuration": 0}
-        model.scripts += [does(step, wait), says("", type="task_complete", summary=f"At {number}.")]
-        await guest.ask("Go on")
-        await guest.hears(f"At {number}.")
-        [result] = [one for one in guest.results()[number]["results"] if "elementId" in one]
-        assert error in result.get("error", ""), step
-        assert result["success"] is not bool(error), (step, result)
-        said = "said = document.querySelector('#log').textContent, "
-        assert await guest.page.evaluate(said + effect), step
-    links = guest.see(".bot a")
-    assert await links.all_inner_texts() == ["Elsewhere", "Pops up"]
 
 
 LATE = {  # what a click brings later, with the time in ms
@@ -1918,8 +1865,7 @@ async def test_confirmation_while_typing(
     """A question does not take the focus from who types; after a reload its answer can be seen."""
     await chat_server(serve, pages, model)
     guest = await meet(pages.add("/", MAIN % "<button>Send order</button>"))
-    model.scripts += [[model.at_gate, *says("")], says("")]
-    model.scripts[0] = does(click("Send order"))
+    model.scripts.append(does(click("Send order")))
     await guest.ask("Order")
     await guest.see("textarea").fill("and")
     await guest.see(".confirm").wait_for()
