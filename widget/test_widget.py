@@ -1699,7 +1699,7 @@ BUSY = f"""
   <span data-action="save">Data action</span><a onclick="log('a')">No address</a>
   <a href="/around"><b class="card">Inside a link</b></a>
   <a href="/tab" target="_blank">Elsewhere</a>
-  <button onclick="open('/popup')">Pops up</button>
+  <button onclick="window.open('/popup')">Pops up</button>
   <map name="m"><area href="/area" alt="Area" shape="rect" coords="0,0,9,9"></map>
   <img usemap="#m" width="20" height="20" src="data:image/gif;base64,R0lGODlhAQABAAAAACw=">
   <table><tr><th aria-sort="none" onclick="log('sorted')">Price</th></tr>
@@ -1726,13 +1726,14 @@ BUSY = f"""
   <button ondblclick="log('twice')">Twice</button>
   <form action="/search" onsubmit="log('searched ' + q.value); return false">
     <h2>Find it</h2><input id="q" aria-label="Search" onkeyup="log('key')"></form>
+  <button onfocus="log('next')">Next</button>
   <form action="/join" onsubmit="log('joined'); return false">
     <input type="email" aria-label="Mail" required><button formaction="/fast">Join</button></form>
   <p id="log"></p>
 </main>
 <div class="share"><a href="/share">Share</a></div>
 <script>
-  const log = (text) => {{ document.querySelector("#log").append(text + ";"); }};
+  var log = (text) => {{ document.querySelector("#log").append(text + ";"); }};
   listened.addEventListener("click", () => log("listened"));
   combo.addEventListener("click", () => {{ fruits.hidden = false; }});
   fruits.addEventListener("click", ({{ target }}) => {{
@@ -1799,6 +1800,58 @@ async def test_what_is_indexed(meet: Meet, serve: Serve, model: FakeModel, pages
     new = {one["text"] for one in guest.context["indexedElements"] if one.get("isNew")}
     assert {"Share", "Accept cookies"} <= new
     assert not new & {"Card one", "Fruit"}
+
+
+def press(key: str, name: str) -> Json:
+    return {"action": "press", "on": name, "key": key}
+
+
+STEPS: list[tuple[Json, str, str]] = [  # a step, what it does (a line of JavaScript), or its error
+    (click("Card one"), "said.includes('card;')", ""),
+    (click("Card two"), "said.includes('listened;')", ""),
+    (click("No address"), "said.includes('a;')", ""),
+    (click("Price"), "said.includes('sorted;')", ""),
+    (click('row="Bob"'), "said.includes('bob;')", ""),
+    (click('"14"'), "said.includes('14;')", ""),
+    (click("In a frame"), "said.includes('framed;')", ""),
+    (click("Elsewhere"), "location.pathname === '/'", "opens a new tab"),
+    (click("Pops up"), "location.pathname === '/'", "opens a new tab"),
+    (click("Join"), "!said.includes('joined')", "the form was not sent: Mail: "),
+    ({"action": "double_click", "on": "Twice"}, "said.includes('twice;')", ""),
+    ({"action": "hover", "on": "Menu"}, "document.querySelector('.sub').offsetWidth > 0", ""),
+    (fill("Fruit", "pear", "select"), "combo.textContent === 'Pear'", ""),
+    (fill("Fruit", "plum", "select"), "combo.textContent === 'Pear'", "no such option"),
+    (fill("City", "ber", "select"), "field('City').value === 'Berlin'", ""),
+    (fill("Volume", "8"), "field('Volume').value === '8'", ""),
+    (fill("Volume", "7"), "field('Volume').value === '8'", "from 0 to 10 in steps of 2"),
+    (press("ArrowUp", "Volume"), "field('Volume').value === '10'", ""),
+    (fill("Day", "2026-12-24"), "field('Day').value === '2026-12-24'", ""),
+    (fill("Day", "24.12."), "field('Day').value === '2026-12-24'", "a date is YYYY-MM-DD"),
+    (fill("Paint", "#00FF00"), "field('Paint').value === '#00ff00'", ""),
+    (fill("Search", "shoes"), "said.includes('key;')", ""),
+    (press("Backspace", "Search"), "q.value === 'shoe'", ""),
+    (press("Enter", "Search"), "said.includes('searched shoe;')", ""),
+    (press("Tab", "Search"), "said.includes('next;')", ""),
+]
+
+
+async def test_each_kind_of_step(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+    """Each step does what a visitor would have done, or says why not and leaves all as it was."""
+    await chat_server(serve, pages, model, limits={"chat_per_minute": 60})
+    guest = await meet(pages.add("/", BUSY.replace(LINKS, "")))
+    await guest.page.evaluate("field = (name) => document.querySelector(`[aria-label=${name}]`)")
+    for number, (step, effect, error) in enumerate(STEPS):
+        wait = {"action": "wait", "waitDuration": 0}
+        model.scripts += [does(step, wait), says("", type="task_complete", summary=f"At {number}.")]
+        await guest.ask("Go on")
+        await guest.hears(f"At {number}.")
+        [result] = [one for one in guest.results()[number]["results"] if "elementId" in one]
+        assert error in result.get("error", ""), step
+        assert result["success"] is not bool(error), (step, result)
+        said = "said = document.querySelector('#log').textContent, "
+        assert await guest.page.evaluate(said + effect), step
+    links = guest.see(".bot a")
+    assert await links.all_inner_texts() == ["Elsewhere", "Pops up"]
 
 
 LATE = {  # what a click brings later, with the time in ms
@@ -1897,6 +1950,76 @@ async def test_focus_after_a_page(
     model.gate.release()
     await guest.hears("There we are.")
     assert guest.context["indexedElements"][0]["id"] > 1  # numbers go on
+
+
+# ---------------------------------------------------------------------------------------------
+# Languages
+
+WORDS = {path.stem: json.loads(path.read_text()) for path in lf.HERE.glob("widget/words/*.json")}
+ENGLISH: dict[str, str] = WORDS["en"]["widget"]
+
+
+def test_words_are_whole() -> None:
+    """What is inside embed.js is the English file; every language says all of it."""
+    source = (lf.HERE / "widget" / "embed.js").read_text()
+    block = source[source.index("const WORDS = {") : source.index("const limits")]
+    assert dict(re.findall(r'(\w+): "([^"]+)"', block)) == ENGLISH
+    for tag, words in WORDS.items():
+        assert words["widget"].keys() == ENGLISH.keys(), tag
+        same = {key for key, word in words["widget"].items() if word == ENGLISH[key]}
+        assert same <= {"title"} or tag == "en", tag
+    assert WORDS.keys() == set("en de fr es it pt nl pl tr ar hi ja zh".split())
+
+
+# Every text of the widget: what is written, and what is read out.
+TEXTS = """(root) => [...root.querySelectorAll("*")].flatMap((node) => [
+    ...[...node.childNodes].filter((one) => one.nodeType === 3).map((one) => one.data),
+    node.ariaLabel, node.title, node.placeholder]).filter((text) => text?.trim())"""
+
+
+async def test_languages(visit: Visit, serve: Serve, pages: Pages) -> None:
+    """In each language nothing English is left, of widget or server; English asks for nothing."""
+    config = {"greeting": "👋", "words": {"title": "Ωmega"}}
+    site = {"id": "site", "name": "Site", "allowed_hosts": ["localhost"], "config": config}
+    await chat_server(serve, pages, sites=[site])
+    page = await visit("about:blank")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    english = {word for key, word in ENGLISH.items() if key != "title"}
+    english |= set(WORDS["en"]["server"].values())
+    for tag, words in WORDS.items():
+        body = f"<script>document.documentElement.lang = '{tag}-XX'</script>"
+        await page.goto(pages.add("/", f"{body}<main><button>XYZ delete</button></main>"))
+        guest = await Guest(page).open()
+        await guest.ask("XYZ delete")
+        await guest.see(".confirm").wait_for()
+        await page.route("**/api/chat", lambda route: route.abort())
+        await guest.ask("xyz")
+        await guest.see(".error button").wait_for()
+        await page.unroute("**/api/chat")
+        texts = await guest.see(".root").evaluate(TEXTS)
+        assert words["widget"]["retry"] in texts
+        assert words["widget"]["unreachable"] in texts
+        assert "Ωmega" in texts
+        assert words["server"]["no"] in texts
+        if tag != "en":
+            assert not (english - set(words["server"].values())) & set(texts), tag
+            assert not [t for t in texts if any(w in t for w in english if len(w) > 12)], tag
+        assert await page.evaluate("LeFlux.getLanguage()") == f"{tag}-XX"
+        direction = await guest.see(".panel").evaluate("(node) => getComputedStyle(node).direction")
+        assert direction == ("rtl" if tag == "ar" else "ltr")
+        await guest.see(f"[aria-label='{words['widget']['clear']}']").click()
+        await page.evaluate("localStorage.clear(), sessionStorage.clear()")
+    tags = [url.rpartition("/")[2] for url in asked if "/words/" in url]
+    assert tags == [f"{tag}.json" for tag in WORDS if tag != "en"]
+
+    # A page that changes its language changes the chat's.
+    await page.evaluate(
+        "addEventListener('leflux:language-detected', ({ detail }) => { window.heard = detail; });"
+        "document.documentElement.lang = 'pl'"
+    )
+    await expect(guest.see("textarea")).to_have_attribute("aria-label", "Twoja wiadomość")
+    assert await page.evaluate("heard") == {"lang": "pl", "prev": f"{tag}-XX"}
 
 
 # ---------------------------------------------------------------------------------------------
