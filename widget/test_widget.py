@@ -1925,7 +1925,7 @@ async def test_confirmation_while_typing(
     await guest.page.keyboard.type(" more")
     assert await guest.see("textarea").input_value() == "and more"
     await guest.see(".choices button:last-child:enabled").click()
-    await guest.hears(lf.NOT_CONFIRMED)
+    await guest.hears(lf.ENGLISH("not_confirmed"))
     await guest.see("textarea").fill("")
     await guest.page.reload()
     await guest.see(".confirm.no").wait_for()
