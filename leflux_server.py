@@ -395,16 +395,14 @@ def quick_chip(value: Any) -> Json:
 language_tag = text(35, 2, r"[A-Za-z]{2,8}([-_][A-Za-z0-9]{1,8})*", 'a tag such as de, or "auto"')
 
 
-def widget_words(value: Any) -> Json:
-    """Words of the widget that a site says otherwise, by their keys."""
-    errors: dict[str, str] = {}
-    keys = list(value)[:200] if isinstance(value, dict) else []
-    words = check_table(value, dict.fromkeys(keys, text(300)), "", errors, null_ok=True)
-    if errors:
-        raise ValueError("must be a table of at most 200 texts, each of at most 300 characters")
-    return words
-
-
+widget_words = must_be(
+    "a table of at most 200 texts, each of at most 300 characters",
+    lambda value: (
+        isinstance(value, dict)
+        and len(value) <= 200
+        and all(isinstance(word, str) and len(word) <= 300 for word in value.values())
+    ),
+)
 SITE_CONFIG_RULES: Rules = {
     "language": language_tag,
     "words": widget_words,
@@ -822,7 +820,7 @@ def words_pattern(entries: Sequence[str]) -> str:
         starts = is_word and not re.match(r"\*\w", entry)
         patterns[starts].append(pattern.replace(r"\*", r"\w*").replace(r"\ ", " ?"))
     words, parts = (any_of(patterns[starts] or ["(?!)"]) for starts in (True, False))
-    letters = "".join({pattern[0] for pattern in patterns[False] or ["a"]})
+    letters = "".join({pattern.lstrip("\\")[0] for pattern in patterns[False] or ["a"]})
     return rf"(?<!\w){words}|(?=[{re.escape(letters)}]){parts}"
 
 
@@ -830,11 +828,12 @@ def words_pattern(entries: Sequence[str]) -> str:
 def risk_pattern(kind: str, mark: str) -> re.Pattern[str]:
     """Return the pattern of all languages' risky words of a kind, its group "but" what is none.
 
-    "irreversible" has entries with a mark: "-" for what only looks so, "+" for names of submits.
+    "irreversible" has entries with a mark: "-" what only looks so, "+" names of submits, "=" names
+    of buttons that undo nothing, such as Cancel.
     """
-    entries = [entry for words in all_words().values() for entry in words[kind]]
-    marked = {one: [e.lstrip("-+") for e in entries if e[:1] == one] for one in "-+"}
-    marked[""] = [entry for entry in entries if entry[0] not in "-+"]
+    marked: dict[str, list[str]] = {one: [] for one in ("", *"-+=")}
+    for entry in (entry for words in all_words().values() for entry in words[kind]):
+        marked[entry[0] if entry[0] in marked else ""].append(entry.lstrip("-+="))
     return re.compile(f"(?P<but>{words_pattern(marked['-'])})|{words_pattern(marked[mark])}")
 
 
@@ -2854,7 +2853,7 @@ def is_field(element: Json) -> bool:
     return not element.get("href") and not re.search(no_field, kinds)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Page:
     """What an action is checked against: the latest page context and whose site it is."""
 
@@ -2863,28 +2862,47 @@ class Page:
     site: Site
     site_index: Mapping[HostEntry, Site]
 
+    @property
+    def elements(self) -> Sequence[Json]:
+        return cast(Sequence[Json], self.context.get("indexedElements", ()))
+
+    @functools.cached_property
+    def links(self) -> Mapping[str, list[Json]]:
+        """Its links and submits that stay on this site, by their absolute URLs."""
+        links: dict[str, list[Json]] = {}
+        for element in self.elements:
+            with contextlib.suppress(ActionRejected):
+                if href := element.get("href"):
+                    links.setdefault(self.resolve(href).geturl(), []).append(element)
+        return links
+
+    @functools.cached_property
+    def forms(self) -> Sequence[tuple[str, bool]]:
+        """The plain words of its forms, and whether they read as irreversible."""
+        forms = [plain_words(form)[:1000] for form in self.context.get("forms", ())]
+        return [(form, is_named("irreversible", form)) for form in forms]
+
     def element(self, element_id: Any) -> Json:
         """Return the enabled element of an id; raise ActionRejected."""
         if type(element_id) is not int:
             raise ActionRejected("elementId must be a whole number")
-        for element in self.context.get("indexedElements", ()):
+        for element in self.elements:
             if element.get("id") == element_id:
                 if element.get("disabled"):
                     raise ActionRejected(f"element {element_id} is disabled")
-                return cast(Json, element)
+                return element
         raise ActionRejected(f"element {element_id} is not on the page")
 
     def url(self, value: Any, *, foreign: bool = False) -> str:
         """Return the absolute URL of a page, of this site if not foreign; raise ActionRejected."""
-        if not isinstance(value, str) or not 0 < len(value) <= 2000:
-            raise ActionRejected("url must be a string")
-        # Browsers drop tabs and line ends, read a backslash as a slash and any number of slashes
-        # as two; we do not guess.
-        if not re.fullmatch(r"(?!///)(?:https?://(?![/?#])|(?![^/?#]*:)).+", value, re.I):
+        # Browsers drop tabs and line ends, and read a backslash as a slash; we do not guess.
+        try:
+            url = self.resolve(web_url(value), foreign=foreign)
+        except ValueError as error:
+            raise ActionRejected(f"url {error}") from None
+        if not value or url.scheme not in ("http", "https"):
             raise ActionRejected("url must be http(s) or relative")
-        if re.search(r"[\x00-\x20\x7f-\x9f\\]", value):
-            raise ActionRejected("url has characters that no URL has")
-        return self.resolve(value, foreign=foreign).geturl()
+        return url.geturl()
 
     def resolve(self, href: str, *, foreign: bool = False) -> urllib.parse.SplitResult:
         """Return the absolute URL of a link as browsers read it; raise if it leaves this site."""
@@ -2900,16 +2918,16 @@ class Page:
             raise ActionRejected("url leaves this website")
         return url
 
-    def set_off(self, step: Json, element: Json | None) -> list[Json]:
-        """Return the elements that a step sets off: a field's Enter does its form's submits."""
-        if element is None or step.get("key", step["action"]) not in ACTING:
-            return []
-        if step.get("key") != "Enter" or not is_field(element):
-            return [element]
-        submits = [e for e in self.context["indexedElements"] if "id" in e and sends_form(e)]
-        near = [e for e in submits if e.get("parent") == element.get("parent")]
-        field = {name: value for name, value in element.items() if name != "value"}
-        return [field | {"inputType": "submit"}, *(near or submits)]
+    def touched(self, step: Json, element: Json) -> Sequence[Json]:
+        """Return what a step sets off: its element, a field's Enter its form, a URL its links."""
+        what = step.get("key", step["action"])
+        if url := step.get("url"):
+            return self.links.get(url) or [{"text": urllib.parse.urlsplit(url).path, "href": url}]
+        if what == "Enter" and is_field(element):
+            submits = [e for e in self.elements if "id" in e and sends_form(e)]
+            near = [e for e in submits if e.get("parent") == element.get("parent")]
+            return [element | {"inputType": "submit", "value": ""}, *(near or submits)]
+        return [element] if what in ACTING else []
 
     def check_touch(self, step: Json, element: Json) -> None:
         """Raise for what a step may not do to an element: by its secrets, its target, the owner."""
@@ -2920,7 +2938,7 @@ class Page:
                 raise ActionRejected(f"element {element['id']} takes secrets; only the visitor may")
         if what in ARROWS and "radio" in element_text(element, "type", "role"):
             raise ActionRejected("choose the radio itself, with select")
-        for one in self.set_off(step, element):
+        for one in self.touched(step, element):
             if is_submit(one):
                 self.allow("submit")
             if href := one.get("href"):
@@ -3002,9 +3020,9 @@ def check_step(raw: Any, page: Page) -> tuple[Json, Json | None]:
     step: Json = {"action": kind}
     element, default = None, "wait"
     if kind == "navigate":
-        page.allow("navigate")
         step["url"] = page.url(raw.get("url"))
         default = f"go to {step['url']}"[:280]
+        page.check_touch(step, {})
     elif kind == "wait":
         wait = raw.get("waitDuration")
         if type(wait) not in (int, float) or not 0 <= wait < math.inf:
@@ -3056,56 +3074,50 @@ def possible_choices(step: Json, element: Json) -> list[str]:
     """The options that a step may choose; all of them where that cannot be told."""
     options, wish = list(element.get("options", ())), step.get("inputData", "")
     if step["action"] == "select":
-        same = [one for one in options if plain_words(one).strip() == plain_words(wish).strip()]
+        same = [one for one in options if shown(one, 100).lower() == shown(wish, 100).lower()]
         return same or [*options, wish]
     return options if "key" in step else []
 
 
-def is_irreversible(element: Json, choices: Iterable[str], page: Page, forms: list[str]) -> bool:
-    """Whether to set an element off reads as what cannot be taken back."""
-    names = [*_NAMES] if is_field(element) else [*_NAMES, "value"]
-    words = [element_text(element, *names), *map(plain_words, choices)]
-    if not words[0].strip("| "):
-        return True  # nobody knows what it does
+def is_irreversible(element: Json, choices: Iterable[str], page: Page) -> bool:
+    """Whether to set an element off reads as what cannot be taken back, or says nothing at all."""
+    names = element_text(element, *_NAMES, *([] if is_field(element) else ["value"]))
+    words, is_clear = [names, *map(plain_words, choices)], names.strip("| ") != ""
     if element.get("href"):
         url = page.resolve(element["href"])
-        if url.scheme not in ("http", "https"):
-            return True
         words.append(plain_words(urllib.parse.unquote(" ".join(url[2:]))))
-    if sends_form(element):
-        label = json_text(element_label(element))[1:-1]
-        words += [form for form in forms if plain_words(label) in form] or forms
-        words.append(element_text(element, "parent", "heading"))
-    return any(is_named("irreversible", one) for one in words)
+        is_clear &= url.scheme in ("http", "https")
+    if is_clear and not is_named("irreversible", names, "="):
+        if sends_form(element):
+            label = plain_words(element_label(element))
+            own = [risky for form, risky in page.forms if label in form]
+            is_clear = not any(own or [risky for _, risky in page.forms])
+        if sends_form(element) or element.get("inModal"):
+            words.append(element_text(element, "parent", "heading"))
+    return not is_clear or any(is_named("irreversible", one) for one in words)
 
 
-def shown(text: Any, high: int) -> str:
+def shown(text: str, high: int) -> str:
     """A text of the page's or the model's in a question: one line, of high characters at most."""
-    line = " ".join(str(text).split())
+    line = " ".join(printable(text).split())
     return line if len(line) <= high else line[:high] + "…"
 
 
-def goes_to(element: Json, url: str, page: Page) -> bool:
-    with contextlib.suppress(ActionRejected):
-        return bool(element.get("href")) and page.resolve(element["href"]).geturl() == url
-    return False
+QUESTIONS = {"select": "confirm_select", "navigate": "confirm_open"}  # all else is a click
 
 
 def irreversible_steps(plan: Plan, page: Page) -> list[tuple[str, str]]:
     """The steps of a plan that need a yes first: the key of the question, and what it is about."""
-    forms = [plain_words(form)[:2000] for form in page.context.get("forms", ())]
-    found = []
+    found, known = [], set()
     for step, element in zip(plan.steps, plan.elements, strict=True):
-        key, choice, touched = "confirm_click", "", page.set_off(step, element)
-        if step["action"] == "select":
-            key, choice = "confirm_select", f": {shown(step['inputData'], 60)}"
-        if url := step.get("url"):
-            address = {"text": urllib.parse.urlsplit(url).path, "href": url}
-            links = [e for e in page.context.get("indexedElements", ()) if goes_to(e, url, page)]
-            key, touched = "confirm_open", links or [address]
-        for one in touched:
-            if is_irreversible(one, possible_choices(step, one), page, forms):
+        key = QUESTIONS.get(step["action"], "confirm_click")
+        choice = f": {shown(step['inputData'], 60)}" if key == "confirm_select" else ""
+        for one in page.touched(step, element or {}):
+            choices = possible_choices(step, one)
+            touch = (one.get("id"), sends_form(one), *choices)
+            if touch not in known and is_irreversible(one, choices, page):
                 found.append((key, f"{shown(element_label(one), 60)}{choice}"))
+            known.add(touch if "id" in one else ())
     return found
 
 
@@ -3116,7 +3128,7 @@ def filled_fields(plan: Plan, page: Page) -> list[str]:
         if "inputData" in step:
             typed.setdefault(step["elementId"], []).append(step["inputData"])
     lines = []
-    for element in filter(is_field, page.context.get("indexedElements", ())):
+    for element in filter(is_field, page.elements):
         is_set = "✓" if element.get("checked") else element.get("value")
         if values := typed.get(element.get("id", -1), [is_set] if is_set else []):
             texts = ["•••"] if is_sensitive(element) else [shown(value, 200) for value in values]
@@ -3149,7 +3161,7 @@ def goes_in_circles(task: Task, plan: Plan, page: Page) -> bool:
     kinds, urls = [step["action"] for step in plan.steps], plan.urls()
     clicked = {(element["id"], element_label(element)) for element in plan.clicked()}
     only_scrolls = set(kinds) <= {"scroll_to", "wait"}
-    if any(element.get("isNew") for element in page.context.get("indexedElements", ())):
+    if any(element.get("isNew") for element in page.elements):
         task.scrolls = 0  # the last ones have shown something
     repeats = (
         any(task.clicks[element] >= 3 for element in clicked)
@@ -4244,27 +4256,21 @@ def guide_answer(question: str, page: Json, found: Found, say: Sentences = ENGLI
     return {"message": f"{lead} {offer}", "answered": wants_person and bool(ways), "action": None}
 
 
-@functools.cache
-def asked_pattern() -> re.Pattern[str]:
-    """Return what finds, in any language, the field that the guide has asked for."""
-    asked = [words["server"].get("guide_ask", "") for words in all_words().values()]
-    forms = [re.escape(one).replace(r"\{what\}", "(.{1,300})") for one in asked if one]
-    return re.compile("|".join(f"{form}$" for form in forms))
-
-
-def read_wish(task: Task, history: Sequence[Json], page: Json) -> tuple[str, dict[int, str]]:
+def read_wish(
+    task: Task, history: Sequence[Json], page: Json, say: Sentences
+) -> tuple[str, dict[int, str]]:
     """Return what the visitor wants, and {field's id: what they have given for it}."""
     fields, buttons = usable(page)
     kinds = {element_label(field): str(field.get("type")) for field in fields}
+    asking = re.compile(re.escape(say("guide_ask", what="\0")).replace("\0", "(.{1,300})") + "$")
     answers: dict[str, str] = {}
     said = [task.wish[:1000]]  # the wish, and what was said before it
     users = [at for at, one in enumerate(history) if one["role"] == "user"][-20:]
     while users:
         said = [history[at]["content"][:1000].replace("\u2019", "'") for at in reversed(users)]
         # A message that comes after a question answers it, unless it is a wish of its own.
-        asked = asked_pattern().search(history[users.pop() - 1]["content"][-1000:])
-        label = next(filter(None, asked.groups()), "") if asked else ""
-        kind = kinds.get(label, "")
+        asked = asking.search(history[users.pop() - 1]["content"][-1000:])
+        kind = kinds.get(label := asked[1] if asked else "", "")
         is_order = WANTS_ACTION.search(said[0].lower()) and find_label(said[0], buttons, 1)
         if not kind or is_order or (QUESTION.match(said[0].lower()) and "area" not in kind):
             break
@@ -4345,9 +4351,9 @@ def guide_reply(
     task: Task, page: Json, found: Found, past: Sequence[Json], say: Sentences = ENGLISH
 ) -> Json:
     """Return the reply object of the offline guide. Deterministic, no network."""
-    wish, values = read_wish(task, past, page)
+    wish, values = read_wish(task, past, page, say)
     form = letter_form(say)
-    letter_wish, letter = read_wish(task, past, form)
+    letter_wish, letter = read_wish(task, past, form, say)
     writes = letter_wish != task.wish[:1000].replace("\u2019", "'")  # a letter, for some time
     wish = letter_wish if writes else wish
     plain, end = wish.lower(), ""
@@ -5964,7 +5970,11 @@ async def drain(app: web.Application) -> None:
 def make_app(config: Config) -> web.Application:
     """Build the application; raise ConfigError if the knowledge cannot be read."""
     app = web.Application(middlewares=[shape_errors], client_max_size=MAX_BODY_BYTES)
-    for kind, mark in (("secret", ""), ("irreversible", ""), ("irreversible", "+")):
+    for kind, mark in (
+        ("secret", ""),
+        ("irreversible", ""),
+        *(("irreversible", one) for one in "+="),
+    ):
         risk_pattern(kind, mark)  # takes its time
     app[APP_STATE] = new_state(config)
     app[APP_STATE].files = read_knowledge(config)

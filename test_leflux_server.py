@@ -2953,6 +2953,11 @@ SEND = {"type": "submit", "text": "Send", "parent": "Write"}
         ([{"type": "submit", "text": "OK", "heading": "Close your account"}], None, ["OK"]),
         ([{"text": "\u200b"}], step("double_click", 1), ["\u200b"]),
         ([{"text": ""}], step("hover", 1), []),
+        # A button of a dialog that says so, but for those that only close it.
+        ([{"text": "OK", "inModal": True, "parent": "Delete account?"}], None, ["OK"]),
+        ([{"text": "Abbrechen", "inModal": True, "parent": "Delete account?"}], None, []),
+        ([{"text": "إلغاء", "type": "submit", "parent": "Delete account?"}], None, []),
+        ([{"text": "No", "title": "Delete", "type": "submit"}], None, ["No"]),
         # Enter in a field is its form's submit.
         ([{"label": "Name", "type": "text", "parent": "Write"}, SEND], "Enter", ["Send"]),
         ([{"label": "Find", "type": "search", "parent": "Find"}, SEND], "Enter", ["Send"]),
