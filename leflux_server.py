@@ -5793,15 +5793,16 @@ def state_file(config: Config, name: str) -> Path | None:
 
 def take_erasures(app: AppState) -> None:
     """Erase the chats and letters that --erase has found, and its request after them."""
-    request = state_file(app.config, "erase.json")
+    request = state_file(app.config, "erase")
     if request is None or not request.exists():
         return
-    found = parse_object(request.read_bytes())
-    for session in [one for one in app.sessions.values() if one.id in found["sessions"]]:
-        drop_session(app, session)
-    for row in found["rows"]:
-        app.store.erase(row)
-    drop_letters(app, lambda letter: letter.body["id"] in found["letters"])
+    ids = set(request.read_text().split())
+    for one in ids:
+        if one in app.sessions:
+            drop_session(app, app.sessions[one])
+        for (row,) in app.store.read("SELECT row FROM session WHERE id = ?", one):
+            app.store.erase(row)
+    drop_letters(app, lambda letter: letter.body["id"] in ids)
     if not app.store.failing:
         request.unlink()
 
@@ -6140,37 +6141,35 @@ def check(path: Path, config: Config) -> None:
         print(f"warning: {doubt}")
 
 
-def find_person(path: Path, who: str) -> tuple[Json, Json]:
-    """Return what is kept of a chat's id or an e-mail address, {chats, messages}, and what
-    take_erasures() has to know to erase it."""
+PERSON_SQL = "SELECT row, id, site, created FROM session ORDER BY created"
+
+
+def find_person(path: Path, who: str) -> Json:
+    """Return what is kept of a chat's id or an e-mail address: {chats, messages}."""
     wanted = re.compile(rf"(?<![\w.+-]){re.escape(who)}(?![\w-]|\.\w)", re.I)
     uri = f"{path.absolute().as_uri()}?mode=rw"  # makes no file
     with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
-        bodies = [parse_object(body) for (body,) in db.execute("SELECT body FROM letter")]
-        sql = "SELECT session, body FROM message"
-        rows = {
-            row for row, body in db.execute(sql) if wanted.search(parse_object(body)["content"])
-        }
-        chats: dict[int, Json] = {}
-        for row, raw in db.execute("SELECT row, state FROM session"):
-            if row in rows or (who in raw and parse_object(raw)["id"] == who):
-                state, sql = parse_object(raw), "SELECT body FROM message WHERE session = ?"
-                said = db.execute(f"{sql} ORDER BY number", (row,)).fetchall()
-                chat = {"sessionId": state["id"], "createdAt": iso_time(state["created"])}
-                history = [parse_object(body) for (body,) in said]
-                chats[row] = {**chat, "site": state["site"], "history": history}
-    letters = [one for one in bodies if wanted.fullmatch(one["email"]) or one["sessionId"] == who]
-    ids = {"sessions": [one["sessionId"] for one in chats.values()], "rows": list(chats)}
-    kept = {"chats": list(chats.values()), "messages": letters}
-    return kept, {**ids, "letters": [one["id"] for one in letters]}
+        said = whole_rows(db, "SELECT session, body, crc FROM message")
+        rows = {row for row, message in said if wanted.search(message["content"])}
+        chats = [
+            {"sessionId": session_id, "site": site, "createdAt": iso_time(created)}
+            | {"history": [message for _, message in read_messages(db, row)]}
+            for row, session_id, site, created in db.execute(PERSON_SQL)
+            if row in rows or session_id == who
+        ]
+        letters = [parse_object(body) for (body,) in db.execute("SELECT body FROM letter")]
+    own = [one for one in letters if wanted.fullmatch(one["email"]) or one["sessionId"] == who]
+    return {"chats": chats, "messages": own}
 
 
-def erase_person(config: Config, path: Path, found: Json) -> None:
+def erase_person(config: Config, path: Path, kept: Json) -> None:
     """Have it erased: by the server, if one runs on this folder, else here."""
-    request = path.with_name("erase.json")
-    request.with_suffix(".new").write_bytes(orjson.dumps(found))
-    request.with_suffix(".new").chmod(0o644)  # the server may be another user
-    request.with_suffix(".new").rename(request)
+    ids = [one["sessionId"] for one in kept["chats"]] + [one["id"] for one in kept["messages"]]
+    request = path.with_name("erase")
+    new = request.with_suffix(".new")
+    new.write_text("\n".join(ids))
+    new.chmod(0o644)  # the server may be another user
+    new.rename(request)
     try:
         os.close(lock_folder(path))
     except ConfigError:  # a server runs, and looks every other second
@@ -6192,12 +6191,12 @@ def answer_person(config: Config, who: str, *, erase: bool) -> None:
     if path is None or not path.exists():
         raise ConfigError(f"there is no database: {path or 'state_dir is empty'}")
     try:
-        kept, found = find_person(path, who)
+        kept = find_person(path, who)
     except sqlite3.Error as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not erase:
         return print(json.dumps(kept, ensure_ascii=False, indent=2))
-    erase_person(config, path, found)
+    erase_person(config, path, kept)
     return print(f"erased: {len(kept['chats'])} chat(s), {len(kept['messages'])} message(s)")
 
 

@@ -8667,10 +8667,18 @@ async def test_export_and_erase(tmp_path: Path) -> None:
         assert await tell("--erase", "ada@example.com") == "erased: 0 chat(s), 0 message(s)\n"
         await running.stop()
     assert traces(tmp_path, "Zanzibar") == []
-    assert json.loads(await tell("--export", bada.id))["chats"][0]["sessionId"] == bada.id
-    assert await tell("--erase", bada.id) == "erased: 1 chat(s), 0 message(s)\n"
+    async with program(tmp_path, "[limits]\nidle_minutes = 0.001") as running:
+        late = await running.server.visitor()
+        await late.ask("I am late@example.com from Oslo")
+        await asyncio.sleep(0.2)
+        assert (await late.get()).error == (404, "session_not_found")
+        assert json.loads(await tell("--export", late.id))["chats"][0]["sessionId"] == late.id
+        assert await tell("--erase", late.id) == "erased: 1 chat(s), 0 message(s)\n"
+        await running.stop()
+    assert traces(tmp_path, "Oslo") == []
+    assert await tell("--erase", "bada@example.com") == "erased: 1 chat(s), 0 message(s)\n"
     assert traces(tmp_path, "Madrid") == []
-    assert not (tmp_path / "erase.json").exists()
+    assert not files_in(tmp_path) & {"erase", "erase.new"}
 
 
 # ---------------------------------------------------------------------------------------------
