@@ -586,7 +586,8 @@ async function route() {
   main.removeAttribute("aria-busy");
   main.replaceChildren(...nodes.filter(Boolean));
   const again = followed && main.querySelector(`a[href="${CSS.escape(followed)}"]`);
-  (again || main).focus({ preventScroll: Boolean(again) });
+  (again || main).focus({ preventScroll: true });
+  if (!again) scrollTo(0, 0);
 }
 
 async function enter() {

@@ -12,6 +12,7 @@ import re
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from functools import reduce
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -24,16 +25,22 @@ from conftest import (
     NOW,
     OTHER,
     PROJECT,
+    Clock,
     FakeModel,
     Json,
     KeyServer,
     Serve,
     Server,
     Visit,
+    Visitor,
     act,
     axe,
+    chunk,
     listening,
     make_token,
+    sse,
+    until,
+    with_constants,
 )
 
 KEY, PASSWORD = "web-key", "correct horse"
@@ -163,6 +170,7 @@ async def hook() -> AsyncIterator[Hook]:
         yield there
 
 
+BUSY: Json = {"init_per_minute": 10_000}
 Open = Callable[..., Awaitable[Page]]
 
 
@@ -227,6 +235,7 @@ async def ask(page: Page, text: str) -> None:
 
 DAY_SECONDS = 86_400
 QUESTION, ANSWER = "Do you have decaf?", "Yes: our Colombia is free of caffeine."
+BUTTON: Json = {"id": 1, "type": "button", "text": "Prices"}
 SHOWN: Json = {
     "url": "http://localhost/coffee",
     "title": "Acme",
@@ -345,6 +354,25 @@ async def test_a_sign_in_that_has_ended(enter: Open, google: Google) -> None:
     google.refusal = ""
     await sign_in(page)
     await expect(page.get_by_role("heading", name="Looks")).to_be_visible()
+
+
+async def test_when_nothing_answers(visit: Visit, office: Server, google: Google) -> None:
+    """Without Google or the server the page says so, and a second try works."""
+    page = await visit(f"{office.url}/owner#/shop/settings")
+    for url, words in (
+        (f"{google.url}/**", "The sign-in service cannot be reached"),
+        ("**/api/admin/sites", "The server cannot be reached"),
+    ):
+        await page.route(url, lambda route: route.abort())
+        await sign_in(page)
+        await expect(page.get_by_role("alert")).to_contain_text(words)
+        await page.unroute(url)
+    await page.route("**/api/admin/sites/shop", lambda route: route.abort())
+    await sign_in(page)
+    await expect(page.get_by_role("alert")).to_contain_text("The server cannot be reached")
+    await page.unroute("**/api/admin/sites/shop")
+    await page.get_by_role("button", name="Try again").click()
+    await page.get_by_role("heading", name="Settings").wait_for()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -516,6 +544,43 @@ async def test_settings(enter: Open, office: Server, hook: Hook) -> None:
     await page.get_by_role("button", name="Save").click()
     await expect(page.get_by_label("Name")).to_have_value("Acme Shop")
     assert office.app.sites["shop"].notify_url == ""
+
+
+async def test_conversations(
+    visit: Visit, serve: Serve, key_server: KeyServer, google: Google, model: FakeModel
+) -> None:
+    """Chats are listed newest first, searched, and read with what was done in them."""
+    office = await open_office(serve, key_server, google, model, limits=BUSY)
+    for number in range(51):
+        await (await office.visitor("http://localhost", connect=False)).chat(f"Question {number}")
+    await until(lambda: len(model.requests) == 51)
+    model.scripts.append(act("On it.", {"type": "click_element", "elementId": 1}))
+    visitor = await office.visitor("http://localhost")
+    await visitor.chat("Question 51", pageContext={**SHOWN, "indexedElements": [BUTTON]})
+    await visitor.turn()
+    plan = visitor.frames[-1]["data"]["actions"][0]["id"]
+    await visitor.send("action_complete", actionId=plan, result={"success": True})
+    await visitor.send("continue_task", context={**SHOWN, "title": "Prices"})
+    await visitor.turn()
+    page = await visit(f"{office.url}/owner#/shop/conversations")
+    await sign_in(page)
+    rows = page.locator(".line")
+    await expect(rows).to_have_count(50)
+    await expect(rows.first).to_contain_text("now")
+    await page.get_by_role("button", name="Older ones").click()
+    await expect(rows).to_have_count(52)
+    await expect(page.get_by_role("button", name="Older ones")).to_have_count(0)
+    await page.get_by_role("searchbox").fill("question 51")
+    await page.keyboard.press("Enter")
+    await expect(rows).to_have_count(1)
+    await rows.click()
+    said = page.get_by_role("dialog").locator("li")
+    await expect(said.first).to_have_text("VisitorQuestion 51")
+    await expect(said.filter(has_text="Action")).to_contain_text("Prices")
+    await page.keyboard.press("Escape")
+    await page.get_by_role("searchbox").fill("nothing of this kind")
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_text("No conversations here.")).to_be_visible()
 
 
 async def test_messages(enter: Open, office: Server, model: FakeModel) -> None:
@@ -705,3 +770,40 @@ async def test_requests_name_the_host(visit: Visit, office: Server) -> None:
 # The README's picture
 
 ASKED = ("What does Pro cost?", "Do you ship abroad?", "Where is my order?", QUESTION)
+
+
+@with_constants(SWEEP_SECONDS=0.05)
+async def test_picture(
+    visit: Visit,
+    serve: Serve,
+    key_server: KeyServer,
+    google: Google,
+    model: FakeModel,
+    clock: Clock,
+    tmp_path: Path,
+    pytestconfig: pytest.Config,
+) -> None:
+    """A month of a shop, as its owner sees it."""
+    draw = pytestconfig.getoption("--screenshots")
+    limits = {**BUSY, "site_messages_per_day": 1000, "site_tokens_per_day": 3_000_000}
+    state = {"state_dir": str(tmp_path)}
+    server = await open_office(serve, key_server, google, model, limits=limits, server=state)
+    for back in range(29 if draw else 2, -1, -1):
+        clock.ahead = -DAY_SECONDS * back
+        for number in range(4 + 7 * back * (31 - back) % 9):
+            at = {"pageUrl": f"http://localhost/{('coffee', 'prices', 'contact')[number % 3]}"}
+            begun = await server.call("POST", "/api/session/init", at, origin="http://localhost")
+            visitor = Visitor(server, begun.body["sessionId"], "http://localhost")
+            await visitor.connect()
+            for question in ASKED[(number * number + back) % 4 :][: 1 + number % 3]:
+                said = {"message": "Let me see.", "answered": question != QUESTION}
+                model.scripts.append([sse(chunk(json.dumps(said)), "[DONE]")])
+                await visitor.ask(question, pageContext=SHOWN)
+    page = await visit(f"{server.url}/owner", 1000, 1010)
+    await sign_in(page)
+    await page.get_by_role("heading", name="Overview").wait_for()
+    await expect(page.locator("rect")).to_have_count(60)
+    await expect(page.get_by_role("img")).to_have_accessible_name(re.compile("^[1-9]"))
+    file = (lf.HERE / "docs" if draw else tmp_path) / "owner.png"
+    await page.screenshot(path=file, clip={"x": 0, "y": 0, "width": 985, "height": 1010})
+    assert file.stat().st_size < 100_000
