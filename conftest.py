@@ -678,6 +678,19 @@ async def admin(
     return await serve(model, **office(key_server, **marked(request, "config")))
 
 
+@pytest.fixture
+async def archive(
+    request: pytest.FixtureRequest,
+    serve: Serve,
+    model: FakeModel,
+    key_server: KeyServer,
+    tmp_path: Path,
+) -> Server:
+    """A server with an admin API that keeps chats on disk."""
+    tables = {"server": on_disk(tmp_path), **marked(request, "config")}
+    return await serve(model, **office(key_server, **tables))
+
+
 @pytest.fixture(autouse=True)
 def quiet_log(caplog: Log) -> Iterator[None]:
     """Nothing that visitors or providers do wrong is an error of ours, and ids stay secret."""

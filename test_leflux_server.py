@@ -8395,6 +8395,202 @@ async def test_session_of_a_site(admin: Server, model: FakeModel) -> None:
         assert answer.error == (404, "session_not_found")
 
 
+def text_of(history: list[Json]) -> list[tuple[str, str]]:
+    return [(one["role"], one["content"]) for one in history]
+
+
+async def chat_ids(server: Server, query_string: str = "") -> list[str]:
+    answer = await server.manage("GET", f"/shop/sessions{query_string}")
+    assert answer.status == 200, answer.raw
+    return [session["sessionId"] for session in answer.body["sessions"]]
+
+
+async def test_kept_chats(archive: Server, clock: Clock) -> None:
+    """A chat that is idle is gone for its visitor and kept for the site's owner, who can list,
+    read and page through them."""
+    origin = clock.stopped_at = float(NOW)
+    visitors = [await archive.visitor() for _ in range(3)]
+    for number, visitor in enumerate(visitors):
+        visitor.session.created_at = origin + number + 0.123456
+        await visitor.ask(f"Question {number}")
+        visitor.age(3600 if number else 0)
+    await lf.sweep(archive.app, time.monotonic())
+    assert (await visitors[2].get()).error == (404, "session_not_found")
+    listed = (await archive.manage("GET", "/shop/sessions")).body["sessions"]
+    ids = [visitor.id for visitor in reversed(visitors)]
+    assert [session["sessionId"] for session in listed] == ids
+    assert [session["live"] for session in listed] == [False, False, True]
+    answer = await archive.manage("GET", f"/shop/sessions/{visitors[2].id}")
+    assert text_of(answer.body.pop("history")) == [("user", "Question 2"), ("assistant", "ok")]
+    assert answer.body == listed[0]
+    paged = []
+    before = "9999-01-01T00:00:00Z"
+    for _ in ids:
+        path = f"/shop/sessions?limit=1&before={before}"
+        (chat,) = (await archive.manage("GET", path)).body["sessions"]
+        paged.append(chat["sessionId"])
+        before = chat["createdAt"]  # its + becomes a space
+    assert paged == ids
+    assert await chat_ids(archive, f"?before={before}") == []
+    for wrong in ("x", "12", "", "2026-13-01"):
+        answer = await archive.manage("GET", f"/shop/sessions?before={wrong}")
+        assert answer.error == (400, "invalid_message")
+    answer = await archive.manage("GET", f"/other/sessions/{visitors[2].id}", who="other owner")
+    assert answer.error == (404, "session_not_found")
+
+
+SAID = ("Is the Äpfel-Box vegan?", "咖啡价格是多少", "ราคาเท่าไหร่", "vegan shipping")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("ÄPFEL", {0}),
+        ("vegan", {0, 3}),
+        ("shipping vegan", {3}),
+        ("veg", set()),
+        ("价格", {1}),
+        ("ราคา", {2}),
+        ("ok", {0, 1, 2, 3}),
+        ("!!", set()),
+        ("vegan nothing", set()),
+        ("%", set()),
+    ],
+)
+async def test_search(words: str, found: set[int], archive: Server) -> None:
+    """?q= finds the chats, live or not, that hold all its words, in any script and case."""
+    visitors = [await archive.visitor() for _ in SAID]
+    for visitor, said in zip(visitors, SAID, strict=True):
+        await visitor.ask(said)
+    visitors[3].age(3600)
+    await lf.sweep(archive.app, time.monotonic())
+    ids = await chat_ids(archive, f"?q={words}")
+    assert set(ids) == {visitors[number].id for number in found}
+
+
+async def test_owner_sees_what_the_agent_did(archive: Server, model: FakeModel) -> None:
+    """An owner's history holds each step with its outcome, and each answer to a question; the
+    visitor's does not."""
+    visitor = await archive.visitor()
+    steps = [{"action": "click", "elementId": 1}, {"action": "click", "elementId": 1}]
+    model.scripts.append(act("", {"type": "execute_generic_sequence", "steps": steps}))
+    model.scripts.append(act("Sure?", {**CLICK, "elementId": 2}))
+    await visitor.chat("Do it", pageContext=SHOWN)
+    plan = (await visitor.turn())[-1]["data"]["actions"][0]
+    results = [{"success": True}, {"success": False, "error": "it is covered"}]
+    result = {"success": False, "completedSteps": 1, "results": results}
+    await visitor.send("sequence_complete", actionId=plan["id"], result=result)
+    await visitor.send("continue_task", context=SHOWN)
+    question = (await visitor.turn())[-1]["data"]["message"]
+    await visitor.send("confirmation_response", confirmed=False)
+    await visitor.turn()
+    for idle in (0, 3600):
+        visitor.age(idle)
+        await lf.sweep(archive.app, time.monotonic())
+        body = (await archive.manage("GET", f"/shop/sessions/{visitor.id}")).body
+        actions = [text for role, text in text_of(body["history"]) if role == "action"]
+        assert actions == [
+            "click Next: done",
+            "click Next: failed: it is covered",
+            f"{question}\ndeclined by the visitor",
+        ]
+        others = [one for one in body["history"] if one["role"] != "action"]
+        assert body["messageCount"] == len(others) == 3
+        if not idle:
+            assert text_of(others) == await visitor.history()
+
+
+@pytest.mark.parametrize("idle", [0, 3600])
+async def test_owner_erases_a_chat(idle: float, archive: Server, tmp_path: Path) -> None:
+    """DELETE erases a chat for good, be it live or not; one of another site is none."""
+    visitor, other = await archive.visitor(), await archive.visitor()
+    await visitor.ask("SECRET")
+    await other.ask("Hello")
+    visitor.age(idle)
+    await lf.sweep(archive.app, time.monotonic())
+    path = f"/sessions/{visitor.id}"
+    assert (await archive.manage("DELETE", f"/other{path}", who="other owner")).status == 404
+    assert (await archive.manage("DELETE", f"/shop{path}", who="other owner")).status == 403
+    assert (await archive.manage("DELETE", f"/shop{path}")).body == {"deleted": True}
+    assert (await archive.manage("DELETE", f"/shop{path}")).error == (404, "session_not_found")
+    assert (await visitor.get()).error == (404, "session_not_found")
+    assert await chat_ids(archive) == [other.id]
+    await until(lambda: not traces(tmp_path, "SECRET", visitor.id))
+
+
+@with_config(limits={"keep_days": 2})
+async def test_kept_chats_are_deleted_in_the_end(
+    archive: Server, model: FakeModel, tmp_path: Path
+) -> None:
+    """The sweep deletes what is older than keep_days, and no chat that is live."""
+    visitors = [await archive.visitor() for _ in range(3)]
+    for visitor in visitors:
+        await visitor.ask("Hello")
+    for visitor in visitors[:2]:
+        visitor.age(3600)
+    await lf.sweep(archive.app, time.monotonic())
+    for visitor, days in zip(visitors, (2, 1.9, 40), strict=True):  # or the clock jumped, for one
+        set_back(tmp_path, visitor.id, days * 86400)
+    await lf.sweep(archive.app, time.monotonic())
+    assert set(await chat_ids(archive)) == {visitors[1].id, visitors[2].id}
+    assert {row[0] for row in query(tmp_path, "SELECT session FROM message")} == {2, 3}
+
+
+async def test_activity_of_a_site(archive: Server, model: FakeModel, tmp_path: Path) -> None:
+    """Owners see each day's numbers, what was asked most, what was not answered, and where."""
+    asked = ("When do you open?", "when do you open", "Do you ship?", "Who are you?")
+    visitors = []
+    for number, question in enumerate(asked):
+        body = {"pageUrl": f"{ORIGIN}/{'shop' if number < 3 else 'about'}?n={number}#top"}
+        answer = await archive.call("POST", "/api/session/init", body)
+        visitors.append(Visitor(archive, answer.body["sessionId"]))
+        await visitors[-1].connect()
+        unknown = {"message": "I do not know.", "answered": number != 2, "action": None}
+        model.scripts.append([sse(chunk(json.dumps(unknown)), "[DONE]")])
+        await visitors[-1].ask(question)
+    for kind in ("task_complete", "abort_workflow"):
+        model.scripts.append(act("", {"type": kind, "summary": "x", "reason": "y"}))
+        await visitors[3].ask("Do it", pageContext=SHOWN)
+    visitors[2].age(3600)
+    await lf.sweep(archive.app, time.monotonic())
+    body = (await archive.manage("GET", "/shop/activity?days=7")).body
+    assert body.keys() == {"days", "questions", "unanswered", "pages"}
+    today = datetime.now(UTC).date()
+    assert [day["day"] for day in body["days"]] == [
+        str(today - timedelta(n)) for n in range(6, -1, -1)
+    ]
+    used = body["days"][-1]
+    assert used.pop("tokens") > 0
+    expected = {"chats": 4, "messages": 6, "tasksDone": 1, "tasksFailed": 1, "unanswered": 1}
+    assert used == {"day": str(today), **expected}
+    assert body["days"][0] == {
+        "day": str(today - timedelta(6)),
+        **dict.fromkeys(expected, 0),
+        "tokens": 0,
+    }
+    questions = {one["text"]: one["count"] for one in body["questions"]}
+    assert questions == {"when do you open": 2, "Do it": 2, "Do you ship?": 1, "Who are you?": 1}
+    assert [one["count"] for one in body["questions"]] == [2, 2, 1, 1]
+    assert datetime.fromisoformat(body["questions"][0]["lastAsked"]).tzinfo is not None
+    (missing,) = body["unanswered"]
+    assert (missing["text"], missing["sessionId"]) == ("Do you ship?", visitors[2].id)
+    assert body["pages"] == [
+        {"url": f"{ORIGIN}/shop", "chats": 3},
+        {"url": f"{ORIGIN}/about", "chats": 1},
+    ]
+    assert (await visitors[0].delete()).status == 200
+    set_back(tmp_path, visitors[2].id, 3 * 86400)
+    body = (await archive.manage("GET", "/shop/activity?days=3")).body
+    assert sorted(one["count"] for one in body["questions"]) == [1, 1, 2]
+    assert body["unanswered"] == []
+    for days in ("0", "91", "x", ""):
+        answer = await archive.manage("GET", f"/shop/activity?days={days}")
+        assert answer.error == (400, "invalid_message")
+    assert (await archive.manage("GET", "/shop/activity", who="other owner")).status == 403
+    other = (await archive.manage("GET", "/other/activity", who="other owner")).body
+    assert (len(other["days"]), other["questions"], other["pages"]) == (30, [], [])
+
+
 @pytest.mark.parametrize(
     ("host", "refused"),
     [
