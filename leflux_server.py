@@ -36,7 +36,9 @@ Admin (Authorization: Bearer <Firebase ID token> of a site's owner or an admin):
     GET    /api/admin/sites                      POST {name, host} makes one
     GET    /api/admin/sites/{id}                 PATCH merges, DELETE removes
     PATCH  /api/admin/sites/{id}/config          merges into the siteConfig
-    GET    /api/admin/sites/{id}/sessions        ?limit=; .../sessions/{sid} with its history
+    GET    /api/admin/sites/{id}/sessions        live and kept: ?limit=, ?before=, ?q=
+    GET    .../sessions/{sid}                    with its history; DELETE erases it
+    GET    /api/admin/sites/{id}/activity        ?days=; numbers, questions, pages
     GET    /api/admin/sites/{id}/messages        to the owner; DELETE .../messages/{mid};
                                                  POST .../messages/test: does notify_url work?
 

@@ -14,6 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import gzip
 import hashlib
 import hmac
@@ -1521,6 +1522,195 @@ async def test_checkpoint_that_fails_costs_no_commit(
     caplog.clear()
 
 
+async def test_commits_wait_for_an_emptied_log_and_the_loop_does_not(
+    serve: Serve, model: FakeModel, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """While the log is emptied on a slow disk, what would be acknowledged waits until it is
+    committed; nothing else does."""
+    server = await serve(model, server=on_disk(tmp_path), **CROWDED)
+    visitor, other = await server.visitor(), await server.visitor()
+    begun, empty_log = asyncio.Event(), lf.Store._empty_log
+    loop = asyncio.get_running_loop()
+
+    def slow(store: lf.Store) -> bool:
+        loop.call_soon_threadsafe(begun.set)
+        time.sleep(1.5)
+        return empty_log(store)
+
+    async with longest_stop() as stops:
+        model.scripts.append([sse(chunk("Half")), model.at_gate, *reply(" a reply")])
+        await visitor.chat("Before")
+        await visitor.next()
+        monkeypatch.setattr(lf.Store, "_empty_log", slow)
+        await asyncio.wait_for(begun.wait(), PATIENCE_SECONDS)
+        monkeypatch.setattr(lf.Store, "_empty_log", empty_log)
+        model.gate.release()
+        posted = asyncio.create_task(other.post("Meanwhile"))
+        before = time.monotonic()
+        assert (await server.call("GET", "/health")).status == 200
+        assert (await visitor.get()).status == 200
+        assert time.monotonic() - before < 1
+        end = (await visitor.turn())[-1]
+        assert (await posted).status == 200
+        assert time.monotonic() - before > 1
+        assert end["event"] == "message_done"
+        assert len(kept_messages(tmp_path, visitor.id)) == 2
+        assert kept_messages(tmp_path, other.id)[0] == ("user", "Meanwhile")
+    assert stops[0] < 0.5
+
+
+async def test_state_folder_that_vanishes(
+    serve: Serve, model: FakeModel, tmp_path: Path, monkeypatch: Patch, caplog: Log
+) -> None:
+    """An error a minute says so; serving goes on, and so does the keeping when it is back."""
+    monkeypatch.setattr(lf, "SWEEP_SECONDS", 0.02)
+    server = await serve(model, server=on_disk(tmp_path / "state"))
+    visitor = await server.visitor()
+    await visitor.ask("Before")
+    (tmp_path / "state").rename(tmp_path / "away")
+    await until(lambda: errors_in(caplog))
+    assert (await visitor.ask("Meanwhile"))["data"]["text"] == "ok"
+    await asyncio.sleep(0.1)
+    (line,) = errors_in(caplog)
+    assert "has vanished" in line
+    caplog.clear()
+    (tmp_path / "away").rename(tmp_path / "state")
+    await visitor.ask("After")
+    assert kept_messages(tmp_path / "state", visitor.id) == await visitor.history()
+
+
+@pytest.mark.parametrize("what", ["message", "session", "not UTF-8"])
+async def test_damaged_rows(what: str, model: FakeModel, tmp_path: Path, caplog: Log) -> None:
+    """A row that a flipped byte has changed is left out, and a line in the log says so."""
+    async with running(make_config(model, server=on_disk(tmp_path))) as server:
+        visitor = await server.visitor()
+        await visitor.ask("First")
+        await visitor.ask("Größe SECRET")
+    raw = (tmp_path / "leflux.db").read_bytes()
+    if what == "session":
+        raw = raw.replace(b'"host":"acme.com"', b'"host":"acne.com"')
+    elif what == "message":
+        raw = raw.replace(b"SECRET", b"SECRES")
+    else:
+        raw = raw.replace("ö".encode(), b"\xff\xb6")
+    (tmp_path / "leflux.db").write_bytes(raw)
+    async with running(make_config(model, server=on_disk(tmp_path))) as server:
+        visitor.server = server
+        answer = await visitor.get()
+        if what == "session":
+            assert answer.error == (404, "session_not_found")
+        else:
+            first, *others = await visitor.history()
+            assert first == ("user", "First")
+            assert others == [("assistant", "ok"), ("assistant", "ok")]
+            await visitor.connect(visitor.session.next_seq)
+            await visitor.ask("Third")
+            assert len(await visitor.history()) == 5
+        assert errors_in(caplog) == ["damaged rows of the database are left out: 1"]
+    caplog.clear()
+
+
+@pytest.mark.parametrize("place", [0, 16, 32 + 8, 32 + 24 + 100])  # header, its salt, a frame's
+async def test_damaged_log(
+    place: int, serve: Serve, model: FakeModel, tmp_path: Path, caplog: Log, monkeypatch: Patch
+) -> None:
+    """If a crash leaves a log that is damaged, the start says that something is lost; if what it
+    leaves is whole, it does not."""
+    monkeypatch.setattr(lf, "SWEEP_SECONDS", 3600)
+    server = await serve(model, server=on_disk(tmp_path / "state"))
+    visitor = await server.visitor()
+    await visitor.ask("Hello")
+    for damaged in (False, True):
+        copy = snapshot(tmp_path / "state", tmp_path / f"{damaged}")
+        if damaged:
+            with (copy / "leflux.db-wal").open("r+b") as log:
+                log.seek(place)
+                byte = log.read(1)[0] ^ 0x55
+                log.seek(place)
+                log.write(bytes([byte]))
+        async with running(make_config(server=on_disk(copy))) as restarted:
+            assert (visitor.id in restarted.app.sessions) is not damaged
+        assert len(errors_in(caplog)) == damaged
+    assert "log is damaged" in errors_in(caplog)[0]
+    caplog.clear()
+
+
+@with_config(limits={"history_mb": 1, "chat_per_minute": 1000, "init_per_minute": 1000})
+@pytest.mark.parametrize("disk", [True, False])
+async def test_histories_have_a_bound_in_memory(
+    disk: bool, request: pytest.FixtureRequest, serve: Serve, model: FakeModel, tmp_path: Path
+) -> None:
+    """The chats that were unused longest leave the memory; from the disk they come back, as if
+    nothing had been; without one they are dropped."""
+    limits = request.node.get_closest_marker("config").kwargs["limits"]
+    server = await serve(model, server=on_disk(tmp_path) if disk else {}, limits=limits)
+    visitors = [await server.visitor() for _ in range(8)]
+    for visitor in visitors:
+        for number in range(40):
+            await visitor.ask(f"{number} " + "x" * 4900)
+    alive = [server.app.sessions[one.id] for one in visitors if one.id in server.app.sessions]
+    held = [session for session in alive if session.messages and not session.gone]
+    assert sum(session.held_bytes for session in held) <= 1.1 * lf.MEGABYTE
+    assert 4 <= len(held) < 8
+    first = visitors[0]
+    if not disk:
+        assert (await first.get()).error == (404, "session_not_found")
+        assert (await visitors[-1].get()).status == 200
+        return
+    seq = first.session.next_seq
+    assert len(first.session.events) <= 2
+    history = await first.history()
+    assert [text[:2].strip() for role, text in history if role == "user"] == [
+        str(n) for n in range(40)
+    ]
+    await first.ask("Go on")
+    assert first.frames[-2]["seq"] == seq
+    assert "39 xxx" in model.prompt()
+    again = await first.connect()
+    assert len(again["history"]) == 82
+    assert kept_messages(tmp_path, first.id) == await first.history()
+
+
+@with_config(limits={"context_mb": 1, "init_per_minute": 1000})
+async def test_pages_have_a_bound_in_memory(server: Server, model: FakeModel) -> None:
+    """The pages that were unused longest are forgotten; what was to be done there is refused."""
+    page = {**SHOWN, "visibleText": "é" * 5000}
+    visitors = [await server.visitor() for _ in range(120)]
+    model.scripts.append(act("", {**CLICK, "elementId": 2}))
+    assert (await visitors[0].ask("Do it", pageContext=page))["event"] == "confirmation_required"
+    for visitor in visitors[1:]:
+        await visitor.send("update_context", context=page)
+        await visitor.expect_open()
+    known = [bool(visitor.session.context) for visitor in visitors]
+    assert known == sorted(known)
+    assert 30 < sum(known) < 110
+    total = sum(lf.memory_of(visitor.session.context) for visitor in visitors)
+    assert total <= 1.1 * lf.MEGABYTE
+    await visitors[0].send("confirmation_response", confirmed=True)
+    end = (await visitors[0].turn())[-1]
+    assert end["event"] == "message"
+    await visitors[0].ask("Again", pageContext=page)
+    assert "ééé" in model.prompt()
+
+
+async def test_cancelled_turns_leave_nothing_in_memory(
+    server: Server, visitor: Visitor, model: FakeModel
+) -> None:
+    """Turns that are cancelled again and again are gone at once, not when gc runs."""
+    model.scripts.extend([[sse(chunk("Half")), forever]] * 20)
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(20):
+            await visitor.chat(f"{number}")
+            while (await visitor.next())["event"] != "message_chunk":
+                pass
+        turns = [one for one in gc.get_objects() if type(one) is lf.Turn]
+        assert len(turns) <= 3
+    finally:
+        gc.enable()
+
+
 async def test_reader_that_stays_delays_only_the_emptying(
     serve: Serve, model: FakeModel, tmp_path: Path
 ) -> None:
@@ -2401,6 +2591,21 @@ async def test_usage_is_kept_across_restarts(
         await until(lambda: query(tmp_path / "state", "SELECT * FROM usage") == [])
         await (await server.visitor()).ask()
         assert lf.usage_today(server.app, "shop", clock.time()).messages == 1
+
+
+def test_clock_that_jumps() -> None:
+    """A clock that jumps ahead and back gives nobody a fresh budget; a new day does."""
+    app, site = frugal(site_messages_per_day=3)
+    day = 86400.0
+    lf.admit(app, site, "", 1, 0, NOON)
+    lf.admit(app, site, "", 1, 0, NOON + 9 * day)
+    assert lf.usage_today(app, site.id, NOON).messages == 2
+    lf.admit(app, site, "", 1, 0, NOON)
+    for now in (NOON, NOON + 60):
+        with pytest.raises(lf.ApiError):
+            lf.admit(app, site, "", 1, 0, now)
+    lf.admit(app, site, "", 3, 0, NOON + day)
+    assert lf.usage_today(app, site.id, NOON + day).messages == 3
 
 
 @pytest.mark.parametrize("refusal", ["", 5, "x" * 501])
