@@ -1880,13 +1880,6 @@ class Store:
         message = "the database cannot be written (%s); going on in memory"
         self._once_a_minute(logging.ERROR, "store", message, error)
 
-    def size(self) -> int:
-        """Return the bytes of the file, without its log."""
-        with contextlib.suppress(sqlite3.Error):
-            pages = self.read("SELECT * FROM pragma_page_count, pragma_page_size")
-            return math.prod(pages[0])
-        return 0
-
     def read(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         return self._db.execute(sql, values).fetchall()
 
@@ -3885,7 +3878,11 @@ class ChatModel:
                         begun = 0
                         yield piece
                 if completion.length:
-                    app.model_succeeded = time.time()
+                    if completion.cut_short and not completion.finished:
+                        app.model_failed = time.time(), "the stream broke off"
+                        app.count("errors_total", code="model")
+                    else:
+                        app.model_succeeded = time.time()
                     return
                 what = "only reasoning" if completion.signs else "an empty stream"
                 raise ModelError(f"{what} instead of an answer")
@@ -4907,13 +4904,14 @@ async def metrics(request: web.Request) -> web.Response:
     if not may_see_numbers(request):
         raise standard_error(404)
     app = request.app[APP_STATE]
+    path = app.store.path
     now = {
         "uptime_seconds": int(time.monotonic() - app.started),
         "sessions": len(app.sessions),
         "sockets": len(app.connections),
         "messages_total": app.messages_processed,
         "store_failing": int(app.store.failing),
-        "store_bytes": app.store.size(),
+        "store_bytes": path.stat().st_size if path and path.exists() else 0,
     }
     values = {**{(name, ""): value for name, value in now.items()}, **app.counts}
     lines: list[str] = []
@@ -5865,7 +5863,7 @@ async def read_again(app: AppState, path: Path) -> None:
         app.api_sites.pop(site.id, None)
     rebuild_sites(app)
     for session in [one for one in app.sessions.values() if one.site_id not in app.sites]:
-        drop_session(app, session)
+        drop_session(app, session, keep=True)
     await index_files(app)
     log.info("config.toml has been read again: %d site(s)", len(config.sites))
 

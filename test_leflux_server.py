@@ -7162,11 +7162,12 @@ def numbers(text: str) -> dict[str, float]:
     return found
 
 
-@with_config(limits={"chat_per_minute": 4})
-async def test_metrics(server: Server, visitor: Visitor, model: FakeModel) -> None:
-    """Prometheus reads what visitors, the model and the limits do."""
+async def test_metrics(serve: Serve, model: FakeModel, tmp_path: Path) -> None:
+    """Prometheus reads what visitors, the model and the limits do, and the size of the database."""
     bad = act("", {"type": "fly"})
     model.scripts.extend([using(100), status(401, {}), bad, bad, reply("ok")])
+    server = await serve(model, limits={"chat_per_minute": 4}, server=on_disk(tmp_path))
+    visitor = await server.visitor()
     for _ in range(4):
         await visitor.ask()
     assert (await visitor.post()).status == 429
@@ -7188,6 +7189,7 @@ async def test_metrics(server: Server, visitor: Visitor, model: FakeModel) -> No
     assert {name: found[f"leflux_{name}"] for name in expected} == expected
     assert found["leflux_tokens_total"] >= 100
     assert 0 < found["leflux_model_seconds_sum"] < 10
+    assert found["leflux_store_bytes"] == (tmp_path / "leflux.db").stat().st_size > 0
 
 
 @pytest.mark.parametrize(
@@ -7231,6 +7233,11 @@ async def test_deep_health(server: Server, visitor: Visitor, model: FakeModel) -
     failure = (await deep())["lastFailure"]
     assert failure["kind"] == "HTTP 401 (bad_key)"
     assert failure["at"] > before["lastSuccess"]
+    model.scripts.append([sse(chunk("Half")), cut_wire])
+    await visitor.ask()
+    after = await deep()
+    assert after["lastFailure"]["kind"] == "the stream broke off"
+    assert after["lastSuccess"] == before["lastSuccess"]
 
 
 async def test_owner_page(serve: Serve, tmp_path: Path, monkeypatch: Patch) -> None:
