@@ -4,14 +4,14 @@
 A script on the page opens a chat. What the visitor writes and what the page shows reach this
 server; it asks a language model and streams the answer back over a WebSocket.
 
-    python leflux_server.py [--config FILE] [--check | --export WHO | --erase WHO]
+    python leflux_server.py [--config FILE] [--check | --crawl [SITE] | --export WHO | --erase WHO]
 
 Without an API key the built-in offline guide answers, so that everything can be tried at once.
 Settings are in config.toml beside this file; the model's key is in $LEFLUX_LLM_API_KEY.
 SIGHUP (systemctl reload leflux) reads them again, with the files of knowledge.
---check reads them, says what looks wrong, and exits. --export prints what is kept of a chat's id or
-an e-mail address, and --erase deletes it, also while the server runs (docs/privacy.md).
-deploy/doctor.py checks a whole deployment.
+--check reads them, says what looks wrong, and exits. --crawl reads the websites now. --export
+prints what is kept of a chat's id or an e-mail address, and --erase deletes it (docs/privacy.md).
+The server may run meanwhile. deploy/doctor.py checks a whole deployment.
 
 REST (JSON in, JSON out; a caller is the site whose allowed_hosts contains its Origin):
 
@@ -36,6 +36,8 @@ Admin (Authorization: Bearer <Firebase ID token> of a site's owner or an admin):
     GET    /api/admin/sites                      POST {name, host} makes one
     GET    /api/admin/sites/{id}                 PATCH merges, DELETE removes
     PATCH  /api/admin/sites/{id}/config          merges into the siteConfig
+    GET    /api/admin/sites/{id}/crawl           POST begins one, DELETE cancels it
+    GET    /api/admin/sites/{id}/pages           what it has found: ?limit=&offset=
     GET    /api/admin/sites/{id}/sessions        live and kept: ?limit=, ?before=, ?q=
     GET    .../sessions/{sid}                    with its history; DELETE erases it
     GET    /api/admin/sites/{id}/activity        ?days=; numbers, questions, pages
@@ -72,6 +74,7 @@ import fcntl
 import functools
 import gc
 import hashlib
+import html.parser
 import importlib
 import ipaddress
 import itertools
@@ -90,6 +93,7 @@ import time
 import tomllib
 import unicodedata
 import urllib.parse
+import urllib.robotparser
 import uuid
 import zlib
 import zoneinfo
@@ -362,6 +366,34 @@ def parse_origin(origin: str) -> tuple[str, int] | None:
     return host, port or default_port
 
 
+# Parameters that say where a visitor came from, or who they are, and change nothing on the page.
+TRACKING = re.compile(
+    r"(?:utm_\w+|[gdy]clid|gbraid|wbraid|fbclid|msclkid|mc_[ce]id|_ga|_gl|phpsessid|jsessionid)(?:=|$)",
+    re.I,
+)
+
+
+def normal_url(link: str, base: str = "") -> str:
+    """Return a link as URLs are compared, or "" if it is not one of http(s).
+
+    That is absolute, without fragment, tracking and default port, and with its query sorted.
+    """
+    try:
+        url = urllib.parse.urlsplit(urllib.parse.urljoin(base, link.strip()) if link else base)
+    except ValueError:
+        return ""
+    origin = parse_origin(f"{url.scheme}://{url.netloc}")
+    if origin is None or len(link) > 2000:
+        return ""
+    host, port = origin
+    host += "" if port == {"http": 80, "https": 443}[url.scheme] else f":{port}"
+    query = sorted(one for one in url.query.split("&") if one and not TRACKING.match(one))
+    path, asked = (
+        urllib.parse.quote(part, safe="/%:@!$&'()*+,;=?~[]") for part in (url.path, "&".join(query))
+    )
+    return urllib.parse.urlunsplit((url.scheme, host, path or "/", asked, ""))
+
+
 # ---------------------------------------------------------------------------------------------
 # Widget configuration: the rules of siteConfig, once, as data.
 
@@ -522,6 +554,13 @@ def hook_url(value: Any) -> str:
     return url
 
 
+def crawl_url(value: Any) -> str:
+    url: str = text(1000)(value)
+    if url and not normal_url(url):
+        raise wrong_value("the URL of a page such as https://acme.com/", value)
+    return url
+
+
 def timezone(value: Any) -> str:
     try:
         zone = text(60)(value)
@@ -607,6 +646,9 @@ class Site:
     owners: tuple[str, ...] = key((), list_of(text(320, 1)))
     instructions: str = key("", text(20_000))
     knowledge: tuple[str, ...] = key((), list_of(text(4000, 1)))
+    crawl: str = key("", crawl_url)
+    crawl_pages: int = key(200, whole(1, 10_000))
+    crawl_hours: float = key(24, number(0, 10_000))
     notify_url: str = key("", hook_url)
     paused: bool = key(False, flag)
     refusal: str = key(
@@ -730,6 +772,11 @@ def load_config(path: Path, environ: Mapping[str, str]) -> Config:
         raise ConfigError(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
+
+
+def state_file(config: Config, name: str) -> Path | None:
+    folder = config.server.state_dir
+    return config.folder / folder / name if folder else None
 
 
 def doubts(config: Config) -> list[str]:
@@ -1238,6 +1285,7 @@ class AppState:
     api_sites: dict[str, Json] = dataclasses.field(default_factory=dict)
     usage: dict[str, dict[str, Usage]] = dataclasses.field(default_factory=dict)  # by site and day
     files: dict[str, list[WebPage]] = dataclasses.field(default_factory=dict)  # by site
+    crawls: dict[str, Crawl] = dataclasses.field(default_factory=dict)  # that run, by site
     letters: dict[str, Letter] = dataclasses.field(default_factory=dict)  # by id, oldest first
     keys: KeyCache | None = None  # None: no admin API
     http: aiohttp.ClientSession | None = None
@@ -2212,6 +2260,7 @@ KNOWLEDGE_SCHEMA = """
         id INTEGER PRIMARY KEY, site TEXT, source TEXT, url TEXT, title TEXT, hash TEXT,
         chars INTEGER, contacts TEXT, links TEXT, etag TEXT, modified TEXT, fetched REAL
     );
+    CREATE TABLE crawl (site TEXT PRIMARY KEY, row TEXT);
     CREATE INDEX page_of_site ON page (site, source, url);
     CREATE VIRTUAL TABLE passage USING fts5(
         title, heading, text, said UNINDEXED,
@@ -2238,7 +2287,6 @@ class KnownPage(NamedTuple):
 
     etag: str
     modified: str
-    links: tuple[str, ...]
     fetched_at: float  # Unix time
 
 
@@ -2534,18 +2582,16 @@ class Knowledge:
                 self._insert(site_id, "page", page, digest, now)
         return not same
 
-    def renew(self, site_id: str, url: str, now: float) -> None:
-        """Note that a crawled page is still what it was (304 Not Modified)."""
-        sql = "UPDATE page SET fetched = ? WHERE site = ? AND url = ?"
-        self._db.execute(sql, (now, site_id, url))
+    def renew(self, site_id: str, url: str, now: float) -> list[str]:
+        """Note that a crawled page is still what it was (304 Not Modified); return its links."""
+        sql = "UPDATE page SET fetched = ? WHERE site = ? AND url = ? RETURNING links"
+        rows = self._db.execute(sql, (now, site_id, url)).fetchall()
+        return [link for (links,) in rows for link in orjson.loads(links)]
 
     def known(self, site_id: str) -> dict[str, KnownPage]:
         """Return what is known of a site's crawled pages, by their URLs."""
-        sql = "SELECT url, etag, modified, links, fetched FROM page WHERE site = ? AND url != ''"
-        return {
-            url: KnownPage(etag, modified, tuple(orjson.loads(links)), fetched)
-            for url, etag, modified, links, fetched in self._db.execute(sql, (site_id,))
-        }
+        sql = "SELECT url, etag, modified, fetched FROM page WHERE site = ? AND url != ''"
+        return {url: KnownPage(*row) for url, *row in self._db.execute(sql, (site_id,))}
 
     def prune(self, site_id: str, since: float) -> int:
         """Delete the crawled pages that were not fetched since then; return how many."""
@@ -2556,6 +2602,19 @@ class Knowledge:
     def forget(self, site_id: str) -> None:
         with self._writing():
             self._delete("SELECT id FROM page WHERE site = ?", site_id)
+            self._db.execute("DELETE FROM crawl WHERE site = ?", (site_id,))
+
+    def put_crawl(self, site_id: str, row: Json) -> None:
+        self._db.execute("REPLACE INTO crawl VALUES (?, ?)", (site_id, json_text(row)))
+
+    def crawls(self) -> dict[str, Json]:
+        """Return how the last crawl of each site went, or how far it has come."""
+        rows = self._db.execute("SELECT site, row FROM crawl")
+        return {site_id: orjson.loads(row) for site_id, row in rows}
+
+    def forget_crawl(self, site_id: str) -> None:
+        self.prune(site_id, math.inf)
+        self._db.execute("DELETE FROM crawl WHERE site = ?", (site_id,))
 
     def pages(self, site_id: str, limit: int, offset: int) -> tuple[list[Json], int]:
         """Return some of a site's crawled pages, by URL, and how many there are."""
@@ -2614,6 +2673,282 @@ class Knowledge:
                 held, total = scores.get(row, (0, 0.0))
                 scores[row] = held - 1, total + rank
         return sorted(scores, key=lambda row: scores[row])[:100]
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading a page: HTML becomes a WebPage, sections of text under their headings. Pages are hostile:
+# every pattern is linear, what is kept is bounded, and it all happens in a thread.
+
+PAGE_CHARS = 200_000  # of text, and tags, that are read of one page
+PAGE_LINKS, PAGE_DEPTH = 500, 500
+# What html.parser stumbles over, or takes quadratic time for, is out before it begins.
+MARKUP = re.compile(
+    r"<(script|style)\b(?:[^<]++|<(?!/\1))*+"  # as it is, but as one piece
+    r"|<!--(?:[^-]++|-(?!->))*+(?:-->)?|<[!?][^>]*+>?|<[a-z][^<>]{65536,}+>?|&#\w{9,}+;?",
+    re.I,
+)
+CHARSET = re.compile(r"charset\s{0,9}=\s{0,9}[\"']?([\w.:-]{1,40})", re.I)
+PAGE_CHARSETS = re.compile(r"cp\d+|iso8859-\d+|koi8-\w|shift_jis\w*|euc_\w+|gb\w+|big5\w*")
+HIDDEN_TAGS = frozenset(
+    "script style template noscript nav form button select textarea svg iframe dialog".split()
+)
+HIDDEN_ROLES = frozenset("navigation search dialog alertdialog menu menubar toolbar".split())
+HIDDEN_NAMES = re.compile(  # of classes and ids
+    r"(?<![\w-])(?:sr-only|visually-?hidden|screen-reader-text|skip-(?:to-)?(?:link|content)[\w-]*"
+    r"|breadcrumbs?|(?:table-of-contents|tableofcontents|toc)|[\w-]*cookie[\w-]*|[\w-]*consent[\w-]*)"
+    r"(?![\w-])",
+    re.I,
+)
+HIDDEN_STYLE = re.compile(r"display\s{0,9}:\s{0,9}none|visibility\s{0,9}:\s{0,9}hidden", re.I)
+AROUND = {"header": "banner", "footer": "contentinfo", "aside": "complementary"}  # and their roles
+VOID_TAGS = frozenset(
+    "area base br col embed hr img input link meta param source track wbr".split()
+)
+INLINE_TAGS = frozenset(
+    "a abbr b bdi bdo big cite code data del dfn em font i img ins kbd mark meta label link q s"
+    " samp small span strong sub sup time tt u var wbr".split()
+)
+WITHIN_BLOCKS = INLINE_TAGS | {"br", "td", "th"}
+HEADINGS = {f"h{level}": level for level in range(1, 7)}
+ENDED_BY_NEXT = frozenset("p li dt dd tr td th option".split())
+# How JSON-LD's objects are said, by the first key that they have.
+SAID = {
+    "opens": "{dayOfWeek} {validFrom} {opens}-{closes}",
+    "price": "{name} {price} {priceCurrency} {availability}",
+    "lowPrice": "{lowPrice}-{highPrice} {priceCurrency} {availability}",
+    "priceSpecification": "{name} {priceSpecification} {availability}",
+    "streetAddress": "{streetAddress}, {postalCode} {addressLocality} {addressCountry}",
+    "telephone": "{contactType} {telephone} {email}",
+    "email": "{contactType} {email}",
+    "text": "{text}",
+    "name": "{name}",
+    "@value": "{@value}",
+}
+# What is kept of them: products, offers, organisations and opening hours have one of these.
+FACTS = {
+    "offers": "Price: {}.",
+    "price": "Price: {}.",
+    "priceRange": "Prices: {}.",
+    "address": "Address: {}.",
+    "telephone": "Telephone: {}.",
+    "email": "E-mail: {}.",
+    "contactPoint": "Contact: {}.",
+    "openingHours": "Opening hours: {}.",
+    "openingHoursSpecification": "Opening hours: {}.",
+}
+
+
+class ReadPage(NamedTuple):
+    page: WebPage
+    canonical: str  # "" if the page names none
+    indexed: bool  # it may be kept, and its links followed
+    followed: bool
+
+
+def decode_page(raw: bytes, content_type: str) -> str:
+    """Return the text of a page: UTF-8 if it is, else in the charset that it names, or a guess."""
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return raw.decode("utf-16", "replace")
+    with contextlib.suppress(UnicodeDecodeError):
+        return raw.decode("utf-8-sig")
+    for named in CHARSET.findall(content_type + raw[:4096].decode("latin-1")):
+        with contextlib.suppress(LookupError):
+            name = codecs.lookup(named).name.replace("iso8859-1", "cp1252")
+            if PAGE_CHARSETS.fullmatch(name):
+                return raw.decode(name, "replace")
+    lost = len(raw) - len(raw.decode("utf-8", "ignore").encode())
+    high = len(raw) - len(raw.decode("ascii", "ignore"))
+    return raw.decode("utf-8" if lost * 4 < high else "cp1252", "replace")
+
+
+def plain(text: str) -> str:
+    return " ".join(text.replace("\u200b", "").replace("\xad", "").split())
+
+
+def in_words(value: Any) -> str:
+    """Return a value of JSON-LD in words."""
+    if isinstance(value, list):
+        return "; ".join(filter(None, map(in_words, value)))
+    if isinstance(value, dict):
+        form = next((form for key, form in SAID.items() if key in value), "")
+        words = plain(re.sub(r"\{(.*?)\}", lambda name: in_words(value.get(name[1], "")), form))
+        return re.sub(r"(?<!\d)00:00(:00)?-00:00(:00)?", "closed", words).strip(" ,-")
+    words = html.unescape(re.sub(r"&#\w{9,}", "", re.sub(r"<[^<>]*>", " ", str(value))))
+    if (bare := re.sub(r"^https?://schema\.org/", "", words)) != words:  # "OutOfStock"
+        return re.sub("(?<=[a-z])(?=[A-Z])", " ", bare[:100])
+    return plain(words)[:2000]
+
+
+def facts(node: Any) -> Iterator[tuple[str, str]]:
+    """Yield (heading, text) of what JSON-LD says of products, offers, FAQs and organisations."""
+    if isinstance(node, list):
+        for one in node:
+            yield from facts(one)
+    elif isinstance(node, dict):
+        name, known = in_words(node.get("name", "")), [key for key in FACTS if node.get(key)]
+        if answer := in_words(node.get("acceptedAnswer", "")):
+            yield name, answer
+        elif known and (name or "offers" not in node):
+            said = (
+                FACTS[key].format(in_words(node if key == "price" else node[key])) for key in known
+            )
+            yield name, " ".join([in_words(node.get("description", "")), *said]).strip()
+        for key, value in node.items():
+            if key not in FACTS and key != "acceptedAnswer":
+                yield from facts(value)
+
+
+class PageReader(html.parser.HTMLParser):
+    """Collects the blocks of text of a page, and where each stands."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.base, self.title, self.description, self.canonical, self.robots = url, "", "", "", ""
+        self.links: dict[str, None] = {}
+        self.contacts: dict[str, None] = {}
+        self.facts: list[tuple[str, str]] = []
+        self.blocks: list[tuple[str, int, str]] = []  # (zone, level of the heading or 0, text)
+        self.words: list[str] = []  # of the block that is being read
+        self.room = PAGE_CHARS
+        self.level = 0
+        self.open: list[tuple[str, str]] = []  # elements, with the zone that each begins
+        self.inside: Counter[str] = Counter()  # how many of a tag, or of a zone, are open
+        self.json: list[str] | None = None
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.spend(1)
+        given = {name: value or "" for name, value in reversed(attrs)}
+        if self.open and self.open[-1][0] == tag and tag in ENDED_BY_NEXT:
+            self.handle_endtag(tag)
+        self.separate(tag)
+        self.level = HEADINGS.get(tag, self.level)
+        self.note(tag, given)
+        if tag not in VOID_TAGS and len(self.open) < PAGE_DEPTH:
+            zone = self.zone_of(tag, given)
+            self.open.append((tag, zone))
+            self.inside.update((tag, zone))
+
+    def handle_endtag(self, tag: str) -> None:
+        self.separate(tag)
+        self.level = 0 if tag in HEADINGS else self.level
+        if self.json is not None and tag == "script":
+            with contextlib.suppress(ValueError):
+                self.facts += facts(decode_json("".join(self.json).encode()))
+            self.json = None
+        name = "" if self.inside[tag] else tag
+        while name != tag:
+            name, zone = self.open.pop()
+            for one in (name, zone):
+                self.inside[one] -= 1
+                if not self.inside[one]:
+                    del self.inside[one]  # a page may make up any number of tags
+
+    def handle_data(self, data: str) -> None:
+        if self.json is not None:
+            self.json.append(data)
+        elif self.inside["title"] and not self.inside["/hidden"]:
+            self.title += data[:PAGE_CHARS]
+        elif data.isspace():
+            self.words.append(" ")
+        elif not self.inside["/hidden"]:
+            self.spend(len(data))
+            if not (self.inside["/around"] and self.inside["a"]):
+                self.words.append(data)
+
+    def spend(self, amount: int) -> None:
+        """Count what is read; raise EOFError when it is enough."""
+        self.room -= amount
+        if self.room < 0:
+            raise EOFError
+
+    def separate(self, tag: str) -> None:
+        """End the block of text at a tag, or the word, within a heading or a row of a table."""
+        if tag in HEADINGS or not (self.level or tag in WITHIN_BLOCKS):
+            text = plain("".join(self.words))
+            self.words.clear()
+            zone = next((zone for zone in ("/around", "/main") if self.inside[zone]), "")
+            if text:
+                self.blocks.append((zone, self.level if len(text) <= 200 else 0, text))
+        elif tag not in INLINE_TAGS:
+            self.words.append(" ")
+
+    def note(self, tag: str, given: Mapping[str, str]) -> None:
+        """Take what the attributes of an element say."""
+        href, rel = given.get("href", ""), given.get("rel", "").lower().split()
+        name, content = given.get("name", "").lower(), given.get("content", "")
+        scheme, _, address = href.partition(":")
+        if tag == "base":
+            self.base = normal_url(href, self.base) or self.base
+        elif tag == "meta" and name == "description":
+            self.description = plain(content)[:1000]
+        elif tag == "meta" and name in ("robots", "leflux"):
+            self.robots += f",{content[:200]}"
+        elif tag == "link" and "canonical" in rel:
+            self.canonical = normal_url(href, self.base)
+        elif tag == "script" and "ld+json" in given.get("type", ""):
+            self.json = []
+        elif tag == "a" and scheme.lower() in ("mailto", "tel"):
+            if len(self.contacts) < 20:
+                self.contacts[urllib.parse.unquote(address.partition("?")[0]).strip()[:100]] = None
+        elif tag in ("a", "area") and "nofollow" not in rel and len(self.links) < PAGE_LINKS:
+            self.links[href[:2001]] = None
+
+    def zone_of(self, tag: str, given: Mapping[str, str]) -> str:
+        """Return which part of the page an element begins, "" for none."""
+        role = given.get("role", "")
+        if tag in ("html", "body", "main", "article") or role in ("main", "article"):
+            return "/main" if "main" in (tag, role) else "/article" if tag == "article" else ""
+        names = given.get("class", "") + " " + given.get("id", "")
+        if (
+            tag in HIDDEN_TAGS
+            or role in HIDDEN_ROLES
+            or given.get("hidden", "until-found") != "until-found"
+            or given.get("aria-hidden") == "true"
+            or HIDDEN_STYLE.search(given.get("style", ""))
+            or HIDDEN_NAMES.search(names)
+        ):
+            return "/hidden"
+        around = tag in AROUND or role in AROUND.values()
+        return "/around" if around and not self.inside["/main"] + self.inside["/article"] else ""
+
+
+def read_page(
+    raw: bytes, url: str, content_type: str = "", robots: str = "", *, start: bool = False
+) -> ReadPage:
+    """Read a page; of the start page, the texts of header and footer too. Raises ValueError."""
+    reader = PageReader(url)
+    markup = MARKUP.sub(lambda found: found[0] if found[1] else " ", decode_page(raw, content_type))
+    whole, end, rest = markup.rpartition(">")
+    with contextlib.suppress(EOFError):
+        reader.feed(whole + end + rest.partition("<")[0])  # a tag that does not end is none
+        reader.close()
+    reader.separate("html")
+    body = "/main" if any(zone == "/main" for zone, *_ in reader.blocks) else ""
+    around = [text for zone, _, text in reader.blocks if zone != body]
+    path: list[tuple[int, str]] = []
+    found: list[tuple[str, list[str]]] = [("", [reader.description] if reader.description else [])]
+    for zone, level, text in reader.blocks:
+        if zone == body and level:
+            path = [(one, title) for one, title in path if one < level] + [(level, text)]
+            found.append((": ".join(title for one, title in path if one > 1 or level == 1), []))
+        elif zone == body:
+            found[-1][1].append(text)
+    if start:
+        found.append(("", around))
+    said = {text for _, texts in found for text in texts}
+    found += [(name, [text[:2000]]) for name, text in reader.facts[:200] if text not in said]
+    titles = [plain(reader.title), *(text for _, level, text in reader.blocks if level)]
+    contacts = [*reader.contacts, *(one[0] for text in around for one in CONTACT.finditer(text))]
+    rules = {rule.strip().lower() for rule in f"{robots},{reader.robots}".split(",")}
+    page = WebPage(
+        url=url,
+        title=next(filter(None, titles), "")[:300],
+        sections=tuple((name, text) for name, lines in found if (text := "\n".join(lines))),
+        contacts=tuple(dict.fromkeys(contacts))[:20],
+        links=tuple(filter(None, (normal_url(href, reader.base) for href in reader.links if href))),
+    )
+    indexed, followed = (not rules & {rule, "none"} for rule in ("noindex", "nofollow"))
+    return ReadPage(page, reader.canonical, indexed, followed)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4596,6 +4931,366 @@ def confirm(app: AppState, session: Session, confirmed: bool) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# Crawl: a website's pages become its knowledge, one request after the other. A crawl is a task
+# here and a row in knowledge.db; a row that says "running" while nobody crawls is taken up again:
+# what was fetched since it began is not fetched a second time.
+
+CRAWLER = "leflux"  # as robots.txt names it
+CRAWL_HEADERS = {
+    "User-Agent": f"{CRAWLER}/{__version__}",
+    "Accept": "text/html,application/xhtml+xml;q=0.9,*/*;q=0.1",
+    "Accept-Encoding": "gzip",
+}
+CRAWL_SECONDS, CRAWL_DELAY_SECONDS = 1, 10  # between two requests; the most that a site may ask for
+PAGE_SECONDS, MAX_REDIRECTS, MAX_CRAWLS = 15, 5, 8
+MAX_PAGE_BYTES, MAX_ROBOTS_BYTES = 2 * 1024 * 1024, 512 * 1024
+MAX_SITEMAPS, MAX_CRAWL_HOSTS, MAX_CRAWL_ERRORS = 20, 20, 50
+MAX_CRAWL_FAILURES = 30  # in a row, then the site is down
+NO_CRAWL: Json = {  # what the admin API says of it
+    "running": False,
+    **dict.fromkeys(("discovered", "fetched", "unchanged", "failed"), 0),
+    "url": "",
+    **dict.fromkeys(("startedAt", "finishedAt")),
+    "errors": [],
+}
+NO_PAGE = re.compile(
+    r"\.(?:7z|avi|avif|bmp|css|csv|docx?|eot|epub|exe|gif|gz|ico|ics|jpe?g|js|json|m4a|mov|mp[34]|ogg"
+    r"|otf|pdf|png|pptx?|rar|rss|svg|tar|tiff?|ttf|wav|web[mp]|woff2?|xlsx?|xml|zip)(?:\?|$)",
+    re.I,
+)
+NOT_FOUND = re.compile(  # titles of pages that are none, though they answer 200
+    r"^\W*404\b|\b404\W*$|\berror 404\b|\bpage (?:was |could )?not (?:be )?found\b|^\W*not found"
+    r"|seite nicht gefunden|page (?:non trouvée|introuvable)|página no encontrada"
+    r"|página não encontrada|pagina non trovata|pagina niet gevonden|strony nie znaleziono"
+    r"|sayfa bulunamad|見つかりません|找不到|未找到|غير موجود|नहीं मिला",
+    re.I,
+)
+
+
+class CrawlError(Exception):
+    """Why a page, or a whole site, is not had; `passing` if that may be different tomorrow."""
+
+    def __init__(self, reason: str, *, passing: bool = False, fault: bool = True) -> None:
+        super().__init__(reason)
+        self.passing, self.fault = passing, fault
+
+
+class Fetched(NamedTuple):
+    url: str  # after redirects
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def unpacked(body: bytes, limit: int) -> bytes:
+    """Return a body without gzip, at most `limit` bytes of it; raise CrawlError."""
+    for _ in range(2):  # a sitemap.xml.gz may have been packed once more on its way
+        if body[:2] == b"\x1f\x8b":
+            try:
+                body = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(body, limit)
+            except zlib.error:
+                raise CrawlError("cannot be unpacked") from None
+    return body[:limit]
+
+
+def parse_robots(body: bytes) -> urllib.robotparser.RobotFileParser:
+    """Read a robots.txt; the longest rule that fits counts (RFC 9309), not the first."""
+    rules = urllib.robotparser.RobotFileParser()
+    try:
+        text = unpacked(body, MAX_ROBOTS_BYTES).decode("utf-8-sig", "replace")
+        rules.parse([line for line in text.splitlines() if line.strip()])
+    except ValueError:
+        raise CrawlError("robots.txt cannot be read") from None
+    for entry in filter(None, [*cast(Any, rules).entries, cast(Any, rules).default_entry]):
+        entry.rulelines.sort(key=lambda rule: (-len(rule.path), not rule.allowance))
+    return rules
+
+
+def parse_sitemap(body: bytes) -> tuple[bool, list[str]]:
+    """Return whether a sitemap is an index of others, and the URLs in it."""
+    text = unpacked(body, MAX_PAGE_BYTES)
+    found = re.findall(rb"<loc>\s{0,99}(?:<!\[CDATA\[)?\s{0,99}([^<\]\s]{1,2000})", text)
+    urls = (normal_url(html.unescape(one.decode("utf-8", "replace"))) for one in found[:50_000])
+    return b"<sitemapindex" in text, list(dict.fromkeys(filter(None, urls)))
+
+
+class Crawl:
+    """A crawl of a site, from its begin to its end."""
+
+    def __init__(self, app: AppState, site: Site, started: float) -> None:
+        by_owner = "crawl" in app.site_patches.get(site.id, {}) or site.id in app.api_sites
+        self.client = cast(aiohttp.ClientSession, app.public_http if by_owner else app.http)
+        self.app, self.site, self.started = app, site, started  # Unix time
+        self.index = app.site_index  # of one moment: threads read it
+        self.start = normal_url(site.crawl)
+        begun = {"running": True, "url": self.start, "startedAt": iso_time(started)}
+        self.state: Json = {**NO_CRAWL, **begun, "errors": []}
+        self.tell: Callable[[str], object] = log.debug  # a line for each page
+        self.known: Mapping[str, KnownPage] = {}
+        self.queue: deque[str] = deque()
+        self.seen: set[str] = set()
+        self.texts: set[int] = set()  # hashes of what was read in this crawl
+        self.kept = self.failures = 0  # pages, and in a row what may only be a bad moment
+        self.robots: dict[str, urllib.robotparser.RobotFileParser] = {}
+        self.delay, self.next_request = float(CRAWL_SECONDS), 0.0  # monotonic seconds
+        self.runner: asyncio.Task[bool] | None = None
+
+    def is_ours(self, url: str) -> bool:
+        """Whether a URL is on a host of the site, or on the one that it is crawled at."""
+        host = "/".join(url.split("/")[:3])
+        origin = parse_origin(host)
+        site = find_site(self.index, *origin) if origin else None
+        return (site is not None and site.id == self.site.id) or self.start.startswith(f"{host}/")
+
+    def add(self, urls: Iterable[str]) -> None:
+        """Queue what is new, in all at most ten times the pages that may be kept."""
+        for url in urls:
+            if url not in self.seen and len(self.seen) < 10 * self.site.crawl_pages + 100:
+                self.seen.add(url)
+                self.queue.append(url)
+        self.state["discovered"] = len(self.seen)
+
+    async def rules(self, url: str) -> urllib.robotparser.RobotFileParser:
+        """Return what the robots.txt of a URL's host says: nothing, where there is none."""
+        host = "/".join(url.split("/")[:3])
+        if host not in self.robots:
+            if len(self.robots) >= MAX_CRAWL_HOSTS:
+                raise CrawlError("is on one host too many")
+            fetched = await self.get(f"{host}/robots.txt", MAX_ROBOTS_BYTES)
+            if fetched.status >= 500 or fetched.status == 429:
+                raise CrawlError("robots.txt cannot be had", passing=True)
+            self.robots[host] = await asyncio.to_thread(parse_robots, fetched.body)
+            delay = float(self.robots[host].crawl_delay(CRAWLER) or 0)
+            self.delay = max(self.delay, min(delay, CRAWL_DELAY_SECONDS))
+        return self.robots[host]
+
+    async def get(
+        self, url: str, limit: int, known: KnownPage | None = None, *, page: bool = False
+    ) -> Fetched:
+        """Request a URL in its turn and follow redirects within the site; raise CrawlError."""
+        conditions = (
+            {"If-None-Match": known.etag, "If-Modified-Since": known.modified} if known else {}
+        )
+        for _ in range(MAX_REDIRECTS + 1):
+            if page and not (await self.rules(url)).can_fetch(CRAWLER, url):
+                raise CrawlError("is forbidden by robots.txt", fault=False)
+            await asyncio.sleep(self.next_request - time.monotonic())
+            try:
+                async with (
+                    asyncio.timeout(PAGE_SECONDS),
+                    self.client.get(
+                        url,
+                        headers=CRAWL_HEADERS | {k: v for k, v in conditions.items() if v},
+                        allow_redirects=False,
+                        auto_decompress=False,
+                    ) as response,
+                ):
+                    if response.status not in (301, 302, 303, 307, 308):
+                        wanted = response.status == 200
+                        if page and wanted and "html" not in response.content_type:
+                            raise CrawlError("is not HTML")
+                        body = await read_some(response.content, limit + 1) if wanted else b""
+                        return Fetched(url, response.status, response.headers, body)
+                    target = normal_url(response.headers.get("Location", ""), url)
+            except TimeoutError:
+                raise CrawlError(f"took longer than {PAGE_SECONDS} s", passing=True) from None
+            except (aiohttp.ClientError, OSError, ValueError) as error:
+                raise CrawlError(f"no answer ({type(error).__name__})", passing=True) from None
+            finally:
+                self.next_request = time.monotonic() + self.delay
+            url, conditions = target, {}
+            if not self.is_ours(url):
+                raise CrawlError("leads to another website")
+            if page and url in self.seen:
+                raise CrawlError("leads to a page that was seen", fault=False)
+            self.seen |= {url} if page else set()
+        raise CrawlError(f"has more than {MAX_REDIRECTS} redirects")
+
+    async def sitemaps(self) -> list[str]:
+        """Return the URLs in the sitemaps that robots.txt names, else in /sitemap.xml."""
+        named = (await self.rules(self.start)).site_maps() or ["/sitemap.xml"]
+        waiting, found = [normal_url(one, self.start) for one in named], list[str]()
+        for _, url in zip(range(MAX_SITEMAPS), waiting, strict=False):  # it grows meanwhile
+            with contextlib.suppress(CrawlError):
+                body = (await self.get(url, MAX_PAGE_BYTES)).body if self.is_ours(url) else b""
+                is_index, urls = await asyncio.to_thread(self.read_sitemap, body)
+                (waiting if is_index else found).extend(one for one in urls if one not in waiting)
+        return found
+
+    def read_sitemap(self, body: bytes) -> tuple[bool, list[str]]:
+        """In a thread: return whether a sitemap is an index of others, and our URLs in it."""
+        text = unpacked(body, MAX_PAGE_BYTES)
+        found = re.findall(rb"<loc>\s{0,99}(?:<!\[CDATA\[)?\s{0,99}([^<\]\s]{1,2000})", text)
+        urls = (normal_url(html.unescape(one.decode("utf-8", "replace"))) for one in found)
+        few = itertools.islice(filter(self.is_ours, urls), 10 * self.site.crawl_pages)
+        return b"<sitemapindex" in text, list(few)
+
+    def read(self, fetched: Fetched, *, start: bool) -> ReadPage:
+        """In a thread: read a page, and of its links ours; raise CrawlError if it is too large."""
+        body = unpacked(fetched.body, MAX_PAGE_BYTES + 1)
+        if len(body) > MAX_PAGE_BYTES:
+            raise CrawlError(f"is larger than {MAX_PAGE_BYTES >> 20} MiB")
+        kind, robots, etag, modified = (
+            fetched.headers.get(name, "")[:500]
+            for name in ("Content-Type", "X-Robots-Tag", "ETag", "Last-Modified")
+        )
+        found = read_page(body, fetched.url, kind, robots, start=start)
+        links = [url for url in found.page.links if self.is_ours(url) and not NO_PAGE.search(url)]
+        canonical = found.canonical if self.is_ours(found.canonical) else ""
+        page = dataclasses.replace(
+            found.page,
+            links=tuple(links),
+            etag=etag,
+            modified=modified,
+            url=canonical or fetched.url,
+        )
+        return found._replace(page=page)
+
+    async def visit(self, url: str) -> Sequence[str]:
+        """Fetch a page and keep what it says; return the links to follow."""
+        known, knowledge = self.known.get(url), self.app.knowledge
+        done = known is not None and known.fetched_at >= self.started  # before a restart
+        try:
+            fetched = None if done else await self.get(url, MAX_PAGE_BYTES, known, page=True)
+            if fetched is None or (fetched.status == 304 and known):
+                self.note("unchanged", url)
+                return await self.renew(url)
+            if fetched.status != 200:
+                passing = fetched.status >= 500 or fetched.status == 429
+                raise CrawlError(f"answered {fetched.status}", passing=passing)
+            found = await asyncio.to_thread(self.read, fetched, start=url == self.start)
+        except CrawlError as error:
+            self.fail(url, error)
+            if url == self.start:
+                raise
+            return await self.renew(url) if known and error.passing else ()
+        page, text = found.page, hash((found.page.title, found.page.sections))
+        double = text in self.texts or (page.url != fetched.url and page.url in self.seen)
+        what = "noindex" if not found.indexed else "copy" if double else ""
+        what = "no page" if NOT_FOUND.search(page.title) else what
+        if not what:
+            self.texts.add(text)
+            self.seen.add(page.url)
+            self.kept += 1
+            now = max(time.time(), self.started)
+            changed = await knowledge.call(knowledge.put_page, self.site.id, page, now)
+            what = "new" if changed else "unchanged"
+        self.note(what, page.url, page.title)
+        return page.links if found.followed else ()
+
+    async def renew(self, url: str) -> Sequence[str]:
+        """Keep a page as it is known; return its links."""
+        self.kept += 1
+        knowledge, now = self.app.knowledge, max(time.time(), self.started)
+        return await knowledge.call(knowledge.renew, self.site.id, url, now)
+
+    def note(self, what: str, url: str, more: str = "") -> None:
+        """Count a page that was had, and tell of it."""
+        self.failures = 0
+        self.state["fetched"] += 1
+        self.state["unchanged"] += what == "unchanged"
+        self.tell(f"{what:<10} {url}  {more}".rstrip())
+
+    def fail(self, url: str, error: CrawlError) -> None:
+        """Note why a page could not be had; raise CrawlError where a site seems to be down."""
+        reason = str(error)
+        if error.fault or url == self.start:
+            self.state["failed"] += 1
+            self.state["errors"] += [{"url": url, "reason": reason}][
+                : MAX_CRAWL_ERRORS - len(self.state["errors"])
+            ]
+            self.tell(f"failed     {url}  {reason}")
+        self.failures = self.failures + 1 if error.passing else 0
+        if self.failures >= MAX_CRAWL_FAILURES:
+            raise CrawlError("does not answer any more")
+
+    async def crawl(self) -> None:
+        """Visit the start page, what it links to, what the sitemaps name, and so on."""
+        knowledge = self.app.knowledge
+        self.known = await knowledge.call(knowledge.known, self.site.id)
+        self.add([self.start])
+        links = await self.visit(self.queue.popleft())
+        self.add(links)
+        self.add(await self.sitemaps())
+        while self.queue and self.kept < self.site.crawl_pages:
+            self.state["url"] = self.queue.popleft()
+            self.add(await self.visit(self.state["url"]))
+            await self.save()
+        await knowledge.call(knowledge.prune, self.site.id, self.started)
+
+    async def save(self) -> None:
+        row = {"state": self.state, "started": self.started, "crawl": self.site.crawl}
+        if self.site.id in self.app.sites:  # it may have been deleted meanwhile
+            await self.app.knowledge.call(self.app.knowledge.put_crawl, self.site.id, row)
+
+    async def run(self) -> bool:
+        """Crawl to the end and leave word of it; a shutdown leaves the rest to the next start."""
+        try:
+            with crawl_lock(self.app.config, self.site.id):
+                await self.save()
+                try:
+                    await self.crawl()
+                finally:
+                    if not self.app.draining:
+                        self.state |= {"running": False, "finishedAt": iso_time(time.time())}
+                        await self.save()
+            log.info("site %s is crawled: %d pages", self.site.id, self.kept)
+            return True
+        except BlockingIOError:
+            self.fail(self.start, CrawlError("another process is crawling this site"))
+        except CrawlError as error:
+            log.warning("site %s could not be crawled: the site %s", self.site.id, error)
+        except (sqlite3.Error, OSError) as error:
+            log.error("site %s could not be crawled: %s", self.site.id, error)
+        finally:
+            self.state["running"] = False
+            self.app.crawls.pop(self.site.id, None)
+        return False
+
+    async def stop(self) -> None:
+        if self.runner is not None:
+            self.runner.cancel()
+            await asyncio.wait([self.runner])
+
+
+@contextlib.contextmanager
+def crawl_lock(config: Config, site_id: str) -> Iterator[None]:
+    """Keep other processes from crawling a site; BlockingIOError if one does."""
+    with contextlib.ExitStack() as stack:
+        if path := state_file(config, f"crawl-{site_id}.lock"):
+            lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def start_crawl(app: AppState, site: Site, started: float) -> Crawl:
+    """Begin a crawl, or return the one that is running."""
+    if site.id not in app.crawls:
+        crawl = app.crawls[site.id] = Crawl(app, site, started)
+        crawl.runner = asyncio.create_task(crawl.run())
+    return app.crawls[site.id]
+
+
+async def crawl_what_is_due(app: AppState, now: float) -> None:
+    """Begin crawls whose time has come, take up interrupted ones, drop what is not wanted."""
+    rows = await app.knowledge.call(app.knowledge.crawls)
+    for site_id in rows:
+        site, running = app.sites.get(site_id), app.crawls.get(site_id)
+        if running and (site is None or site.crawl != running.site.crawl):
+            await running.stop()
+        if site is None or not site.crawl:
+            await app.knowledge.call(app.knowledge.forget_crawl, site_id)
+    for site in app.sites.values():
+        row = rows.get(site.id, {"started": -math.inf, "crawl": "", "state": NO_CRAWL})
+        same, hours = row["crawl"] == site.crawl, site.crawl_hours
+        cut_off = same and row["state"]["running"]
+        due = hours and (not same or now - row["started"] >= hours * 3600)
+        if site.crawl and (cut_off or due) and len(app.crawls) < MAX_CRAWLS:
+            start_crawl(app, site, row["started"] if cut_off else now)
+
+
+# ---------------------------------------------------------------------------------------------
 # REST: middlewares and helpers, then the handlers in the order of the docstring.
 
 
@@ -5155,6 +5850,9 @@ async def authenticate(request: web.Request) -> Caller:
 
 ADMIN_FIELDS = {  # what owners see and change, and its name in config.toml
     "allowedHosts": "allowed_hosts",
+    "crawl": "crawl",
+    "crawlPages": "crawl_pages",
+    "crawlHours": "crawl_hours",
     "notifyUrl": "notify_url",
     **{name: name for name in ("name", "owners", "instructions", "refusal", "restrictions")},
     "paused": "paused",
@@ -5347,6 +6045,9 @@ async def delete_site(request: web.Request) -> web.Response:
     app.store.put("usage", site.id, "DELETE FROM usage WHERE site = ?", site.id)
     app.usage.pop(site.id, None)
     app.store.flush()
+    if crawl := app.crawls.get(site.id):
+        await crawl.stop()
+    await app.knowledge.call(app.knowledge.forget, site.id)
     return json_response({"deleted": True})
 
 
@@ -5426,10 +6127,10 @@ def chat_summary(state: Json, *, live: bool) -> Json:
     }
 
 
-def query_number(request: web.Request, name: str, default: int, high: int) -> int:
+def query_number(request: web.Request, name: str, default: int, high: int, low: int = 1) -> int:
     value = request.query.get(name, str(default))
-    if not re.fullmatch("[0-9]{1,3}", value) or not 1 <= int(value) <= high:
-        raise invalid(name, f"must be a number from 1 to {high}")
+    if not re.fullmatch("[0-9]{1,6}", value) or not low <= int(value) <= high:
+        raise invalid(name, f"must be a number from {low} to {high}")
     return int(value)
 
 
@@ -5538,6 +6239,44 @@ async def site_activity(request: web.Request) -> web.Response:
         for day in (str(first + timedelta(number)) for number in range(count))
     ]
     return json_response({"days": days, **found})
+
+
+async def crawl_of(app: AppState, site: Site) -> Json:
+    """Return how a site's crawl goes, or how the last one went."""
+    if running := app.crawls.get(site.id):
+        return running.state
+    rows = await app.knowledge.call(app.knowledge.crawls)
+    return rows[site.id]["state"] if site.id in rows else NO_CRAWL
+
+
+async def get_crawl(request: web.Request) -> web.Response:
+    app, site, _ = await managed_site(request)
+    return json_response(await crawl_of(app, site))
+
+
+async def begin_crawl(request: web.Request) -> web.Response:
+    app, site, _ = await managed_site(request)
+    refuse_when_draining(app)
+    if not site.crawl:
+        raise invalid_config({"crawl": "is not set"})
+    return json_response(start_crawl(app, site, time.time()).state, 202)
+
+
+async def cancel_crawl(request: web.Request) -> web.Response:
+    app, site, _ = await managed_site(request)
+    if crawl := app.crawls.get(site.id):
+        await crawl.stop()
+    return json_response(await crawl_of(app, site))
+
+
+async def list_pages(request: web.Request) -> web.Response:
+    app, site, _ = await managed_site(request)
+    limit, offset = (
+        query_number(request, "limit", 50, 200),
+        query_number(request, "offset", 0, 10**6, 0),
+    )
+    pages, total = await app.knowledge.call(app.knowledge.pages, site.id, limit, offset)
+    return json_response({"pages": pages, "total": total})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5739,14 +6478,19 @@ async def http_client(app: web.Application) -> AsyncIterator[None]:
         yield
 
 
-def load_state(app: AppState) -> None:
-    """Load from the store what the last process left there."""
+def load_sites(app: AppState, rows: Iterable[Any]) -> None:
+    """Load what was changed through the API: the rows of the table "site"."""
     in_file = {site["id"] for site in app.config.raw_sites}
-    for site_id, base, patch in app.store.read("SELECT id, base, patch FROM site"):
+    for site_id, base, patch in rows:
         app.site_patches[site_id] = orjson.loads(patch)
         if base is not None and site_id not in in_file:  # the file has taken the name since
             app.api_sites[site_id] = orjson.loads(base)
     rebuild_sites(app)
+
+
+def load_state(app: AppState) -> None:
+    """Load from the store what the last process left there."""
+    load_sites(app, app.store.read("SELECT id, base, patch FROM site"))
     sql = "SELECT site, body FROM letter ORDER BY json_extract(body, '$.createdAt')"
     for site_id, raw in app.store.read(sql):
         letter = Letter(site_id, orjson.loads(raw))
@@ -5784,11 +6528,6 @@ def check_database(path: Path, config: Config) -> int:
     open_state(state, path)
     state.store.close()
     return len(state.sessions)
-
-
-def state_file(config: Config, name: str) -> Path | None:
-    folder = config.server.state_dir
-    return config.folder / folder / name if folder else None
 
 
 def take_erasures(app: AppState) -> None:
@@ -5939,7 +6678,8 @@ async def background(app: web.Application) -> AsyncIterator[None]:
     state = app[APP_STATE]
     sweeping = repeat(lambda: sweep(state, time.monotonic()))
     posting = repeat(lambda: post_letters(state, time.monotonic()))
-    works = (feed_watchdog(), sweeping, posting, repeat(state.store.checkpoint))
+    crawling = repeat(lambda: crawl_what_is_due(state, time.time()))
+    works = (feed_watchdog(), sweeping, posting, crawling, repeat(state.store.checkpoint))
     tasks = [asyncio.create_task(work) for work in works]
     yield
     for task in tasks:
@@ -5953,6 +6693,8 @@ async def drain(app: web.Application) -> None:
     if state.draining:
         return
     state.draining = True
+    for crawl in list(state.crawls.values()):
+        await crawl.stop()
     tasks = [session.task for session in state.sessions.values() if session.task is not None]
     if running := [task.runner for task in tasks if task.runner and task.phase == "running"]:
         await asyncio.wait(running, timeout=state.config.server.shutdown_seconds)
@@ -5996,6 +6738,12 @@ def make_app(config: Config) -> web.Application:
         "/api/admin/sites": {"GET": list_sites, "POST": create_site},
         "/api/admin/sites/{site_id}": {"GET": get_site, "PATCH": patch_site, "DELETE": delete_site},
         "/api/admin/sites/{site_id}/config": {"PATCH": patch_site_config},
+        "/api/admin/sites/{site_id}/crawl": {
+            "GET": get_crawl,
+            "POST": begin_crawl,
+            "DELETE": cancel_crawl,
+        },
+        "/api/admin/sites/{site_id}/pages": {"GET": list_pages},
         "/api/admin/sites/{site_id}/sessions": {"GET": list_site_sessions},
         "/api/admin/sites/{site_id}/sessions/{session_id}": {
             "GET": get_site_session,
@@ -6200,6 +6948,37 @@ def answer_person(config: Config, who: str, *, erase: bool) -> None:
     return print(f"erased: {len(kept['chats'])} chat(s), {len(kept['messages'])} message(s)")
 
 
+async def crawl_now(config: Config, site_id: str) -> int:
+    """Crawl a site, or all that are to be crawled, and print what is known then; return 0 or 1.
+
+    The server may run meanwhile; what owners changed through it counts here too.
+    """
+    state, failed = new_state(config), 0
+    path = state_file(config, "leflux.db")
+    if path is None:
+        raise ConfigError("server.state_dir is empty, so nothing could be kept")
+    load_sites(state, ())
+    if path.exists():
+        with contextlib.closing(sqlite3.connect(path, timeout=5)) as db:
+            load_sites(state, db.execute("SELECT id, base, patch FROM site"))
+    sites = [one for one in state.sites.values() if one.crawl and site_id in ("", one.id)]
+    if not sites:
+        raise ConfigError(f"sites[{site_id}].crawl is not set" if site_id else "no crawl is set")
+    knowledge = state.knowledge = Knowledge(path.with_name("knowledge.db"))
+    async with new_client() as state.http, new_client(public=True) as state.public_http:
+        for site in sites:
+            crawl = start_crawl(state, site, time.time())
+            crawl.tell = functools.partial(print, flush=True)
+            failed += not await cast(Any, crawl.runner)
+            pages, total = await knowledge.call(knowledge.pages, site.id, 10**6, 0)
+            chars = sum(page["chars"] for page in pages)
+            ways = (await knowledge.call(knowledge.find, site.id, "")).contacts
+            print(f"{site.id}: {total} pages with {chars:,} characters are known now")
+            print(f"contacts: {', '.join(ways) or 'none'}", flush=True)
+    knowledge.close()
+    return min(failed, 1)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="An AI agent for your website.")
     default = os.environ.get("LEFLUX_CONFIG") or HERE / "config.toml"
@@ -6208,6 +6987,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, help in (("--export", "print"), ("--erase", "delete")):
         help += " what is kept of a chat's id or an e-mail address"
         parser.add_argument(name, metavar="SESSION|EMAIL", help=help)
+    parser.add_argument(
+        "--crawl", nargs="?", const="", metavar="SITE", help="read the websites now, or one of them"
+    )
     options = parser.parse_args(arguments)
     try:
         config = load_config(Path(options.config), os.environ)
@@ -6223,6 +7005,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # These quote what clients send, a session id perhaps.
         logging.getLogger("aiohttp.websocket").setLevel(logging.ERROR)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            if options.crawl is not None:
+                return runner.run(crawl_now(config, options.crawl))
             runner.run(run(config, Path(options.config)))
     except ConfigError as error:
         print("leflux:", " ".join(str(error).split()), file=sys.stderr)

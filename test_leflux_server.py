@@ -2795,6 +2795,216 @@ def test_knowledge_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# Reading a page
+
+BUILDERS = [  # page of bench/pages, title, facts as "heading | text", contacts, what is left out
+    (
+        "wordpress",
+        "Öffnungszeiten \u2013 Fahrradwerkstatt Kette & Ritzel",
+        "Inspektion | Eine Inspektion kostet 59 € und dauert zwei Werktage. / Bremsbeläge 25 €"
+        " / Ja, in Kreuzberg kostenlos. // Kette & Ritzel | Lindenstraße 5, 10969 Berlin DE."
+        " / Tuesday; Friday 10:00-18:30; Sunday closed // | Hinterhof links",
+        "werkstatt@kette.example",
+        "Leistungen springen Pflichtfeld not_for_reading Startseite",
+    ),
+    (
+        "shopify",
+        "Tide Mug \u2013 Mugs of Whitby",
+        "| A stoneware mug that holds 350 ml. // Tide Mug | £24.00 GBP // Care | Dishwasher safe"
+        " // Tide Mug - Grey | Price: 22.50 GBP Out Of Stock. // | Returns within 30 days."
+        " / Free UK delivery over £40",
+        "+441947555010",
+        "Regular Quantity cookies Cart Search",
+    ),
+    (
+        "hugo",
+        "Getting here :: Harbour Hostel",
+        "By train | Take the S3 to Landungsbrücken; it runs every 10 minutes. // By car | €8 a day"
+        " // By train: At night | From 1 am take the bus 112. // | Reception: 040",
+        "stay@hostel.example",
+        "Rooms # Contents »",
+    ),
+    (
+        "docusaurus",
+        "Rate limits | Postbox API",
+        "| How many calls each plan allows. // Rate limits | Every key may make 600 calls a minute."
+        " // Free plan | limited to 1,000 messages a day / curl https://api.postbox.example/v1/limits",
+        "",
+        "Webhooks Intro Copy_ Yarn Breadcrumbs Skip",
+    ),
+    (
+        "wix",
+        "Services | Studio Lumen Yoga",
+        "Our Services | ten classes are £120 // Prenatal yoga | Every Tuesday at 6 pm with Noor."
+        " // | 12 Quay Street, Bristol // Do I need a mat? | No, mats are 'on the house'.",
+        "0117 555 0123 / hello@lumen.example",
+        "Home reading Draft",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "title", "facts", "contacts", "noise"), BUILDERS)
+def test_pages_of_site_builders(
+    name: str, title: str, facts: str, contacts: str, noise: str
+) -> None:
+    """The facts of a page are found under their headings, without what stands around them."""
+    raw = (lf.HERE / "bench" / "pages" / f"{name}.html").read_bytes()
+    found = lf.read_page(raw, "https://acme.com/page", "text/html", start=True)
+    page, texts = found.page, dict[str, str]()
+    for heading, text in page.sections:
+        texts[heading] = texts.get(heading, "") + text
+    assert page.title == title
+    for fact in facts.split(" // "):
+        heading, _, parts = fact.partition("| ")
+        assert [part for part in parts.split(" / ") if part not in texts[heading.strip()]] == []
+    assert " / ".join(page.contacts) == contacts
+    assert [
+        word for word in noise.split() if word.replace("_", " ") in "".join(texts.values())
+    ] == []
+    assert re.fullmatch(r"https://[\w.-]+\.example/[\w/-]+", found.canonical)
+    assert found.indexed
+    assert found.followed
+
+
+BROKEN_PAGES: list[tuple[str, list[str]]] = [  # a page's body, and the texts with their headings
+    ("Plain text", ["Plain text"]),
+    ("<p>One<p>Two<br>three<li>four", ["One", "Two three", "four"]),
+    (
+        "a < b & c > d &amp; e &nosuch; &#x41;&#" + "1" * 9000 + ";",
+        ["a < b & c > d & e &nosuch; A"],
+    ),
+    ("<h1>A</h1>x<h3>B</h3>y<h2>C</h2>z", ["A", "x", "B", "y", "C", "z"]),
+    ("<div hidden>no</div>yes<div hidden><div>no</div>no", ["yes"]),
+    ("<p hidden>no<p>yes", ["yes"]),
+    ("<nav>no<ul><li>no</nav>yes</b></nav>!", ["yes", "!"]),
+    ("<div style='color:red;display: none'>no</div><p aria-hidden=false>yes", ["yes"]),
+    ("<article><header>yes</header></article><header>no</header>", ["yes"]),
+    ("<p>before<main><p>main</main><p>after", ["main"]),
+    ("<form><p>no</form><button>no</button><select><option>no</select><label>yes", ["yes"]),
+    ("<script>no</script><style>no</style><template>no</template><noscript>no</noscript>a", ["a"]),
+    ("<script>if (a < b) '<!--'</script>yes<!-- no --><!no><?no?><![CDATA[no]]>!", ["yes !"]),
+    ("yes<script>no, and so on", ["yes"]),
+    ("yes<!-- no, and so on", ["yes"]),
+    ("yes <a href='x", ["yes"]),
+    ("<p title='a>b' x=\"yes\">1</p><p title=a'b>2", ["1", "2"]),
+    ("<title>no</title><svg><title>no</title><text>no</text></svg>\x00yes", ["\x00yes"]),
+    ("<table><tr><td>Mug<td>£5<tr><th>Cup<td>£4</table>", ["Mug £5", "Cup £4"]),
+    ("<h2>Zero\u200bwidth<div>and</div>soft\xadhyphens</h2>x", ["Zerowidth and softhyphens", "x"]),
+    ("<b>" * 1000 + "deep", ["deep"]),
+    ("<a" + " b" * 100_000 + ">wide", ["wide"]),
+]
+
+
+@pytest.mark.parametrize(("body", "texts"), BROKEN_PAGES, ids=range(len(BROKEN_PAGES)))
+def test_broken_pages(body: str, texts: list[str]) -> None:
+    """What a visitor would read is read, however it is written; what is hidden is not."""
+    read = lf.read_page(f"<body>{body}".encode(), "https://acme.com/", "text/html").page
+    found = [one for heading, text in read.sections for one in (heading, *text.split("\n")) if one]
+    assert [
+        " ".join(one.split()) for one in "\n".join(found).replace(": ", "\n").split("\n")
+    ] == texts
+
+
+@pytest.mark.parametrize(
+    ("raw", "header", "text"),
+    [
+        ("größer".encode(), "", "größer"),
+        ("größer".encode(), "text/html; charset=iso-8859-1", "größer"),  # it is no Latin-1
+        ("größer €".encode("cp1252"), "text/html; charset=utf-8", "größer €"),
+        ("größer €".encode("cp1252"), "text/html; charset=ISO-8859-1", "größer €"),
+        ("日本語".encode("shift_jis"), 'text/html; charset="Shift_JIS"', "日本語"),
+        (b"<meta charset=euc-jp>" + "日本語".encode("euc_jp"), "text/html", "日本語"),
+        ("привет".encode("koi8-r"), "text/html;charset=KOI8-R", "привет"),
+        ("größer".encode("utf-16"), "", "größer"),
+        ("größer \u2028 größer".encode() + b"\xff", "", "größer größer\ufffd"),
+        ("größer".encode("cp1252"), "text/html; charset=punycode", "größer"),
+        ("größer".encode("cp1252"), "text/html; charset=rot13", "größer"),
+    ],
+)
+def test_charsets(raw: bytes, header: str, text: str) -> None:
+    """A page is read in the charset that it has, whatever it says."""
+    assert lf.read_page(raw, "https://acme.com/", header).page.sections == (("", text),)
+
+
+def linked_data(data: Any) -> list[tuple[str, str]]:
+    body = f"<script type=application/ld+json>{data if isinstance(data, str) else json.dumps(data)}"
+    return list(lf.read_page(f"{body}</script>".encode(), "https://acme.com/").page.sections)
+
+
+@pytest.mark.parametrize(
+    ("data", "facts"),
+    [
+        ({"name": "Acme", "@type": "WebSite"}, []),
+        ({"name": "Acme", "telephone": "1", "openingHours": ["Mo 9-5", "Tu 9-6"]},
+         [("Acme", "Telephone: 1. Opening hours: Mo 9-5; Tu 9-6.")]),
+        ({"name": "Mug", "offers": {"lowPrice": 5, "highPrice": "9", "priceCurrency": "EUR"}},
+         [("Mug", "Price: 5-9 EUR.")]),
+        ({"name": "Mug", "offers": [{"price": 0}, {"name": "Set", "price": 8.5}]},
+         [("Mug", "Price: 0; Set 8.5.")]),
+        ({"@graph": [{"mainEntity": {"name": "Why?", "acceptedAnswer": [{"text": "<p>So."}]}}]},
+         [("Why?", "So.")]),
+        ({"name": "Acme", "address": "1", "contactPoint": {"telephone": "2", "email": "a@b.c"}},
+         [("Acme", "Address: 1. Contact: 2 a@b.c.")]),
+        ("{'not': json}", []),
+        ("[" * 100_000, []),
+        ([[["x", None, 1e300, {"offers": None, "name": [{}]}]]], []),
+    ],
+)  # fmt: skip
+def test_linked_data(data: Any, facts: list[tuple[str, str]]) -> None:
+    """What JSON-LD says of products, organisations and questions becomes readable."""
+    assert linked_data(data) == facts
+
+
+HOSTILE_MARKUP = """<a |<a b="|<!--|<!-- -->|<![CDATA[|<![x>|<!|<?|</|</a|<a>|</a>|<div hidden>|<p>a
+|<h2>a|&|&#1|
+<script>|</script|<br>|<td>a|<|<a href=../x?a=b>|<a href='x'>y</a>|<title>|a@|0 |+1 ("""
+
+
+@pytest.mark.parametrize(
+    "part", [*HOSTILE_MARKUP.split("|"), '{"name":', "<script type=ld+json>{}</script>"]
+)
+def test_hostile_pages_cost_little(part: str) -> None:
+    """Twice the page takes about twice the time, whatever is in it."""
+
+    def seconds(size: int) -> float:
+        raw = (part * (size // len(part))).encode()
+        started = time.process_time()
+        lf.read_page(raw, "https://acme.com/", "text/html", start=True)
+        return time.process_time() - started
+
+    seconds(1000)
+    once, twice = (min(seconds(size) for _ in range(2)) for size in (20_000, 40_000))
+    assert twice < max(0.1, 3.5 * once)
+
+
+@pytest.mark.parametrize(
+    ("link", "url"),
+    [
+        ("", "https://acme.com/a/b?x=1"),
+        ("#part", "https://acme.com/a/b?x=1"),
+        ("c", "https://acme.com/a/c"),
+        ("../../c/", "https://acme.com/c/"),
+        ("HTTPS://ACME.COM:443", "https://acme.com/"),
+        ("//acme.com:8443/?", "https://acme.com:8443/"),
+        ("/?b=2&a=1&utm_source=x&fbclid=y&UTM_ID=z", "https://acme.com/?a=1&b=2"),
+        ("/größe 1?ä", "https://acme.com/gr%C3%B6%C3%9Fe%201?%C3%A4"),
+        ("/gr%C3%B6?a[]=1", "https://acme.com/gr%C3%B6?a[]=1"),
+        ("http://bücher.example/", "http://xn--bcher-kva.example/"),
+        (" /x\n", "https://acme.com/x"),
+        ("mailto:a@b.c", ""),
+        ("javascript:void(0)", ""),
+        ("https://user@acme.com/", ""),
+        ("http://[::1", ""),
+        ("x" * 2001, ""),
+    ],
+)
+def test_normal_urls(link: str, url: str) -> None:
+    """URLs are compared without fragment, tracking and default port, with a sorted query."""
+    assert lf.normal_url(link, "https://acme.com/a/b?x=1") == url
+    assert lf.normal_url(url) == url
+
+
+# ---------------------------------------------------------------------------------------------
 # Actions: what may run
 
 SHOP_ELEMENTS: list[Json] = [
@@ -6611,6 +6821,334 @@ async def test_a_form_without_a_button(serve: Serve) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# Crawl
+
+
+class Website:
+    """A website to crawl: texts, responses or handlers by path; what is not there is a 404."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.pages: dict[str, Any] = {}
+        self.requests: list[tuple[str, float]] = []  # path, when
+        self.headers: dict[str, Mapping[str, str]] = {}
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        path = request.path_qs
+        self.requests.append((path, time.monotonic()))
+        self.headers[path] = request.headers
+        page = self.pages.get(path, 404)
+        if isinstance(page, int):
+            return web.Response(status=page)
+        if isinstance(page, str) and page.startswith("->"):
+            return web.Response(status=302, headers={"Location": page[2:].strip()})
+        if isinstance(page, str | bytes):
+            page = page.encode() if isinstance(page, str) else page
+            kind = "text/html" if "." not in path else "text/plain"
+            return web.Response(body=page.replace(b"$", self.url.encode()), content_type=kind)
+        return cast(web.StreamResponse, await page(request))
+
+    def paths(self) -> list[str]:
+        """What was asked for, but for robots.txt and sitemap.xml."""
+        found = [path for path, _ in self.requests]
+        return [one for one in found if one not in ("/robots.txt", "/sitemap.xml")]
+
+
+def links(*hrefs: str, text: str = "") -> str:
+    """A page with links, and a text of its own."""
+    anchors = " ".join(f"<a href='{href}'>x</a>" for href in hrefs)
+    return f"<title>Page</title><p>{text or hrefs} {anchors}"
+
+
+@pytest.fixture
+async def website() -> AsyncIterator[Website]:
+    site = Website()
+    async with listening(site.answer) as url:
+        site.url = url
+        yield site
+
+
+def crawled(website: Website, **more: Any) -> Json:
+    """The table of a site that is crawled, when a test says so."""
+    return {**MANAGED, "crawl": f"{website.url}/", "crawl_hours": 0, **more}
+
+
+async def crawl(server: Server, site_id: str = "shop") -> Json:
+    """Crawl a site to the end; the state of it."""
+    answer = await server.manage("POST", f"/{site_id}/crawl", who="admin")
+    assert (answer.status, answer.body["running"]) == (202, True)
+    await until(lambda: site_id not in server.app.crawls)
+    state = (await server.manage("GET", f"/{site_id}/crawl", who="admin")).body
+    assert not state["running"]
+    assert state["startedAt"] <= state["finishedAt"]
+    return cast(Json, state)
+
+
+async def kept_pages(server: Server, website: Website) -> list[str]:
+    answer = await server.manage("GET", "/shop/pages?limit=200")
+    assert answer.body["total"] == len(answer.body["pages"])
+    return [page["url"].removeprefix(website.url) for page in answer.body["pages"]]
+
+
+Office = Callable[..., Awaitable[Server]]
+
+
+@pytest.fixture
+async def reader(
+    serve: Serve, key_server: KeyServer, website: Website, monkeypatch: Patch
+) -> Office:
+    """Start servers with an admin API whose shop is the website."""
+    monkeypatch.setattr(lf, "CRAWL_SECONDS", 0)
+
+    async def start(**more: Any) -> Server:
+        return await serve(**office(key_server, sites=[crawled(website, **more), FOREIGN]))
+
+    return start
+
+
+WEBSITES: dict[str, tuple[Json, str]] = {  # pages, and the paths that are known afterwards
+    "breadth first": (
+        {"/": links("/a", "/b"), "/a": links("/c", "/"), "/b": "b", "/c": "c"},
+        "/ /a /b /c",
+    ),
+    "one address": (
+        {"/": links("/a?b=1&a=2#x", "/a?a=2&b=1&utm_source=y"), "/a?a=2&b=1": "a"},
+        "/ /a?a=2&b=1",
+    ),
+    "other hosts": ({"/": links("http://127.0.0.1:9/", "//evil.example/", "mailto:a@b.c")}, "/"),
+    "robots.txt": (
+        {"/": links("/a", "/b/c", "/b/d"), "/a": "a", "/b/c": "c", "/b/d": "d",
+         "/robots.txt": "User-agent: *\nDisallow: /\n\nUser-Agent: LeFlux\n\nAllow: /\n"
+         "Disallow: /b\nAllow: /b/d\n"},
+        "/ /a /b/d",
+    ),
+    "noindex": (
+        {"/": links("/a", "/b"), "/a": "<meta name=robots content='NOINDEX'>" + links("/c"),
+         "/b": "<meta name=leflux content='index, nofollow'>" + links("/d"), "/c": "c", "/d": "d"},
+        "/ /b /c",
+    ),
+    "canonical": (
+        {"/": links("/a?x=1", "/a?x=2"), "/a?x=1": "<link rel=canonical href=/a>1",
+         "/a?x=2": "<link rel=canonical href='$/a'>2"},
+        "/ /a",
+    ),
+    "canonical elsewhere": ({"/": "<link rel=canonical href=https://acme.example/>a"}, "/"),
+    "redirects": (
+        {"/": links("/a", "/away", "/loop", "/r1"), "/a": "->/b#x", "/b": "b",
+         "/away": "->http://127.0.0.1:9/", "/loop": "->/loop2", "/loop2": "->/loop",
+         **{f"/r{n}": f"->/r{n + 1}" for n in range(1, 9)}},
+        "/ /b",
+    ),
+    "the start is redirected": ({"/": "->/home", "/home": links("/", "/a"), "/a": "a"}, "/a /home"),
+    "what is no page": (
+        {"/": links("/a.png", "/b", "/c"), "/b": "<title>Page not found", "/c": b"\x1f\x8b junk"},
+        "/",
+    ),
+    "copies": ({"/": links("/a", "/b"), "/a": "same", "/b": "same"}, "/ /a"),
+    "sitemap": (
+        {"/": "start", "/a": "a", "/b": "b",
+         "/sitemap.xml": "<urlset><url><loc>$/a</loc></url><url><loc>http://evil.example/</loc>"
+         "<url><loc>\n<![CDATA[$/b?x&amp;utm_id=1]]></loc></url></urlset>", "/b?x": "bx"},
+        "/ /a /b?x",
+    ),
+    "sitemaps": (
+        {"/": "start", "/a": "a", "/b": "b", "/not-named": "n",
+         "/robots.txt": "Sitemap: $/1.xml\nSitemap: http://evil.example/s.xml\nSitemap: /2.xml",
+         "/1.xml": "<sitemapindex><sitemap><loc>$/1.xml</loc></sitemap>\n<loc>$/s.xml.gz</loc>",
+         "/2.xml": "<loc>$/a</loc>", "/sitemap.xml": "<loc>$/not-named</loc>"},
+        "/ /a /b",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WEBSITES)
+async def test_what_is_crawled(name: str, reader: Office, website: Website) -> None:
+    """The pages that a site wants to have read are known afterwards, each once, and no others."""
+    website.pages, known = WEBSITES[name]
+    if name == "sitemaps":
+        packed = gzip.compress(f"<urlset><loc>{website.url}/b</loc>".encode())
+        website.pages["/s.xml.gz"] = packed
+    server = await reader()
+    state = await crawl(server)
+    assert await kept_pages(server, website) == known.split()
+    assert len(website.paths()) == len(set(website.paths()))
+    assert state["fetched"] >= len(known.split())
+    assert not any(path.startswith("/b/c") for path in website.paths())
+
+
+async def test_what_the_agent_knows_of_a_page(
+    reader: Office, website: Website, model: FakeModel
+) -> None:
+    """An answer comes from the page; a crawl finds nothing new later, and drops what is gone."""
+    website.pages = {
+        "/": links("/a"),
+        "/a": "<h2>Moon</h2><p>Made of gouda. <a href=tel:+493012345>x</a>",
+    }
+    server = await reader()
+    first = await crawl(server)
+    assert (first["fetched"], first["unchanged"], first["failed"]) == (2, 0, 0)
+    (page,) = (await server.manage("GET", "/shop/pages?limit=1&offset=1")).body["pages"]
+    assert page == {**page, "url": f"{website.url}/a", "title": "Moon", "chars": 16, "status": "ok"}
+    assert first["startedAt"] <= page["fetchedAt"] <= first["finishedAt"]
+    visitor = await server.visitor()
+    assert "gouda" in (await visitor.ask("What is the moon made of?"))["data"]["text"]
+    second = await crawl(server)
+    assert (second["fetched"], second["unchanged"]) == (2, 2)
+    website.pages["/"] = "Nothing here"
+    await crawl(server)
+    assert await kept_pages(server, website) == ["/"]
+    assert "gouda" not in (await visitor.ask("What is the moon made of?"))["data"]["text"]
+
+
+async def test_unchanged_pages_are_not_sent_again(reader: Office, website: Website) -> None:
+    """A page is asked for on the conditions of its ETag or Last-Modified; its links still count."""
+
+    async def tagged(request: web.Request) -> web.Response:
+        same = "If-None-Match" in request.headers or "If-Modified-Since" in request.headers
+        headers = {"ETag": '"1"'} if request.path == "/" else {"Last-Modified": "yesterday"}
+        body = links("/a") if request.path == "/" else "a"
+        page = web.Response(text=body, content_type="text/html", headers=headers)
+        return web.Response(status=304) if same else page
+
+    website.pages = {"/": tagged, "/a": tagged}
+    server = await reader()
+    assert (await crawl(server))["unchanged"] == 0
+    assert (await crawl(server))["unchanged"] == 2
+    assert website.headers["/"]["If-None-Match"] == '"1"'
+    assert website.headers["/a"]["If-Modified-Since"] == "yesterday"
+    assert website.headers["/"]["User-Agent"].startswith("leflux/")
+    assert await kept_pages(server, website) == ["/", "/a"]
+
+
+@pytest.mark.parametrize(
+    ("after", "known"),
+    [
+        ({"/": 503}, "/ /a /a/b"),
+        ({"/": cut_wire}, "/ /a /a/b"),
+        ({"/": 404}, "/ /a /a/b"),
+        ({"/robots.txt": 500}, "/ /a /a/b"),
+        ({"/robots.txt": "User-agent: *\nDisallow: /"}, "/ /a /a/b"),
+        ({"/robots.txt": "User-agent: *\nDisallow: /%2F["}, "/ /a /a/b"),
+        ({"/robots.txt": "User-agent: *\nCrawl-delay: ²"}, "/ /a /a/b"),
+        ({"/a": 503}, "/ /a /a/b"),
+        ({"/a": 429}, "/ /a /a/b"),
+        ({"/a": cut_wire}, "/ /a /a/b"),
+        ({"/a": 404}, "/"),
+        ({"/a": 410}, "/"),
+        ({"/a": "->http://evil.example"}, "/"),
+    ],
+    ids=str,
+)
+async def test_what_a_bad_day_leaves(
+    after: Json, known: str, reader: Office, website: Website
+) -> None:
+    """A site or a page that does not answer stays known; one that is gone does not."""
+    website.pages = {"/": links("/a"), "/a": links("/a/b"), "/a/b": "b"}
+    server = await reader()
+    await crawl(server)
+    website.pages |= {path: reset if page is cut_wire else page for path, page in after.items()}
+    state = await crawl(server)
+    assert await kept_pages(server, website) == known.split()
+    assert state["failed"] == 1
+    assert state["errors"][0].keys() == {"url", "reason"}
+
+
+async def test_politeness(serve: Serve, key_server: KeyServer, website: Website) -> None:
+    """A site gets one request at a time, a second apart; its crawl-delay counts up to 10 s."""
+    assert (lf.CRAWL_SECONDS, lf.CRAWL_DELAY_SECONDS) == (1, 10)
+    website.pages = {"/": "a", "/robots.txt": "User-agent: *\nCrawl-delay: 2"}
+    server = await serve(**office(key_server, sites=[crawled(website)]))
+    await crawl(server)
+    times = [at for _, at in website.requests]
+    assert [path for path, _ in website.requests] == ["/robots.txt", "/", "/sitemap.xml"]
+    assert 0.95 < times[1] - times[0] < 1.9  # robots.txt is read, then its delay holds
+    assert times[2] - times[1] > 1.95
+
+
+async def test_crawl_of_others(admin: Server) -> None:
+    """Only a site's people may see or begin its crawl; without an address there is none."""
+    for method, path in (
+        ("GET", "crawl"),
+        ("POST", "crawl"),
+        ("DELETE", "crawl"),
+        ("GET", "pages"),
+    ):
+        answer = await admin.manage(method, f"/shop/{path}", who="other owner")
+        assert answer.error == (403, "forbidden")
+    answer = await admin.manage("POST", "/shop/crawl")
+    assert answer.error == (400, "invalid_config")
+    assert answer.body["details"]["errors"] == {"crawl": "is not set"}
+    for method in ("GET", "DELETE"):
+        assert (await admin.manage(method, "/shop/crawl")).body == lf.NO_CRAWL
+    assert (await admin.manage("GET", "/shop/pages")).body == {"pages": [], "total": 0}
+    for wrong in ("limit=0", "limit=201", "limit=x", "offset=-1", "offset=1e3"):
+        answer = await admin.manage("GET", f"/shop/pages?{wrong}")
+        assert answer.error == (400, "invalid_message")
+
+
+async def test_join_cancel_and_delete(reader: Office, website: Website) -> None:
+    """A second start joins the first; a crawl that is cancelled keeps what it has read."""
+    website.pages = {"/": links("/a", "/wait"), "/a": "a", "/wait": forever}
+    server = await reader()
+    for _ in range(2):
+        answer = await server.manage("POST", "/shop/crawl")
+        assert (answer.status, answer.body["running"]) == (202, True)
+        await until(lambda: "/wait" in website.paths())
+    state = (await server.manage("GET", "/shop/crawl")).body
+    assert state == {**state, "running": True, "url": f"{website.url}/wait", "fetched": 2}
+    assert (state["discovered"], state["finishedAt"], state["failed"]) == (3, None, 0)
+    state = (await server.manage("DELETE", "/shop/crawl")).body
+    assert (state["running"], state["fetched"]) == (False, 2)
+    assert state["finishedAt"]
+    assert website.paths() == ["/", "/a", "/wait"]
+    assert await kept_pages(server, website) == ["/", "/a"]
+
+
+async def test_public_addresses_only(reader: Office, website: Website) -> None:
+    """A crawl that was set through the API reaches nothing of this machine or its networks."""
+    website.pages = {"/": "secret"}
+    server = await reader()
+    for url in (website.url, website.url.replace("localhost", "127.0.0.1"), "http://[::1]:1/"):
+        await server.manage("PATCH", "/shop", {"crawl": url})
+        assert (await crawl(server))["failed"] == 1
+    assert website.requests == []
+    await server.manage("PATCH", "/shop", {"crawl": None})
+    assert (await crawl(server))["failed"] == 0
+
+
+@with_constants(SWEEP_SECONDS=0.02)
+async def test_made_sites_are_crawled_and_forgotten(
+    reader: Office, website: Website, monkeypatch: Patch
+) -> None:
+    """A crawl begins by itself when one is set and when its hours are over; what is taken back, or
+    deleted, is forgotten."""
+    monkeypatch.setattr(lf, "is_public", lambda address: True)
+    website.pages = {"/": "a"}
+    server = await reader(crawl="")
+    made = (await server.manage("POST", "", {"name": "X", "host": "x.example"}, "admin")).body["id"]
+
+    def count() -> int:
+        return server.app.knowledge.pages(made, 1, 0)[1]
+
+    for hours in (24, 0.0001):
+        body = {"crawl": website.url, "crawlHours": hours}
+        assert (await server.manage("PATCH", f"/{made}", body, "admin")).body["crawlHours"] == hours
+    await until(lambda: len(website.paths()) > 3)
+    await until(lambda: not server.app.crawls)
+    assert count() == 1
+    await server.manage("PATCH", f"/{made}", {"crawl": None, "crawlHours": 24}, "admin")
+    await until(lambda: count() == 0)
+    await server.manage("PATCH", f"/{made}", {"crawl": website.url}, "admin")
+    await until(lambda: count() == 1)
+    website.pages["/"] = forever
+    await server.manage("POST", f"/{made}/crawl", who="admin")
+    await server.manage("DELETE", f"/{made}", who="admin")
+    assert count() == 0
+    assert made not in await server.app.knowledge.call(server.app.knowledge.crawls)
+    assert not server.app.crawls
+
+
+# ---------------------------------------------------------------------------------------------
 # REST
 
 
@@ -8120,6 +8658,11 @@ CHANGES: list[tuple[str, Json, Json]] = [  # below /shop, the patch, what is dif
     ("", {"name": "x" * 80, "instructions": ""}, {"name": "x" * 80, "instructions": ""}),
     ("", {"instructions": "Be short."}, {"instructions": "Be short."}),
     ("", {"refusal": "No."}, {"refusal": "No."}),
+    (
+        "",
+        {"crawl": "http://acme.com", "crawlPages": 7, "crawlHours": 0.5},
+        {"crawl": "http://acme.com", "crawlPages": 7, "crawlHours": 0.5},
+    ),
     ("", {"restrictions": ["submit", "type"]}, {"restrictions": ["submit", "type"]}),
     ("", {"notifyUrl": "https://x.example/a?b"}, {"notifyUrl": "https://x.example/a?b"}),
     ("", {"paused": True}, {"paused": True}),
@@ -8191,6 +8734,9 @@ BAD_VALUES: dict[str, list[Any]] = {  # of a site
         "https://x.example/ a",
     ],
     "paused": ["yes", 1],
+    "crawl": ["acme.com", "ftp://acme.com", 5, "https://acme.com:0"],
+    "crawlPages": [0, 1.5, 10_001, "5"],
+    "crawlHours": [-1, "24", True],
     "nonsense": [1, None],
     "id": ["other"],
     "knowledge": [["/etc/passwd"]],
