@@ -7,8 +7,8 @@
 
 import { api, begin, Failure, forgotten, me, prove, renew, settings, signIn, signOut }
   from "/owner/session.js";
-import { button, chart, count, form, h, pageLink, report, sure, table, time, worker }
-  from "/owner/parts.js";
+import { button, chart, count, form, h, pageLink, redraw, report, sure, table, time, vanish,
+  worker } from "/owner/parts.js";
 
 const main = document.querySelector("#main");
 const who = document.querySelector("#who");
@@ -96,8 +96,8 @@ function embedLine() {
   const told = h("span", { role: "status" });
   const copy = button("Copy", async () => {
     line.select();
-    await navigator.clipboard?.writeText(line.value).catch(() => {}); // else it stays selected
-    told.textContent = navigator.clipboard ? "Copied." : "Selected: copy it now.";
+    const copied = await navigator.clipboard?.writeText(line.value).then(() => true, () => false);
+    told.textContent = copied ? "Copied." : "Selected: copy it now.";
   });
   return h("div.row.embed", {}, line, copy, told);
 }
@@ -109,7 +109,8 @@ const CORNERS = ["bottom-right", "bottom-left", "top-right", "top-left"];
 const LOOKS = [
   ["The chat", [
     { path: "siteName", label: "Name" },
-    { path: "greeting", label: "Greeting", kind: "area", rows: 2, hint: "**Words** take the colour." },
+    { path: "greeting", label: "Greeting", kind: "area", rows: 2,
+      hint: "**Words** take the colour." },
     { path: "primaryColor", label: "Colour", kind: "colour", hint: "Any CSS colour." },
     { path: "layout", label: "Layout", kind: "select",
       options: ["floating", "bottom-bar", "side-panel"] },
@@ -206,28 +207,32 @@ const SNIPPET = [
   { path: "question", label: "Question", hint: "It may be left out." },
   { path: "text", label: "Answer", kind: "area" },
 ];
-const same = (one, other) => one.text === other.text && (one.question ?? "") === (other.question ?? "");
+const keyOf = ({ question = "", text }) => JSON.stringify([question, text]);
 
 async function knowledge(site) {
   const [{ unanswered }, crawl, pages] = await Promise.all([site.ask("GET", "/activity?days=90"),
     site.ask("GET", "/crawl"), site.ask("GET", "/pages?limit=50")]);
-  const snippets = h("div");
-  const open = h("div");
+  const [snippets, open] = [h("div", { tabindex: -1 }), h("div", { tabindex: -1 })];
   /** Change the list as it is now, which may be another than when it was shown. */
   const change = async (make) => {
     const { snippets: list = [] } = await site.ask("GET");
     site.details = await site.ask("PATCH", "", { snippets: make(list) })
       .catch((failure) => { throw atText(failure); });
     drawSnippets();
+    drawOpen();
   };
-  const drawSnippets = () => snippets.replaceChildren(
-    ...(site.details.snippets ?? []).map((snippet) => snippetDetails(snippet, change)));
+  let drawn = new Map(); // snippets that did not change stay as they are, with what was written
+  const drawSnippets = () => {
+    drawn = new Map((site.details.snippets ?? []).map((one) =>
+      [keyOf(one), drawn.get(keyOf(one)) ?? snippetDetails(one, change)]));
+    redraw(snippets, ...drawn.values());
+  };
+  let forms = new Map();
   const drawOpen = () => {
     const answered = new Set((site.details.snippets ?? []).map(({ question }) => question));
-    const left = new Map(unanswered.filter(({ text }) => !answered.has(text))
-      .map((one) => [one.text, one]));
-    open.replaceChildren(...(left.size
-      ? [...left.values()].map((one) => unansweredForm(one, change, drawOpen))
+    forms = new Map(unanswered.filter(({ text }) => !answered.has(text)).map((one) =>
+      [one.text, forms.get(one.text) ?? unansweredForm(one, change)]));
+    redraw(open, ...(forms.size ? forms.values()
       : [none("Every question of the last 90 days has found an answer.")]));
   };
   drawSnippets();
@@ -254,22 +259,21 @@ function atText(failure) {
 }
 
 function snippetDetails(snippet, change) {
+  const key = keyOf(snippet);
   const fields = form(SNIPPET, snippet, {
     submit: "Save",
-    save: (_, values) => change((list) => list.map((one) => (same(one, snippet) ? values : one))),
-    more: worker("Delete", () => change((list) => list.filter((one) => !same(one, snippet)))),
+    save: (_, values) => change((list) => list.map((one) => (keyOf(one) === key ? values : one))),
+    more: worker("Delete", () => change((list) => list.filter((one) => keyOf(one) !== key))),
   });
   return h("details.snippet", {}, h("summary", {}, snippet.question || snippet.text.slice(0, 80)),
     fields);
 }
 
-function unansweredForm({ text, askedAt }, change, redraw) {
-  const answer = form([{ path: "text", label: `Answer to “${text.slice(0, 300)}”`, kind: "area", rows: 2 }], {}, {
+function unansweredForm({ text, askedAt }, change) {
+  const label = `Answer to “${text.slice(0, 300)}”`;
+  const answer = form([{ path: "text", label, kind: "area", rows: 2 }], {}, {
     submit: "Answer it", done: "",
-    async save(_, { text: words }) {
-      await change((list) => [...list, { question: text.slice(0, 2000), text: words ?? "" }]);
-      redraw();
-    },
+    save: (_, { text: words = "" }) => change((list) => [...list, { question: text, text: words }]),
   });
   return h("article.asked", {}, h("p", {}, h("small", {}, "Asked ", time(askedAt))), answer);
 }
@@ -282,16 +286,19 @@ function crawlPart(site, state, pages) {
   const list = h("div");
   const problem = h("p.error", { role: "alert", hidden: true });
   const where = form([
-    { path: "crawl", label: "Address", keepEmpty: true, hint: "Such as https://acme.com/; empty: none." },
+    { path: "crawl", label: "Address", keepEmpty: true,
+      hint: "Such as https://acme.com/; empty: none." },
     { path: "crawlPages", label: "Pages at most", kind: "number" },
     { path: "crawlHours", label: "Hours between two readings", kind: "number",
       hint: "0: only when you say so." },
   ], details, { submit: "Save", save: site.save });
-  const start = worker("Read it now", () => site.ask("POST", "/crawl").then(follow), "plain", where);
+  const begin = () => site.ask("POST", "/crawl").then(follow);
+  const start = worker("Read it now", begin, "plain", where);
   const stop = worker("Stop", () => site.ask("DELETE", "/crawl").then(follow));
   const draw = (now) => {
     const got = now.fetched + now.unchanged + now.failed;
-    const facts = `${count(now.fetched, "page")} read, ${now.unchanged} unchanged, ${now.failed} failed`;
+    const facts = `${count(now.fetched, "page")} read, ${now.unchanged} unchanged,`
+      + ` ${now.failed} failed`;
     told.textContent = now.running ? `Reading: ${got} of ${now.discovered}`
       : now.finishedAt ? `Last read ${new Date(now.finishedAt).toLocaleString()}: ${facts}.`
         : "Not read yet.";
@@ -339,11 +346,12 @@ async function conversations(site) {
   const word = h("input", { type: "search", "aria-label": "Search in what was said" });
   const problem = h("p.error", { role: "alert", hidden: true });
   const told = h("p.quiet", { role: "status" });
-  let last = null;
+  const limit = 50;
+  let [last, wanted] = ["", ""];
   const load = async (before) => {
-    const limit = 50;
-    const wish = new URLSearchParams({ limit, ...(before && { before }),
-      ...(word.value.trim() && { q: word.value.trim() }) });
+    const wish = new URLSearchParams({ limit });
+    if (before) wish.set("before", before);
+    if (wanted) wish.set("q", wanted);
     const { sessions } = await site.ask("GET", `/sessions?${wish}`);
     if (!before) list.replaceChildren();
     list.append(...sessions.map((chat) => chatRow(site, chat)));
@@ -357,6 +365,7 @@ async function conversations(site) {
     onsubmit(event) {
       event.preventDefault();
       report(problem, null);
+      wanted = word.value.trim();
       load().catch((failure) => report(problem, failure));
     },
   }, word, h("button.plain", { type: "submit" }, "Search"));
@@ -367,7 +376,8 @@ async function conversations(site) {
 function chatRow(site, chat) {
   const open = h("button.line", {
     type: "button",
-    onclick: () => read(site, chat, () => row.remove()).catch((failure) => report(problem, failure)),
+    onclick: () => read(site, chat, () => vanish(row))
+      .catch((failure) => report(problem, failure)),
   }, time(chat.createdAt), h("span", {}, count(chat.messageCount, "message")),
   h("span.page", {}, chat.pageUrl), chat.live ? h("b.badge", {}, "now") : null);
   const problem = h("span.error", { role: "alert", hidden: true });
@@ -403,9 +413,10 @@ async function messages(site) {
   const empty = none("Nobody has left a message.");
   const draw = () => { empty.hidden = list.children.length > 0; };
   list.append(...found.map((one) => {
+    const address = `mailto:${encodeURIComponent(one.email).replace("%40", "@")}`;
     const card = h("li", {},
       h("p", {}, h("b", {}, one.name || "No name"), " ",
-        one.email ? h("a", { href: `mailto:${encodeURIComponent(one.email).replace("%40", "@")}` }, one.email) : null),
+        one.email ? h("a", { href: address }, one.email) : null),
       h("p.said", {}, one.message),
       h("p", {}, h("small", {}, time(one.createdAt), one.pageUrl ? " on " : "",
         one.pageUrl ? pageLink(one.pageUrl) : "",
@@ -413,7 +424,7 @@ async function messages(site) {
       worker("Delete", async () => {
         if (!await sure("Delete this message?", "Delete it")) return;
         await site.ask("DELETE", `/messages/${encodeURIComponent(one.id)}`);
-        card.remove();
+        vanish(card);
         draw();
       }));
     return card;
@@ -427,10 +438,12 @@ async function messages(site) {
 
 const SETTINGS = [
   { path: "name", label: "Name", hint: "As the agent calls your website." },
-  { path: "allowedHosts", label: "Hosts", kind: "lines", hint: "One a line. acme.com covers its subdomains." },
+  { path: "allowedHosts", label: "Hosts", kind: "lines",
+    hint: "One a line. acme.com covers its subdomains." },
   { path: "owners", label: "Owners", kind: "lines",
     hint: "E-mail addresses (proven ones) or user ids, one a line. Admins change them." },
-  { path: "instructions", label: "Instructions for the agent", kind: "area", rows: 8, keepEmpty: true },
+  { path: "instructions", label: "Instructions for the agent", kind: "area", rows: 8,
+    keepEmpty: true },
   { path: "restrictions", label: "It may not", kind: "checks", options: [
     ["navigate", "leave the page"], ["type", "fill in fields"], ["submit", "send forms"]] },
   { path: "refusal", label: "Refusal", kind: "area", rows: 2,
@@ -452,7 +465,8 @@ async function configuration(site) {
   }, "plain", fields);
   return [
     fields,
-    section("Messages of visitors", h("p", {}, "A test goes to the saved address, as a message would."),
+    section("Messages of visitors",
+      h("p", {}, "A test goes to the saved address, as a message would."),
       h("div.row", {}, test, told)),
     isAdmin && section("Delete the site", h("p", {}, "With its chats and everything set here."),
       worker("Delete this site", async () => {
@@ -520,7 +534,7 @@ async function showSites() {
     },
   }));
   const list = [...sites.values()].map(({ id, name, allowedHosts }) => h("li", {},
-    h("a", { href: `#/${encodeURIComponent(id)}/overview` }, name),
+    h("a", { href: `#/${id}/overview` }, name),
     h("small", {}, ` ${allowedHosts.join(", ")}`)));
   return [h("h1", {}, "Your sites"), list.length ? h("ul.cards", {}, list) : noSite(), make];
 }
@@ -528,12 +542,19 @@ async function showSites() {
 function noSite() {
   const { email, email_verified: isProven, user_id: id } = me();
   const told = h("span", { role: "status" });
+  const send = worker("Send me a letter", async () => {
+    await prove();
+    told.textContent = "Sent. Open the link in it, and then: ";
+  });
+  const again = worker("I have opened it", async () => {
+    await renew();
+    await enter();
+  });
   return h("div", {},
-    h("p", {}, `This account owns no site here. Its user id is ${id}`, email ? `, its address ${email}.` : "."),
-    isProven || !email ? null : h("p", {}, "The address is not proven yet: ", worker("Send me a letter", async () => {
-      await prove();
-      told.textContent = "Sent. Open the link in it, and then: ";
-    }), " ", told, worker("I have", async () => { await renew(); await enter(); })));
+    h("p", {}, "This account owns no site here. Its user id is ", h("b", {}, id),
+      email ? [", its address ", h("b", {}, email)] : null, "."),
+    isProven || !email ? null
+      : h("p", {}, "The address is not proven yet: ", send, " ", told, again));
 }
 
 /** A site and how to ask for it: ask(method, path under it, body). */
@@ -542,24 +563,30 @@ async function openSite(id, signal) {
   const name = encodeURIComponent(id);
   const site = {
     id, signal,
-    ask: (method, path = "", body = undefined) => api(method, `/${name}${path}`, { host, body, signal }),
+    ask: (method, path = "", body = undefined) =>
+      api(method, `/${name}${path}`, { host, body, signal }),
     link: (tab) => `#/${name}/${tab}`,
-    save: async (patch) => { site.details = await site.ask("PATCH", "", patch); return site.details; },
+    async save(patch) {
+      site.details = await site.ask("PATCH", "", patch);
+      return site.details;
+    },
   };
   site.details = await site.ask("GET");
   return site;
 }
 
 function tabLinks(site, tab) {
-  return h("nav", { "aria-label": "Of this site" }, h("ul", {}, Object.entries(TABS).map(([key, [name]]) =>
-    h("li", {}, h("a", { href: site.link(key), "aria-current": key === tab ? "page" : null }, name)))));
+  const links = Object.entries(TABS).map(([key, [name]]) => h("li", {},
+    h("a", { href: site.link(key), "aria-current": key === tab ? "page" : null }, name)));
+  return h("nav", { "aria-label": "Of this site" }, h("ul", {}, links));
 }
 
 /** What went wrong in the place of what was asked for. */
 function failed(failure) {
   const problem = h("p.error", { role: "alert" });
   report(problem, failure);
-  return [problem, h("div.row", {}, button("Try again", route), h("a", { href: "#/" }, "Your sites"))];
+  const back = h("a", { href: "#/" }, "Your sites");
+  return [problem, h("div.row", {}, button("Try again", route), back)];
 }
 
 async function showSite(id, tab, signal) {
@@ -576,7 +603,7 @@ async function route() {
   visit = new AbortController();
   const { signal } = visit;
   if (!isIn) return;
-  const [, id, tab = "overview"] = location.hash.split("/").map(decodeURIComponent);
+  const [, id, tab = "overview"] = location.hash.split("/");
   const followed = document.activeElement?.getAttribute("href");
   main.setAttribute("aria-busy", "true");
   document.title = "leflux";
@@ -596,7 +623,8 @@ async function enter() {
   who.textContent = me().email ?? "";
   out.hidden = false;
   const [only] = sites.keys();
-  if (sites.size === 1 && !isAdmin && location.hash.length < 3) location.hash = `#/${only}/overview`;
+  const goesOn = sites.size === 1 && !isAdmin && location.hash.length < 3;
+  if (goesOn) location.hash = `#/${only}/overview`;
   else await route();
 }
 

@@ -4,7 +4,7 @@
 
 import { Failure } from "/owner/session.js";
 
-/** Make an element: "tag.class.class"; on… handlers and booleans become properties, null nothing. */
+/** Make an element: "tag.class.class"; on… and booleans become properties, null becomes nothing. */
 export function h(name, attributes = {}, ...children) {
   const [tag, ...classes] = name.split(".");
   const element = document.createElement(tag);
@@ -29,6 +29,20 @@ export function pageLink(url, label = url) {
   const isWeb = /^https?:\/\//i.test(url ?? "");
   return isWeb ? h("a", { href: url, rel: "noopener noreferrer", target: "_blank" }, label || url)
     : h("span", {}, label || url || "no page");
+}
+
+/** Put nodes into a place; if that loses the focus, the place (which has a tabindex) gets it. */
+export function redraw(place, ...nodes) {
+  const had = place.contains(document.activeElement);
+  place.replaceChildren(...nodes);
+  if (had) place.focus({ preventScroll: true });
+}
+
+/** Take an entry out of its list; the focus goes on to the next one, or to the whole. */
+export function vanish(entry) {
+  const next = entry.nextElementSibling ?? entry.previousElementSibling;
+  entry.remove();
+  (next?.querySelector("button") ?? document.querySelector("main")).focus();
 }
 
 /** Show words where a screen reader says them; a failure's too. Others go on to the console. */
@@ -116,7 +130,8 @@ const KINDS = {
   })), clean),
   check() {
     const element = h("input", { type: "checkbox" });
-    return { element, read: () => element.checked, write: (value) => { element.checked = !!value; } };
+    const write = (value) => { element.checked = Boolean(value); };
+    return { element, read: () => element.checked, write };
   },
   checks({ options }) {
     const boxes = options.map(([value]) => h("input", { type: "checkbox", value }));
@@ -144,8 +159,9 @@ const KINDS = {
     const rows = Array.from({ length: most }, (_, i) => [named("Button", i), named("Sends", i)]);
     return {
       element: h("fieldset", {}, rows.map((row) => h("div.row", {}, row))),
-      read: () => rows.map(([text, payload]) => ({ text: clean(text.value), payload: clean(payload.value) }))
-        .filter((chip) => chip.text || chip.payload),
+      read: () => rows.map((row) => row.map((input) => clean(input.value)))
+        .filter(([text, payload]) => text || payload)
+        .map(([text, payload]) => ({ text, payload })),
       write(chips) {
         rows.forEach(([text, payload], i) => {
           text.value = chips?.[i]?.text ?? "";

@@ -1,7 +1,8 @@
 /* The real widget without a server, as the form of looks beside it has it: what is after the "#"
  * of the address is {config, open} as JSON. */
 
-const { config = {}, open = false } = JSON.parse(decodeURIComponent(location.hash.slice(1)) || "{}");
+const said = decodeURIComponent(location.hash.slice(1));
+const { config = {}, open = false } = JSON.parse(said || "{}");
 const tag = document.createElement("script");
 tag.src = "/embed.js";
 tag.setAttribute("data-preview", JSON.stringify(config));

@@ -65,7 +65,7 @@ const SAID = { // code: the field that it is about, and words for it
   INVALID_EMAIL: ["email", "This is no e-mail address."],
   MISSING_EMAIL: ["email", "Enter your e-mail address."],
   USER_DISABLED: ["email", "This account has been disabled."],
-  TOO_MANY_ATTEMPTS_TRY_LATER: ["", "Too many attempts. Wait some minutes, or ask for a new password."],
+  TOO_MANY_ATTEMPTS_TRY_LATER: ["", "Too many attempts. Wait a while, or ask for a new password."],
   PASSWORD_LOGIN_DISABLED: ["", "Sign-in by e-mail and password is not turned on in Firebase."],
   OPERATION_NOT_ALLOWED: ["", "Sign-in by e-mail and password is not turned on in Firebase."],
 };
@@ -97,7 +97,8 @@ export async function signIn(email, password) {
   keep({ idToken, refreshToken, expiresAt: until(expiresIn) });
 }
 
-export const forgotten = (email) => account("sendOobCode", { requestType: "PASSWORD_RESET", email });
+export const forgotten = (email) =>
+  account("sendOobCode", { requestType: "PASSWORD_RESET", email });
 
 /** Send a letter that proves the address: owners by e-mail are let in with a proven one only. */
 export const prove = () =>

@@ -317,7 +317,7 @@ async def test_proving_an_address(visit: Visit, office: Server, google: Google) 
     await page.get_by_role("button", name="Send me a letter").click()
     await expect(page.get_by_text("Sent.")).to_be_visible()
     google.claims.append({"email_verified": True})
-    await page.get_by_role("button", name="I have").click()
+    await page.get_by_role("button", name="I have opened it").click()
     await expect(page.get_by_role("heading", name="Acme Shop")).to_be_visible()
     assert [call["call"] for call in google.calls[1:]] == ["/v1/accounts:sendOobCode", "/token"]
 
@@ -496,6 +496,33 @@ async def test_every_field_of_looks(enter: Open, office: Server) -> None:
     config = office.app.sites["shop"].config
     assert (config["greeting"], config["primaryColor"]) == ("Welcome!", "#8a4b2a")
     assert config.keys() == before.keys()
+
+
+async def test_preview(enter: Open, office: Server) -> None:
+    """The real widget follows the form while one types, and leaves the focus there."""
+    page = await enter("looks")
+    preview = page.frame_locator("iframe")
+    await expect(widget(preview, ".bar")).to_have_css("background-color", "rgb(138, 75, 42)")
+    await expect(widget(preview, ".bot")).to_have_text("Welcome!")
+    colour = page.get_by_label("Colour", exact=True)
+    await colour.fill("")
+    await colour.press_sequentially("#006400", delay=120)  # it is drawn anew meanwhile
+    await expect(widget(preview, ".bar")).to_have_css("background-color", "rgb(0, 100, 0)")
+    await page.wait_for_timeout(600)
+    await expect(colour).to_be_focused()
+    await expect(colour).to_have_value("#006400")
+    await page.get_by_label("Layout").select_option("side-panel")
+    await page.get_by_label("Greeting").fill("Good morning")
+    await expect(widget(preview, ".bot")).to_have_text("Good morning")
+    await page.get_by_label("Screen").select_option("phone")
+    box = await widget(preview, ".panel").bounding_box()
+    assert box
+    assert box["width"] == 390
+    await page.get_by_label("The chat is open").uncheck()
+    await expect(widget(preview, ".panel")).to_be_hidden()
+    await expect(widget(preview, ".launcher")).to_be_visible()
+    assert office.app.site_patches == {}
+    assert not office.app.sessions
 
 
 async def test_unsaved_changes(enter: Open) -> None:
