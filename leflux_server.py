@@ -829,13 +829,19 @@ Sentences = Callable[..., str]  # say, in a language
 ENGLISH: Sentences = functools.partial(say, "en")
 
 
+LIGATURES = re.compile("[\u3200-\u33ff\ufdf0-\ufdff]")  # for whole words, of up to 18 letters
+UNSEEN = re.compile(
+    f"[{''.join(c for c in map(chr, range(2**16)) if unicodedata.category(c) == 'Cf')}]"
+)
+
+
 def plain_words(text: str) -> str:
     """Return a text in small letters, without accents and what nobody sees, words set apart."""
-    plain = unicodedata.normalize("NFKD", text)
-    plain = "".join(c for c in plain if unicodedata.category(c) != "Cf")  # such as U+00AD
-    # Accents, Arabic vowel signs, the Hindi dot below; others are part of a letter.
-    plain = re.sub("[\u0300-\u036f\u064b-\u065f\u093c]", "", plain)
-    plain = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", plain)
+    if not text.isascii():
+        text = unicodedata.normalize("NFKD", LIGATURES.sub(" ", text))
+        # Accents, Arabic vowel signs, the Hindi dot below; others are part of a letter.
+        text = re.sub("[\u0300-\u036f\u064b-\u065f\u093c]", "", UNSEEN.sub("", text))
+    plain = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", text)
     plain = re.sub(r"(?<=[a-zA-Z])(?=[0-9])", " ", plain)
     plain = unicodedata.normalize("NFC", plain.casefold()).replace("\u0131", "i")  # Turkish
     return re.sub(r"[\s_.\-/\[\]:]+", " ", plain)
@@ -2098,10 +2104,13 @@ ITEMS = list_of(lambda item: item, MAX_BODY_BYTES)
 
 
 def printable(text: str) -> str:
-    """Put a space for each character that cannot be seen: they cost a model up to ten tokens."""
+    """Put a space for each character that cannot be seen: they cost a model up to ten tokens.
+
+    Those that only join or part letters are left out, so that no word hides behind one.
+    """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in UNSEEN.sub("", text))
 
 
 def cut_text(high: int) -> Check:

@@ -965,19 +965,6 @@ def test_brackets_are_counted(raw: bytes, good: bool) -> None:
         lf.decode_json(raw)
 
 
-@pytest.mark.parametrize("piece", ['"', '\\"', '"\\"', "[", '[" ', "\\", "{[]}"])
-def test_brackets_are_counted_in_no_time(piece: str) -> None:
-    """Twice the text takes twice the time, or is refused before."""
-
-    def seconds(size: int) -> float:
-        raw, started = (piece * size)[:size].encode(), time.perf_counter()
-        with contextlib.suppress(ValueError):
-            lf.decode_json(b"[" * 40 + b"{" * 40 + raw)
-        return time.perf_counter() - started
-
-    assert seconds(200_000) < 0.2
-
-
 def test_kept_events_take_no_more_memory_than_they_need() -> None:
     """An encoded event is kept in its own length, not in the buffer it was written to."""
     data = {"delta": "word ", "streamId": "stream-1700000000000", "chunkIndex": 3}
@@ -2739,18 +2726,6 @@ def test_what_is_a_heading(document: str, passages: list[str]) -> None:
     assert lf.split_passages(document) == passages
 
 
-def test_hostile_documents_cost_little() -> None:
-    """Time and memory grow with a document's length, whatever is in it."""
-    parts = ("h", "a\n\n", "- a\n", "a\n===\n", "\n \n", " ", "| ", "-", "# a\n", "#", ". ", "1) ")
-    tracemalloc.start()
-    for part in parts:
-        started = time.process_time()
-        lf.split_passages("# " + "h" * 40_000 + "\n\n" + part * (40_000 // len(part)))
-        assert time.process_time() - started < 3, part
-    assert tracemalloc.get_traced_memory()[1] < 20_000_000
-    tracemalloc.stop()
-
-
 def test_ranking_counts_different_words_first() -> None:
     """A passage that holds more of the question's words wins over one that repeats a word."""
     with contextlib.closing(
@@ -3942,43 +3917,6 @@ async def test_deep_content_is_passed_over(visitor: Visitor, model: FakeModel) -
 TOO_LONG_IN_STREAM = {"error": {"message": "maximum context length", "code": 400}}
 
 
-HOSTILE: dict[str, Callable[[int], list[bytes]]] = {  # about n bytes each, as reads
-    "never-ending line": lambda n: [b"x"] * n,
-    "never-ending data line": lambda n: [b"data: ", *[b"["] * n],
-    "half JSON in one read": lambda n: [b"data: {\n" * (n // 8)],
-    "half JSON, a read a line": lambda n: [b"data: {\n"] * (n // 8),
-    "half JSON of 1 kB": lambda n: [b"data: " + b'{"a":' * 200 + b"\n"] * (n // 1000),
-    "half JSON in bytes": lambda n: [b"%c" % b for b in b"data: [\n" * (n // 8)],
-    "events of half JSON": lambda n: [b"data: {\n\n"] * (n // 9),
-    "pairs of half JSON": lambda n: [b"data: {\ndata: [\n\n"] * (n // 17),
-    "line ends": lambda n: [b"\n"] * n,
-    "line ends in one read": lambda n: [b"\r\n" * (n // 2)],
-    "comments": lambda n: [b":\n"] * (n // 2),
-    "small events": lambda n: [b"data:0\n" * (n // 7)],
-    "depth": lambda n: [b"data: " + b"[" * n + b"\n"],
-    "lone surrogates": lambda n: [b'data: "' + b"\\ud800" * (n // 6) + b'"\n'],
-    "many digits": lambda n: [b"data: " + b"9" * n + b"\n"],
-    "errors": lambda n: [sse({"object": "x", "error": None, "message": "context " * (n // 8)})],
-    "an error": lambda n: [sse({"error": "maximum context exceeds the " * (n // 28)})],
-    "parts": lambda n: [sse(chunk([{"text": "x"}] * (n // 14)))],
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_streams_take_linear_time(name: str) -> None:
-    """Twice as many bytes take twice as long, up to the limit of a line."""
-
-    def seconds(size: int) -> float:
-        reads = HOSTILE[name](size)
-        started = time.process_time()
-        with contextlib.suppress(lf.ModelError):
-            parse_stream(*reads)
-        return time.process_time() - started
-
-    small, large = (min(seconds(size) for _ in range(2)) for size in (100_000, 400_000))
-    assert large < 0.1 + 8 * small, (small, large)
-
-
 def test_what_a_stream_can_hold_back_is_bounded() -> None:
     """A line without end, and half JSON without end, are errors."""
     for endless in (b"x" * 999, b"data: {" + b"'" * 999 + b"\n", b"data: [" + b"1," * 500 + b"\r"):
@@ -5094,18 +5032,6 @@ def test_reply_that_is_cut(raw: str, text: str, unfinished: bool) -> None:
     assert reader.unfinished is unfinished
 
 
-@pytest.mark.parametrize("piece", ["x", "<", "<think>", " ", "\\u00e9", "{", "\ud83d", "```"])
-def test_replies_are_read_in_linear_time(piece: str) -> None:
-    """160,000 characters in small pieces take no second, whatever they are."""
-    for start in ("", "<think>", '{"message":"', '{"a":"'):
-        reader, started = lf.ReplyReader(), time.perf_counter()
-        reader.feed(start)
-        for _ in range(160_000 // max(4, len(piece))):
-            reader.feed(piece.ljust(4, piece[-1]))
-        reader.finish()
-        assert time.perf_counter() - started < 2
-
-
 def test_reply_streams_as_it_arrives() -> None:
     """No text waits for the end of its string."""
     reader = lf.ReplyReader()
@@ -5711,16 +5637,21 @@ def test_a_bloated_page_is_cut() -> None:
 
 
 def test_what_nobody_sees_costs_little() -> None:
-    """A character that cannot be printed is a space; links of the site are relative."""
+    """A character that cannot be printed is a space, or nothing if it only joins or parts letters;
+    links of the site are relative."""
     button = {"id": 1, "type": "button", "text": "Go\u200b\U000e0041\x07on", "inViewport": True}
     link = {"id": 2, "type": "link", "text": "All", "href": "https://acme.com/all", "isNew": True}
     away = {"id": 3, "type": "link", "text": "X", "href": "https://acme.com.evil.example/"}
-    page = {**PAGE, "indexedElements": [button, link, away], "visibleText": "a\u202eb\nc"}
+    page = {
+        **PAGE,
+        "indexedElements": [button, link, away],
+        "visibleText": "a\x1bb\nDe\u00adle\u200bte",
+    }
     lines = lf.describe_page(lf.clean_context(page, lf.LimitsConfig())).split("\n")
-    assert '[1] button "Go   on"' in lines
+    assert '[1] button "Go  on"' in lines
     assert '[2] link "All" href=/all NEW' in lines
     assert '[3] link "X" href=https://acme.com.evil.example/' in lines
-    assert lines[-2:] == ["a b", "c"]
+    assert lines[-2:] == ["a b", "Delete"]
 
 
 @with_config(limits={"message_chars": 5, "indexed_elements": 2, "visible_text_chars": 10})
@@ -8075,6 +8006,149 @@ async def test_sweeping_many_sessions_holds_up_nobody() -> None:
     assert longest < 0.01
     assert app.sessions == {}
     assert not any(page() is not None for page in pages)
+
+
+# ---------------------------------------------------------------------------------------------
+# Readers of foreign text: twice as much takes twice as long, whatever it is
+
+STREAMS: dict[str, Callable[[int], list[bytes]]] = {  # about n bytes each, as reads
+    "never-ending line": lambda n: [b"x"] * n,
+    "never-ending data line": lambda n: [b"data: ", *[b"["] * n],
+    "half JSON in one read": lambda n: [b"data: {\n" * (n // 8)],
+    "half JSON, a read a line": lambda n: [b"data: {\n"] * (n // 8),
+    "half JSON of 1 kB": lambda n: [b"data: " + b'{"a":' * 200 + b"\n"] * (n // 1000),
+    "half JSON in bytes": lambda n: [b"%c" % b for b in b"data: [\n" * (n // 8)],
+    "events of half JSON": lambda n: [b"data: {\n\n"] * (n // 9),
+    "pairs of half JSON": lambda n: [b"data: {\ndata: [\n\n"] * (n // 17),
+    "line ends": lambda n: [b"\n"] * n,
+    "line ends in one read": lambda n: [b"\r\n" * (n // 2)],
+    "comments": lambda n: [b":\n"] * (n // 2),
+    "small events": lambda n: [b"data:0\n" * (n // 7)],
+    "depth": lambda n: [b"data: " + b"[" * n + b"\n"],
+    "lone surrogates": lambda n: [b'data: "' + b"\\ud800" * (n // 6) + b'"\n'],
+    "many digits": lambda n: [b"data: " + b"9" * n + b"\n"],
+    "errors": lambda n: [sse({"object": "x", "error": None, "message": "context " * (n // 8)})],
+    "an error": lambda n: [sse({"error": "maximum context exceeds the " * (n // 28)})],
+    "parts": lambda n: [sse(chunk([{"text": "x"}] * (n // 14)))],
+}
+
+
+def read_reply(pieces: Sequence[str]) -> None:
+    reader = lf.ReplyReader()
+    for piece in pieces:
+        reader.feed(piece)
+    reader.finish()
+
+
+def read_page(raw: Json) -> None:
+    """Take a page in, as far as its limits allow, and judge a click on everything there."""
+    app, session = offline_state(), lf.Session("s", "shop", "acme.com", ORIGIN, 0, 0)
+    limits = dataclasses.replace(app.config.limits, indexed_elements=1000)
+    session.context = lf.take_picture(session, {"url": ORIGIN, **raw}, limits)
+    steps = [{"action": "click", "elementId": e["id"]} for e in raw.get("indexedElements", ())]
+    page = lf.page_of(lf.Turn(app, session, lf.Task("")))
+    if steps:
+        plan = {"type": "execute_generic_sequence", "steps": steps[:50]}
+        lf.irreversible_steps(lf.check_plan(plan, page), page)
+
+
+def elements(number: int, **fields: Any) -> Json:
+    return {"indexedElements": [{"id": n, "type": "submit", **fields} for n in range(number)]}
+
+
+def guide(text: str, shown: str = "") -> None:
+    page = {**elements(50, text="a b"), "visibleText": shown, "url": ORIGIN}
+    task, past = lf.Task(text), [{"role": "user", "content": text}]
+    lf.guide_reply(task, page, lf.Found(), past)
+
+
+WIDE = "\ufdfa"  # NFKC makes 18 characters of it
+SAID = ("x", "<", "<think>", " ", "\\u00e9", "{", "\ud83d", "```")
+BEGUN = ("", "<think>", '{"message":"', '{"a":"')
+MARKDOWN = ("h", "a\n\n", "- a\n", "a\n===\n", "\n \n", " ", "| ", "-", "# a\n", "#", ". ", "1) ")
+PAGES: dict[str, Callable[[int], Json]] = {
+    "text": lambda n: {"visibleText": "\u200b" * n},
+    "wide forms": lambda n: {
+        **elements(n // 2000, text="Go"),
+        "forms": [WIDE * 1000] * (n // 5000),
+    },
+    "forms": lambda n: {**elements(n // 2000, text="Go"), "forms": ["x del " * 200] * (n // 5000)},
+    "wide names": lambda n: elements(n // 2000, text=WIDE * 300, name=WIDE * 300, label=WIDE * 300),
+    "names": lambda n: elements(n // 2000, text="de " * 100, name="a-" * 150, label="delet " * 50),
+    "options": lambda n: elements(n // 2000, text="x", options=[WIDE * 100] * 30),
+    "links": lambda n: elements(n // 2000, text="x", href="/%64elete" * 30),
+    "elements": lambda n: elements(n // 10),
+    "nested": lambda n: {"forms": [[["x"] * 100] * 100] * (n // 50_000)},
+}
+
+
+def repeated(part: str, begun: str = "", share: float = 1) -> Callable[[int], str]:
+    return lambda n: begun + part * int(n * share / len(part))
+
+
+def in_pieces(part: str, begun: str) -> Callable[[int], list[str]]:
+    return lambda n: [begun, *[part.ljust(4, part[-1])] * (n // max(4, len(part)))]
+
+
+Reader = tuple[Callable[[Any], object], Callable[[int], Any]]
+READERS: dict[str, Reader] = {  # what reads it, and a text of about n bytes
+    **{f"stream: {k}": (lambda reads: parse_stream(*reads), make) for k, make in STREAMS.items()},
+    **{f"page: {name}": (read_page, make) for name, make in PAGES.items()},
+    **{f"reply: {a}{b}": (read_reply, in_pieces(b, a)) for a in BEGUN for b in SAID},
+    **{
+        f"document: {part!r}": (lf.split_passages, repeated(part, f"# {'h' * 20_000}\n\n"))
+        for part in MARKDOWN
+    },
+    **{
+        f"JSON: {part}": (lambda text: lf.decode_json(text.encode()), repeated(part, "[" * 70))
+        for part in ('"', '\\"', '"\\"', "[", '[" ', "\\", "{[]}", 'a"b"')
+    },
+    **{
+        f"guide: {part}": (guide, repeated(part, share=0.05))
+        for part in ("a, my ", "a@", "+1 ((", "\u201c", "tell us ", "i am A", "a.a.", "click a ")
+    },
+    **{
+        f"guide's page: {part!r}": (functools.partial(guide, "?"), repeated(part, share=0.05))
+        for part in ("\n", "a b", "A. ", "\u201ca\n", "# a\n", "0 ", "+1 ((", "a@a.")
+    },
+    "words": (lf.plain_words, repeated(WIDE + "aB1-. \u00ad\u0301")),
+    "risks": (functools.partial(lf.is_named, "irreversible"), repeated("| cancel a ")),
+    "secrets": (functools.partial(lf.is_named, "secret"), repeated("pass code ")),
+    "origins": (lf.parse_origin, repeated("a.", "http://")),
+    "hosts": (lf.allowed_host, repeated("\u00fc.")),
+    "proxies": (
+        lambda line: lf.client_key("127.0.0.1", [line], (lf.network("127.0.0.1"),)),
+        repeated("127.0.0.1,", share=0.1),
+    ),
+    "gzip": (
+        lambda raw: lf.inflated(raw, "gzip"),
+        lambda n: gzip.compress(os.urandom(n // 2)) + b"x" * n,
+    ),
+    "complaints": (
+        lambda text: lf.provider_error({"message": text}, 400),
+        repeated("context  length "),
+    ),
+    "patches": (
+        lambda table: lf.check_table(table, lf.SITE_CONFIG_RULES, "", {}),
+        lambda n: {f"key{number}": {} for number in range(n // 20)},
+    ),
+    "tokens": (lambda text: verdict(text, NOW), repeated("eyJhbGciOiJSUzI1NiJ9.")),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_readers_take_linear_time(name: str) -> None:
+    """Four times as much takes about four times as long, not sixteen, in this thread's time."""
+    read, make = READERS[name]
+
+    def seconds(size: int) -> float:
+        given, started = make(size), time.thread_time()
+        with contextlib.suppress(lf.ModelError, lf.ApiError, ValueError):
+            read(given)
+        return time.thread_time() - started
+
+    small, large = (min(seconds(size) for _ in range(2)) for size in (25_000, 100_000))
+    assert large < min(0.05 + 8 * small, 1), (small, large)
 
 
 # ---------------------------------------------------------------------------------------------
