@@ -8063,7 +8063,7 @@ def guide(text: str, shown: str = "") -> None:
 
 
 WIDE = "\ufdfa"  # NFKC makes 18 characters of it
-SAID = ("x", "<", "<think>", " ", "\\u00e9", "{", "\ud83d", "```")
+PARTS = ("x", "<", "<think>", " ", "\\u00e9", "{", "\ud83d", "```")
 BEGUN = ("", "<think>", '{"message":"', '{"a":"')
 MARKDOWN = ("h", "a\n\n", "- a\n", "a\n===\n", "\n \n", " ", "| ", "-", "# a\n", "#", ". ", "1) ")
 PAGES: dict[str, Callable[[int], Json]] = {
@@ -8094,7 +8094,7 @@ Reader = tuple[Callable[[Any], object], Callable[[int], Any]]
 READERS: dict[str, Reader] = {  # what reads it, and a text of about n bytes
     **{f"stream: {k}": (lambda reads: parse_stream(*reads), make) for k, make in STREAMS.items()},
     **{f"page: {name}": (read_page, make) for name, make in PAGES.items()},
-    **{f"reply: {a}{b}": (read_reply, in_pieces(b, a)) for a in BEGUN for b in SAID},
+    **{f"reply: {a}{b}": (read_reply, in_pieces(b, a)) for a in BEGUN for b in PARTS},
     **{
         f"document: {part!r}": (lf.split_passages, repeated(part, f"# {'h' * 20_000}\n\n"))
         for part in MARKDOWN
