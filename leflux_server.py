@@ -6860,7 +6860,12 @@ async def run(config: Config, path: Path) -> None:
     stop, changed, loop = asyncio.Event(), asyncio.Event(), asyncio.get_running_loop()
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signal_number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, changed.set)
+    in_terminal = os.isatty(0)  # whose closing is a SIGHUP, too, and means the end
+
+    def hang_up() -> None:
+        (stop if in_terminal and not os.isatty(0) else changed).set()
+
+    loop.add_signal_handler(signal.SIGHUP, hang_up)
     async with serving(config) as (app, url):
 
         async def follow_changes() -> None:

@@ -10283,6 +10283,23 @@ async def test_reload(tmp_path: Path) -> None:
         assert "Traceback" not in await running.stop()
 
 
+async def test_closing_the_terminal(tmp_path: Path) -> None:
+    """SIGHUP ends a server whose terminal has been closed, as it always did."""
+    keyboard, terminal = os.openpty()
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(lf.__file__)),
+        stdin=terminal,
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "LEFLUX_PORT": "0", "STATE_DIRECTORY": str(tmp_path)},
+    )
+    assert child.stdout is not None
+    assert b"listens" in await asyncio.wait_for(child.stdout.readline(), PATIENCE_SECONDS)
+    os.close(terminal)
+    os.close(keyboard)
+    child.send_signal(signal.SIGHUP)
+    assert await asyncio.wait_for(child.wait(), PATIENCE_SECONDS) == 0
+
+
 async def test_reload_renews_the_model(serve: Serve, model: FakeModel, tmp_path: Path) -> None:
     """Another model and other limits hold from the next answer on; a site that is gone takes its
     chats along."""
