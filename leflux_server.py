@@ -5200,6 +5200,7 @@ class Crawl:
         self.failures = 0
         self.state["fetched"] += 1
         self.state["unchanged"] += what == "unchanged"
+        self.app.count("crawled_total", outcome=what)
         self.tell(f"{what:<10} {url}  {more}".rstrip())
 
     def fail(self, url: str, error: CrawlError) -> None:
@@ -5207,6 +5208,7 @@ class Crawl:
         reason = str(error)
         if error.fault or url == self.start:
             self.state["failed"] += 1
+            self.app.count("crawled_total", outcome="failed")
             self.state["errors"] += [{"url": url, "reason": reason}][
                 : MAX_CRAWL_ERRORS - len(self.state["errors"])
             ]
@@ -6614,6 +6616,8 @@ async def read_again(app: AppState, path: Path) -> None:
     rebuild_sites(app)
     for session in [one for one in app.sessions.values() if one.site_id not in app.sites]:
         drop_session(app, session, keep=True)
+    for site_id in app.crawls.keys() - app.sites.keys():
+        await app.crawls[site_id].stop()
     await index_files(app)
     log.info("config.toml has been read again: %d site(s)", len(config.sites))
 

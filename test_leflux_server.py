@@ -6981,6 +6981,8 @@ async def test_what_a_bad_day_leaves(
     state = await crawl(server)
     assert await kept_pages(server, website) == known.split()
     assert state["failed"] == 1
+    assert server.app.counts["crawled_total", 'outcome="failed"'] == 1
+    assert server.app.counts["crawled_total", 'outcome="new"'] == 3
     assert state["errors"][0].keys() == {"url", "reason"}
 
 
@@ -8477,10 +8479,29 @@ ADMIN_ROWS: list[tuple[str, str, Any]] = [
     ("DELETE", "/shop", None),
     ("GET", "/shop/sessions", None),
     ("GET", "/shop/sessions/x", None),
+    ("DELETE", "/shop/sessions/x", None),
+    ("GET", "/shop/activity", None),
     ("GET", "/shop/messages", None),
     ("POST", "/shop/messages/test", None),
     ("DELETE", "/shop/messages/x", None),
+    ("GET", "/shop/crawl", None),
+    ("POST", "/shop/crawl", None),
+    ("DELETE", "/shop/crawl", None),
+    ("GET", "/shop/pages", None),
 ]
+
+
+def test_no_admin_endpoint_is_forgotten() -> None:
+    """The table above, which says what strangers may not do, has every route of the admin API."""
+    prefix, known = "/api/admin/sites", set()
+    for method, path, _ in ADMIN_ROWS:
+        known.add((method, prefix + path.replace("shop", "{}").replace("/x", "/{}")))
+    routes = {
+        (route.method, re.sub(r"\{[a-z_]+\}", "{}", route.resource.canonical))
+        for route in lf.make_app(make_config()).router.routes()
+        if route.resource is not None and route.method not in ("HEAD", "OPTIONS")
+    }
+    assert {route for route in routes if route[1].startswith(prefix)} == known
 
 
 async def test_no_project_no_admin(serve: Serve) -> None:
