@@ -831,7 +831,8 @@ ENGLISH: Sentences = functools.partial(say, "en")
 
 LIGATURES = re.compile("[\u3200-\u33ff\ufdf0-\ufdff]")  # for whole words, of up to 18 letters
 UNSEEN = re.compile(
-    f"[{''.join(c for c in map(chr, range(2**16)) if unicodedata.category(c) == 'Cf')}]"
+    f"[{''.join(c for c in map(chr, range(2**16)) if unicodedata.category(c) == 'Cf')}"
+    "\U000e0000-\U000e0fff]"
 )
 
 
@@ -861,8 +862,8 @@ def any_of(patterns: Iterable[str]) -> str:
 def words_pattern(entries: Sequence[str]) -> str:
     """Return a pattern for words of the files.
 
-    A word stands by itself; a "*" at its end or beginning lets it go on there, alone it is any
-    word, and "~" up to three; a space may be missing. Scripts without capitals set no words apart.
+    A word stands by itself; a "*" at its end lets it go on, alone it is any word, and "~" up to
+    three; a space may be missing. Scripts without capitals set no words apart.
     """
     patterns: dict[bool, list[str]] = {True: [], False: []}
     for entry in sorted({plain_words(entry) for entry in entries}):
@@ -874,11 +875,9 @@ def words_pattern(entries: Sequence[str]) -> str:
             pattern = pattern.removesuffix(r"\ ") + r" [^\W\d]\w+"
         elif is_word and not entry.endswith("*"):
             pattern += r"(?!\w)"
-        starts = is_word and not re.match(r"\*\w", entry)
-        patterns[starts].append(pattern.replace(r"\*", r"\w*").replace(r"\ ", " ?"))
+        patterns[is_word].append(pattern.replace(r"\*", r"\w*").replace(r"\ ", " ?"))
     words, parts = (any_of(patterns[starts] or ["(?!)"]) for starts in (True, False))
-    letters = "".join({pattern.lstrip("\\")[0] for pattern in patterns[False] or ["a"]})
-    return rf"(?<!\w){words}|(?=[{re.escape(letters)}]){parts}"
+    return rf"(?<!\w){words}|(?=[|\u0300-\U0010ffff]){parts}"
 
 
 @functools.cache
@@ -891,7 +890,8 @@ def risk_pattern(kind: str, mark: str) -> re.Pattern[str]:
     marked: dict[str, list[str]] = {one: [] for one in ("", *"-+=")}
     for entry in (entry for words in all_words().values() for entry in words[kind]):
         marked[entry[0] if entry[0] in marked else ""].append(entry.lstrip("-+="))
-    return re.compile(f"(?P<but>{words_pattern(marked['-'])})|{words_pattern(marked[mark])}")
+    patterns = f"(?P<but>{words_pattern(marked['-'])})|{words_pattern(marked[mark])}"
+    return re.compile(rf"(?:(?<!\w)|(?=[\u0300-\U0010ffff]))(?:{patterns})")  # where one can begin
 
 
 def is_named(kind: str, text: str, mark: str = "") -> bool:
@@ -2128,14 +2128,26 @@ ELEMENT_FIELDS: dict[str, type[Any]] = {
     "id": int,
     **dict.fromkeys(("type", "text", "placeholder", "value", "href", "ariaLabel", "name"), str),
     **dict.fromkeys(("label", "role", "autocomplete", "parent", "tag", "inputType"), str),
-    **dict.fromkeys(("title", "heading", "row", "iframe"), str),
-    **dict.fromkeys(("min", "max", "step"), float),
+    **dict.fromkeys(("title", "heading", "row", "iframe", "min", "max", "step"), str),
     **dict.fromkeys(("required", "disabled", "inModal", "checked", "inViewport", "isNew"), bool),
     **dict.fromkeys(("expanded", "selected", "readonly", "newTab"), bool),
     "options": list,
 }
 KIND_NAMES = {int: "a whole number", str: "a string", bool: "true or false", list: "a list"}
-KIND_NAMES[float] = "a number, or a string such as a date"
+
+
+_NAMES = ("text", "ariaLabel", "label", "placeholder", "name", "title")
+
+
+def element_text(element: Json, *fields: str) -> str:
+    """What an element is called in its markup and on the page, as plain words between bars."""
+    names = [f"| {element[field]} " for field in fields if element.get(field)]
+    return plain_words("".join(names) + "|")
+
+
+def is_sensitive(element: Json) -> bool:
+    """Whether a field takes secrets that an agent has no business with."""
+    return is_named("secret", element_text(element, "type", "inputType", "autocomplete", *_NAMES))
 
 
 def clean_element(raw: Any, where: str) -> Json:
@@ -2147,11 +2159,11 @@ def clean_element(raw: Any, where: str) -> Json:
         kind = ELEMENT_FIELDS.get(field)
         if kind is None or value is None:
             continue
-        if kind is float and type(value) in (int, float):
+        if field in ("min", "max", "step") and type(value) in (int, float):
             value = str(value)
-        if type(value) is not (str if kind is float else kind):
+        if type(value) is not kind:
             raise invalid(f"{where}.{field}", f"must be {KIND_NAMES[kind]}")
-        if type(value) is str:
+        if kind is str:
             clean[field] = printable(value[:300])
         elif kind is list:
             labels = [
@@ -2160,6 +2172,8 @@ def clean_element(raw: Any, where: str) -> Json:
             clean[field] = [printable(one[:100]) for one in labels[:30] if type(one) is str]
         else:
             clean[field] = value
+    if clean.get("value") and is_sensitive(clean):
+        clean["value"] = "•••"  # no business of the model's
     return clean
 
 
@@ -3163,28 +3177,16 @@ class ActionRejected(Exception):
     """Why an action may not run, in words for the model."""
 
 
-_NAMES = ("text", "ariaLabel", "label", "placeholder", "name", "title")
-
-
-def element_text(element: Json, *fields: str) -> str:
-    """What an element is called in its markup and on the page, as plain words between bars."""
-    names = [f"| {element[field]} " for field in fields if element.get(field)]
-    return plain_words("".join(names) + "|")
-
-
-def is_sensitive(element: Json) -> bool:
-    """Whether a field takes secrets that an agent has no business with."""
-    return is_named("secret", element_text(element, "type", "inputType", "autocomplete", *_NAMES))
-
-
 def sends_form(element: Json) -> bool:
     words = element_text(element, "type", "inputType", "role")
     return re.search(r"\b(submit|image)\b", words) is not None
 
 
 def is_submit(element: Json) -> bool:
-    names = element_text(element, *_NAMES, "value")
-    return sends_form(element) or is_named("irreversible", names, "+")
+    """Whether it sends a form, by its type or by its name in any language."""
+    return sends_form(element) or is_named(
+        "irreversible", element_text(element, *_NAMES, "value"), "+"
+    )
 
 
 def is_field(element: Json) -> bool:
@@ -3202,6 +3204,7 @@ class Page:
     address: str  # its URL
     site: Site
     site_index: Mapping[HostEntry, Site]
+    passed: set[tuple[Any, ...]] = dataclasses.field(default_factory=set)  # what may be set off
 
     @property
     def elements(self) -> Sequence[Json]:
@@ -3216,6 +3219,10 @@ class Page:
                 if href := element.get("href"):
                     links.setdefault(self.resolve(href).geturl(), []).append(element)
         return links
+
+    @functools.cached_property
+    def submits(self) -> Sequence[Json]:
+        return [element for element in self.elements if "id" in element and sends_form(element)]
 
     @functools.cached_property
     def forms(self) -> Sequence[tuple[str, bool]]:
@@ -3265,9 +3272,8 @@ class Page:
         if url := step.get("url"):
             return self.links.get(url) or [{"text": urllib.parse.urlsplit(url).path, "href": url}]
         if what == "Enter" and is_field(element):
-            submits = [e for e in self.elements if "id" in e and sends_form(e)]
-            near = [e for e in submits if e.get("parent") == element.get("parent")]
-            return [element | {"inputType": "submit", "value": ""}, *(near or submits)]
+            near = [e for e in self.submits if e.get("parent") == element.get("parent")]
+            return [element | {"inputType": "submit", "value": ""}, *(near or self.submits)]
         return [element] if what in ACTING else []
 
     def check_touch(self, step: Json, element: Json) -> None:
@@ -3280,6 +3286,9 @@ class Page:
         if what in ARROWS and "radio" in element_text(element, "type", "role"):
             raise ActionRejected("choose the radio itself, with select")
         for one in self.touched(step, element):
+            if (key := (one.get("id"), one.get("inputType"))) in self.passed:
+                continue
+            self.passed.add(key if "id" in one else ())
             if is_submit(one):
                 self.allow("submit")
             if href := one.get("href"):
@@ -3455,7 +3464,7 @@ def irreversible_steps(plan: Plan, page: Page) -> list[tuple[str, str]]:
         choice = f": {shown(step['inputData'], 60)}" if key == "confirm_select" else ""
         for one in page.touched(step, element or {}):
             choices = possible_choices(step, one)
-            touch = (one.get("id"), sends_form(one), *choices)
+            touch = (one.get("id"), one.get("inputType"), *choices)
             if touch not in known and is_irreversible(one, choices, page):
                 found.append((key, f"{shown(element_label(one), 60)}{choice}"))
             known.add(touch if "id" in one else ())
@@ -3472,9 +3481,8 @@ def filled_fields(plan: Plan, page: Page) -> list[str]:
     for element in filter(is_field, page.elements):
         is_set = "✓" if element.get("checked") else element.get("value")
         if values := typed.get(element.get("id", -1), [is_set] if is_set else []):
-            texts = ["•••"] if is_sensitive(element) else [shown(value, 200) for value in values]
             label = shown(element_label({**element, "value": ""}), 60)
-            lines.append(f"- {label}: {' → '.join(texts)}")
+            lines.append(f"- {label}: {' → '.join(shown(value, 200) for value in values)}")
     return lines
 
 

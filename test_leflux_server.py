@@ -3270,7 +3270,7 @@ def test_what_the_owner_forbids_does_not_run(restriction: str, raw: Json) -> Non
         ),
         *(({"text": text}, True) for text in ("Place order", "Send message", "Transfer money")),
         *(({"text": text}, True) for text in ("Unsubscribe", "Cancel subscription", "Deletes all")),
-        *(({"text": text}, True) for text in ("Cancel my order", "Jetzt kaufen", "De\u200blete")),
+        *(({"text": text}, True) for text in ("Cancel my order", "Jetzt kaufen", "De\u200blete", "De\U000e0041lete")),
         ({"text": "🗑", "ariaLabel": "Delete this"}, True),
         ({"text": "X", "name": "delete_btn"}, True),
         ({"name": "DELETEAccount"}, True),
@@ -5926,6 +5926,7 @@ async def test_a_question_says_all_that_goes_with_it(page: OpenPage, model: Fake
     )
     fields[0]["value"] = "other@evil.example"
     await page.visitor.send("update_context", context=at("/contact", *fields))
+    assert "rex" not in model.prompt()
     again = await page.answer(True)
     assert again["event"] == "confirmation_required"
     assert "other@evil.example" in again["data"]["message"]
