@@ -1330,6 +1330,12 @@ class AppState:
         return self.last_id
 
 
+def language_of(session: Session, site: Site) -> str:
+    """Return the tag of the language that the server speaks: the site's, else the page's."""
+    fixed: str = site.config.get("language", "auto")
+    return session.language if fixed == "auto" else fixed
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Turn:
     """One answer of the agent, from its first word to the event that ends it."""
@@ -1349,10 +1355,12 @@ class Turn:
     def said(self) -> str:
         return "".join(self.task.said)
 
+    @property
+    def language(self) -> str:
+        return language_of(self.session, self.site)
+
     def say(self, key: str, **values: str) -> str:
-        """Return a sentence of the server in the language of the site, or else of the page."""
-        fixed = self.site.config.get("language", "auto")
-        return say(self.session.language if fixed == "auto" else fixed, key, **values)
+        return say(self.language, key, **values)
 
 
 class Backend(Protocol):
@@ -2057,12 +2065,19 @@ Charge = Sequence[Usage]  # the usages that a call is charged to: the site's, th
 
 
 def admit(
-    app: AppState, site: Site, address: str, messages: int, tokens: int, now: float
+    app: AppState,
+    site: Site,
+    address: str,
+    messages: int,
+    tokens: int,
+    now: float,
+    language: str = "en",
 ) -> Charge:
     """Count messages and reserve tokens for a call, or raise budget_exceeded for both."""
-    limits = app.config.limits
+    limits, own = app.config.limits, site.refusal != ENGLISH("refusal")
+    refusal = site.refusal if own else say(language, "refusal")
     if site.paused:
-        raise ApiError(429, "budget_exceeded", site.refusal)
+        raise ApiError(429, "budget_exceeded", refusal)
     budgets = {site.id: 1.0, f"{site.id} {address}": limits.address_share}
     charge = [usage_today(app, name, now) for name in budgets]
     for usage, share in zip(charge, budgets.values(), strict=True):
@@ -2071,7 +2086,7 @@ def admit(
             (limits.site_tokens_per_day, usage.tokens + usage.reserved + tokens),
         ):
             if limit and wanted > math.ceil(limit * share):
-                raise ApiError(429, "budget_exceeded", site.refusal)
+                raise ApiError(429, "budget_exceeded", refusal)
     for usage in charge:
         usage.messages += messages
         usage.reserved += tokens
@@ -4220,7 +4235,8 @@ class ChatModel:
             reserved = tokens_at_most(texts) + self._config.max_tokens
             await self._take_turn(turn)
             release(turn.task)
-            charge = admit(turn.app, site, turn.task.address, 0, reserved, time.time())
+            call_of = (turn.task.address, 0, reserved, time.time(), turn.language)
+            charge = admit(turn.app, site, *call_of)
             completion, asked = Completion(), 0
             call = self.stream(prompt, completion)
             try:
@@ -5540,7 +5556,8 @@ async def chat(request: web.Request) -> web.Response:
         await spend(app, (f"chat {session.id}", limits.chat_per_minute))
         tokens = first_call_tokens(app, session, context, message)
         address = networks(client_of(request))[-1]
-        charge = admit(app, site, address, 1, tokens, time.time())
+        language = language_of(session, site)
+        charge = admit(app, site, address, 1, tokens, time.time(), language)
         keep_context(app, session, context)
         release = functools.partial(settle_tokens, app, site, charge, tokens, 0)
         task = Task(message, address, release=release, only_asks=only_asks)

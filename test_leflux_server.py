@@ -3624,6 +3624,10 @@ def test_a_language_is_whole(tag: str) -> None:
     ]
 
 
+def test_the_default_refusal_is_a_sentence_of_the_server() -> None:
+    assert lf.Site().refusal == lf.ENGLISH("refusal")
+
+
 def test_languages_fall_back(monkeypatch: Patch, tmp_path: Path) -> None:
     """To their main language, to English key by key; without English nothing starts."""
     assert [
@@ -3678,6 +3682,11 @@ async def test_the_server_speaks_the_visitors_language(
         model.scripts.append(status(401, {}))
         end = await visitor.ask()
         assert end["data"]["text"].startswith(lf.say(tag, "no_answer"))
+        server.app.config = dataclasses.replace(
+            config, limits=dataclasses.replace(config.limits, site_messages_per_day=1)
+        )
+        answer = await visitor.post()
+        assert (answer.error[0], answer.body["message"]) == (429, lf.say(tag, "refusal"))
 
 
 async def test_words_of_the_widget(server: Server, monkeypatch: Patch) -> None:
