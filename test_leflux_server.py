@@ -3270,7 +3270,10 @@ def test_what_the_owner_forbids_does_not_run(restriction: str, raw: Json) -> Non
         ),
         *(({"text": text}, True) for text in ("Place order", "Send message", "Transfer money")),
         *(({"text": text}, True) for text in ("Unsubscribe", "Cancel subscription", "Deletes all")),
-        *(({"text": text}, True) for text in ("Cancel my order", "Jetzt kaufen", "De\u200blete", "De\U000e0041lete")),
+        *(
+            ({"text": text}, True)
+            for text in ("Cancel my order", "Jetzt kaufen", "De\u200blete", "De\U000e0041lete")
+        ),
         ({"text": "🗑", "ariaLabel": "Delete this"}, True),
         ({"text": "X", "name": "delete_btn"}, True),
         ({"name": "DELETEAccount"}, True),
