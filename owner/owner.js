@@ -296,8 +296,8 @@ function crawlPart(site, state, pages) {
   const start = worker("Read it now", begin, "plain", where);
   const stop = worker("Stop", () => site.ask("DELETE", "/crawl").then(follow));
   const draw = (now) => {
-    const got = now.fetched + now.unchanged + now.failed;
-    const facts = `${count(now.fetched, "page")} read, ${now.unchanged} unchanged,`
+    const got = now.fetched + now.failed;
+    const facts = `${count(now.fetched, "page")} read, ${now.unchanged} of them unchanged,`
       + ` ${now.failed} failed`;
     told.textContent = now.running ? `Reading: ${got} of ${now.discovered}`
       : now.finishedAt ? `Last read ${new Date(now.finishedAt).toLocaleString()}: ${facts}.`

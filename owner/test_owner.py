@@ -610,6 +610,45 @@ async def test_conversations(
     await expect(page.get_by_text("No conversations here.")).to_be_visible()
 
 
+@with_constants(CRAWL_SECONDS=0.2)
+async def test_reading_a_website(
+    visit: Visit, serve: Serve, key_server: KeyServer, google: Google, model: FakeModel
+) -> None:
+    """A website is read while one looks on."""
+
+    async def answer(request: web.Request) -> web.Response:
+        links = "".join(f'<a href="/{number}">Page {number}</a>' for number in range(1, 8))
+        if request.path == "/7" or not re.fullmatch("/[1-6]?", request.path):
+            raise web.HTTPNotFound
+        body = (
+            f"<title>Page {request.path}</title><h1>Coffee</h1><p>A text of this page.</p>{links}"
+        )
+        return web.Response(text=body, content_type="text/html")
+
+    async with listening(answer) as url:
+        site = {**SITE, "crawl_hours": 0}
+        server = await open_office(serve, key_server, google, model, site)
+        server.app.public_http = server.app.http  # which may reach this machine
+        page = await visit(f"{server.url}/owner#/shop/knowledge")
+        await sign_in(page)
+        start = page.get_by_role("button", name="Read it now")
+        await start.click()
+        address = page.get_by_label("Address")
+        await expect(address).to_have_accessible_description(re.compile("is not set"))
+        await address.fill(f"{url}/")
+        await page.get_by_role("button", name="Save").last.click()
+        await expect(page.get_by_text("Saved.")).to_be_visible()
+        await start.click()
+        told = page.get_by_role("status").filter(has_text="Reading")
+        await expect(told).to_have_text(re.compile("Reading: [1-8] of 8"))
+        assert await page.get_by_role("progressbar").get_attribute("max") == "8"
+        await expect(
+            page.get_by_text("7 pages read, 0 of them unchanged, 1 failed")
+        ).to_be_visible()
+    await expect(page.get_by_role("row", name="Page /3")).to_contain_text("ok")
+    await expect(page.get_by_role("table", name="What could not be read")).to_contain_text("/7")
+
+
 async def test_messages(enter: Open, office: Server, model: FakeModel) -> None:
     """Messages are shown as text, whatever is in them, and deleted once the owner is sure."""
     said = {
