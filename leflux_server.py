@@ -74,6 +74,7 @@ import fcntl
 import functools
 import gc
 import hashlib
+import heapq
 import html.parser
 import importlib
 import ipaddress
@@ -2289,11 +2290,192 @@ def element_label(element: Json) -> str:
 # It has a file and a thread of its own: it can be made anew, and no search holds up the loop.
 
 PASSAGE_CHARS = 700
-SITEMAP_PAGES, SITEMAP_CHARS = 60, 3000
 EMAIL = r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,64}\.[\w.-]{0,190}\w"
 PHONE = r"(?<![\w-])(?:\+|\(?0|\(\d{3}\))[\d ()-]{6,18}\d"
 CONTACT = re.compile(f"{EMAIL}|{PHONE}")
-KNOWLEDGE_VERSION = 1
+# Scripts that put no spaces between words, and Korean, which hangs endings on them.
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uac00-\ud7af]+")
+IDEOGRAPH = re.compile(r"[\u3400-\u9fff]")
+WORD = re.compile(r"(?:[^\W_]|[\u0900-\u0eff\u1000-\u109f\u1780-\u17ff])+")
+# What shows that a passage is about a topic though it does not say the word.
+SIGNS = re.compile(
+    r"(?P<price>[€$£¥円₺₹元])|(?P<discount>%)|(?P<time>\d[:.時点]\d\d|\d ?(?:[ap]m|uhr|h|時|点)\b)"
+    r"|(?P<place>\b\d{4,5} [^\W\d_]{3}|\b[A-Z]{1,2}\d\w? \d[A-Z]{2}\b|〒)"
+    rf"|(?P<contact>{EMAIL}|{PHONE})",
+    re.I,
+)
+# What counts how much, beside a word of the question: another word of its topic, a word of the
+# message before, bm25, and that a passage is the owner's own.
+TOPIC, EARLIER, BM25, OWN = 1.0, 0.5, 0.3, 1.2
+SITEMAP_PAGES, SITEMAP_CHARS = 60, 3000
+
+
+def spaced(text: str) -> str:
+    """Fold case and accents; runs of scripts without spaces become pairs and ideographs."""
+
+    def pieces(run: re.Match[str]) -> str:
+        pairs = (run[0][at : at + 2] for at in range(max(1, len(run[0]) - 1)))
+        return " ".join(["", *pairs, *IDEOGRAPH.findall(run[0]), ""])
+
+    plain = re.sub(r"[\u0300-\u036f]", "", unicodedata.normalize("NFKD", text.casefold()))
+    return UNSPACED.sub(pieces, unicodedata.normalize("NFC", plain))
+
+
+def folded_words(text: str) -> list[str]:
+    """Return the different words of a text, folded."""
+    return list(dict.fromkeys(WORD.findall(spaced(text))))
+
+
+class Topic(NamedTuple):
+    """Something that visitors of any website ask about, in the words of all languages."""
+
+    asks: re.Pattern[str]  # of a word of a question
+    says: re.Pattern[str]  # of a word of a passage
+    query: str  # the same for FTS5
+
+
+def begins_with(words: Iterable[str]) -> re.Pattern[str]:
+    """Words of up to three letters are meant whole, others are how a word begins."""
+    return re.compile("|".join(one if is_stem(one) else f"{one}$" for one in sorted(words)))
+
+
+def is_stem(word: str) -> bool:
+    return len(word) > 3 or UNSPACED.match(word) is not None
+
+
+@functools.cache
+def topics() -> tuple[frozenset[str], list[Topic]]:
+    """Return the words that say nothing of what a question is about, and the topics."""
+    found, nothing = list[Topic](), frozenset[str]()
+    languages = [words.get("topics", {}) for words in all_words().values()]
+    for name in dict.fromkeys(itertools.chain(*languages)):
+        # Words before the colon are only in questions.
+        halves = [language.get(name, ":").partition(":")[::2] for language in languages]
+        asks, says = (
+            {spaced(word).split()[-1] for half in both for word in half.split()}
+            for both in zip(*halves, strict=True)
+        )
+        if name == "nothing":
+            nothing = frozenset(asks)
+            continue
+        says.add(f"x{name}")
+        query = " OR ".join(f'"{one}"' + " *" * is_stem(one) for one in sorted(says))
+        found.append(Topic(begins_with(asks | says), begins_with(says), query))
+    return nothing, found
+
+
+def meaningful(words: Iterable[str]) -> list[str]:
+    """Return the words that carry a meaning: no particles, and no short words."""
+    nothing, _ = topics()
+    hiragana = re.compile(r"[\u3040-\u309f]")
+    kept = (one for one in words if one not in nothing and not hiragana.search(one))
+    return [one for one in kept if len(one) > 2 or one.isdigit() or UNSPACED.match(one)]
+
+
+def signed(text: str) -> str:
+    """Return a text folded, with its signs of topics as words."""
+    return spaced(SIGNS.sub(lambda sign: f"{sign[0]} x{sign.lastgroup} ", text))
+
+
+@functools.lru_cache(20_000)
+def alike(word: str, other: str) -> tuple[float, bool]:
+    """Return how much of a word another one says, from 0 to 1, and whether it does at its start.
+
+    Inflections and misspellings say most of it, a part of a compound as much as it is long.
+    """
+    short, long = sorted((word, other), key=len)
+    part = min(0.8, len(other) / len(word))
+    if len(short) < 3 or UNSPACED.match(short):
+        return 0, True
+    if long.startswith(short) and len(long) - len(short) < 3:
+        return part, True
+    same = next((at for at, c in enumerate(short) if c != long[at]), len(short))
+    if same >= 4 and same >= 0.6 * len(short):
+        return part, True
+    if short in long and (len(short) > 4 or long.endswith(short)):
+        return part, False
+    near = len(long) - len(short) <= 2 < len(short) - 1 and len(set(short) ^ set(long)) <= 4
+    near = near and difflib.SequenceMatcher(None, word, other, autojunk=False).ratio() >= 0.75
+    return 0.8 * near, True
+
+
+def best_of(question: str, texts: Sequence[str], share: float) -> list[int]:
+    """Return the index of the text that says most of a question, if it says a share of it."""
+    _, about = topics()
+    said = folded_words(question[:1000])[:32]
+    words = set(meaningful(said))
+    asked = {topic: set(filter(topic.asks.match, said)) for topic in about}
+    # What is asked for: each word, or another of its topic, and topics of particles such as "when".
+    wanted = [({word}, [one for one in about if word in asked[one]]) for word in sorted(words)]
+    wanted += [(set(), [one]) for one in about if asked[one] and not asked[one] & words]
+    best = (share - 1e-9, 0, -1)
+    for at, text in enumerate(texts):
+        there = folded_words(SIGNS.sub(lambda sign: f"{sign[0]} x{sign.lastgroup} ", text))
+        total = 0.0
+        for word, subjects in wanted:
+            shares = [
+                1.0 if other in word else alike(one, other)[0] for one in word for other in there
+            ]
+            on_topic = any(topic.says.match(other) for topic in subjects for other in there)
+            total += max([*shares, (TOPIC if word else 1) * on_topic])
+        best = max(best, (total / max(1, len(wanted)), -len(there), at))
+    return [best[2]] if best[2] >= 0 else []
+
+
+# Rules for single lines: a heading begins with "#", headings and list items stand alone.
+MARKS = (
+    (r"^(.+)\n={3,}[ \t]*$", r"# \1"),
+    (r"^(.+)\n-{3,}[ \t]*$", r"## \1"),
+    (r"^[-=|:* \t]+$", ""),
+    (r"^[ \t]*(#.*)$", r"\n\1\n"),
+    (r"^(?=[ \t]*([-*+•|]|\d{1,3}[.)])[ \t])", "\n"),
+)
+ITEM = re.compile(r"([-*+•|]|\d{1,3}[.)])[ \t]+")
+SENTENCE_END = re.compile(r"(?<=\u3002)|(?<=[.!?])(?<!\b[A-Z][a-z]\.)(?<!\b[a-z]\.[a-z]\.)\s+|\n")
+TITLE = re.compile(r"[^\d\n]{1,60}(?<![.!,;])")  # a line that is a heading if a text follows it
+
+
+def sections(document: str) -> Iterator[tuple[str, str]]:
+    """Yield the paragraphs and list items of a text or Markdown file, each with its heading."""
+    document = document.replace("\r\n", "\n")
+    for pattern, by in MARKS:
+        document = re.sub(pattern, by, document, flags=re.M)
+    path, title, waiting = list[str](), "", list[str]()
+    for block in map(str.strip, [*re.split(r"\n\s*\n", document), "#"]):
+        level = min(len(block) - len(block.lstrip("#")), 6)
+        item = ITEM.match(block)
+        first, _, rest = block.partition("\n")
+        if not level and not item and TITLE.fullmatch(first) and not rest[:1].islower():
+            waiting.append(first.strip(" *_:"))
+            block = rest
+        if waiting and block:
+            # The last one stands over this text. The ones before are a list under the first.
+            title = "" if level else waiting.pop()
+            head = waiting.pop(0) if len(waiting) > 1 else ""
+            yield from [(": ".join([*path, head]), one) for one in waiting]
+            waiting = []
+        if level:
+            path, title = [*path[: level - 1], block.strip("# ")[:120]], ""
+        elif block:
+            block = " ".join(map(str.strip, block.split("\n")))
+            yield ": ".join([*path, title]), block[item.end() :].rstrip("| ") if item else block
+
+
+def split_sections(sections: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Yield (heading, text) of the passages: of one heading, and at most 700 characters long."""
+    for heading, group in itertools.groupby(sections, lambda section: section[0]):
+        pieces = [""]
+        for line in itertools.chain.from_iterable(text.split("\n") for _, text in group):
+            for number, sentence in enumerate(SENTENCE_END.split(line)):
+                for start in range(0, len(sentence), PASSAGE_CHARS):
+                    part = sentence[start : start + PASSAGE_CHARS].strip()
+                    if len(pieces[-1]) + len(part) >= PASSAGE_CHARS:
+                        pieces.append("")
+                    pieces[-1] = f"{pieces[-1]}{' ' if number or start else chr(10)}{part}".strip()
+        yield from ((heading[-120:].strip(": "), piece) for piece in pieces if piece)
+
+
+KNOWLEDGE_VERSION = 2
 KNOWLEDGE_SCHEMA = """
     CREATE TABLE site (number INTEGER PRIMARY KEY, id TEXT UNIQUE);
     CREATE TABLE page (
@@ -2302,9 +2484,15 @@ KNOWLEDGE_SCHEMA = """
     );
     CREATE TABLE crawl (site TEXT PRIMARY KEY, row TEXT);
     CREATE INDEX page_of_site ON page (site, source, url);
+    CREATE INDEX page_of_url ON page (site, url);
     CREATE VIRTUAL TABLE passage USING fts5(
         title, heading, text, said UNINDEXED,
         tokenize="porter unicode61 remove_diacritics 2 categories 'L* N* Co Mn Mc'"
+    );
+    INSERT INTO passage (passage, rank) VALUES ('rank', 'bm25(4, 3, 1)');
+    CREATE TABLE word (id INTEGER PRIMARY KEY, word TEXT UNIQUE);
+    CREATE VIRTUAL TABLE gram USING fts5(
+        word, content='word', content_rowid='id', tokenize='trigram', detail='none'
     );
 """
 
@@ -2346,136 +2534,15 @@ class Found:
     contacts: Sequence[str] = ()
 
 
-STOP_WORDS = frozenset(
-    """
-    about accept after all also am an and any anything are as at available be been bring but button
-    by can click could did do does doing don else ever find for form from get give go going good got
-    had has have having hello help her here hers hey hi him his how if in into is it its just keep
-    kind know let like link ll look looking many may me might more much must my need no not number
-    of off offer on one or our out over own page people please possible press re say see sell she
-    should show site so some someone something sort still tell than thank thanks that the their
-    them then there these they thing this those to too up us use ve want was way we website were
-    what when where which who whose why will with won work would yes you your yours
-    """.split()
-)
-# Words that mean the same to somebody who asks, by how they begin.
-SYNONYMS = [
-    group.split()
-    for group in """
-    price pricing cost charge expensive cheap much / time when hour / long day week minute month
-    / address where locat situated direction / contact email mail phone telephone / discount reduc
-    / ship deliv postage courier dispatch / return refund exchang / abroad internation worldwide
-    overseas outside / open clos shut / pay paid / gift voucher / guarant warrant / cancel terminat
-    / job career vacanc / repair fix / rent hire lend / course workshop lesson / wheelchair accessib
-    """.split("/")
-]
-SIGNS = re.compile(  # of what a text holds, though it does not say the word
-    r"(?P<price>[€$£])|(?P<email>@)|(?P<discount>%)|(?P<address>\b(street|road|lane|avenue)\b)"
-    r"|(?P<time>\d:\d\d|\Bdays?\b|\d ?[ap]m\b)",
-    re.I,
-)
+class SiteTexts(NamedTuple):
+    """What finding needs of all of a site's pages."""
 
-
-def word_queries(question: str) -> list[str]:
-    """Return an FTS5 query for each different word of a question that carries its meaning."""
-    queries = []
-    for word in re.findall(r"[^\W_]{2,}|\d|[^\W\x00-\x7f]", question[:5000].lower()):
-        same = next((group for group in SYNONYMS if word.startswith(tuple(group))), [])
-        # Quoted words cannot be FTS5 syntax, whatever the visitor wrote.
-        begins = [f'"{one}" *' for one in same if one not in STOP_WORDS]
-        if begins or word not in STOP_WORDS:
-            queries.append(" OR ".join(begins) or f'"{word}"')
-    return list(dict.fromkeys(queries))[:32]
-
-
-class Passages:
-    """A ranked index over texts (FTS5, porter-stemmed)."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        self.texts = texts
-        self._db = sqlite3.connect(":memory:")
-        self._db.execute(
-            "CREATE VIRTUAL TABLE passage USING "
-            "fts5(text, tokenize='porter unicode61 remove_diacritics 2')"
-        )
-        sql = "INSERT INTO passage (rowid, text) VALUES (?, ?)"
-        shown = (SIGNS.sub(lambda sign: f"{sign[0]} {sign.lastgroup} ", text) for text in texts)
-        self._db.executemany(sql, enumerate(shown))
-
-    def best(self, question: str, limit: int = 20, share: float = 0) -> list[int]:
-        """Return the indexes of the passages with a share of a question's words, best first."""
-        words = word_queries(question)
-        sql = "SELECT rowid FROM passage WHERE passage MATCH ?"
-        held = Counter(row for word in words for (row,) in self._db.execute(sql, (word,)))
-        by_rank = sql + " ORDER BY rank, rowid"
-        ranked = self._db.execute(by_rank, (" OR ".join(words),)) if held else ()
-        rows = [row for (row,) in ranked if held[row] >= share * len(words)]
-        return sorted(rows, key=lambda row: -held[row])[:limit]  # stable
-
-    def close(self) -> None:
-        self._db.close()
-
-
-def best_of(question: str, texts: Sequence[str], share: float) -> list[int]:
-    """Return the index of the best of some texts, if any holds a share of a question's words."""
-    with contextlib.closing(Passages(texts)) as index:
-        return index.best(question, 1, share)
-
-
-# Rules for single lines: a heading begins with "#", headings and list items stand alone.
-MARKS = (
-    (r"^(.+)\n={3,}[ \t]*$", r"# \1"),
-    (r"^(.+)\n-{3,}[ \t]*$", r"## \1"),
-    (r"^[-=|:* \t]+$", ""),
-    (r"^[ \t]*(#.*)$", r"\n\1\n"),
-    (r"^(?=[ \t]*([-*+•|]|\d{1,3}[.)])[ \t])", "\n"),
-)
-ITEM = re.compile(r"([-*+•|]|\d{1,3}[.)])[ \t]+")
-SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Z][a-z]\.)(?<!\b[a-z]\.[a-z]\.)\s+|\n")
-TITLE = re.compile(r"[^\d\n]{1,60}(?<![.!,;])")  # a line that is a heading if a text follows it
-
-
-def sections(document: str) -> Iterator[tuple[str, str]]:
-    """Yield the paragraphs and list items of a text or Markdown file, each with its heading."""
-    document = document.replace("\r\n", "\n")
-    for pattern, by in MARKS:
-        document = re.sub(pattern, by, document, flags=re.M)
-    path, title, waiting = list[str](), "", list[str]()
-    for block in map(str.strip, [*re.split(r"\n\s*\n", document), "#"]):
-        level = min(len(block) - len(block.lstrip("#")), 6)
-        item = ITEM.match(block)
-        first, _, rest = block.partition("\n")
-        if not level and not item and TITLE.fullmatch(first) and not rest[:1].islower():
-            waiting.append(first.strip(" *_:"))
-            block = rest
-        if waiting and block:
-            # The last one stands over this text. The ones before are a list under the first.
-            title = "" if level else waiting.pop()
-            head = waiting.pop(0) if len(waiting) > 1 else ""
-            yield from [(": ".join([*path, head]), one) for one in waiting]
-            waiting = []
-        if level:
-            path, title = [*path[: level - 1], block.strip("# ")[:120]], ""
-        elif block:
-            yield ": ".join([*path, title]), block[item.end() :].rstrip("| ") if item else block
-
-
-def split_sections(sections: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Yield (heading, text) of the passages, at most 700 characters each, split at sentences."""
-    for heading, text in sections:
-        pieces = [""]
-        for sentence in SENTENCE_END.split(text):
-            for start in range(0, len(sentence), PASSAGE_CHARS):
-                part = sentence[start : start + PASSAGE_CHARS].strip()
-                if len(pieces[-1]) + len(part) > PASSAGE_CHARS:
-                    pieces.append("")
-                pieces[-1] = f"{pieces[-1]} {part}".strip()
-        yield from ((heading[-120:].strip(": "), piece) for piece in pieces if piece)
-
-
-def split_passages(document: str) -> list[str]:
-    """Return the passages of a text or Markdown, each under its heading."""
-    return [f"{heading}\n{text}".strip() for heading, text in split_sections(sections(document))]
+    range: tuple[int, int]  # of the passages' rowids
+    passages: int  # how many there are
+    pages: dict[int, tuple[str, str]]  # (URL, title) by id
+    own: frozenset[int]  # ids of the owner's files and snippets
+    own_chars: int
+    contacts: tuple[str, ...]
 
 
 def page_digest(page: WebPage) -> str:
@@ -2539,6 +2606,7 @@ class Knowledge:
     def __init__(self, path: Path | None) -> None:
         self._db = open_knowledge(path)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "knowledge")
+        self._cached_site = functools.lru_cache(64)(self._site)
 
     async def call(self, method: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, method, *args)
@@ -2580,10 +2648,19 @@ class Knowledge:
         self._db.executemany(
             sql,
             (
-                (page_id << 16 | at, page.title, heading, text, f"{heading}\n{text}")
+                (
+                    *(page_id << 16 | at, spaced(page.title), spaced(heading), signed(text)),
+                    f"{heading}\n{text}",
+                )
                 for at, (heading, text) in enumerate(passages[: 1 << 16])
             ),
         )
+        words = folded_words(" ".join([page.title, *itertools.chain(*passages)]))
+        (known_words,) = self._db.execute("SELECT ifnull(max(id), 0) FROM word").fetchone()
+        rows = ((one,) for one in words if 4 <= len(one) <= 40)
+        self._db.executemany("INSERT OR IGNORE INTO word (word) VALUES (?)", rows)
+        sql = "INSERT INTO gram (rowid, word) SELECT id, word FROM word WHERE id > ?"
+        self._db.execute(sql, (known_words,))
 
     def _delete(self, sql: str, *values: Any) -> int:
         """Delete the pages that a query names, with their passages; return how many."""
@@ -2637,12 +2714,22 @@ class Knowledge:
         """Delete the crawled pages that were not fetched since then; return how many."""
         with self._writing():
             sql = "SELECT id FROM page WHERE site = ? AND source = 'page' AND fetched < ?"
-            return self._delete(sql, site_id, since)
+            count = self._delete(sql, site_id, since)
+            self._forget_words()
+            return count
 
     def forget(self, site_id: str) -> None:
         with self._writing():
             self._delete("SELECT id FROM page WHERE site = ?", site_id)
             self._db.execute("DELETE FROM crawl WHERE site = ?", (site_id,))
+            self._forget_words()
+
+    def _forget_words(self) -> None:
+        """Delete the words that no passage has any more."""
+        gone = """FROM word WHERE NOT EXISTS
+            (SELECT 1 FROM passage WHERE passage MATCH '"' || word || '"')"""
+        self._db.execute(f"INSERT INTO gram (gram, rowid, word) SELECT 'delete', id, word {gone}")
+        self._db.execute(f"DELETE {gone}")
 
     def put_crawl(self, site_id: str, row: Json) -> None:
         self._db.execute("REPLACE INTO crawl VALUES (?, ?)", (site_id, json_text(row)))
@@ -2668,51 +2755,98 @@ class Knowledge:
             for *row, fetched in rows[offset : offset + limit]
         ], len(rows)
 
+    def _site(self, site_id: str, _version: tuple[int, int]) -> SiteTexts:
+        """Return what finding needs of all of a site's pages; kept until the index changes."""
+        sql = "SELECT id, source, url, title, chars, contacts FROM page WHERE site = ? ORDER BY id"
+        rows = self._db.execute(sql, (site_id,)).fetchall()
+        first, last = self._range(site_id)
+        between = (first << 16, (last + 1 << 16) - 1)
+        sql = "SELECT count(*) FROM passage WHERE rowid BETWEEN ? AND ?"
+        (passages,) = self._db.execute(sql, between).fetchone()
+        contacts = Counter(one for row in rows for one in orjson.loads(row[5]))
+        return SiteTexts(
+            between,
+            passages,
+            {page_id: (url, title) for page_id, _, url, title, *_ in rows},
+            frozenset(row[0] for row in rows if row[1] != "page"),
+            sum(row[4] for row in rows if row[1] != "page"),
+            tuple(one for one, _ in contacts.most_common(10)),
+        )
+
     def find(self, site_id: str, question: str, earlier: str = "") -> Found:
         """Return what a site says to a question; `earlier` is the message before it."""
-        sql = "SELECT id, source, url, title, chars, contacts FROM page WHERE site = ? ORDER BY id"
-        pages = {row[0]: row[1:] for row in self._db.execute(sql, (site_id,))}
-        if not pages:
-            return Found()
-        ranked = self._ranked(site_id, question)
-        own = [page_id for page_id, (source, *_) in pages.items() if source != "page"]
-        if sum(pages[page_id][3] for page_id in own) <= KNOWLEDGE_CHARS:
+        version = self._db.execute("PRAGMA data_version").fetchone()[0], self._db.total_changes
+        site = self._cached_site(site_id, version)
+        ranked = self._ranked(site, question, earlier)
+        if site.own_chars <= KNOWLEDGE_CHARS:  # the owner's texts go whole, as they stand
+            sql = "SELECT rowid FROM passage WHERE rowid BETWEEN ? AND ?"
             whole = [
                 row
-                for page_id in own
-                for (row,) in self._db.execute(
-                    "SELECT rowid FROM passage WHERE rowid BETWEEN ? AND ?",
-                    (page_id << 16, (page_id + 1 << 16) - 1),
-                )
+                for page_id in sorted(site.own)
+                for (row,) in self._db.execute(sql, (page_id << 16, (page_id + 1 << 16) - 1))
             ]
-            ranked = [*whole, *(row for row in ranked if row not in set(whole))]
-        passages, room = [], KNOWLEDGE_CHARS
+            ranked = list(dict.fromkeys([*whole, *ranked]))
+        passages, room = list[Passage](), KNOWLEDGE_CHARS
         for row in ranked:
-            _, url, title, *_ = pages[row >> 16]
+            url, title = site.pages[row >> 16]
             sql = "SELECT said FROM passage WHERE rowid = ?"
             heading, _, text = self._db.execute(sql, (row,)).fetchone()[0].partition("\n")
-            room -= len(title + url + heading + text)
-            if room < 0:
-                break
             passages.append(Passage(title, url, heading, text))
-        fitting = dict.fromkeys(row >> 16 for row in ranked)
-        shallow = sorted(pages, key=lambda one: (pages[one][1].count("/"), len(pages[one][1])))
-        sitemap = {pages[one][1]: pages[one][2] for one in [*fitting, *shallow] if pages[one][1]}
-        contacts = Counter(one for page in pages.values() for one in orjson.loads(page[4]))
-        ways = [one for one, _ in contacts.most_common(10)]
-        return Found(passages, [*sitemap.items()][:SITEMAP_PAGES], ways)
+            room -= len(text) if row >> 16 in site.own else len(f"{title}{url}{heading}{text}") + 4
+            if room < 0:
+                passages.pop()
+                break
+        pages = [site.pages[row >> 16] for row in ranked]
+        pages += sorted(site.pages.values(), key=lambda page: (page[0].count("/"), len(page[0])))
+        return Found(passages, [page for page in dict.fromkeys(pages) if page[0]], site.contacts)
 
-    def _ranked(self, site_id: str, question: str) -> list[int]:
-        """Return the rowids of a site's passages, best first."""
-        words, scores = word_queries(question), dict[int, tuple[int, float]]()
-        first, last = self._range(site_id)
-        sql = "SELECT rowid, bm25(passage, 4, 3, 1) FROM passage WHERE passage MATCH ?"
-        sql += " AND rowid BETWEEN ? AND ?"
-        for word in words:
-            for row, rank in self._db.execute(sql, (word, first << 16, (last + 1 << 16) - 1)):
-                held, total = scores.get(row, (0, 0.0))
-                scores[row] = held - 1, total + rank
-        return sorted(scores, key=lambda row: scores[row])[:100]
+    def _alike(self, word: str) -> dict[tuple[float, bool], str]:
+        """Return FTS5 queries for a word and what is like it, by what they say of it."""
+        queries = {(1.0, True): f'"{word}"'}
+        grams = [f'"{word[at : at + 3]}"' for at in range(len(word) - 2)]
+        sql = "SELECT word FROM gram WHERE gram MATCH ? ORDER BY rank LIMIT 30"
+        for (other,) in self._db.execute(sql, (" OR ".join(grams),)) if grams else ():
+            share, _ = kind = alike(word, other)
+            if share and other != word:
+                queries[kind] = f'{queries[kind]} OR "{other}"' if kind in queries else f'"{other}"'
+        return queries
+
+    def _holding(self, site: SiteTexts, query: str, flat: float = 0) -> Iterator[tuple[int, float]]:
+        """Yield (rowid, score) of the passages that match a query, the best 1,000 at most."""
+        sql = "SELECT rowid, rank FROM passage WHERE passage MATCH ? AND rowid BETWEEN ? AND ?"
+        rows = self._db.execute(f"{sql} ORDER BY rank LIMIT 1000", (query, *site.range)).fetchall()
+        rarity = math.log(1 + site.passages / (1 + len(rows)))
+        return ((row, flat + rarity - BM25 * rank) for row, rank in rows)
+
+    def _ranked(self, site: SiteTexts, question: str, earlier: str) -> list[int]:
+        """Return the rowids of the best passages: by how many of the question's words, rare ones
+        before frequent ones, a passage holds, and by bm25."""
+        nothing, about = topics()
+        words = dict.fromkeys(folded_words(question[:5000])[:32], 1.0)
+        if sum(len(word) > 1 for word in meaningful(words)) < 3:
+            words = dict.fromkeys(folded_words(earlier[:5000])[:32], EARLIER) | words
+        flat, scores = set(meaningful(words)), defaultdict[int, float](float)
+        asked = {
+            topic: max(words[word] for word in words if topic.asks.match(word))
+            for topic in about
+            if any(map(topic.asks.match, words))
+        }
+        for topic, weight in asked.items():
+            for row, score in self._holding(site, topic.query):
+                scores[row] += weight * TOPIC * score
+        for word, weight in words.items():
+            parts: tuple[dict[int, float], ...] = ({}, {})
+            for (share, start), query in self._alike(word).items() if word not in nothing else ():
+                for row, score in self._holding(site, query, word in flat):
+                    parts[start][row] = max(parts[start].get(row, 0), weight * share * score)
+            for row, score in itertools.chain.from_iterable(map(dict.items, parts)):
+                scores[row] += score
+        for row in scores:
+            scores[row] *= OWN if row >> 16 in site.own else 1
+        return [
+            row
+            for row, _ in heapq.nsmallest(100, scores.items(), key=lambda one: (-one[1], one[0]))
+        ]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4570,23 +4704,35 @@ def usable(page: Json) -> tuple[list[Json], list[Json]]:
     return [field for field in fields if not is_sensitive(field)], buttons
 
 
-def quote(question: str, page: Json, found: Found) -> str:
-    """Return one to three sentences that answer a question, "" if none comes near."""
+def quote(question: str, page: Json, found: Found) -> tuple[str, Passage | None]:
+    """Return one to three sentences that answer a question, and where they are from."""
     labels = sorted(map(element_label, page.get("indexedElements", ())), key=len, reverse=True)
     names = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, labels))})(?!\w)")
     # Quotation marks hold what others say. A menu ends the part of the page above it.
     shown = OTHERS_SAY.sub("", page.get("visibleText", ""))
     lines = [line if re.search(r"\w", names.sub("", line)) else "#" for line in shown.split("\n")]
-    near = [text for text in split_passages("\n\n".join(lines)) if not TITLE.fullmatch(text)]
-    near += [f"{one.heading}\n{one.text}".strip() for one in found.passages]
-    split = [text.rpartition("\n")[::2] for text in near]
-    said = [(heading, SENTENCE_END.split(text)) for heading, text in split]
-    units = [(heading, parts, at) for heading, parts in said for at in range(len(parts))]
-    pieces = [s[at] if BARE.fullmatch(s[at]) else f"{heading}\n{s[at]}" for heading, s, at in units]
+    near = [
+        Passage("", "", heading, text)
+        for heading, text in sections("\n\n".join(lines))
+        if heading or not TITLE.fullmatch(text)
+    ]
+    units = [
+        (one, sentences, at)
+        for one in [*near, *found.passages]
+        for sentences in map(SENTENCE_END.split, one.text.split("\n"))
+        for at in range(len(sentences))
+    ]
+    pieces = [
+        s[at] if BARE.fullmatch(s[at]) else f"{one.title}\n{one.heading}\n{s[at]}"
+        for one, s, at in units
+    ]
     best = best_of(question, pieces, 0.51)
-    heading, sentences, at = units[best[0]] if best else ("", [""], 0)
+    if not best:
+        return "", None
+    one, sentences, at = units[best[0]]
     answer = " ".join(sentences[at if len(sentences) > 3 else 0 :][:3])
-    return answer if answer.endswith((".", "!", "?")) or not heading else f"{heading}: {answer}"
+    bare = answer.endswith((".", "!", "?", "\u3002")) or not one.heading
+    return answer if bare else f"{one.heading}: {answer}", one
 
 
 def find_label(wish: str, elements: Sequence[Json], share: float) -> Json | None:
@@ -4613,9 +4759,11 @@ def guide_answer(question: str, page: Json, found: Found, say: Sentences = ENGLI
     _, buttons = usable(page)
     others = [e for e in buttons if not e.get("href") or e["href"] != page.get("url")]
     wants_person = WANTS_PERSON.search(question.lower()) is not None
-    said = "" if wants_person else quote(question, page, found)
+    said, source = ("", None) if wants_person else quote(question, page, found)
     element = None if wants_person else find_label(question, others, 0.51)
     parts = [say("guide_found", what=said)] if said else []
+    if source is not None and source.url:
+        parts.append(f"[{source.title or source.url}]({source.url})")
     parts += [say("guide_use", what=element_label(element))] if element else []
     if parts:
         return {"message": " ".join(parts), "answered": True, "action": None}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from processes import HERE
+from questions import ask_all, measure
 from run import ROWS
 from soak import Soak, verdict
 
@@ -78,3 +79,16 @@ async def test_errors_in_the_log_fail_the_soak(line: str, tmp_path: Path) -> Non
     soak = ended_soak(tmp_path, log=line)
     verdict(soak)
     assert len(soak.problems) == 1
+
+
+def test_answers_are_found() -> None:
+    """Of the questions of four made-up sites in four languages, as many as the README says."""
+    results = ask_all()
+    assert len(results) >= 200
+    assert measure(results)[0] >= 0.9
+    assert measure([one for one in results if one.shares])[0] >= 0.97
+    assert measure([one for one in results if one.question.held_out])[0] >= 0.8
+    admitted = [one.admitted for one in results if not one.question.answer]
+    assert sum(admitted) >= 0.8 * len(admitted)
+    for older in ("plain bm25", "version 0.1"):
+        assert measure(results, older)[0] < 0.6
