@@ -1010,3 +1010,39 @@ async def axe(page: Page) -> list[str]:
         for violation in found["violations"]
         for node in violation["nodes"]
     ]
+
+
+# ---------------------------------------------------------------------------------------------
+# Pages of a website that loads the widget
+
+
+class Pages:
+    """A website on localhost: pages["/path"] = (html, headers). Its origin is not the server's."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.server = ""
+        self.html: dict[str, tuple[str, dict[str, str]]] = {}
+        self.visits: list[str] = []
+
+    def add(self, path: str, body: str, script: str = "async", **headers: str) -> str:
+        """Put a page there whose body is followed by the widget's tag; returns its address."""
+        tag = f'<script src="{self.server}/embed.js" {script}></script>'
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        title = f"<title>Page {path}</title>"
+        self.html[path] = (f"<!doctype html><html lang=en>{title}<body>{body}{tag}", named)
+        return self.url + path
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.visits.append(request.path_qs)
+        if request.path not in self.html:
+            raise web.HTTPNotFound
+        html, headers = self.html[request.path]
+        return web.Response(text=html, content_type="text/html", headers=headers)
+
+
+@pytest.fixture
+async def pages() -> AsyncIterator[Pages]:
+    site = Pages()
+    async with listening(site.answer) as site.url:
+        yield site
