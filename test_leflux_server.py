@@ -9620,6 +9620,16 @@ async def test_full_box_of_messages_to_the_owner(server: Server, model: FakeMode
     assert [end["event"] for end in ends] == ["task_complete", "task_complete", "message"]
 
 
+async def test_messages_to_the_owner_go_with_their_site(admin: Server, model: FakeModel) -> None:
+    """A site that is deleted leaves none behind; the others' stay."""
+    new = {"name": "New", "host": "new.example"}
+    assert (await admin.manage("POST", "", new, "admin")).status == 201
+    for origin in ("https://new.example", ORIGIN):
+        await write_to_owner(await admin.visitor(origin), model)
+    assert (await admin.manage("DELETE", "/new-example", who="admin")).status == 200
+    assert [letter.site_id for letter in admin.app.letters.values()] == ["shop"]
+
+
 def test_messages_to_the_owner_ring_for_nobody() -> None:
     """What chat programs take for a call to all of a team is defused."""
     for text in ("@everyone", "<!channel>", "<@U123>", "<@&99>", "<#C1>", "@here!"):
@@ -9637,6 +9647,7 @@ async def test_messages_are_posted_until_they_are_taken(
     hook.statuses.extend([500, 302, 404, 503])
     async with running(config) as server:
         await write_to_owner(await server.visitor(), model)
+        assert query(tmp_path, "SELECT site FROM letter") == [("shop",)]  # before that was said
         (letter,) = server.app.letters.values()
         for tries, minutes in ((1, 1), (2, 5), (3, 30), (4, 9999)):
             await until(functools.partial(lambda n: letter.tries == n, tries))
