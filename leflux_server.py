@@ -6242,12 +6242,12 @@ async def delete_site(request: web.Request) -> web.Response:
 
 CHATS_SQL = "SELECT row, state, crc FROM session WHERE site = ? AND created < ?"
 CHAT_SQL = "SELECT row, state, crc FROM session WHERE site = ? AND id = ?"
-# The most frequent ones of the latest 20,000.
+# The most frequent ones of the latest 10,000.
 QUESTIONS_SQL = """
     SELECT count, latest, body, crc FROM (
         SELECT count(*) AS count, max(at) AS latest, max(number) AS chosen FROM (
             SELECT rowid AS number, at, asked FROM message
-            WHERE site = ? AND asked NOT NULL AND at >= ? ORDER BY at DESC LIMIT 20000
+            WHERE site = ? AND asked NOT NULL AND at >= ? ORDER BY at DESC LIMIT 10000
         ) GROUP BY asked ORDER BY count DESC, latest DESC LIMIT 100
     ) JOIN message ON message.rowid = chosen ORDER BY count DESC, latest DESC
 """
@@ -6257,7 +6257,7 @@ UNANSWERED_SQL = """
 """
 PAGES_SQL = """
     SELECT page, count(*) FROM (
-        SELECT page FROM session WHERE site = ? AND created >= ? ORDER BY created DESC LIMIT 20000
+        SELECT page FROM session WHERE site = ? AND created >= ? ORDER BY created DESC LIMIT 10000
     ) WHERE page != '' GROUP BY page ORDER BY count(*) DESC LIMIT 100
 """
 
