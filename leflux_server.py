@@ -846,7 +846,7 @@ def plain_words(text: str) -> str:
     plain = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", text)
     plain = re.sub(r"(?<=[a-zA-Z])(?=[0-9])", " ", plain)
     plain = unicodedata.normalize("NFC", plain.casefold()).replace("\u0131", "i")  # Turkish
-    return re.sub(r"[\s_.\-/\[\]:]+", " ", plain)
+    return re.sub(r"[\s_.\-/\[\]:'\u2019]+", " ", plain)
 
 
 def any_of(patterns: Iterable[str]) -> str:
@@ -873,7 +873,7 @@ def words_pattern(entries: Sequence[str]) -> str:
         if entry.startswith("* "):
             pattern = r"(?<=\w )" + pattern.removeprefix(r"\ ")
         if entry.endswith(" *"):
-            pattern = pattern.removesuffix(r"\ ") + r" [^\W\d]\w+"
+            pattern = pattern.removesuffix(r"\ ") + r" [^\W\d]"
         elif is_word and not entry.endswith("*"):
             pattern += r"(?!\w)"
         patterns[is_word].append(pattern.replace(r"\*", r"\w*").replace(r"\ ", " ?"))

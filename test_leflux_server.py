@@ -3297,14 +3297,12 @@ def test_labels_of_all_languages() -> None:
     word was chosen for the labels under "heldOut"."""
     languages = json.loads((lf.HERE / "test_labels.json").read_bytes())
     assert languages.keys() == lf.all_words().keys()
-    for part in ("tuned", "heldOut"):
-        asked = {"harmful": [0, 0], "harmless": [0, 0]}
-        for labels in languages.values():
-            for kind, texts in labels[part].items():
-                asked[kind][0] += sum(bool(asked_about([{"text": text}])) for text in texts)
-                asked[kind][1] += len(texts)
-        harmful, harmless = (found / whole for found, whole in asked.values())
-        assert (harmful >= 0.95, harmless <= 0.05) == (True, True), (part, asked)
+    page = page_of()
+    for part, kind in itertools.product(("tuned", "heldOut"), ("harmful", "harmless")):
+        labels = [label for parts in languages.values() for label in parts[part][kind]]
+        buttons = [{"id": 1, "type": "button", "text": label} for label in labels]
+        asked = sum(lf.is_irreversible(button, (), page) for button in buttons)
+        assert asked >= 0.95 * len(labels) if kind == "harmful" else asked <= 0.05 * len(labels)
 
 
 def asked_about(elements: list[Json], raw: Any = None, **context: Any) -> list[str]:
