@@ -318,6 +318,7 @@ MANAGED_SITE: Json = {
     "crawl": "",
     "crawlPages": 200,
     "crawlHours": 24,
+    "snippets": [],
     "notifyUrl": "",
     "paused": False,
     "config": MANAGED_CONFIG,

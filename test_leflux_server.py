@@ -5108,6 +5108,22 @@ def test_guide(question: str, expected: list[str]) -> None:
     assert answer["answered"] == ("do not know" not in answer["message"])
 
 
+def test_the_guide_names_the_page_and_goes_there() -> None:
+    """What a page of the website says is quoted with its title and URL; asked to, it goes there,
+    be it linked here or not."""
+    returns = lf.Passage("Returns", "https://acme.com/returns", "", "Send it back in thirty days.")
+    pages = [("https://acme.com/", "Acme"), ("https://acme.com/returns", "Returns")]
+    found, context = lf.Found([returns], pages), lf.clean_context(PAGE, lf.LimitsConfig())
+    said = lf.guide_reply(lf.Task("Can I send it back?"), context, found, [])
+    assert "thirty days.” [Returns](https://acme.com/returns)" in said["message"]
+    for wish in ("take me to the returns page", "Open Returns", "please go to returns"):
+        reply = lf.guide_reply(lf.Task(wish), context, found, [])
+        assert reply["action"] == {"type": "navigate", "url": "https://acme.com/returns"}
+    assert lf.guide_reply(lf.Task("take me to the moon"), context, found, [])["action"] is None
+    pricing = lf.guide_reply(lf.Task("take me to pricing"), context, found, [])["action"]
+    assert pricing["type"] == "click_element"
+
+
 def test_guide_offers_nothing_disabled() -> None:
     """What cannot be used is not named as an answer."""
     context = lf.clean_context(PAGE, lf.LimitsConfig())
@@ -5617,6 +5633,77 @@ async def test_prompt_of_a_turn(serve: Serve, model: FakeModel, tmp_path: Path) 
     assert second[0].endswith("Is the refund quick? VISITORWORD")
     assert second[1] == "ok"
     assert second[-1].endswith("And parcels? VISITORWORD")
+
+
+async def test_prompt_holds_what_the_website_says(
+    serve: Serve, model: FakeModel, tmp_path: Path
+) -> None:
+    """Contacts in the system message; the sitemap, what fits first, and the best passages, each
+    under its page's title and URL, with the question; never more than has its room."""
+    (tmp_path / "guide.md").write_text(GUIDEBOOK)
+    server = await serve(model, folder=tmp_path, sites=[{**SHOP, "knowledge": ["guide.md"]}])
+    knowledge = server.app.knowledge
+    for n in range(150):
+        text = f"Zebra fact {n}. " + "Zebras have stripes. " * 40 + f"Ring +1 555 010 {n:04}."
+        url = f"https://acme.com/{'animals/' * (n > 9)}{n}"
+        page = lf.WebPage(url, f"All of zebra {n}", (("Zebras", text),))
+        await knowledge.call(knowledge.put_page, "shop", page, 0)
+    returns = lf.WebPage("https://acme.com/a/b/returns", "Returns", (("Boxes", "Keep the box."),))
+    await knowledge.call(knowledge.put_page, "shop", returns, 0)
+    visitor = await server.visitor()
+    for question in ("What is the box for?", "And zebras?"):
+        await visitor.ask(question, pageContext=PAGE)
+    (system, first), (same, second) = (
+        ("".join(m["content"] for m in request["messages"][:1]), request["messages"][-1]["content"])
+        for request in model.requests
+    )
+    assert system == same
+    assert re.search(r"Contacts of the site: (\+1 555 010 \d{4}(, )?){10}\n", system)
+    for prompt in (first, second):
+        sitemap, found = re.findall(r"(Sitemap:\n.*?)\n\n(Found .*)\n\nIt is ", prompt, re.S)[0]
+        lines = sitemap.split("\n")[1:]
+        assert (len(lines), len(sitemap) < 3100, len(found) < 6300) == (60, True, True)
+        assert all(re.match(r"/\S+ \S", line) for line in lines)
+        assert "thirty days" in found  # the owner's own texts are there whole
+    assert "Sitemap:\n/a/b/returns Returns\n" in first
+    assert "\n[Returns](https://acme.com/a/b/returns)\nBoxes\nKeep the box.\n" in first
+    assert "/0 All of zebra 0\n" in first  # the shallowest pages
+    assert second.count("[All of zebra") == second.count("\nZebra fact") > 3
+
+
+async def test_snippets_hold_at_once(admin: Server, model: FakeModel) -> None:
+    """What owners write is known to running chats, and forgotten with the snippet."""
+    visitor = await admin.visitor()
+    for snippets in (SNIPPETS, []):
+        answer = await admin.manage("PATCH", "/shop", {"snippets": snippets})
+        assert answer.status == 200, answer.raw
+        await visitor.ask("Do you have zebras?")
+        known = (
+            "Do you sell zebras?\nOnly striped ones."
+            in model.requests[-1]["messages"][-1]["content"]
+        )
+        assert known == bool(snippets)
+
+
+async def test_a_damaged_index_is_made_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """knowledge.db holds nothing that is not elsewhere: a damaged one is put aside."""
+    path = tmp_path / "state" / "knowledge.db"
+    page = lf.WebPage("https://acme.com/", "Zebras", (("", "They have stripes."),))
+    for broken in (b"not a database at all" * 500, None):
+        with contextlib.closing(lf.Knowledge(path)) as knowledge:
+            assert knowledge.put_page("shop", page, 1) is True
+            assert knowledge.put_page("shop", page, 2) is False
+            assert knowledge.known("shop")[page.url].fetched_at == 2
+            assert knowledge.find("shop", "stripes").passages[0].title == "Zebras"
+        if broken:
+            path.write_bytes(broken)
+    assert "made anew" in caplog.text
+    assert path.with_suffix(".old").read_bytes() == b"not a database at all" * 500
+    with contextlib.closing(lf.Knowledge(path)) as knowledge:
+        assert knowledge.prune("shop", 3) == 1
+        assert not knowledge.find("shop", "stripes").passages
 
 
 async def test_a_new_picture_gets_a_new_nonce(visitor: Visitor, model: FakeModel) -> None:
@@ -8759,6 +8846,7 @@ def test_merge_patch(target: Any, patch: Any, result: Any) -> None:
     assert json.dumps([target, patch]) == before
 
 
+SNIPPETS = [{"question": "Do you sell zebras?", "text": "Only striped ones."}, {"text": "Hi"}]
 SMALL, CHIPS = {"size": "sm", "offsetX": 12.5}, [{"text": "Hi"}]
 CHANGES: list[tuple[str, Json, Json]] = [  # below /shop, the patch, what is different then
     ("", {}, {}),
@@ -8774,6 +8862,7 @@ CHANGES: list[tuple[str, Json, Json]] = [  # below /shop, the patch, what is dif
     ("", {"restrictions": ["submit", "type"]}, {"restrictions": ["submit", "type"]}),
     ("", {"notifyUrl": "https://x.example/a?b"}, {"notifyUrl": "https://x.example/a?b"}),
     ("", {"paused": True}, {"paused": True}),
+    ("", {"snippets": SNIPPETS}, {"snippets": SNIPPETS}),
     (
         "",
         {"allowedHosts": ["New.Example.", "[2001:DB8::0:1]:80", "bücher.example"]},
@@ -8843,6 +8932,10 @@ BAD_VALUES: dict[str, list[Any]] = {  # of a site
     ],
     "paused": ["yes", 1],
     "crawl": ["acme.com", "ftp://acme.com", 5, "https://acme.com:0"],
+    "snippets": [
+        *(["x"], [{"question": "x"}], [{"text": ""}], [{"text": "x" * 2001}]),
+        *([{"text": "x", "url": "x"}], [{"text": "x"}] * 201, {"text": "x"}),
+    ],
     "crawlPages": [0, 1.5, 10_001, "5"],
     "crawlHours": [-1, "24", True],
     "nonsense": [1, None],
