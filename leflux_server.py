@@ -1548,7 +1548,7 @@ def make_room(app: AppState) -> None:
     oldest = next(itertools.chain(silent, alone), None)
     if oldest is None:
         raise ApiError(503, "too_many_sessions", "The server is full. Please try again later.")
-    drop_session(app, oldest)
+    drop_session(app, oldest, keep=True)
 
 
 def join(connection: Connection, session: Session, last_seq: int | None, now: float) -> None:
@@ -6991,9 +6991,11 @@ def make_app(config: Config) -> web.Application:
         if path not in ("/embed.js", "/words/{tag}.json"):  # which set their own
             cors.add(resource)
         for method, handler in handlers.items():
-            resource.add_route(method, handler, expect_handler=answer_expect)
+            resource.add_route(method, handler)
             if method == "GET":  # what uptime checks ask for
-                resource.add_route("HEAD", handler, expect_handler=answer_expect)
+                resource.add_route("HEAD", handler)
+        for route in resource:
+            route._expect_handler = answer_expect  # of aiohttp-cors' own route, too
     app.cleanup_ctx.extend([persistence, site_texts, http_client, background])
     app.on_shutdown.append(drain)
     return app

@@ -7685,6 +7685,16 @@ async def test_preflight(path: str, method: str, server: Server) -> None:
     assert "content-type" in answer.headers["Access-Control-Allow-Headers"].lower()
 
 
+@pytest.mark.parametrize("start", ["POST /api/chat", "GET /nope", "OPTIONS /api/chat", "GET /ws"])
+@pytest.mark.parametrize("expected", ["foo", "100-continue, foo"])
+async def test_expectations(start: str, expected: str, server: Server) -> None:
+    """What nobody can expect is refused in the shape of every error, on preflights too."""
+    head = f"{start} HTTP/1.1\r\nHost: x\r\nOrigin: {ORIGIN}\r\nExpect: {expected}\r\n\r\n"
+    code, head, body = await raw_http(server.url, head.encode())
+    assert (code, error_code(body)) == (417, "invalid_message")
+    assert "nosniff" in head
+
+
 @with_config(server={"cors_origins": [ORIGIN]})
 async def test_cors_for_some(server: Server) -> None:
     """cors_origins names those who may read our answers."""

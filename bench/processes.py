@@ -35,6 +35,10 @@ class Program:
         fields = self._proc("stat").rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICKS_PER_SECOND
 
+    def busy_ms(self) -> float:
+        """How long its main thread has been on a CPU."""
+        return int(self._proc("schedstat").split()[0]) / 1e6
+
     def rss_kib(self) -> float:
         return int(self._proc("statm").split()[1]) * PAGE_BYTES / 1024
 

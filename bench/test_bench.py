@@ -1,4 +1,4 @@
-"""The scripts beside this file still work: a quick benchmark, a few seconds of soak."""
+"""The scripts beside this file still work: a quick benchmark, some attacks, seconds of soak."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from attacks import ATTACKS
 from processes import HERE
 from questions import ask_all, measure
 from run import ROWS
@@ -45,6 +46,13 @@ async def test_quick_benchmark() -> None:
         row = re.escape(f"| {title} |") + r" [\d.,]+ \|.*\| [\d.,]+ \([\d.]+\) \|"
         assert re.search(row, printed), title
     assert printed.count("\n| 20 |") == 1
+
+
+async def test_short_attacks() -> None:
+    """Nobody waits for long while strangers do their worst; each attack has its row."""
+    printed = await run_script("attacks.py", "--seconds", "0.3")
+    for name in ATTACKS:
+        assert re.search(rf"^\| {name} \|( [\d.]+ \|){{4}} \d+% \| \d+ \|$", printed, re.M), name
 
 
 async def test_short_soak() -> None:
