@@ -3262,9 +3262,9 @@ def drop_letters(app: AppState, unwanted: Callable[[Letter], bool]) -> int:
 def may_write(app: AppState, session: Session, now: float) -> bool:
     """Whether a session may leave one more letter; now is Unix time."""
     bodies = [one.body for one in app.letters.values() if one.site_id == session.site_id]
-    hour = [body for body in bodies if body["createdAt"] > iso_time(now - 3600)]
-    own = [body for body in hour if body["sessionId"] == session.id]
-    return len(bodies) < MAX_LETTERS and len(own) < LETTERS_AN_HOUR
+    own = [body for body in bodies if body["sessionId"] == session.id]
+    late = [body for body in own if body["createdAt"] > iso_time(now - 3600)]
+    return len(bodies) < MAX_LETTERS and len(late) < LETTERS_AN_HOUR
 
 
 def send_letter(turn: Turn) -> None:
@@ -7130,7 +7130,8 @@ def find_person(path: Path, who: str) -> Json:
     wanted = re.compile(rf"(?<![\w.+-]){re.escape(who)}(?![\w-]|\.\w)", re.I)
     uri = f"{path.absolute().as_uri()}?mode=rw"  # makes no file
     with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
-        said = whole_rows(db, "SELECT session, body, crc FROM message")
+        sql = "SELECT session, body, crc FROM message WHERE instr(lower(body), lower(?))"
+        said = whole_rows(db, sql, who)  # in no time; which of them do hold it, wanted tells
         rows = {row for row, message in said if wanted.search(message["content"])}
         chats = [
             {"sessionId": session_id, "site": site, "createdAt": iso_time(created)}
