@@ -254,7 +254,7 @@ async function knowledge(site) {
 
 /** An error of the list of snippets is one of the text that was just written. */
 function atText(failure) {
-  const said = failure.errors?.snippets;
+  const said = failure.errors?.snippets?.replace(/^item \d+ /, "");
   return said ? new Failure(failure.message, { text: said }, failure.status) : failure;
 }
 

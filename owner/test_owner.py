@@ -11,6 +11,7 @@ import operator
 import re
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,95 @@ SHOWN: Json = {
     "visibleText": "Our opening hours: the roastery opens at nine and closes at five.",
     "indexedElements": [],
 }
+
+
+@with_constants(SWEEP_SECONDS=0.05)
+async def test_a_whole_day(
+    visit: Visit,
+    serve: Serve,
+    key_server: KeyServer,
+    google: Google,
+    hook: Hook,
+    clock: Clock,
+    tmp_path: Path,
+) -> None:
+    """An owner sees what was asked yesterday, answers it, changes the looks, gets a message and
+    erases a chat; the offline guide answers the visitors, and nothing is started anew."""
+    clock.ahead = -DAY_SECONDS
+    site = {**SITE, "notify_url": hook.url}
+    state = {"state_dir": str(tmp_path)}
+    server = await open_office(serve, key_server, google, site=site, server=state)
+    shop = f'<!doctype html><title>Acme</title><h1>Acme</h1><script src="{server.url}/embed.js">'
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(text=f"{shop}</script>", content_type="text/html")
+
+    yesterday = (datetime.now(UTC) - timedelta(days=1)).date().isoformat()
+    for question in (QUESTION, "When does the roastery open?"):
+        visitor = await server.visitor("http://localhost")
+        await visitor.ask(question, pageContext=SHOWN)
+    clock.ahead = 0
+    await until(lambda: not server.app.sessions)
+
+    # What was asked yesterday.
+    page = await visit(f"{server.url}/owner")
+    await sign_in(page)
+    await page.get_by_text("The figures").click()
+    await expect(page.get_by_role("row", name=yesterday)).to_have_text(f"{yesterday}22")
+    await expect(page.get_by_role("list").filter(has_text=QUESTION)).to_be_visible()
+    await page.get_by_role("link", name="Conversations").click()
+    await expect(page.locator(".line")).to_have_count(2)
+    await page.locator(".line").first.click()
+    said = page.get_by_role("dialog").locator("li")
+    await expect(said.nth(0)).to_contain_text("When does the roastery open?")
+    await expect(said.nth(1)).to_contain_text("opens at nine")
+    await page.get_by_role("button", name="Close").click()
+
+    # A question without an answer gets one, and the next visitor hears it.
+    await page.get_by_role("link", name="Knowledge").click()
+    field = page.get_by_label(re.compile("^Answer to"))
+    await expect(field).to_have_accessible_name(f"Answer to “{QUESTION}”")
+    await field.fill(ANSWER)
+    await page.get_by_role("button", name="Answer it").click()
+    await expect(page.get_by_text("has found an answer")).to_be_visible()
+    async with listening(answer) as url:
+        guest = await visit(url)
+        await widget(guest, ".launcher").click()
+        await ask(guest, QUESTION)
+        await expect(widget(guest, ".bot").last).to_contain_text(ANSWER)
+
+        # A colour, in the preview and on the site.
+        await page.get_by_role("link", name="Looks").click()
+        await page.get_by_label("Colour", exact=True).fill("#006400")
+        green = ("background-color", "rgb(0, 100, 0)")
+        await expect(widget(page.frame_locator("iframe"), ".bar")).to_have_css(*green)
+        await page.get_by_role("button", name="Save").click()
+        await expect(page.get_by_text("Saved.")).to_be_visible()
+        await guest.reload()
+        await expect(widget(guest, ".bar")).to_have_css(*green)
+
+        # A message.
+        await ask(guest, "Tell them that I love it, my name is Ada, ada@example.com")
+        await widget(guest, ".confirm button").first.click()
+        await until(lambda: hook.got)
+        await guest.close()
+    assert "I love it" in hook.got[0]["message"]
+    await page.get_by_role("link", name="Messages").click()
+    await expect(page.locator(".cards > li")).to_contain_text("I love it")
+
+    # A chat is erased.
+    await page.get_by_role("link", name="Conversations").click()
+    await expect(page.locator(".line")).to_have_count(3)
+    await page.get_by_role("searchbox").fill("open")
+    await page.get_by_role("button", name="Search").click()
+    await expect(page.locator(".line")).to_have_count(1)
+    await page.locator(".line").click()
+    await page.get_by_role("button", name="Erase").click()
+    await page.get_by_role("button", name="Erase it").click()
+    await expect(page.locator(".line")).to_have_count(0)
+    await page.get_by_role("searchbox").fill("")
+    await page.get_by_role("button", name="Search").click()
+    await expect(page.locator(".line")).to_have_count(2)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -647,6 +737,30 @@ async def test_reading_a_website(
         ).to_be_visible()
     await expect(page.get_by_role("row", name="Page /3")).to_contain_text("ok")
     await expect(page.get_by_role("table", name="What could not be read")).to_contain_text("/7")
+
+
+async def test_snippets(enter: Open, office: Server) -> None:
+    """Snippets are added, changed and deleted, one at a time."""
+    page = await enter("knowledge")
+    await page.get_by_text("Add a snippet").click()
+    await page.get_by_label("Question").fill("Where are you?")
+    for text in ("", "x" * 2001):
+        await page.get_by_label("Answer").fill(text)
+        await page.get_by_role("button", name="Add").click()
+        words = re.compile("^Answer must be .* 1 to 2,000 characters")
+        await expect(page.get_by_label("Answer")).to_have_accessible_description(words)
+        await expect(page.get_by_label("Answer")).to_be_focused()
+    await page.get_by_label("Answer").fill("In Berlin.")
+    await page.get_by_role("button", name="Add").click()
+    await page.locator("summary", has_text="Where are you?").click()
+    await expect(page.get_by_label("Answer").first).to_have_value("In Berlin.")
+    await page.get_by_label("Answer").first.fill("In Bern.")
+    await page.get_by_role("button", name="Save").first.click()
+    await until(lambda: "In Bern." in json.dumps(office.app.site_patches["shop"]))
+    await page.locator("summary", has_text="Where are you?").click()
+    await page.get_by_role("button", name="Delete").click()
+    await expect(page.locator("summary", has_text="Where are you?")).to_have_count(0)
+    assert office.app.site_patches["shop"]["snippets"] == []
 
 
 async def test_messages(enter: Open, office: Server, model: FakeModel) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from test_owner import OLGA, PASSWORD, TABS, Google, open_office
 from test_widget import (
     BUSY,
     LINKS,
@@ -37,7 +38,17 @@ from test_widget import (
     shop,
 )
 
-from conftest import PATIENCE_SECONDS, FakeModel, Json, Pages, Serve, needs, until
+from conftest import (
+    PATIENCE_SECONDS,
+    FakeModel,
+    Json,
+    KeyServer,
+    Pages,
+    Serve,
+    listening,
+    needs,
+    until,
+)
 
 MINI_BROWSER = next(Path("/usr/lib").glob("*/webkit2gtk-4.1/MiniBrowser"), None)
 ENTER, ESCAPE, TAB = "\ue007", "\ue00c", "\ue004"
@@ -395,3 +406,48 @@ async def test_published_snippets(
     wanted += " action navigating language-detected task_complete destroy on"
     assert names == set(wanted.split())
     assert await browser.js("return document.querySelector('leflux-widget')") is None
+
+
+# ---------------------------------------------------------------------------------------------
+# What an owner does
+
+
+async def test_owner_page(
+    browser: Driver, serve: Serve, key_server: KeyServer, model: FakeModel
+) -> None:
+    """Sign-in, a colour in the preview while one types, and every tab, by keyboard."""
+    google = Google()
+    async with listening(google.answer) as google.url:
+        server = await open_office(serve, key_server, google, model)
+        await (await server.visitor("http://localhost")).ask()
+        await browser.go(f"{server.url}/owner#/shop/looks")
+        await browser.wait("return document.activeElement.autocomplete === 'username'")
+        await browser.keys(OLGA + TAB + PASSWORD + ENTER)
+        await browser.wait("return document.querySelector('iframe')")
+    bar = """const frame = document.querySelector('iframe')?.contentDocument;
+        const bar = frame?.querySelector('leflux-widget')?.shadowRoot.querySelector('.bar');
+        return bar && getComputedStyle(bar).backgroundColor === arguments[0];"""
+    await browser.wait(bar, "rgb(138, 75, 42)")
+    field = "const field = document.querySelector('input[type=color]').previousSibling;"
+    await browser.js(f"{field} field.focus(); field.select();")
+    await browser.keys("#006400")
+    await browser.wait(bar, "rgb(0, 100, 0)")
+    assert await browser.js(f"{field} return document.activeElement === field && field.value")
+    await browser.keys(ENTER)
+    await browser.wait("return document.querySelector('.told').innerText.includes('Saved.')")
+    assert server.app.sites["shop"].config["primaryColor"] == "#006400"
+    for tab in TABS:
+        await browser.js("location.hash = `#/shop/${arguments[0]}`", tab)
+        title = "return document.querySelector('h2').innerText.toLowerCase() === arguments[0]"
+        await browser.wait(title, tab)
+        assert not await browser.js(
+            "return document.querySelector('main > [role=alert]:not([hidden])')"
+        )
+        wide = "return document.documentElement.scrollWidth > innerWidth"
+        assert not await browser.js(wide)
+        if tab == "conversations":
+            await browser.js("document.querySelector('.line').focus()")
+            await browser.keys(ENTER)
+            await browser.wait("return document.querySelector('dialog li')")
+            await browser.keys(ESCAPE)
+            await browser.wait("return document.activeElement.matches('.line')")
