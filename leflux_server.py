@@ -508,9 +508,10 @@ cors_origin = must_be(
     '"*" or an origin such as https://example.com, without a path',
     lambda value: value == "*" or parse_origin(str(value)),
 )
+NO_EXTRA = {"messages", "model", "stream", "max_tokens", "max_completion_tokens"}
 extra_parameters = must_be(
-    "a table without messages, model and stream",
-    lambda value: isinstance(value, dict) and not value.keys() & {"messages", "model", "stream"},
+    "a table without messages, model, stream and max_tokens",  # which are set elsewhere
+    lambda value: isinstance(value, dict) and not value.keys() & NO_EXTRA,
 )
 
 
@@ -1467,21 +1468,21 @@ def networks(client: str) -> list[str]:
 # Limits. Leaky buckets: a full one is refused at once, or waited for; an empty one is forgotten.
 
 
-def bucket_of(app: AppState, key: str, per_minute: float) -> AsyncLimiter:
-    """The bucket of a key; fewer than one a minute is one in a longer time."""
-    new = AsyncLimiter(max(per_minute, 1), 60 * max(1, 1 / per_minute))
-    return app.buckets.get(key, new)
-
-
-async def spend(app: AppState, *rates: tuple[str, float]) -> None:
-    """Take one from the bucket of each (key, per_minute), or raise the 429 that says when to come
-    back, and take none."""
-    buckets = {key: bucket_of(app, key, per_minute) for key, per_minute in rates}
-    if full := [one for one in buckets.values() if not one.has_capacity()]:
-        raise too_many(max(math.ceil(one.time_period / one.max_rate) for one in full))
-    for key, bucket in buckets.items():
-        await bucket.acquire()  # has capacity, so it does not wait
-        app.buckets[key] = bucket
+async def spend(app: AppState, *rates: tuple[str, float], wait_seconds: float = 0) -> None:
+    """Take one from the bucket of each (key, per_minute), or none: then the 429 says when to come
+    back. Fewer than one a minute is one in a longer time."""
+    buckets = {
+        key: app.buckets.get(key) or AsyncLimiter(max(rate, 1), 60 * max(1, 1 / rate))
+        for key, rate in rates
+    }
+    try:
+        async with asyncio.timeout(wait_seconds):  # none where all have room
+            for bucket in sorted(buckets.values(), key=AsyncLimiter.has_capacity):
+                await bucket.acquire()
+    except TimeoutError:
+        slowest = max(one.time_period / one.max_rate for one in buckets.values())
+        raise too_many(math.ceil(slowest)) from None
+    app.buckets |= buckets
     while len(app.buckets) > MAX_BUCKETS:
         del app.buckets[next(iter(app.buckets))]
 
@@ -4383,7 +4384,11 @@ class ChatModel:
             prompt = build_prompt(turn, divisor, page_part)
             texts = [message["content"] for message in prompt]
             reserved = tokens_at_most(texts) + self._config.max_tokens
-            await self._take_turn(turn)
+            rate = (f"call {turn.session.id}", app.config.limits.model_calls_per_minute)
+            try:
+                await spend(app, rate, wait_seconds=MODEL_CALL_WAIT_SECONDS)
+            except ApiError as error:
+                raise ApiError(error.status, error.code, turn.say("too_fast")) from None
             release(turn.task)
             call_of = (turn.task.address, 0, reserved, time.time(), turn.language)
             charge = admit(turn.app, site, *call_of)
@@ -4418,17 +4423,6 @@ class ChatModel:
                 settle_tokens(turn.app, site, charge, reserved, spent)
                 turn.cut_short |= completion.cut_short
         raise ContextOverflow("the prompt is too long for it, however short")
-
-    async def _take_turn(self, turn: Turn) -> None:
-        """Wait until the session may make another call; raise ApiError if that takes too long."""
-        key, app = f"call {turn.session.id}", turn.app
-        bucket = bucket_of(app, key, app.config.limits.model_calls_per_minute)
-        app.buckets[key] = bucket
-        try:
-            async with asyncio.timeout(MODEL_CALL_WAIT_SECONDS):
-                await bucket.acquire()
-        except TimeoutError:
-            raise ApiError(429, "rate_limit_exceeded", turn.say("too_fast")) from None
 
     async def stream(self, prompt: list[Json], completion: Completion) -> Pieces:
         """Yield the model's raw text as it arrives. Raises ModelError.
