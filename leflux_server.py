@@ -1527,11 +1527,12 @@ def keep_context(app: AppState, session: Session, context: Json) -> None:
 def drop_session(app: AppState, session: Session, *, keep: bool = False) -> None:
     """End a session: its turn is stopped, its socket closed.
 
-    The next flush erases its rows, unless they are kept for the site's owner.
+    The next flush erases its rows, unless they are to be kept for the site's owner.
     """
     app.sessions.pop(session.id, None)
     app.contexts.note(session, 0)
-    app.store.forget(session, keep=keep)
+    keeps = app.config.limits.keep_days > 0 and app.store.path is not None
+    app.store.forget(session, keep=keep and keeps)
     if session.task is not None and session.task.runner is not None:
         session.task.runner.cancel()
     session.task = None
@@ -6259,7 +6260,7 @@ async def delete_site(request: web.Request) -> web.Response:
         message = "This site is defined in config.toml; remove it there."
         raise ApiError(409, "invalid_config", message)
     for session in [s for s in app.sessions.values() if s.site_id == site.id]:
-        drop_session(app, session)
+        drop_session(app, session, keep=True)  # the sweep erases them, bit by bit
     del app.api_sites[site.id]
     app.site_patches.pop(site.id, None)
     rebuild_sites(app)
@@ -6829,11 +6830,9 @@ async def read_again(app: AppState, path: Path) -> None:
 
 async def sweep(app: AppState, now: float) -> None:
     """Free what is idle: sessions, sockets that stopped reading, buckets that ran empty."""
-    limits = app.config.limits
-    kept = limits.keep_days > 0 and app.store.path is not None
     for number, session in enumerate(list(app.sessions.values()), 1):
         if is_idle(app, session, now):
-            drop_session(app, session, keep=kept)
+            drop_session(app, session, keep=True)
         elif session.task is not None and session.task.deadline <= now:
             interrupt_task(app, session, "interrupted")
         if number % 5 == 0:  # many at once must not hold up the loop
@@ -6841,7 +6840,7 @@ async def sweep(app: AppState, now: float) -> None:
             await asyncio.sleep(0)
     app.store.flush()  # what has failed is tried again, too
     take_erasures(app)
-    rows = app.store.expired(time.time(), limits.keep_days, app.sites)
+    rows = app.store.expired(time.time(), app.config.limits.keep_days, app.sites)
     live = {session.row for session in app.sessions.values()} if rows else set()
     for number, row in enumerate(rows, 1):
         if row not in live:
