@@ -1629,7 +1629,8 @@ SESSION_SQL = """
 MESSAGE_SQL = "REPLACE INTO message VALUES (?, ?, ?, ?, ?, NULL, ?, ?)"
 # Where no spaces stand between words, each two neighbours count as one.
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uac00-\ud7ff]+")
-MAX_SEARCHED_CHARS = 20_000  # of a message
+MAX_SEARCHED_CHARS = 5000  # of a message
+MAX_SEARCH_SECONDS = 1  # then an owner gets what was found by then
 
 
 def lock_folder(path: Path) -> int:
@@ -1726,7 +1727,8 @@ def read_messages(db: sqlite3.Connection, row: int) -> list[tuple[int, Json]]:
 
 def words_of(text: str) -> set[str]:
     """Return the different words of a text in any script, without case."""
-    plain = unicodedata.normalize("NFKC", text[:MAX_SEARCHED_CHARS]).casefold()
+    plain = unicodedata.normalize("NFC", text[:MAX_SEARCHED_CHARS]).casefold()
+    plain = plain[:MAX_SEARCHED_CHARS]
     runs = UNSPACED.findall(plain)
     pairs = {a + b for run in runs for a, b in itertools.pairwise(run)}
     return pairs | set(re.findall(r"\w+", UNSPACED.sub(" ", plain) if runs else plain))
@@ -6307,11 +6309,12 @@ def find_chats(
     marks = [word_mark(word) for word in words]
     sql = f"{CHATS_SQL}{' AND instr(words, ?)' * len(marks)} ORDER BY created DESC"
     found: list[Json] = []
+    end = time.monotonic() + MAX_SEARCH_SECONDS
     for row, state in whole_rows(db, sql, site_id, before, *marks):
         texts = (message["content"] for _, message in read_messages(db, row)) if words else ()
         if words <= set[str]().union(*map(words_of, texts)):
             found.append(state)
-        if len(found) == limit:
+        if len(found) == limit or time.monotonic() > end:
             break
     return found
 
