@@ -847,12 +847,18 @@ UNSEEN = re.compile(
 )
 
 
+# Accents, Arabic vowel signs, the Hindi dot below (others are part of a letter); letters that show
+# nothing, frames around letters, and how an emoji looks.
+ACCENTS = re.compile(
+    "[\u0300-\u036f\u064b-\u065f\u093c\u115f\u1160\u20d0-\u20ff\u2800\ufe00-\ufe0f]"
+)
+
+
 def plain_words(text: str) -> str:
     """Return a text in small letters, without accents and what nobody sees, words set apart."""
     if not text.isascii():
         text = unicodedata.normalize("NFKD", LIGATURES.sub(" ", text))
-        # Accents, Arabic vowel signs, the Hindi dot below; others are part of a letter.
-        text = re.sub("[\u0300-\u036f\u064b-\u065f\u093c]", "", UNSEEN.sub("", text))
+        text = ACCENTS.sub("", UNSEEN.sub("", text))
     plain = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", text)
     plain = re.sub(r"(?<=[a-zA-Z])(?=[0-9])", " ", plain)
     plain = unicodedata.normalize("NFC", plain.casefold()).replace("\u0131", "i")  # Turkish
@@ -3435,7 +3441,10 @@ class Page:
             return self.links.get(url) or [{"text": urllib.parse.urlsplit(url).path, "href": url}]
         if what == "Enter" and is_field(element):
             near = [e for e in self.submits if e.get("parent") == element.get("parent")]
-            return [element | {"inputType": "submit", "value": ""}, *(near or self.submits)]
+            field = element | {"inputType": "submit", "value": ""}
+            if re.search("area|textbox", str(element.get("type"))):
+                field["title"] = "send"  # in several lines, what else is it for?
+            return [field, *(near or self.submits)]
         return [element] if what in ACTING else []
 
     def check_touch(self, step: Json, element: Json) -> None:

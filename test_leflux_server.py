@@ -3344,6 +3344,8 @@ SEND = {"type": "submit", "text": "Send", "parent": "Write"}
         ([{"type": "submit", "text": "OK", "heading": "Close your account"}], None, ["OK"]),
         ([{"text": "\u200b"}], step("double_click", 1), ["\u200b"]),
         ([{"text": ""}], step("hover", 1), []),
+        *(([{"text": blank}], None, [blank]) for blank in ("\u2800", "\u3164")),
+        *(([{"text": text}], None, [text]) for text in ("De\ufe0flete", "D\u20ddelete")),
         # A button of a dialog that says so, but for those that only close it.
         ([{"text": "OK", "inModal": True, "parent": "Delete account?"}], None, ["OK"]),
         ([{"text": "Abbrechen", "inModal": True, "parent": "Delete account?"}], None, []),
@@ -3353,6 +3355,8 @@ SEND = {"type": "submit", "text": "Send", "parent": "Write"}
         ([{"label": "Name", "type": "text", "parent": "Write"}, SEND], "Enter", ["Send"]),
         ([{"label": "Find", "type": "search", "parent": "Find"}, SEND], "Enter", ["Send"]),
         ([{"text": "Next"}, SEND], "Enter", []),
+        ([{"label": "Say", "type": "textarea"}], "Enter", ["Say"]),
+        ([{"label": "Find", "type": "search"}], "Enter", []),
     ],
 )
 def test_whatever_sets_something_off_is_asked_about(
