@@ -162,6 +162,7 @@ async function looks(site) {
   const opened = h("input", { type: "checkbox", checked: true });
   const screen = h("select", { "aria-label": "Screen" },
     Object.keys(SCREENS).map((name) => h("option", {}, name)));
+  if (innerWidth < 480) screen.value = "phone";
   /** The frame is as large as the screen, and drawn smaller if there is less room. */
   const fit = () => {
     const [width, height] = SCREENS[screen.value];
@@ -343,8 +344,9 @@ const ROLES = { user: "Visitor", assistant: "Agent", action: "Action" };
 async function conversations(site) {
   const list = h("ul.rows");
   const more = h("div");
-  const word = h("input", { type: "search", "aria-label": "Search in what was said" });
-  const problem = h("p.error", { role: "alert", hidden: true });
+  const problem = h("p.error", { role: "alert", id: "search-problem", hidden: true });
+  const word = h("input", { type: "search", "aria-label": "Search in what was said",
+    "aria-describedby": problem.id });
   const told = h("p.quiet", { role: "status" });
   const limit = 50;
   let [last, wanted] = ["", ""];
@@ -391,6 +393,7 @@ async function read(site, { sessionId }, gone) {
   const dialog = h("dialog.chat", { "aria-labelledby": "chat-title" },
     h("h2", { id: "chat-title" }, "Chat of ", time(chat.createdAt)),
     chat.pageUrl ? h("p", {}, "On ", pageLink(chat.pageUrl)) : null,
+    h("p", {}, h("small", {}, `Its id: ${sessionId}`)),
     h("ol", { tabindex: 0, "aria-label": "What was said" }, chat.history.map(({ role, content }) =>
       h(`li.${role}`, {}, h("b", {}, ROLES[role] ?? role), h("span", {}, content)))),
     h("div.row", {}, button("Close", () => dialog.close()), worker("Erase", async () => {

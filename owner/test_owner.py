@@ -693,6 +693,7 @@ async def test_conversations(
     await rows.click()
     said = page.get_by_role("dialog").locator("li")
     await expect(said.first).to_have_text("VisitorQuestion 51")
+    await expect(page.get_by_role("dialog")).to_contain_text(visitor.id)  # for --export, --erase
     await expect(said.filter(has_text="Action")).to_contain_text("Prices")
     await page.keyboard.press("Escape")
     await page.get_by_role("searchbox").fill("nothing of this kind")
