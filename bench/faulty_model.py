@@ -27,7 +27,7 @@ ACTIONS: dict[str, dict[str, Any]] = {
     "block": {
         "type": "render_ui_block",
         "block_type": "faq_list",
-        "data": {"items": [{"title": "Why?", "text": "Because."}]},
+        "data": {"items": [{"q": "Why?", "a": "Because."}]},
     },
     "done": {"type": "task_complete", "summary": "It is done."},
 }
