@@ -2140,8 +2140,8 @@ class Talker:
 async def test_kill_under_load(tmp_path: Path, model: FakeModel) -> None:
     """However often kill -9 strikes while visitors chat: no acknowledged message and no reply
     whose message_done was seen is lost, and the database is whole."""
-    limits = "init_per_minute = 1000\nchat_per_minute = 100000"
-    more = f'[llm]\nbase_url = "{model.url}"\n[limits]\n{limits}\n'
+    limits = "init_per_minute = 1000\nchat_per_minute = 100000\nsite_messages_per_day = 0"
+    more = f'[llm]\nbase_url = "{model.url}"\n[limits]\n{limits}\nsite_tokens_per_day = 0\n'
     model.scripts = Echo()
     dice, kills = random.Random(4), 8
     talkers = [Talker(f"talker {number}") for number in range(6)]
