@@ -712,20 +712,25 @@ def quiet_log(caplog: Log) -> Iterator[None]:
 # The server as a program
 
 
-async def start_program(*arguments: str, **environ: str) -> asyncio.subprocess.Process:
-    """Start the server's file."""
+async def start_program(
+    *arguments: str, constants: str = "", **environ: str
+) -> asyncio.subprocess.Process:
+    """Start the server's file, with other constants perhaps: "lf.SWEEP_SECONDS = 1"."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("LEFLUX_")}
+    changed = f"import sys; import leflux_server as lf; {constants}; sys.exit(lf.main())"
+    start = ("-c", changed) if constants else (str(lf.__file__),)
+    inherited["PYTHONPATH"] = str(lf.HERE)
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, str(lf.__file__), *arguments),
+        *(sys.executable, *start, *arguments),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env={**inherited, **environ},
     )
 
 
-async def run_program(*arguments: str, **environ: str) -> tuple[int, str, str]:
+async def run_program(*arguments: str, constants: str = "", **environ: str) -> tuple[int, str, str]:
     """Run the server's file; return its exit code, output and errors."""
-    child = await start_program(*arguments, **environ)
+    child = await start_program(*arguments, constants=constants, **environ)
     out, err = await asyncio.wait_for(child.communicate(), PATIENCE_SECONDS)
     assert child.returncode is not None
     return child.returncode, out.decode(), err.decode()
@@ -754,13 +759,15 @@ class Program:
 
 
 @contextlib.asynccontextmanager
-async def program(folder: Path, more: str = "", **environ: str) -> AsyncIterator[Program]:
+async def program(
+    folder: Path, more: str = "", constants: str = "", **environ: str
+) -> AsyncIterator[Program]:
     """Start the server's file with a configuration, and end it in any case."""
     path = folder / "config.toml"
     site = '[[sites]]\nid = "shop"\nname = "Shop"\nallowed_hosts = ["acme.com"]\n'
     path.write_text(f"{more}\n{site}")
     environ = {"LEFLUX_PORT": "0", "STATE_DIRECTORY": str(folder), **environ}
-    child = await start_program("--config", str(path), **environ)
+    child = await start_program("--config", str(path), constants=constants, **environ)
     try:
         assert child.stdout is not None
         line = (await asyncio.wait_for(child.stdout.readline(), PATIENCE_SECONDS)).decode()

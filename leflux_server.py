@@ -2872,14 +2872,15 @@ class Knowledge:
 # Reading a page: HTML becomes a WebPage, sections of text under their headings. Pages are hostile:
 # every pattern is linear, what is kept is bounded, and it all happens in a thread.
 
-PAGE_CHARS = 200_000  # of text, and tags, that are read of one page
+PAGE_CHARS = 100_000  # of text, and tags, that are read of one page
 PAGE_LINKS, PAGE_DEPTH = 500, 500
 # What html.parser stumbles over, or takes quadratic time for, is out before it begins.
 MARKUP = re.compile(
-    r"<(script|style)\b(?:[^<]++|<(?!/\1))*+"  # as it is, but as one piece
-    r"|<!--(?:[^-]++|-(?!->))*+(?:-->)?|<[!?][^>]*+>?|<[a-z][^<>]{65536,}+>?|&#\w{9,}+;?",
+    r"<(script|style)\b(?:[^<]++|<(?!/\1))*+|<!--(?:[^-]++|-(?!->))*+(?:-->)?|<[!?][^>]*+>?"
+    r"|<[a-z][^<>]{65536,}+>?",
     re.I,
 )
+LONG_NUMBER = re.compile(r"&#\w{9,};?")  # of a character that there is not
 CHARSET = re.compile(r"charset\s{0,9}=\s{0,9}[\"']?([\w.:-]{1,40})", re.I)
 PAGE_CHARSETS = re.compile(r"cp\d+|iso8859-\d+|koi8-\w|shift_jis\w*|euc_\w+|gb\w+|big5\w*")
 HIDDEN_TAGS = frozenset(
@@ -2940,18 +2941,32 @@ class ReadPage(NamedTuple):
 
 def decode_page(raw: bytes, content_type: str) -> str:
     """Return the text of a page: UTF-8 if it is, else in the charset that it names, or a guess."""
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return raw.decode("utf-16", "replace")
-    with contextlib.suppress(UnicodeDecodeError):
-        return raw.decode("utf-8-sig")
-    for named in CHARSET.findall(content_type + raw[:4096].decode("latin-1")):
-        with contextlib.suppress(LookupError):
-            name = codecs.lookup(named).name.replace("iso8859-1", "cp1252")
-            if PAGE_CHARSETS.fullmatch(name):
-                return raw.decode(name, "replace")
     lost = len(raw) - len(raw.decode("utf-8", "ignore").encode())
     high = len(raw) - len(raw.decode("ascii", "ignore"))
-    return raw.decode("utf-8" if lost * 4 < high else "cp1252", "replace")
+    name = "utf-8-sig" if lost * 4 <= high else "cp1252"
+    for named in CHARSET.findall(content_type + raw[:4096].decode("latin-1")) if lost else ():
+        with contextlib.suppress(LookupError):
+            known = codecs.lookup(named).name.replace("iso8859-1", "cp1252")
+            name = known if PAGE_CHARSETS.fullmatch(known) else name
+    name = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else name
+    decoder = codecs.getincrementaldecoder(name)("replace")
+    return "".join(decoder.decode(raw[at : at + 8192]) for at in range(0, len(raw), 8192))
+
+
+def clean_markup(markup: str) -> Iterator[str]:
+    """Yield the markup that html.parser shall see, in short steps: each holds up all threads."""
+    at, end = 0, markup.rfind(">") + 1  # a tag that does not end is none
+    while at < end:
+        edge = min(at + 20_000, end)
+        found = MARKUP.search(markup, at, edge)
+        stop = found.start() if found else markup.rfind("<", at + 1, edge)
+        stop = edge if stop < 0 else stop
+        yield LONG_NUMBER.sub("", markup[at:stop])
+        at = stop
+        if found and (whole := MARKUP.match(markup, at)):  # beyond the edge, too
+            yield whole[0] if "ld+json" in whole[0][:200] else " "
+            at = whole.end()
+    yield LONG_NUMBER.sub("", markup[max(at, end) :].partition("<")[0])
 
 
 def plain(text: str) -> str:
@@ -2966,7 +2981,7 @@ def in_words(value: Any) -> str:
         form = next((form for key, form in SAID.items() if key in value), "")
         words = plain(re.sub(r"\{(.*?)\}", lambda name: in_words(value.get(name[1], "")), form))
         return re.sub(r"(?<!\d)00:00(:00)?-00:00(:00)?", "closed", words).strip(" ,-")
-    words = html.unescape(re.sub(r"&#\w{9,}", "", re.sub(r"<[^<>]*>", " ", str(value))))
+    words = html.unescape(LONG_NUMBER.sub("", re.sub("<[^<>]*>", " ", str(value)[:20_000])))
     if (bare := re.sub(r"^https?://schema\.org/", "", words)) != words:  # "OutOfStock"
         return re.sub("(?<=[a-z])(?=[A-Z])", " ", bare[:100])
     return plain(words)[:2000]
@@ -3044,9 +3059,9 @@ class PageReader(html.parser.HTMLParser):
         elif data.isspace():
             self.words.append(" ")
         elif not self.inside["/hidden"]:
-            self.spend(len(data))
             if not (self.inside["/around"] and self.inside["a"]):
-                self.words.append(data)
+                self.words.append(data[: self.room])
+            self.spend(len(data))
 
     def spend(self, amount: int) -> None:
         """Count what is read; raise EOFError when it is enough."""
@@ -3110,10 +3125,8 @@ def read_page(
 ) -> ReadPage:
     """Read a page; of the start page, the texts of header and footer too. Raises ValueError."""
     reader = PageReader(url)
-    markup = MARKUP.sub(lambda found: found[0] if found[1] else " ", decode_page(raw, content_type))
-    whole, end, rest = markup.rpartition(">")
-    with contextlib.suppress(EOFError):
-        reader.feed(whole + end + rest.partition("<")[0])  # a tag that does not end is none
+    with contextlib.suppress(EOFError, ValueError):  # what was read until then counts
+        reader.feed("".join(clean_markup(decode_page(raw, content_type))))
         reader.close()
     reader.separate("html")
     body = "/main" if any(zone == "/main" for zone, *_ in reader.blocks) else ""
@@ -5220,8 +5233,10 @@ def parse_robots(body: bytes) -> urllib.robotparser.RobotFileParser:
     """Read a robots.txt; the longest rule that fits counts (RFC 9309), not the first."""
     rules = urllib.robotparser.RobotFileParser()
     try:
-        text = unpacked(body, MAX_ROBOTS_BYTES).decode("utf-8-sig", "replace")
-        rules.parse([line for line in text.splitlines() if line.strip()])
+        text = unpacked(body, MAX_ROBOTS_BYTES + 1)
+        text = text if len(text) <= MAX_ROBOTS_BYTES else text.rpartition(b"\n")[0]  # no half line
+        lines = text.decode("utf-8-sig", "replace").splitlines()
+        rules.parse([line for line in lines if line.strip()])
     except ValueError:
         raise CrawlError("robots.txt cannot be read") from None
     for entry in filter(None, [*cast(Any, rules).entries, cast(Any, rules).default_entry]):
@@ -5388,17 +5403,20 @@ class Crawl:
                 raise
             return await self.renew(url) if known and error.passing else ()
         page, text = found.page, hash((found.page.title, found.page.sections))
-        double = text in self.texts or (page.url != fetched.url and page.url in self.seen)
-        what = "noindex" if not found.indexed else "copy" if double else ""
-        what = "no page" if NOT_FOUND.search(page.title) else what
-        if not what:
+        if text in self.texts or NOT_FOUND.search(
+            page.title
+        ):  # calendars without end, and no pages
+            self.note("nothing new", page.url)
+            return ()
+        if found.indexed and (page.url == fetched.url or page.url not in self.seen):
             self.texts.add(text)
             self.seen.add(page.url)
             self.kept += 1
             now = max(time.time(), self.started)
             changed = await knowledge.call(knowledge.put_page, self.site.id, page, now)
-            what = "new" if changed else "unchanged"
-        self.note(what, page.url, page.title)
+            self.note("new" if changed else "unchanged", page.url, page.title)
+        else:
+            self.note("not kept", page.url, page.title)
         return page.links if found.followed else ()
 
     async def renew(self, url: str) -> Sequence[str]:
@@ -5413,7 +5431,7 @@ class Crawl:
         self.state["fetched"] += 1
         self.state["unchanged"] += what == "unchanged"
         self.app.count("crawled_total", outcome=what)
-        self.tell(f"{what:<10} {url}  {more}".rstrip())
+        self.tell(f"{what:<11} {url}  {more}".rstrip())
 
     def fail(self, url: str, error: CrawlError) -> None:
         """Note why a page could not be had; raise CrawlError where a site seems to be down."""
@@ -5424,7 +5442,7 @@ class Crawl:
             self.state["errors"] += [{"url": url, "reason": reason}][
                 : MAX_CRAWL_ERRORS - len(self.state["errors"])
             ]
-            self.tell(f"failed     {url}  {reason}")
+            self.tell(f"failed      {url}  {reason}")
         self.failures = self.failures + 1 if error.passing else 0
         if self.failures >= MAX_CRAWL_FAILURES:
             raise CrawlError("does not answer any more")

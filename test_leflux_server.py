@@ -32,6 +32,7 @@ import sqlite3
 import stat
 import struct
 import sys
+import threading
 import time
 import tomllib
 import tracemalloc
@@ -6860,11 +6861,12 @@ async def test_a_form_without_a_button(serve: Serve) -> None:
 
 
 class Website:
-    """A website to crawl: texts, responses or handlers by path; what is not there is a 404."""
+    """A website to crawl: texts, statuses, targets of redirects ("->") or handlers by path."""
 
     def __init__(self) -> None:
         self.url = ""
         self.pages: dict[str, Any] = {}
+        self.other: Any = 404
         self.requests: list[tuple[str, float]] = []  # path, when
         self.headers: dict[str, Mapping[str, str]] = {}
 
@@ -6872,7 +6874,7 @@ class Website:
         path = request.path_qs
         self.requests.append((path, time.monotonic()))
         self.headers[path] = request.headers
-        page = self.pages.get(path, 404)
+        page = self.pages.get(path, self.other)
         if isinstance(page, int):
             return web.Response(status=page)
         if isinstance(page, str) and page.startswith("->"):
@@ -7183,6 +7185,168 @@ async def test_made_sites_are_crawled_and_forgotten(
     assert count() == 0
     assert made not in await server.app.knowledge.call(server.app.knowledge.crawls)
     assert not server.app.crawls
+
+
+FAST = "lf.CRAWL_SECONDS = 0; lf.SWEEP_SECONDS = 0.1; lf.PAGE_SECONDS = 0.5"
+
+
+def crawl_table(website: Website, **more: Any) -> str:
+    """A site for config.toml that is crawled."""
+    keys = {
+        "id": "web",
+        "name": "Web",
+        "allowed_hosts": ["localhost"],
+        "crawl": website.url,
+        **more,
+    }
+    return "[[sites]]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in keys.items())
+
+
+def known_pages(folder: Path) -> dict[str, float]:
+    """The paths of the pages in a knowledge.db, and when they were fetched."""
+    with contextlib.closing(sqlite3.connect(folder / "knowledge.db")) as db:
+        rows = db.execute("SELECT url, fetched FROM page WHERE source = 'page' ORDER BY url")
+        return {f"/{url.split('/', 3)[3]}": fetched for url, fetched in rows}
+
+
+def crawl_row(folder: Path) -> str:
+    """What a knowledge.db holds of the crawl of a site; before it begins, as if it had."""
+    with contextlib.closing(sqlite3.connect(folder / "knowledge.db")) as db:
+        rows = db.execute("SELECT row FROM crawl WHERE site = 'web'").fetchall()
+    return rows[0][0] if rows else '"running":true'
+
+
+async def test_a_killed_crawl_goes_on(tmp_path: Path, website: Website) -> None:
+    """After kill -9 in the middle, nothing is missing, and nothing is fetched a second time."""
+    paths = [f"/{number}" for number in range(8)]
+    website.pages = {"/": links(*paths), **{path: f"Page {path}" for path in paths}, "/5": forever}
+    table = crawl_table(website, crawl_hours=24)
+    async with program(tmp_path, table, FAST + "; lf.PAGE_SECONDS = 60") as running:
+        await until(lambda: "/5" in website.paths())
+        await running.stop(signal.SIGKILL)
+    first = known_pages(tmp_path)
+    assert len(first) == 6
+    website.requests, website.pages["/5"] = [], "Page /5"
+    async with program(tmp_path, table, FAST):
+        await until(lambda: len(known_pages(tmp_path)) == 9)
+        assert website.paths() == ["/5", "/6", "/7"]
+        assert first.keys() <= known_pages(tmp_path).keys()
+
+
+async def test_crawl_command(tmp_path: Path, website: Website) -> None:
+    """--crawl tells of each page and of what is known then, also while the server runs."""
+    website.pages = {
+        "/": links("/a", "/b"),
+        "/a": "The gouda is on the moon. Write to me@moon.example",
+    }
+    async with program(tmp_path, crawl_table(website, crawl_hours=0), FAST) as running:
+        visitor = await running.server.visitor(website.url)
+        assert "gouda" not in (await visitor.ask("Where is the gouda?"))["data"]["text"]
+        command = ("--config", str(tmp_path / "config.toml"), "--crawl")
+        environ = {"STATE_DIRECTORY": str(tmp_path)}
+        code, out, err = await run_program(*command, "web", constants=FAST, **environ)
+        assert (code, "Traceback" in err) == (0, False)
+        lines = [line.split() for line in out.splitlines()]
+        assert [line[:2] for line in lines[:3]] == [
+            ["new", f"{website.url}/"],
+            ["new", f"{website.url}/a"],
+            ["failed", f"{website.url}/b"],
+        ]
+        assert lines[3][:3] == ["web:", "2", "pages"]
+        assert "me@moon.example" in out
+        assert "gouda" in (await visitor.ask("Where is the gouda?"))["data"]["text"]
+        website.pages["/"] = 404
+        assert (await run_program(*command, constants=FAST, **environ))[0] == 1
+        for site in ("shop", "none"):
+            code, _, err = await run_program(*command, site, **environ)
+            assert (code, err) == (2, f"leflux: sites[{site}].crawl is not set\n")
+
+
+ROBOTS = b"User-agent: *\nDisallow: /forbidden\n" + b"Disallow: /private/of-somebody\n" * 160_000
+BIG, DEEP = b"<p>big " * 1_500_000, b"<div>deep" * 20_000
+BOMB = gzip.compress(b"<urlset>" + b"\0" * 100_000_000)
+TRAPS = "loop calendar big slow soft broken charset forbidden deep bomb moved gone".split()
+
+
+async def trap(request: web.Request) -> web.StreamResponse:
+    """A website of 500 pages, half of them such as crawlers fall into."""
+    kind, _, rest = request.path.strip("/").partition("/")
+    number, headers = int(rest or 0), {"Content-Type": "text/html"}
+    text = f"{kind} {number} "
+    if kind in ("", "p"):
+        hrefs = [f"/{TRAPS[number % 12]}/{number}", "http://10.0.0.1/", "http://[::1]/"]
+        hrefs += [f"/p/{n % 250}?utm_source={number}#x" for n in (number * 2, number * 2 + 1)]
+        text += " ".join(f"<a href='{href}'>x</a>" for href in hrefs)
+    elif kind in ("loop", "moved"):
+        headers["Location"] = f"/loop/{number ^ 1}" if kind == "loop" else "http://169.254.169.254/"
+    elif kind == "calendar":
+        text += (
+            f"{request.query} <a href='?month={int(request.query.get('month', 0)) + 1}'>next</a>"
+        )
+    elif kind == "slow":
+        await asyncio.sleep(60 if number % 5 == 0 else 0)
+    elif kind == "charset":
+        headers["Content-Type"] += "; charset=utf-16-le"
+    elif kind == "soft":
+        text += "<title>Page not found</title>"
+    elif kind == "broken":
+        text = f"<table><p>{text}</b></div><<a href='<div <!-- &#99999999999;" * 99
+    body = {"robots.txt": ROBOTS, "big": BIG, "deep": DEEP}.get(kind, text.encode("cp1252"))
+    if kind in ("bomb", "sitemap.xml"):
+        body, headers["Content-Encoding"] = BOMB, "gzip"
+    status = 302 if "Location" in headers else 404 if kind == "gone" else 200
+    return web.Response(status=status, body=body, headers=headers)
+
+
+def memory_kb(pid: int, what: str) -> int:
+    found = re.search(rf"{what}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1])
+
+
+async def test_traps(tmp_path: Path, website: Website) -> None:
+    """A site full of traps is read to its end, within its limits and in little memory."""
+    website.other = trap
+    table = crawl_table(website, crawl_pages=500)
+    async with program(tmp_path, table, FAST + "; lf.SWEEP_SECONDS = 2") as running:
+        pid = running.child.pid
+        idle = memory_kb(pid, "VmRSS")
+        assert idle > 20_000
+        async with asyncio.timeout(110):
+            while '"running":true' in (state := crawl_row(tmp_path)):  # noqa: ASYNC110
+                await asyncio.sleep(0.2)
+        assert memory_kb(pid, "VmHWM") - idle < 40_000
+        await running.stop()
+    kinds = Counter(path.split("/")[1] for path in known_pages(tmp_path))
+    assert kinds.keys() == {"", "p", "broken", "calendar", "charset", "deep", "slow"}
+    assert (kinds["p"], kinds["deep"]) == (250, 1)
+    assert kinds["calendar"] < 50
+    reasons = Counter(one["reason"] for one in json.loads(state)["state"]["errors"])
+    assert {"is larger than 2 MiB", "took longer than 0.5 s", "answered 404"} <= reasons.keys()
+    asked = Counter(path for path, _ in website.requests)
+    assert set(asked.values()) == {1}
+    assert not any(path.startswith("/forbidden") for path in asked)
+
+
+async def test_pages_are_read_beside_the_loop(
+    reader: Office, website: Website, monkeypatch: Patch
+) -> None:
+    """What takes its time on hostile input runs in threads."""
+    threads = set[int]()
+
+    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            threads.add(threading.get_ident())
+            return function(*args, **options)
+
+        return call
+
+    for name in ("read_page", "parse_robots", "unpacked", "page_digest"):
+        monkeypatch.setattr(lf, name, noted(getattr(lf, name)))
+    website.pages = {"/": "a", "/robots.txt": "Disallow:", "/sitemap.xml": "<loc>$/"}
+    assert (await crawl(await reader()))["fetched"] == 1
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 # ---------------------------------------------------------------------------------------------
