@@ -7237,11 +7237,11 @@ async def test_crawl_command(tmp_path: Path, website: Website) -> None:
     """--crawl tells of each page and of what is known then, also while the server runs."""
     website.pages = {
         "/": links("/a", "/b"),
-        "/a": "The gouda is on the moon. Write to me@moon.example",
+        "/a": "<p>The moon is made of gouda.<p>Write to me@moon.example",
     }
     async with program(tmp_path, crawl_table(website, crawl_hours=0), FAST) as running:
         visitor = await running.server.visitor(website.url)
-        assert "gouda" not in (await visitor.ask("Where is the gouda?"))["data"]["text"]
+        assert "gouda" not in (await visitor.ask("What is the moon made of?"))["data"]["text"]
         command = ("--config", str(tmp_path / "config.toml"), "--crawl")
         environ = {"STATE_DIRECTORY": str(tmp_path)}
         code, out, err = await run_program(*command, "web", constants=FAST, **environ)
@@ -7254,7 +7254,7 @@ async def test_crawl_command(tmp_path: Path, website: Website) -> None:
         ]
         assert lines[3][:3] == ["web:", "2", "pages"]
         assert "me@moon.example" in out
-        assert "gouda" in (await visitor.ask("Where is the gouda?"))["data"]["text"]
+        assert "gouda" in (await visitor.ask("What is the moon made of?"))["data"]["text"]
         website.pages["/"] = 404
         assert (await run_program(*command, constants=FAST, **environ))[0] == 1
         for site in ("shop", "none"):
