@@ -2325,7 +2325,7 @@ SIGNS = re.compile(
 )
 # What counts how much, beside a word of the question: another word of its topic, a word of the
 # message before, bm25, and that a passage is the owner's own.
-TOPIC, EARLIER, BM25, OWN = 1.0, 0.5, 0.3, 1.2
+TOPIC, EARLIER, BM25, OWN = 1.6, 0.5, 0.5, 1.2
 SITEMAP_PAGES, SITEMAP_CHARS = 60, 3000
 
 
@@ -2348,9 +2348,9 @@ def folded_words(text: str) -> list[str]:
 class Topic(NamedTuple):
     """Something that visitors of any website ask about, in the words of all languages."""
 
+    name: str  # also the word that stands for it in the index
     asks: re.Pattern[str]  # of a word of a question
     says: re.Pattern[str]  # of a word of a passage
-    query: str  # the same for FTS5
 
 
 def begins_with(words: Iterable[str]) -> re.Pattern[str]:
@@ -2378,8 +2378,7 @@ def topics() -> tuple[frozenset[str], list[Topic]]:
             nothing = frozenset(asks)
             continue
         says.add(f"x{name}")
-        query = " OR ".join(f'"{one}"' + " *" * is_stem(one) for one in sorted(says))
-        found.append(Topic(begins_with(asks | says), begins_with(says), query))
+        found.append(Topic(f"x{name}", begins_with(asks | says), begins_with(says)))
     return nothing, found
 
 
@@ -2391,9 +2390,21 @@ def meaningful(words: Iterable[str]) -> list[str]:
     return [one for one in kept if len(one) > 2 or one.isdigit() or UNSPACED.match(one)]
 
 
-def signed(text: str) -> str:
-    """Return a text folded, with its signs of topics as words."""
-    return spaced(SIGNS.sub(lambda sign: f"{sign[0]} x{sign.lastgroup} ", text))
+@functools.lru_cache(50_000)
+def said_topics(word: str) -> tuple[str, ...]:
+    """Return the names of the topics that a passage with a word is about."""
+    return tuple(one.name for one in topics()[1] if one.says.match(word))
+
+
+def topical_words(text: str) -> tuple[list[str], list[str]]:
+    """Return a text's different words, signs of topics with them, and the topics that each says."""
+    words = WORD.findall(spaced(SIGNS.sub(lambda sign: f"{sign[0]} x{sign.lastgroup} ", text)))
+    return list(dict.fromkeys(words)), [name for word in words for name in said_topics(word)]
+
+
+def indexed(text: str) -> str:
+    """Return what the index holds of a text: its words, folded, and its topics."""
+    return " ".join([spaced(text), *topical_words(text)[1]])
 
 
 @functools.lru_cache(20_000)
@@ -2407,7 +2418,7 @@ def alike(word: str, other: str) -> tuple[float, bool]:
     if len(short) < 3 or UNSPACED.match(short):
         return 0, True
     if long.startswith(short) and len(long) - len(short) < 3:
-        return part, True
+        return 0.95, True
     same = next((at for at, c in enumerate(short) if c != long[at]), len(short))
     if same >= 4 and same >= 0.6 * len(short):
         return part, True
@@ -2427,18 +2438,19 @@ def best_of(question: str, texts: Sequence[str], share: float) -> list[int]:
     # What is asked for: each word, or another of its topic, and topics of particles such as "when".
     wanted = [({word}, [one for one in about if word in asked[one]]) for word in sorted(words)]
     wanted += [(set(), [one]) for one in about if asked[one] and not asked[one] & words]
-    best = (share - 1e-9, 0, -1)
+    best = (share - 1e-9, 0, 0, -1)
     for at, text in enumerate(texts):
-        there = folded_words(SIGNS.sub(lambda sign: f"{sign[0]} x{sign.lastgroup} ", text))
-        total = 0.0
+        there, about_it = topical_words(text)
+        total, signs = 0.0, 0
         for word, subjects in wanted:
             shares = [
                 1.0 if other in word else alike(one, other)[0] for one in word for other in there
             ]
-            on_topic = any(topic.says.match(other) for topic in subjects for other in there)
-            total += max([*shares, (TOPIC if word else 1) * on_topic])
-        best = max(best, (total / max(1, len(wanted)), -len(there), at))
-    return [best[2]] if best[2] >= 0 else []
+            on_topic = sum(about_it.count(one.name) for one in subjects)
+            total += max([*shares, (0.8 if word else 1) * (on_topic > 0)])
+            signs += min(on_topic, 2)
+        best = max(best, (total / max(1, len(wanted)), signs, -len(there), at))
+    return [best[-1]] if best[-1] >= 0 else []
 
 
 # Rules for single lines: a heading begins with "#", headings and list items stand alone.
@@ -2494,7 +2506,7 @@ def split_sections(sections: Iterable[tuple[str, str]]) -> Iterator[tuple[str, s
         yield from ((heading[-120:].strip(": "), piece) for piece in pieces if piece)
 
 
-KNOWLEDGE_VERSION = 2
+KNOWLEDGE_VERSION = 3  # of the schema, of indexed(), and of the topics in widget/words
 KNOWLEDGE_SCHEMA = """
     CREATE TABLE site (number INTEGER PRIMARY KEY, id TEXT UNIQUE);
     CREATE TABLE page (
@@ -2668,7 +2680,8 @@ class Knowledge:
             sql,
             (
                 (
-                    *(page_id << 16 | at, spaced(page.title), spaced(heading), signed(text)),
+                    page_id << 16 | at,
+                    *map(indexed, (page.title, heading, text)),
                     f"{heading}\n{text}",
                 )
                 for at, (heading, text) in enumerate(passages[: 1 << 16])
@@ -2851,7 +2864,7 @@ class Knowledge:
             if any(map(topic.asks.match, words))
         }
         for topic, weight in asked.items():
-            for row, score in self._holding(site, topic.query):
+            for row, score in self._holding(site, topic.name):
                 scores[row] += weight * TOPIC * score
         for word, weight in words.items():
             parts: tuple[dict[int, float], ...] = ({}, {})
