@@ -701,7 +701,7 @@ async def test_conversations(
     await expect(page.get_by_text("No conversations here.")).to_be_visible()
 
 
-@with_constants(CRAWL_SECONDS=0.2)
+@with_constants(CRAWL_SECONDS=0.4)
 async def test_reading_a_website(
     visit: Visit, serve: Serve, key_server: KeyServer, google: Google, model: FakeModel
 ) -> None:
@@ -773,7 +773,7 @@ async def test_messages(enter: Open, office: Server, model: FakeModel) -> None:
     }
     model.scripts.append(act("", {"type": "contact_owner", **said}))
     visitor = await office.visitor("http://localhost")
-    await visitor.ask("Tell them")
+    await visitor.ask("Tell them", pageContext={**SHOWN, "url": "javascript:alert(1)"})
     await visitor.send("confirmation_response", confirmed=True)
     await visitor.turn()
     page = await enter("messages")
