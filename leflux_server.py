@@ -5540,6 +5540,7 @@ async def crawl_what_is_due(app: AppState, now: float) -> None:
     for site in app.sites.values():
         row = rows.get(site.id, {"started": -math.inf, "crawl": "", "state": NO_CRAWL})
         same, hours = row["crawl"] == site.crawl, site.crawl_hours
+        hours = hours if row["state"]["fetched"] else min(hours, 1)  # it was down, perhaps
         cut_off = same and row["state"]["running"]
         due = hours and (not same or now - row["started"] >= hours * 3600)
         if site.crawl and (cut_off or due) and len(app.crawls) < MAX_CRAWLS:

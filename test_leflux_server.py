@@ -7193,6 +7193,25 @@ async def test_made_sites_are_crawled_and_forgotten(
     assert not server.app.crawls
 
 
+async def test_when_a_crawl_is_due(reader: Office, website: Website) -> None:
+    """A crawl is due after its hours; after one, where the site did not answer at all."""
+    website.pages = {"/": 503}
+    server = await reader(crawl_hours=24)
+
+    async def is_due(hours: float) -> bool:
+        await lf.crawl_what_is_due(server.app, time.time() + hours * 3600)
+        begun = bool(server.app.crawls)
+        await until(lambda: not server.app.crawls)
+        return begun
+
+    assert (await crawl(server))["fetched"] == 0
+    assert not await is_due(0.9)
+    website.pages["/"] = "a"
+    assert await is_due(1.1)
+    assert not await is_due(23.9)  # after that one, which began at 1.1
+    assert await is_due(25.2)
+
+
 FAST = "lf.CRAWL_SECONDS = 0; lf.SWEEP_SECONDS = 0.1; lf.PAGE_SECONDS = 0.5"
 
 
