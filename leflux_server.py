@@ -5257,14 +5257,6 @@ def parse_robots(body: bytes) -> urllib.robotparser.RobotFileParser:
     return rules
 
 
-def parse_sitemap(body: bytes) -> tuple[bool, list[str]]:
-    """Return whether a sitemap is an index of others, and the URLs in it."""
-    text = unpacked(body, MAX_PAGE_BYTES)
-    found = re.findall(rb"<loc>\s{0,99}(?:<!\[CDATA\[)?\s{0,99}([^<\]\s]{1,2000})", text)
-    urls = (normal_url(html.unescape(one.decode("utf-8", "replace"))) for one in found[:50_000])
-    return b"<sitemapindex" in text, list(dict.fromkeys(filter(None, urls)))
-
-
 class Crawl:
     """A crawl of a site, from its begin to its end."""
 
@@ -5452,9 +5444,8 @@ class Crawl:
         if error.fault or url == self.start:
             self.state["failed"] += 1
             self.app.count("crawled_total", outcome="failed")
-            self.state["errors"] += [{"url": url, "reason": reason}][
-                : MAX_CRAWL_ERRORS - len(self.state["errors"])
-            ]
+            if len(self.state["errors"]) < MAX_CRAWL_ERRORS:
+                self.state["errors"].append({"url": url, "reason": reason})
             self.tell(f"failed      {url}  {reason}")
         self.failures = self.failures + 1 if error.passing else 0
         if self.failures >= MAX_CRAWL_FAILURES:
