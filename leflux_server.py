@@ -2835,7 +2835,7 @@ class Knowledge:
     def _alike(self, word: str) -> dict[tuple[float, bool], str]:
         """Return FTS5 queries for a word and what is like it, by what they say of it."""
         queries = {(1.0, True): f'"{word}"'}
-        grams = [f'"{word[at : at + 3]}"' for at in range(len(word) - 2)]
+        grams = [f'"{word[at : at + 3]}"' for at in range(min(len(word), 40) - 2)]
         sql = "SELECT word FROM gram WHERE gram MATCH ? ORDER BY rank LIMIT 30"
         for (other,) in self._db.execute(sql, (" OR ".join(grams),)) if grams else ():
             share, _ = kind = alike(word, other)
