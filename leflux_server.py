@@ -5542,12 +5542,35 @@ async def crawl_what_is_due(app: AppState, now: float) -> None:
 # REST: middlewares and helpers, then the handlers in the order of the docstring.
 
 
+async def unhurried(app: AppState, items: Iterable[T], few: int = 5) -> AsyncIterator[T]:
+    """Yield items; every few of them, commit and let others run: many must not hold up the loop."""
+    for number, item in enumerate(list(items), 1):
+        yield item
+        if number % few == 0:
+            app.store.flush()
+            await asyncio.sleep(0)
+    app.store.flush()  # what has failed is tried again, too
+
+
 def json_response(data: Any, status: int = 200) -> web.Response:
     # aiohttp keeps a connection's last response, for as long as a socket that it may become.
     return web.json_bytes_response(data, status=status, dumps=kept_json)
 
 
-def error_response(request: web.Request, error: ApiError) -> web.Response:
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def error_response(request: web.Request, error: Exception) -> web.Response:
+    """Answer whatever was raised in the one error shape."""
+    if isinstance(error, web.HTTPException):
+        error = standard_error(error.status if error.status in STATUS_CODES else 400)
+    elif isinstance(error, ConnectionError):
+        error = standard_error(400)  # which nobody hears: the client is gone
+    elif not isinstance(error, ApiError):
+        # Logged under an id that the caller can quote.
+        request_id, route = secrets.token_hex(6), request.match_info.route
+        log.exception("request %s failed: %r", request_id, route)  # no path: it may hold a secret
+        error = standard_error(500, requestId=request_id)
     count_error(request.app[APP_STATE], error)
     body = {"error": error.code, "message": error.message, "details": error.details}
     response = json_response({**body, **error.top_level}, error.status)
@@ -5557,29 +5580,12 @@ def error_response(request: web.Request, error: ApiError) -> web.Response:
     return response
 
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
 @web.middleware
 async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn whatever a handler raises into the one error shape."""
     try:
         return await handler(request)
-    except ApiError as error:
+    except Exception as error:
         return error_response(request, error)
-    except web.HTTPException as error:
-        return error_response(
-            request, standard_error(error.status if error.status in STATUS_CODES else 400)
-        )
-    except ConnectionError:
-        return error_response(
-            request, standard_error(400)
-        )  # which nobody hears: the client is gone
-    except Exception:
-        # Logged under an id that the caller can quote.
-        request_id, route = secrets.token_hex(6), request.match_info.route
-        log.exception("request %s failed: %r", request_id, route)  # no path: it may hold a secret
-        return error_response(request, standard_error(500, requestId=request_id))
 
 
 async def answer_expect(request: web.Request) -> web.StreamResponse | None:
@@ -6719,22 +6725,11 @@ async def root(request: web.Request) -> web.StreamResponse:
 # Lifecycle: what runs beside the handlers, and how it all ends.
 
 
-def connect(app: AppState, http: aiohttp.ClientSession) -> None:
+def connect(app: AppState) -> None:
     """Make what calls others: the model's client, and the cache of Google's keys."""
-    llm, firebase = app.config.llm, app.config.firebase
-    app.backend = OfflineGuide()
-    if not app.config.offline:
-        app.backend = ChatModel(http, llm, app.config.api_key)
-    app.keys = KeyCache(http, firebase.keys_url) if firebase.project_id else None
-
-
-async def http_client(app: web.Application) -> AsyncIterator[None]:
-    """The one ClientSession of the app, and the model on it."""
-    state = app[APP_STATE]
-    async with new_client() as http, new_client(public=True) as public_http:
-        state.http, state.public_http = http, public_http
-        connect(state, http)
-        yield
+    config, http = app.config, cast(aiohttp.ClientSession, app.http)
+    app.backend = OfflineGuide() if config.offline else ChatModel(http, config.llm, config.api_key)
+    app.keys = KeyCache(http, config.firebase.keys_url) if config.firebase.project_id else None
 
 
 def load_sites(app: AppState, rows: Iterable[Any]) -> None:
@@ -6805,32 +6800,6 @@ def take_erasures(app: AppState) -> None:
         request.unlink()
 
 
-async def persistence(app: web.Application) -> AsyncIterator[None]:
-    """Open the store and load what it kept; write the rest at the end."""
-    state = app[APP_STATE]
-    open_state(state, state_file(state.config, "leflux.db"))
-    for session in list(state.sessions.values()):
-        if session.task is not None:
-            interrupt_task(state, session, "restarted")
-    await state.store.checkpoint()  # what the last process left in the log
-    yield
-    state.store.close()
-
-
-async def site_texts(app: web.Application) -> AsyncIterator[None]:
-    """Open the knowledge and bring it up to date with the files; close it at the end."""
-    state = app[APP_STATE]
-    path = state_file(state.config, "knowledge.db")
-    try:
-        state.knowledge = Knowledge(path)
-    except (sqlite3.Error, OSError) as error:
-        raise ConfigError(f"{path} cannot be used: {error}") from None
-    for site in state.sites.values():
-        await index_texts(state, site)
-    yield
-    state.knowledge.close()
-
-
 HOLDS_FROM_THE_START = ("host", "port", "cors_origins", "state_dir", "demo")  # of [server]
 
 
@@ -6850,7 +6819,7 @@ async def read_again(app: AppState, path: Path) -> None:
     if (before.llm, before.api_key) != (config.llm, config.api_key) or (
         before.firebase != config.firebase
     ):
-        connect(app, cast(aiohttp.ClientSession, app.http))
+        connect(app)
     for site in config.sites:
         app.api_sites.pop(site.id, None)
     rebuild_sites(app)
@@ -6865,35 +6834,24 @@ async def read_again(app: AppState, path: Path) -> None:
 
 async def sweep(app: AppState, now: float) -> None:
     """Free what is idle: sessions, sockets that stopped reading, buckets that ran empty."""
-    for number, session in enumerate(list(app.sessions.values()), 1):
+    async for session in unhurried(app, app.sessions.values()):
         if is_idle(app, session, now):
             drop_session(app, session, keep=True)
         elif session.task is not None and session.task.deadline <= now:
             interrupt_task(app, session, "interrupted")
-        if number % 5 == 0:  # many at once must not hold up the loop
-            app.store.flush()
-            await asyncio.sleep(0)
-    app.store.flush()  # what has failed is tried again, too
     take_erasures(app)
     rows = app.store.expired(time.time(), app.config.limits.keep_days, app.sites)
     live = {session.row for session in app.sessions.values()} if rows else set()
-    for number, row in enumerate(rows, 1):
-        if row not in live:
-            app.store.erase(row)
-        if number % 5 == 0:
-            app.store.flush()
-            await asyncio.sleep(0)
-    app.store.flush()
+    async for row in unhurried(app, (row for row in rows if row not in live)):
+        app.store.erase(row)
     for connection in app.connections:
         if not connection.unread:
             connection.sending_since = math.inf
         elif now - connection.sending_since >= STALL_SECONDS:
             connection.abort_if_unread()
-    for number, (name, bucket) in enumerate(list(app.buckets.items()), 1):
+    async for name, bucket in unhurried(app, app.buckets.items(), 500):
         if bucket.has_capacity(bucket.max_rate):
             app.buckets.pop(name, None)
-        if number % 500 == 0:
-            await asyncio.sleep(0)
 
 
 async def repeat(work: Callable[[], Awaitable[None]], pause: float | None = None) -> None:
@@ -6927,18 +6885,38 @@ async def feed_watchdog() -> None:
         await asyncio.sleep(seconds / 2)
 
 
-async def background(app: web.Application) -> AsyncIterator[None]:
-    """Run the endless work beside the handlers."""
+async def resources(app: web.Application) -> AsyncIterator[None]:
+    """Open what the server works with and run what works beside it; close all that at the end."""
     state = app[APP_STATE]
-    sweeping = repeat(lambda: sweep(state, time.monotonic()))
-    posting = repeat(lambda: post_letters(state, time.monotonic()))
-    crawling = repeat(lambda: crawl_what_is_due(state, time.time()))
-    works = (feed_watchdog(), sweeping, posting, crawling, repeat(state.store.checkpoint))
-    tasks = [asyncio.create_task(work) for work in works]
-    yield
-    for task in tasks:
-        task.cancel()
-    await asyncio.wait(tasks)
+    open_state(state, state_file(state.config, "leflux.db"))
+    async with contextlib.AsyncExitStack() as opened:
+        opened.callback(state.store.close)
+        for session in list(state.sessions.values()):
+            if session.task is not None:
+                interrupt_task(state, session, "restarted")
+        await state.store.checkpoint()  # what the last process left in the log
+        path = state_file(state.config, "knowledge.db")
+        try:
+            state.knowledge = opened.enter_context(contextlib.closing(Knowledge(path)))
+        except (sqlite3.Error, OSError) as error:
+            raise ConfigError(f"{path} cannot be used: {error}") from None
+        for site in state.sites.values():
+            await index_texts(state, site)
+        state.http = await opened.enter_async_context(new_client())
+        state.public_http = await opened.enter_async_context(new_client(public=True))
+        connect(state)
+        works = (
+            feed_watchdog(),
+            repeat(lambda: sweep(state, time.monotonic())),
+            repeat(lambda: post_letters(state, time.monotonic())),
+            repeat(lambda: crawl_what_is_due(state, time.time())),
+            repeat(state.store.checkpoint),
+        )
+        tasks = [asyncio.create_task(work) for work in works]
+        yield
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 async def drain(app: web.Application) -> None:
@@ -6967,11 +6945,7 @@ async def drain(app: web.Application) -> None:
 def make_app(config: Config) -> web.Application:
     """Build the application; raise ConfigError if the knowledge cannot be read."""
     app = web.Application(middlewares=[shape_errors], client_max_size=MAX_BODY_BYTES)
-    for kind, mark in (
-        ("secret", ""),
-        ("irreversible", ""),
-        *(("irreversible", one) for one in "+="),
-    ):
+    for kind, mark in (("secret", ""), *(("irreversible", mark) for mark in ("", "+", "="))):
         risk_pattern(kind, mark)  # takes its time
     app[APP_STATE] = new_state(config)
     app[APP_STATE].files = read_knowledge(config)
@@ -7024,58 +6998,56 @@ def make_app(config: Config) -> web.Application:
                 resource.add_route("HEAD", handler)
         for route in resource:
             route._expect_handler = answer_expect  # of aiohttp-cors' own route, too
-    app.cleanup_ctx.extend([persistence, site_texts, http_client, background])
+    app.cleanup_ctx.append(resources)
     app.on_shutdown.append(drain)
     return app
 
 
-def watch_door(server: web.Server, app: AppState) -> None:
-    """Hang up at once on an address that has too many connections; trusted proxies may have more.
+class Door(web.RequestHandler):
+    """A connection. Of an address that has too many it is hung up on at once, before it asks for
+    anything; trusted proxies may have more."""
 
-    aiohttp tells only its server of a connection that has not asked for anything yet.
-    """
-    made, lost = server.connection_made, server.connection_lost
-    opened: dict[web.RequestHandler, contextlib.ExitStack] = {}
+    def __init__(self, app: AppState, server: web.Server, **options: Any) -> None:
+        super().__init__(server, loop=asyncio.get_running_loop(), **options)
+        self.app, self.held = app, contextlib.ExitStack()
 
-    def connection_made(handler: web.RequestHandler, transport: asyncio.Transport) -> None:
-        made(handler, transport)
-        opened[handler] = stack = contextlib.ExitStack()
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
         peer = (transport.get_extra_info("peername") or [""])[0]  # none if it has gone already
         try:
-            if not is_trusted(peer, app.config.server.trusted_proxies):
-                stack.enter_context(held_by(app, client_key(peer, (), ())))
+            if not is_trusted(peer, self.app.config.server.trusted_proxies):
+                self.held.enter_context(held_by(self.app, client_key(peer, (), ())))
         except (ApiError, ValueError):  # not before aiohttp's own task for it has begun
-            app.count("limits_hit_total", code="connections")
-            asyncio.get_running_loop().call_soon(transport.abort)
+            self.app.count("limits_hit_total", code="connections")
+            asyncio.get_running_loop().call_soon(cast(asyncio.Transport, transport).abort)
 
-    def connection_lost(handler: web.RequestHandler, exc: BaseException | None = None) -> None:
-        opened.pop(handler).close()
-        lost(handler, exc)
-
-    server.connection_made = connection_made  # type: ignore[method-assign]
-    server.connection_lost = connection_lost  # type: ignore[method-assign]
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.held.close()
+        super().connection_lost(exc)
 
 
 @contextlib.asynccontextmanager
 async def serving(config: Config) -> AsyncIterator[tuple[web.Application, str]]:
     """Serve until the block ends, then drain; yields the app and its URL."""
-    app = make_app(config)
-    runner = web.AppRunner(
-        app,
-        access_log=None,
-        logger=http_log,
-        keepalive_timeout=75,
-        shutdown_timeout=2,
-        auto_decompress=False,  # aiohttp would unpack bodies that nobody reads
-        max_field_size=16384,  # of a header: what is no sign-in token is told so, 8 KB of it too
-    )
+    app, server = make_app(config), config.server
+    runner = web.AppRunner(app, shutdown_timeout=2)
     try:
         await runner.setup()
-        watch_door(cast(web.Server, runner.server), app[APP_STATE])
-        await web.TCPSite(runner, config.server.host, config.server.port, backlog=100).start()
-        host, port = runner.addresses[0][:2]
-        yield app, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        await drain(app)  # while the port still answers 503
+        door = functools.partial(
+            Door,
+            app[APP_STATE],
+            cast(web.Server, runner.server),
+            access_log=None,
+            logger=http_log,
+            keepalive_timeout=75,
+            auto_decompress=False,  # aiohttp would unpack bodies that nobody reads
+            max_field_size=16384,  # so that 8 KB of what is no sign-in token are told so
+        )
+        listener = await asyncio.get_running_loop().create_server(door, server.host, server.port)
+        with contextlib.closing(listener):
+            host, port = listener.sockets[0].getsockname()[:2]
+            yield app, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            await drain(app)  # while the port still answers 503
     finally:
         await runner.cleanup()
 
