@@ -3279,10 +3279,10 @@ class Letter:
 
 def keep_letter(app: AppState, letter: Letter) -> None:
     """Mark a letter; it is committed with the event that tells the visitor."""
-    letter_id = letter.body["id"]
-    app.letters[letter_id] = letter
-    row = (letter_id, letter.site_id, json_text(letter.body))
-    app.store.put("letter", letter_id, "REPLACE INTO letter VALUES (?, ?, ?)", *row)
+    name = letter.body["id"]
+    app.letters[name] = letter
+    row = (name, letter.site_id, json_text(letter.body))
+    app.store.put("letter", name, "REPLACE INTO letter VALUES (?, ?, ?)", *row)
 
 
 def drop_letters(app: AppState, unwanted: Callable[[Letter], bool]) -> int:
@@ -3305,9 +3305,9 @@ def may_write(app: AppState, session: Session, now: float) -> bool:
 
 def send_letter(turn: Turn) -> None:
     """Keep a letter that the visitor has agreed to."""
-    session, letter_id = turn.session, secrets.token_hex(8)
+    session = turn.session
     body = {
-        "id": letter_id,
+        "id": secrets.token_hex(8),
         **turn.task.letter,
         "pageUrl": session.context.get("url") or session.page_url,
         "sessionId": session.id,
@@ -5967,8 +5967,11 @@ async def no_such_route(request: web.Request) -> NoReturn:
 # The rules: https://firebase.google.com/docs/auth/admin/verify-id-tokens
 
 
-class TokenError(Exception):
-    """Why a token is refused: "expired" or "invalid", and no more than that."""
+def refused_token(problem: str) -> ApiError:
+    """Return the error of a token that is "expired" or "invalid", and no more is told than that."""
+    error = ApiError(401, "unauthorized", f"The sign-in token is {problem}.")
+    error.headers["WWW-Authenticate"] = 'Bearer error="invalid_token"'
+    return error
 
 
 def ascii_lower(email: str) -> str:
@@ -5998,19 +6001,19 @@ a_uid, a_time = text(128, 1), whole(-(10**99), 10**99)
 
 
 def token_key_id(token: str) -> str:
-    """Return the kid of a token that could be one of Google's; raise TokenError."""
+    """Return the kid of a token that could be one of Google's; raise unauthorized."""
     try:
         header = jwt.get_unverified_header(token)
         # Each of these would have us trust something that the token itself brings along.
         if {"jku", "jwk", "x5u", "x5c", "crit"} & header.keys():
-            raise TokenError("invalid")
+            raise refused_token("invalid")
         return str(header["kid"])
     except UNREADABLE:
-        raise TokenError("invalid") from None
+        raise refused_token("invalid") from None
 
 
 def verify_token(token: str, keys: PublicKeys, project: str, now: float) -> Caller:
-    """Return who a Firebase ID token speaks for at Unix time now; raise TokenError."""
+    """Return who a Firebase ID token speaks for at Unix time now; raise unauthorized."""
     try:
         claims = jwt.decode(
             token,
@@ -6023,11 +6026,11 @@ def verify_token(token: str, keys: PublicKeys, project: str, now: float) -> Call
         uid = a_uid(claims["sub"])
         expires, *past = (a_time(claims[name]) for name in ("exp", "iat", "auth_time"))
     except UNREADABLE:
-        raise TokenError("invalid") from None
+        raise refused_token("invalid") from None
     if max(past) > now + LEEWAY_SECONDS:
-        raise TokenError("invalid")
+        raise refused_token("invalid")
     if expires <= now - LEEWAY_SECONDS:
-        raise TokenError("expired")
+        raise refused_token("expired")
     email = claims.get("email") if claims.get("email_verified") is True else ""
     return Caller(uid, ascii_lower(email) if isinstance(email, str) else "")
 
@@ -6090,13 +6093,8 @@ async def authenticate(request: web.Request) -> Caller:
     headers = "\n".join(request.headers.getall("Authorization", []))
     bearer = re.fullmatch("bearer (.*)", headers, re.I)
     token = bearer[1] if bearer else ""
-    try:
-        keys = await app.keys.keys_for(token_key_id(token))
-        return verify_token(token, keys, app.config.firebase.project_id, time.time())
-    except TokenError as problem:
-        error = ApiError(401, "unauthorized", f"The sign-in token is {problem}.")
-        error.headers["WWW-Authenticate"] = 'Bearer error="invalid_token"'
-        raise error from None
+    keys = await app.keys.keys_for(token_key_id(token))
+    return verify_token(token, keys, app.config.firebase.project_id, time.time())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6165,6 +6163,20 @@ async def managed_site(request: web.Request) -> tuple[AppState, Site, bool]:
     return app, site, admin
 
 
+SiteHandler = Callable[[AppState, Site, web.Request], Awaitable[Json | web.Response]]
+
+
+def for_owners(handler: SiteHandler) -> Handler:
+    """Let a site's owners and admins alone come to a handler; what it returns becomes JSON."""
+
+    async def handle(request: web.Request) -> web.Response:
+        app, site, _ = await managed_site(request)
+        answer = await handler(app, site, request)
+        return answer if isinstance(answer, web.Response) else json_response(answer)
+
+    return handle
+
+
 def site_summary(site: Site) -> Json:
     hosts = [written_host(*entry) for entry in site.allowed_hosts]
     return {"id": site.id, "name": site.name, "allowedHosts": hosts}
@@ -6225,11 +6237,10 @@ async def index_texts(app: AppState, site: Site) -> None:
         await app.knowledge.call(app.knowledge.replace, site.id, source, pages)
 
 
-async def change_site(request: web.Request, rules: Rules) -> web.Response:
+async def change_site(rules: Rules, app: AppState, site: Site, request: web.Request) -> Json:
     """Apply the body, a merge patch, if it is valid and so is the site as a whole with it."""
-    await managed_site(request)
     body = await read_object(request)
-    app, site, admin = await managed_site(request)  # again, after the time that the body took
+    _, site, admin = await managed_site(request)  # again, after the time that the body took
     change = {"config": body}
     if rules is ADMIN_RULES:
         if "owners" in body and not admin:
@@ -6248,7 +6259,11 @@ async def change_site(request: web.Request, rules: Rules) -> web.Response:
     refuse_taken(app, added, site.id, None if admin else known)
     save_site(app, site.id, patch)
     await index_texts(app, app.sites[site.id])
-    return json_response(site_details(app, site.id))
+    return site_details(app, site.id)
+
+
+patch_site = functools.partial(change_site, ADMIN_RULES)
+patch_site_config = functools.partial(change_site, SITE_CONFIG_RULES)
 
 
 async def list_sites(request: web.Request) -> web.Response:
@@ -6281,21 +6296,11 @@ async def create_site(request: web.Request) -> web.Response:
     return json_response(site_details(app, site_id), 201)
 
 
-async def get_site(request: web.Request) -> web.Response:
-    app, site, _ = await managed_site(request)
-    return json_response(site_details(app, site.id))
+async def get_site(app: AppState, site: Site, request: web.Request) -> Json:
+    return site_details(app, site.id)
 
 
-async def patch_site(request: web.Request) -> web.Response:
-    return await change_site(request, ADMIN_RULES)
-
-
-async def patch_site_config(request: web.Request) -> web.Response:
-    return await change_site(request, SITE_CONFIG_RULES)
-
-
-async def delete_site(request: web.Request) -> web.Response:
-    app, site, _ = await managed_site(request)
+async def delete_site(app: AppState, site: Site, request: web.Request) -> Json:
     if site.id not in app.api_sites:
         message = "This site is defined in config.toml; remove it there."
         raise ApiError(409, "invalid_config", message)
@@ -6312,7 +6317,11 @@ async def delete_site(request: web.Request) -> web.Response:
     if crawl := app.crawls.get(site.id):
         await crawl.stop()
     await app.knowledge.call(app.knowledge.forget, site.id)
-    return json_response({"deleted": True})
+    sql = "SELECT row FROM session WHERE site = ?"
+    kept = await app.store.look(lambda db: db.execute(sql, (site.id,)).fetchall())
+    async for (row,) in unhurried(app, kept):
+        app.store.erase(row)
+    return {"deleted": True}
 
 
 # What visitors said, for the owners of a site: kept chats are read from the disk, in the store's
@@ -6415,8 +6424,7 @@ def live_chats(app: AppState, site_id: str) -> dict[str, Session]:
     return {session.id: session for session in ours if not is_idle(app, session, now)}
 
 
-async def list_site_sessions(request: web.Request) -> web.Response:
-    app, site, _ = await managed_site(request)
+async def list_site_sessions(app: AppState, site: Site, request: web.Request) -> Json:
     limit, before = query_number(request, "limit", 50, 200), query_time(request, "before")
     wanted = request.query.get("q", "").strip()[:200]
     before -= 1e-6  # what was listed with that time does not come again
@@ -6429,36 +6437,32 @@ async def list_site_sessions(request: web.Request) -> web.Response:
         found += map(state_of, fresh)
     newest = sorted(found, key=lambda state: -state["created"])[:limit]
     shown = [chat_summary(state, live=state["id"] in live) for state in newest]
-    return json_response({"sessions": shown})
+    return {"sessions": shown}
 
 
-async def list_letters(request: web.Request) -> web.Response:
-    app, site, _ = await managed_site(request)
+async def list_letters(app: AppState, site: Site, request: web.Request) -> Json:
     bodies = [one.body for one in app.letters.values() if one.site_id == site.id]
-    return json_response({"messages": bodies[::-1]})
+    return {"messages": bodies[::-1]}
 
 
-async def delete_letter(request: web.Request) -> web.Response:
-    app, site, _ = await managed_site(request)
+async def delete_letter(app: AppState, site: Site, request: web.Request) -> Json:
     letter = app.letters.get(request.match_info["letter_id"])
     if letter is None or letter.site_id != site.id:
         raise standard_error(404)
     drop_letters(app, lambda one: one is letter)
-    return json_response({"deleted": True})
+    return {"deleted": True}
 
 
-async def try_notify_url(request: web.Request) -> web.Response:
+async def try_notify_url(app: AppState, site: Site, request: web.Request) -> Json:
     """Post an example to the notify_url; tell whether it was taken."""
-    app, site, _ = await managed_site(request)
     if not site.notify_url:
         raise invalid_config({"notifyUrl": "is not set"})
     body = {"name": "", "email": "ada@example.com", "message": "This is a test.", "pageUrl": ""}
     problem = await post_letter(app, site, body | {"createdAt": iso_time(time.time())}, "test")
-    return json_response({"delivered": not problem, "reason": problem})
+    return {"delivered": not problem, "reason": problem}
 
 
-async def get_site_session(request: web.Request) -> web.Response:
-    app, site, _ = await managed_site(request)
+async def get_site_session(app: AppState, site: Site, request: web.Request) -> Json:
     session_id = request.match_info["session_id"]
     session = live_chats(app, site.id).get(session_id)
     _, state = await app.store.look(read_chat, site.id, session_id)
@@ -6467,11 +6471,10 @@ async def get_site_session(request: web.Request) -> web.Response:
     if not state:
         raise no_session()
     shown = chat_summary(state, live=session is not None)
-    return json_response({**shown, "history": state["history"]})
+    return {**shown, "history": state["history"]}
 
 
-async def delete_site_session(request: web.Request) -> web.Response:
-    app, site, _ = await managed_site(request)
+async def delete_site_session(app: AppState, site: Site, request: web.Request) -> Json:
     session_id = request.match_info["session_id"]
     row, _ = await app.store.look(read_chat, site.id, session_id)
     session = app.sessions.get(session_id)
@@ -6482,11 +6485,10 @@ async def delete_site_session(request: web.Request) -> web.Response:
     else:
         raise no_session()
     app.store.flush()
-    return json_response({"deleted": True})
+    return {"deleted": True}
 
 
-async def site_activity(request: web.Request) -> web.Response:
-    app, site, _ = await managed_site(request)
+async def site_activity(app: AppState, site: Site, request: web.Request) -> Json:
     count, now = query_number(request, "days", 30, ACTIVITY_DAYS), time.time()
     today = datetime.fromtimestamp(now, UTC).date()
     first = today - timedelta(count - 1)
@@ -6503,45 +6505,32 @@ async def site_activity(request: web.Request) -> web.Response:
         }
         for day in (str(first + timedelta(number)) for number in range(count))
     ]
-    return json_response({"days": days, **found})
+    return {"days": days, **found}
 
 
-async def crawl_of(app: AppState, site: Site) -> Json:
-    """Return how a site's crawl goes, or how the last one went."""
-    if running := app.crawls.get(site.id):
-        return running.state
+async def get_crawl(app: AppState, site: Site, request: web.Request) -> Json:
+    """Tell how a site's crawl goes, or how the last one went; DELETE ends it first."""
+    crawl = app.crawls.get(site.id)
+    if crawl is not None and request.method != "DELETE":
+        return crawl.state
+    if crawl is not None:
+        await crawl.stop()
     rows = await app.knowledge.call(app.knowledge.crawls)
     return rows[site.id]["state"] if site.id in rows else NO_CRAWL
 
 
-async def get_crawl(request: web.Request) -> web.Response:
-    app, site, _ = await managed_site(request)
-    return json_response(await crawl_of(app, site))
-
-
-async def begin_crawl(request: web.Request) -> web.Response:
-    app, site, _ = await managed_site(request)
+async def begin_crawl(app: AppState, site: Site, request: web.Request) -> web.Response:
     refuse_when_draining(app)
     if not site.crawl:
         raise invalid_config({"crawl": "is not set"})
     return json_response(start_crawl(app, site, time.time()).state, 202)
 
 
-async def cancel_crawl(request: web.Request) -> web.Response:
-    app, site, _ = await managed_site(request)
-    if crawl := app.crawls.get(site.id):
-        await crawl.stop()
-    return json_response(await crawl_of(app, site))
-
-
-async def list_pages(request: web.Request) -> web.Response:
-    app, site, _ = await managed_site(request)
-    limit, offset = (
-        query_number(request, "limit", 50, 200),
-        query_number(request, "offset", 0, 10**6, 0),
-    )
+async def list_pages(app: AppState, site: Site, request: web.Request) -> Json:
+    limit = query_number(request, "limit", 50, 200)
+    offset = query_number(request, "offset", 0, 10**6, 0)
     pages, total = await app.knowledge.call(app.knowledge.pages, site.id, limit, offset)
-    return json_response({"pages": pages, "total": total})
+    return {"pages": pages, "total": total}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6954,7 +6943,8 @@ def make_app(config: Config) -> web.Application:
     )
     cors = aiohttp_cors.setup(app, defaults=dict.fromkeys(config.server.cors_origins, allowed))
     app.on_response_prepare.append(add_headers)
-    routes: dict[str, dict[str, Handler]] = {
+    site = "/api/admin/sites/{site_id}"
+    routes: dict[str, dict[str, Any]] = {
         "/api/session/init": {"POST": init_session},
         "/api/chat": {"POST": chat},
         "/api/session/{session_id}": {"GET": get_session, "DELETE": delete_session},
@@ -6964,23 +6954,16 @@ def make_app(config: Config) -> web.Application:
         "/owner": {"GET": owner_page},
         "/owner/{name:[^/]*}": {"GET": owner_page},
         "/api/admin/sites": {"GET": list_sites, "POST": create_site},
-        "/api/admin/sites/{site_id}": {"GET": get_site, "PATCH": patch_site, "DELETE": delete_site},
-        "/api/admin/sites/{site_id}/config": {"PATCH": patch_site_config},
-        "/api/admin/sites/{site_id}/crawl": {
-            "GET": get_crawl,
-            "POST": begin_crawl,
-            "DELETE": cancel_crawl,
-        },
-        "/api/admin/sites/{site_id}/pages": {"GET": list_pages},
-        "/api/admin/sites/{site_id}/sessions": {"GET": list_site_sessions},
-        "/api/admin/sites/{site_id}/sessions/{session_id}": {
-            "GET": get_site_session,
-            "DELETE": delete_site_session,
-        },
-        "/api/admin/sites/{site_id}/activity": {"GET": site_activity},
-        "/api/admin/sites/{site_id}/messages": {"GET": list_letters},
-        "/api/admin/sites/{site_id}/messages/test": {"POST": try_notify_url},
-        "/api/admin/sites/{site_id}/messages/{letter_id}": {"DELETE": delete_letter},
+        site: {"GET": get_site, "PATCH": patch_site, "DELETE": delete_site},
+        f"{site}/config": {"PATCH": patch_site_config},
+        f"{site}/crawl": {"GET": get_crawl, "POST": begin_crawl, "DELETE": get_crawl},
+        f"{site}/pages": {"GET": list_pages},
+        f"{site}/sessions": {"GET": list_site_sessions},
+        f"{site}/sessions/{{session_id}}": {"GET": get_site_session, "DELETE": delete_site_session},
+        f"{site}/activity": {"GET": site_activity},
+        f"{site}/messages": {"GET": list_letters},
+        f"{site}/messages/test": {"POST": try_notify_url},
+        f"{site}/messages/{{letter_id}}": {"DELETE": delete_letter},
         "/embed.js": {"GET": embed},
         "/words/{tag}.json": {"GET": serve_words},
         **({path: {"GET": demo} for path in DEMO} if config.server.demo else {}),
@@ -6993,6 +6976,7 @@ def make_app(config: Config) -> web.Application:
         if path not in ("/embed.js", "/words/{tag}.json"):  # which set their own
             cors.add(resource)
         for method, handler in handlers.items():
+            handler = for_owners(handler) if path.startswith(site) else handler
             resource.add_route(method, handler)
             if method == "GET":  # what uptime checks ask for
                 resource.add_route("HEAD", handler)
