@@ -76,7 +76,7 @@ import gc
 import hashlib
 import heapq
 import html.parser
-import importlib
+import importlib.util
 import ipaddress
 import itertools
 import json
@@ -5610,37 +5610,33 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
         headers.popall(name)
 
 
-def forwarded(request: web.Request, config: Config, header: str) -> str:
+def forwarded(request: web.Request, header: str) -> str:
     """Return a header that a trusted proxy has set, else ""."""
+    proxies = request.app[APP_STATE].config.server.trusted_proxies
     with contextlib.suppress(ValueError):  # a peer without an address, as on a Unix socket
-        if is_trusted(request.remote or "", config.server.trusted_proxies):
-            return request.headers.get(header, "")
+        return request.headers.get(header, "") if is_trusted(request.remote or "", proxies) else ""
     return ""
 
 
-def own_scheme(request: web.Request, config: Config) -> str:
+def own_scheme(request: web.Request) -> str:
     """Return the scheme that the request came by, as the client sees it."""
-    scheme = forwarded(request, config, "X-Forwarded-Proto").lower()
+    scheme = forwarded(request, "X-Forwarded-Proto").lower()
     return scheme if scheme in ("http", "https") else request.scheme
 
 
-def own_url(request: web.Request, config: Config) -> str:
-    """Return the http(s)://host[:port] that the request came to, as the client sees it."""
-    hosts = (forwarded(request, config, "X-Forwarded-Host"), request.headers.get("Host", ""))
-    known = [host for host in hosts if parse_origin(f"http://{host}")]
-    host = known[0] if known else f"{config.server.host}:{config.server.port}"
-    return f"{own_scheme(request, config)}://{host}"
-
-
-def websocket_url(request: web.Request, config: Config) -> str:
-    url = config.server.public_url or own_url(request, config)
-    return "ws" + url.removeprefix("http")
+def own_url(request: web.Request, protocol: str = "http") -> str:
+    """Return the http(s):// or ws(s)://host[:port] of this server, as the client sees it."""
+    server = request.app[APP_STATE].config.server
+    hosts = (forwarded(request, "X-Forwarded-Host"), request.headers.get("Host", ""))
+    known = (host for host in hosts if parse_origin(f"http://{host}"))
+    came_to = f"{own_scheme(request)}://{next(known, f'{server.host}:{server.port}')}"
+    return protocol + (server.public_url or came_to).removeprefix("http")
 
 
 def caller_site(request: web.Request) -> tuple[Site, str]:
     """Return the site whose page calls, and that page's host; raise host_not_registered."""
     app = request.app[APP_STATE]
-    scheme = own_scheme(request, app.config)
+    scheme = own_scheme(request)
     caller = caller_host(request.method, request.headers, scheme)
     site = find_site(app.site_index, *caller) if caller else None
     if caller and not site and app.config.server.demo:
@@ -5746,9 +5742,8 @@ async def init_session(request: web.Request) -> web.Response:
     session = Session(session_id, site.id, host, page_url, time.time(), time.monotonic())
     session.language = fields["language"][:35]
     app.sessions[session_id] = session
-    ws_url = websocket_url(request, app.config)
-    config = widget_config(app, site)
-    return json_response({"sessionId": session_id, "wsUrl": ws_url, "siteConfig": config})
+    body = {"sessionId": session_id, "wsUrl": own_url(request, "ws")}
+    return json_response({**body, "siteConfig": widget_config(app, site)})
 
 
 async def chat(request: web.Request) -> web.Response:
@@ -5919,9 +5914,8 @@ async def serve_words(request: web.Request) -> web.Response:
 
 async def demo(request: web.Request) -> web.Response:
     # Not in every browser does 'self' cover the WebSocket.
-    socket_url = websocket_url(request, request.app[APP_STATE].config)
     policy = (
-        f"default-src 'self'; connect-src 'self' {socket_url}; img-src 'self' data:;"
+        f"default-src 'self'; connect-src 'self' {own_url(request, 'ws')}; img-src 'self' data:;"
         " object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'"
     )
     return send_file(request, DEMO[request.path], {"Content-Security-Policy": policy})
@@ -5932,12 +5926,12 @@ OWNER_FILE = re.compile(r"[a-z0-9-]+\.(css|html|js)")
 
 async def owner_page(request: web.Request) -> web.Response:
     """A file of owner/, for all to read: what it shows comes from the admin API."""
-    config, name = request.app[APP_STATE].config, request.match_info.get("name") or "index.html"
-    firebase = config.firebase
+    firebase = request.app[APP_STATE].config.firebase
+    name = request.match_info.get("name") or "index.html"
     if firebase.api_key and name == "config.json":  # what it takes to sign in; all of it is public
         body = {"apiKey": firebase.api_key, "signInUrl": firebase.sign_in_url}
-        public_url = config.server.public_url or own_url(request, config)
-        return json_response({**body, "tokenUrl": firebase.token_url, "publicUrl": public_url})
+        urls = {"tokenUrl": firebase.token_url, "publicUrl": own_url(request)}
+        return json_response(body | urls)
     if not firebase.api_key or not OWNER_FILE.fullmatch(name):
         raise standard_error(404)
     google = {"/".join(url.split("/")[:3]) for url in (firebase.sign_in_url, firebase.token_url)}
@@ -6282,8 +6276,9 @@ async def create_site(request: web.Request) -> web.Response:
     clean = check_body(body, rules)
     host, port = clean["host"]
     bare = host.removeprefix("www.")
-    check_body({"host": bare}, rules)  # www.co.uk is fine, its twin is not
     hosts = [host] if is_ip(host) or host == "localhost" else [bare, f"www.{bare}"]
+    for one in hosts:
+        check_body({"host": one}, rules)  # www.co.uk is fine, its twin is not
     refuse_taken(app, [(one, port) for one in hosts], "")
     slug = re.sub(r"[^a-z0-9]+", "-", bare).strip("-")[:50]
     ids = itertools.chain([slug], (f"{slug}-{n}" for n in itertools.count(2)))
@@ -6814,8 +6809,8 @@ async def read_again(app: AppState, path: Path) -> None:
     rebuild_sites(app)
     for session in [one for one in app.sessions.values() if one.site_id not in app.sites]:
         drop_session(app, session, keep=True)
-    for site_id in app.crawls.keys() - app.sites.keys():
-        await app.crawls[site_id].stop()
+    for crawl in [one for site_id, one in app.crawls.items() if site_id not in app.sites]:
+        await crawl.stop()
     for site in list(app.sites.values()):
         await index_texts(app, site)
     log.info("config.toml has been read again: %d site(s)", len(config.sites))
@@ -7090,14 +7085,6 @@ async def run(config: Config, path: Path) -> None:
 # The command line.
 
 
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    """uvloop's, if it is installed; busy servers gain by it."""
-    with contextlib.suppress(ImportError):
-        loop = importlib.import_module("uvloop").new_event_loop()
-        return cast(asyncio.AbstractEventLoop, loop)
-    return asyncio.new_event_loop()
-
-
 def check(path: Path, config: Config) -> None:
     """Say what is in a configuration, and what may not be meant."""
     read_knowledge(config)
@@ -7151,8 +7138,8 @@ def erase_person(config: Config, path: Path, kept: Json) -> None:
     app.store.close()
 
 
-def answer_person(config: Config, who: str, *, erase: bool) -> None:
-    """Print or erase all that is kept of a chat's id or an e-mail address."""
+def answer_person(config: Config, who: str, *, erase: bool) -> str:
+    """Return all that is kept of a chat's id or an e-mail address, or erase it."""
     path = state_file(config, "leflux.db")
     if path is None or not path.exists():
         raise ConfigError(f"there is no database: {path or 'state_dir is empty'}")
@@ -7161,9 +7148,9 @@ def answer_person(config: Config, who: str, *, erase: bool) -> None:
     except sqlite3.Error as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if not erase:
-        return print(json.dumps(kept, ensure_ascii=False, indent=2))
+        return json.dumps(kept, ensure_ascii=False, indent=2)
     erase_person(config, path, kept)
-    return print(f"erased: {len(kept['chats'])} chat(s), {len(kept['messages'])} message(s)")
+    return f"erased: {len(kept['chats'])} chat(s), {len(kept['messages'])} message(s)"
 
 
 async def crawl_now(config: Config, site_id: str) -> int:
@@ -7215,14 +7202,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check(options.config, config)
             return 0
         if who := options.export or options.erase:
-            answer_person(config, who, erase=not options.export)
+            print(answer_person(config, who, erase=not options.export))
             return 0
         logging.basicConfig(
             level=config.server.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
         )
         # These quote what clients send, a session id perhaps.
         logging.getLogger("aiohttp.websocket").setLevel(logging.ERROR)
-        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        # Busy servers gain by uvloop, which need not be installed.
+        loops = importlib.import_module(
+            "uvloop" if importlib.util.find_spec("uvloop") else "asyncio"
+        )
+        with asyncio.Runner(loop_factory=loops.new_event_loop) as runner:
             if options.crawl is not None:
                 return runner.run(crawl_now(config, options.crawl))
             runner.run(run(config, Path(options.config)))

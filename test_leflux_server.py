@@ -9370,7 +9370,7 @@ async def test_made_sites_get_both_forms(
 
 
 NO_HOSTS = "com co.uk www.co.uk www.github.io https://x.example *.x.example x.example/a".split()
-NO_HOSTS += ["a b", "\uff58.example", "1.2.3", "x..example"]
+NO_HOSTS += ["a b", "\uff58.example", "1.2.3", "x..example", ".".join(["a" * 62] * 4)]
 
 
 @pytest.mark.parametrize(
