@@ -2,25 +2,20 @@
  *
  *     <script src="https://chat.example.com/embed.js" async></script>
  *
- * and everything else comes from that server: how the chat looks (siteConfig), what it says and what
- * it does on the page. For the page's author there are window.LeFlux and events (at the end of this
- * file), custom properties (--leflux-primary, -bg, …), and attributes of the tag: data-consent
- * (nothing before LeFlux.allow()), data-preview (no server; its value may be a siteConfig),
- * data-no-user-memory, data-no-spa-detect, data-debug.
- *
- * The file reads downwards. The page's style cannot reach in (shadow root), nothing needs inline
- * styles or scripts (strict Content-Security-Policy), and texts only ever become text nodes.
+ * and everything else comes from that server. For the page's author there are window.LeFlux and
+ * events (at the end), custom properties (--leflux-primary, -bg, …), and attributes of the tag:
+ * data-consent (nothing before LeFlux.allow()), data-preview (no server; its value may be a
+ * siteConfig), data-no-user-memory, data-no-spa-detect, data-debug. The page's style cannot reach
+ * in (shadow root), nothing needs inline styles or scripts, texts only ever become text nodes.
  */
 (() => {
   "use strict";
-
   const script = document.currentScript || document.querySelector('script[src*="/embed.js"]');
   const before = window.LeFlux;
-  if (!script || (before && !before.isDestroyed)) return; // a second tag does nothing
+  if (!script || (before && !before.isDestroyed)) return;
   const SERVER = new URL(script.src).origin;
   const has = (name) => script.hasAttribute(`data-${name}`);
   const DEBUG = has("debug"), PREVIEW = has("preview");
-
   const WORDS = { // English; other languages come from the server: see speak
     title: "Chat", log: "Conversation", input: "Your message", placeholder: "Write a message…",
     open: "Open the chat", unread: "Open the chat, new message", close: "Close the chat",
@@ -36,20 +31,19 @@
     newTab: "This opens a new tab:",
     preview: "This is a preview. Nothing is sent.",
   };
-  const limits = { elements: 50, text: 5000, message: 5000 }; // unless siteConfig.limits has others
-  const KEEP_MS = 24 * 3600 * 1000; // how long a session id and a dismissed nudge are remembered
+  const limits = { elements: 50, text: 5000, message: 5000 };
+  const KEEP_MS = 24 * 3600 * 1000;
   const PHONE = matchMedia("(max-width: 640px), (max-height: 420px)");
   const TOUCH = matchMedia("(pointer: coarse)");
-
   const debug = (...what) => { if (DEBUG) console.debug("leflux:", ...what); };
   const pause = (ms) => new Promise((resume) => setTimeout(resume, ms));
   const squeeze = (text, max) => (/[^\s\p{C}]/u.test(text || "") // names such as U+200B are none
     ? text.replace(/\s+/g, " ").trim().slice(0, max) : "");
   const over = new AbortController(); // aborted by destroy(): every listener hangs on it
+  const isDead = () => over.signal.aborted;
   const listen = (target, name, heard, capture = false) =>
     target.addEventListener(name, heard, { signal: over.signal, capture });
-
-  /** Make an element: attributes, "class" and on… handlers by name, then children (nodes, text). */
+  /** Make an element, "name.class": attributes, on… handlers, then children (nodes, texts). */
   function h(name, attributes = {}, ...children) {
     const [tag, ...classes] = name.split(".");
     const space = tag === "svg" || tag === "path" ? "2000/svg" : "1999/xhtml";
@@ -67,7 +61,7 @@
   let mayStore = false;
   const stores = [];
   function keep(area, name, key = `leflux ${SERVER} ${name}`) {
-    let memory; // of what is not stored
+    let memory;
     const store = {
       get() {
         try { return memory ?? JSON.parse(window[area].getItem(key)); } catch { return null; }
@@ -92,22 +86,19 @@
     for (const store of stores) store.save();
   }
   const keptSession = keep("localStorage", "session"); // {id, wsUrl, at}
-  const keptUser = keep("localStorage", "", "leflux:userData"); // see remember
-  const keptNudge = keep("sessionStorage", "nudge"); // when it was dismissed
-  const keptOpen = keep("sessionStorage", "open"); // whether this tab's panel is open
+  const keptUser = keep("localStorage", "", "leflux:userData");
+  const keptNudge = keep("sessionStorage", "nudge"), keptOpen = keep("sessionStorage", "open");
   const keptActing = keep("sessionStorage", "acting"); // {id, results, typing}: see carryOut
-  const keptNumber = keep("sessionStorage", "number"); // of the last element, see scan
+  const keptNumber = keep("sessionStorage", "number");
   const keptAnswers = keep("sessionStorage", "answers"); // [{text, label}] to confirmations
 
   // ---------------------------------------------------------------------------------------------
-  // Colours: any CSS colour may be the site's own; text on and of it must stay readable (WCAG AA).
+  // Colours, as parts from 0 to 1: any may be the site's own; text on and of it stays readable.
 
   const WHITE = [1, 1, 1], BLACK = [0, 0, 0];
   const css = (colour) => `rgb(${colour.map((part) => Math.round(part * 255)).join(" ")})`;
   const mix = (one, other, share) => one.map((part, i) => part + (other[i] - part) * share);
-  const inSrgb = (colour) => `color-mix(in srgb, ${colour}, ${colour})`; // whatever it is
-
-  /** Red, green and blue, 0 to 1, of a CSS colour as it looks upon white. */
+  const inSrgb = (colour) => `color-mix(in srgb, ${colour}, ${colour})`;
   function rgb(colour) {
     const probe = view.root.appendChild(h("span"));
     probe.style.color = inSrgb(colour);
@@ -125,7 +116,6 @@
       .sort((a, b) => a - b);
     return high / low;
   }
-  /** The colour, moved towards black or white until text of it can be read on every ground. */
   function readable(colour, goal, ...grounds) {
     let share = 0, mixed = colour;
     while (share < 1 && grounds.some((ground) => contrast(mixed, ground) < 4.6)) {
@@ -145,8 +135,6 @@
     /\[([^[\]\n]{1,300})\]\(([^()\s]{1,1000}(?:\([^()\s]{0,200}\))?[^()\s]{0,200})\)/, // 4, 5 link
     /(?<!\w)(https?:\/\/[^\s<>"'`]{1,1000}[^\s<>"'`.,;:!?)\]])/, // 6 bare address
   ].map((pattern) => pattern.source).join("|"), "u");
-
-  /** An absolute URL that a visitor may be sent to, or null. */
   function safeUrl(value) {
     try {
       const url = new URL(value, location.href);
@@ -174,7 +162,7 @@
   }
   function markdown(text) {
     const blocks = [];
-    let block = null; // that the next line may belong to
+    let block = null;
     const begin = (kind, attributes, ...children) => {
       block = h(kind, attributes, ...children);
       blocks.push(block);
@@ -198,7 +186,7 @@
         else begin("p", { dir: "auto" });
         block.append(...(heading ? [h("strong", {}, ...inline(heading[1]))] : inline(line)));
       } else if (block?.localName === "p") {
-        block = null; // a list may go on after an empty line
+        block = null;
       }
     }
     return blocks;
@@ -215,45 +203,43 @@
     + ` ${EDITABLE}, [onclick], [data-action], th[aria-sort],`
     + ROLES.split(" ").map((role) => `[role=${role}]`).join();
   const VALUED = `${EDITABLE}, [role=combobox], [role=listbox], [role=textbox], [role=searchbox],
-    [role=slider], [role=spinbutton]`; // what is inside is no name
+    [role=slider], [role=spinbutton]`;
   const MODAL = "dialog[open], [role=dialog], [role=alertdialog], [aria-modal=true]";
   const GROUP = `${MODAL}, form, fieldset, section, article, nav, aside, header, footer, main, li,
     td, details`;
   const ASIDE = ["id", "class", "aria-label"].flatMap((name) => // cookie banners and share bars
     ["cookie", "consent", "gdpr", "share", "social"].map((word) => `[${name}*=${word} i]`)).join();
   // What the server takes for a field of secrets, and so never fills (SENSITIVE there).
-  const SECRET = new RegExp(String.raw`\bpass\s?(word|wd|code|phrase|wort)|\b(pass|pwd?|psw)\b
-    |kennwort|contraseñ|mot\sde\spasse|\bsenha\b|wachtwoord|\bone\s?time|\bt?otp\b|\b(2|m|t)\s?fa\b
-    |two\sfactor|\bpin\b|digit\scode|(verification|security|sms|auth\w*|tfa)\scode
-    |digo\sde\s(seguridad|verif)|code\sde\ss[eé]curit|\bcc\b|(credit|debit)\s?card
-    |\bcard\s?(number|no\b|num|holder|code)|\|\scard(\s\||$)|^card$|\b(cvv|cvc|csc|cvn)\b
-    |expir(y|ation)|\bmm\s?yy|karten\s?nummer|kreditkarte|tarjeta|ro\sde\scarte|\biban\b|\bbic\b
-    |\bswift\b|rout(ing|e)\snumber|sort\scode|\bbank|account\s?(number|no\b|num)|\bkonto|\bssn\b
-    |social\s?security|national\s?(id|insurance)|passport|\btax\s?(id|number|payer)|\btin\b
-    |\b(identity|id)\s?(card|number|no\b)|personalausweis|\bdni\b|\bnino\b|\bcpf\b|aadhaar
+  const SECRET = new RegExp(String.raw`\bpass\s?(w|code|phrase)
+    |\b(pass|pwd?|psw|pin|cc|bic|ssn|tin|dni|nino|cpf|iban|swift|cv[vcn]|csc|t?otp|[2mt]\s?fa)\b
+    |kennwort|contraseñ|mot\sde\spasse|\bsenha\b|wachtwoord|has(ł|l)o\b|şifre|parola|密码|暗証|パスワード
+    |पासवर्ड|كلمة\s(المرور|السر)|\bone\s?time|two\sfactor
+    |(digit|verification|security|sms|auth\w*|tfa)\scode|digo\sde\s(seguridad|verif)
+    |code\sde\ss[eé]curit|(credit|debit)\s?card|\bcard\s?(n(um|o\b)|holder|code)|\|\scard(\s\||$)
+    |^card$|expir(y|ation)|\bmm\s?yy|karten\s?nummer|kreditkarte|tarjeta|ro\sde\scarte|sort\scode
+    |rout(ing|e)\snumber|\bbank|account\s?n(um|o\b)|\bkonto|social\s?security|passport|ausweis
+    |national\s?(id|insurance)|\btax\s?(id|n|payer)|\b(identity|id)\s?(card|n(um|o\b))|aadhaar
     |driver\w*\slicen[cs]e`.replace(/\n\s*/g, ""));
   const numbers = new WeakMap(); // element -> its number
   const elements = new Map(); // number -> a weak reference to the element
-  let lastNumber = 0, pictured = null; // the numbers in the last picture
+  let lastNumber = 0, pictured = null;
 
   // Fields of a form hide its properties of the same name: <input name="parentElement">.
   const parentOf = Object.getOwnPropertyDescriptor(Node.prototype, "parentElement").get;
   const said = (element, name) => Element.prototype.getAttribute.call(element, name);
   /** What can be said of an element, or null if its page makes that impossible. */
   const attempt = (say) => (element) => { try { return say(element); } catch { return null; } };
-
   const frameOf = ({ ownerDocument: its }) =>
     (its === document ? null : its.defaultView?.frameElement);
   const insideOf = attempt((frame) => frame.localName === "iframe" && frame.contentDocument?.body);
-  /** closest(), out of shadow roots and frames too. */
-  function around(element, selector) {
+  function around(element, selector) { // closest(), out of shadow roots and frames too
     let found = null;
     for (let at = element; at && !found; at = at.getRootNode().host || frameOf(at)) {
       found = at.closest(selector);
     }
     return found;
   }
-  function boxOf(element) { // in this window, out of frames too
+  function boxOf(element) {
     let { left, top, width, height } = element.getBoundingClientRect();
     for (let at = element; (at = frameOf(at));) {
       const frame = at.getBoundingClientRect();
@@ -269,7 +255,7 @@
   const isUsable = (element) => !around(element, "[inert], [aria-hidden=true]")
     && (isVisible(element, !isCheckable(element)) // what is drawn lies under a clear one
       || element.localName === "area" || [...(element.labels || [])].some((one) => isVisible(one)));
-  function distanceOf(element) { // in pixels, from what can be seen of the page
+  function distanceOf(element) {
     const { left, top, width, height } = boxOf(element);
     return Math.max(0, 1 - top - height, top + 1 - innerHeight, 1 - left - width,
       left + 1 - innerWidth);
@@ -278,7 +264,6 @@
   const isDisabled = (element) =>
     element.matches(":disabled") || around(element, "[aria-disabled=true]") !== null;
   const isSubmit = ({ type, form }) => Boolean(form) && /^(submit|image)$/.test(type);
-
   function* everything(root) { // open shadow roots of the page and frames of its origin included
     for (const element of root.querySelectorAll("*")) {
       if (element === view.host) continue;
@@ -288,7 +273,6 @@
       if (inside) yield* everything(inside);
     }
   }
-  /** Whether a visitor could use an element: by its kind, or because the mouse says so. */
   function isInteractive(element) {
     if (element.matches("html, body, label, option")) return false;
     if (element.localName === "iframe") return !insideOf(element) && element.offsetWidth > 50;
@@ -303,14 +287,13 @@
     const ids = (element.getAttribute(attribute) || "").split(/\s+/).filter(Boolean);
     return ids.map((id) => element.getRootNode().getElementById?.(id)?.textContent).join(" ");
   }
-  const textOf = (element) => squeeze(element.innerText ?? element.textContent, 120); // SVG
-  /** The accessible name of an element, as far as a visitor would say it. */
+  const textOf = (element) => squeeze(element.innerText ?? element.textContent, 120);
   function labelOf(element) {
     if (element.localName === "input" && /^(submit|button|reset|image)$/.test(element.type)) {
       return squeeze(element.value || element.alt || element.type, 120);
     }
     const labels = [...(element.labels || [])].map((label) => label.cloneNode(true));
-    for (const label of labels) { // around its field it would say the field's text, too
+    for (const label of labels) {
       for (const field of label.querySelectorAll("select, textarea")) field.remove();
     }
     const inside = (selector) => element.querySelector(selector);
@@ -349,7 +332,7 @@
   /** Where a click leads: to the address of the link around, or to that of the form it sends. */
   function targetOf(element) {
     const link = linkAround(element);
-    if (link) return link.href.baseVal ?? link.href; // SVG
+    if (link) return link.href.baseVal ?? link.href;
     if (element.localName === "iframe") return element.src;
     const action = isSubmit(element)
       && (said(element, "formaction") || said(element.form, "action"));
@@ -370,7 +353,6 @@
       || (element.matches("select, [role=listbox]") ? chosen.map(textOf).join(", ")
         : textOf(element));
   }
-
   const TYPES = { a: "link", area: "link", button: "button", summary: "summary", iframe: "iframe" };
   function describe(element) {
     const tag = element.localName;
@@ -383,30 +365,28 @@
       && element.type !== "file";
     const text = labelOf(element), inner = textOf(element), options = optionsOf(element);
     return {
-      id: numbers.get(element), type, text,
-      inputType: isSubmit(element) && type !== "submit" ? "submit" : undefined,
-      role: role === type ? undefined : role,
+      id: numbers.get(element), type, text, name: own("name"), title: own("title"),
       label: isWritten || inner === text ? undefined : inner || undefined,
-      name: own("name"), title: own("title"), placeholder: own("placeholder"),
+      inputType: isSubmit(element) && type !== "submit" ? "submit" : undefined,
+      role: role === type ? undefined : role, ariaLabel: own("aria-label"),
+      placeholder: own("placeholder"),
       value: (isWritten && !isSecret(element) && squeeze(valueOf(element), 100)) || undefined,
       autocomplete: (isField(element) && element.autocomplete) || undefined,
       href: targetOf(element)?.slice(0, 300),
-      ariaLabel: own("aria-label"),
+      newTab: isTab(linkAround(element)?.target) || undefined,
       options: options.length ? options.slice(0, 30).map((one) =>
         squeeze(one.text || one.value || one.textContent, 40)) : undefined,
       checked: checkable ? element.checked : isOn("aria-checked") ?? isOn("aria-pressed"),
       expanded: tag === "summary" ? parentOf.call(element).open : isOn("aria-expanded"),
       selected: isOn("aria-selected"),
       readonly: element.readOnly || isOn("aria-readonly") || undefined,
-      min: own("min") ?? own("aria-valuemin"),
-      max: own("max") ?? own("aria-valuemax"),
+      min: own("min") ?? own("aria-valuemin"), max: own("max") ?? own("aria-valuemax"),
       step: own("step"),
       required: element.matches(":required") || isOn("aria-required") || undefined,
       disabled: isDisabled(element) || undefined,
       parent: headingOf(element),
       heading: isSubmit(element) ? headingIn(element.form) : undefined,
       iframe: squeeze(frameOf(element)?.title || frameOf(element)?.name, 80) || undefined,
-      newTab: isTab(linkAround(element)?.target) || undefined,
       inModal: Boolean(around(element, MODAL)) || undefined,
       inViewport: distanceOf(element) === 0 || undefined,
       isNew: (pictured && !pictured.has(numbers.get(element))) || undefined,
@@ -423,7 +403,6 @@
       submit: inside.filter(isSubmit).map(labelOf).join(", "),
     };
   }
-
   const allVisible = (selector) =>
     [...document.querySelectorAll(selector)].filter(attempt((one) => isVisible(one)));
   /** What can be read: dialogs and main content first; of too much, what the visitor looks at. */
@@ -439,12 +418,12 @@
   }
 
   /**
-   * The elements that a picture has room for: dialogs, what is in view, main content, the rest, last
-   * cookie banners; fields before buttons before links, to which they leave half of the room.
+   * What a picture has room for: of dialogs, in view, main content, the rest, last cookie banners;
+   * fields before buttons before links, to which they leave half of the room.
    */
   function ranked() {
     const rank = (element) => {
-      const kind = isField(element) || isSubmit(element) ? 0 : 1 + element.matches("a, [role=link]");
+      const kind = isField(element) || isSubmit(element) ? 0 : element.matches("a") ? 2 : 1;
       const banner = around(element, ASIDE);
       const place = banner && !banner.matches("html, body, main, dialog[open]")
         && !banner.querySelector("main, h1") ? 4 : around(element, MODAL) ? 0
@@ -456,14 +435,14 @@
       .map((element) => ({ element, far: distanceOf(element), ...rank(element) }))
       .sort((one, other) => one.place - other.place || one.far - other.far);
     const rest = found.splice(Math.ceil(limits.elements / 2));
-    if (found.length + rest.length > limits.elements) rest.sort((one, other) => one.kind - other.kind);
+    const isFull = found.length + rest.length > limits.elements;
+    if (isFull) rest.sort((one, other) => one.kind - other.kind);
     return [...found, ...rest].slice(0, limits.elements).map(({ element }) => element);
   }
-
   function scan() {
     const found = ranked();
     for (const [number, reference] of elements) if (!reference.deref()) elements.delete(number);
-    lastNumber = Math.max(lastNumber, keptNumber.get() || 0); // that of the tab's other pages
+    lastNumber = Math.max(lastNumber, keptNumber.get() || 0);
     for (const element of found.filter((one) => !numbers.has(one))) {
       numbers.set(element, ++lastNumber);
       elements.set(lastNumber, new WeakRef(element));
@@ -472,15 +451,13 @@
     const known = found.map((element) => [element, attempt(describe)(element)])
       .filter(([, one]) => one);
     const names = known.map(([, { type, text }]) => `${type} ${text}`);
-    for (const [at, [element, one]] of known.entries()) { // what tells apart those of one name
+    for (const [at, [element, one]] of known.entries()) {
       const isOnly = names.indexOf(names[at]) === names.lastIndexOf(names[at]);
       if (!isOnly) one.row = attempt(rowOf)(element) || undefined;
     }
     pictured = new Set(known.map(([, { id }]) => id));
     return {
-      url: location.href,
-      title: squeeze(document.title, 300),
-      language,
+      url: location.href, title: squeeze(document.title, 300), language, visitorData,
       visibleText: visibleText(),
       indexedElements: known.map(([, one]) => one),
       forms: allVisible("form").slice(0, 10).map(attempt(describeForm)).filter(Boolean),
@@ -488,7 +465,6 @@
         const { fields } = memory(), kind = kindOf(element);
         return kind && fields[kind] && { elementId: id, ...fields[kind] };
       })).filter(Boolean),
-      visitorData,
     };
   }
 
@@ -498,8 +474,7 @@
     email: /e-?mail|correo/, tel: /\btel|phone|mobile|handy/,
     "given-name": /(given|first|fore|vor)[ -]?name|pr[ée]nom/,
     "family-name": /(family|last|sur|nach)[ -]?name|apellido|cognome/,
-    organization: /organi[sz]ation|company|firma|entreprise|empresa/,
-    "postal-code": /postal|post ?code|\bzip\b|plz/, country: /\bcountry|\bpays\b/,
+    "postal-code": /postal|post ?code|\bzip\b|plz/,
     "address-level2": /level2|\b(city|town|stadt|ort|ville|ciudad)\b/,
     "street-address": /address|street|stra(ß|ss)e|adresse|dirección|indirizzo/,
     name: /\b(name|nombre|nome?)\b/,
@@ -528,7 +503,7 @@
   // Acting: each kind of step does one thing as a visitor would, checks that it took, and throws
   // an Error in words for the model if not, with everything as it was before.
 
-  let leftAt = 0; // when the page began to be left, in the current plan
+  let leftAt = 0;
 
   function need(condition, otherwise) {
     if (!condition) throw new Error(otherwise);
@@ -547,13 +522,12 @@
     ArrowLeft: 37, ArrowUp: 38, ArrowRight: 39, ArrowDown: 40 };
   const strike = (element, name, key) => element.dispatchEvent(new KeyboardEvent(name,
     { ...bubbling, key, code: key, keyCode: KEYS[key], which: KEYS[key] }));
-
   function press(element) {
     fire(element, new PointerEvent("pointerdown", mouse), new MouseEvent("mousedown", mouse));
     element.focus({ preventScroll: true });
     fire(element, new PointerEvent("pointerup", mouse), new MouseEvent("mouseup", mouse));
     if (element.click) element.click();
-    else fire(element, new MouseEvent("click", mouse)); // SVG
+    else fire(element, new MouseEvent("click", mouse));
   }
   /** A new tab is for the visitor to open (browsers block it else): the chat shows the link. */
   function noTab(url, name) {
@@ -561,7 +535,6 @@
     add("bot", h("p", { dir: "auto" }, `${WORDS.newTab} `, link(url, name || url)));
     throw new Error("it opens a new tab, which only the visitor can: the chat shows them the link");
   }
-  /** Do what may send a form or open a tab, and throw if the form is invalid. */
   function guarded(element, act) {
     const problems = [], { form } = element, { open: native } = window;
     const note = ({ target }) => { if (form && target.form === form) problems.push(target); };
@@ -586,14 +559,13 @@
   const HINTS = { date: "a date is YYYY-MM-DD", time: "a time is HH:MM", month: "a month is YYYY-MM",
     week: "a week is YYYY-Www", "datetime-local": "date and time are YYYY-MM-DDTHH:MM",
     number: "a number is like 12.5", color: "a colour is #rrggbb" };
-  /** Throw what a field of this type would hold, if it cannot hold a text. */
   function checkTyped(element, text) {
     const probe = element.cloneNode(), { type, min, max, step } = element;
     probe.value = text;
     const isSame = type === "range" ? Number(probe.value) === Number(text)
       : type === "color" ? probe.value === text.toLowerCase() : probe.value !== "" || !text;
-    need(isSame, "the field did not take the text: " + (HINTS[type]
-      || `it takes numbers from ${min || 0} to ${max || 100} in steps of ${step || 1}`));
+    need(isSame, `the field did not take the text: ${HINTS[type]
+      || `numbers from ${min || 0} to ${max || 100} in steps of ${step || 1}`}`);
   }
   const folded = (text) => squeeze(text).toLowerCase();
   const matching = (options, wish, nameOf) => options.find((one) => folded(nameOf(one)) === wish)
@@ -607,7 +579,7 @@
     [...element.options].forEach((one, at) => { one.selected = before[at]; });
     throw new Error("the list did not take the choice");
   }
-  async function choose(element, wish) { // in a list that the page has made itself
+  async function choose(element, wish) {
     const before = element.value, isInput = element.localName === "input";
     const options = () => {
       const list = listOf(element);
@@ -617,7 +589,7 @@
     const find = () => matching(options(), wish, labelOf);
     if (!find()) press(element);
     for (let tries = 0; tries < 10 && !options().length; tries++) await pause(50);
-    if (!find() && isInput) { // it may want to be searched
+    if (!find() && isInput) {
       setValue(element, wish);
       for (let tries = 0; tries < 20 && !find(); tries++) await pause(50);
     }
@@ -626,13 +598,12 @@
       if (isInput && element.value !== before) setValue(element, before);
       strike(element, "keydown", "Escape");
     }
-    need(option, isList ? "the list has no such option" : "it is no list, or did not open; click it");
+    need(option, isList ? "the list has no such option" : "it is no list; click it instead");
     const text = squeeze(labelOf(option), 200);
     press(option);
     await pause(60);
     return { text };
   }
-
   const DO = {
     click(step) {
       const element = elementOf(step), link = linkAround(element);
@@ -642,13 +613,11 @@
       if (link && isElsewhere(link)) navigating(link.href, "link");
       guarded(element, () => press(element));
     },
-
     double_click(step) {
       DO.click(step);
       DO.click(step);
       fire(elementOf(step), new MouseEvent("dblclick", { ...mouse, detail: 2 }));
     },
-
     hover(step) {
       const element = elementOf(step), { left, top, width, height } = boxOf(element);
       const at = { ...mouse, clientX: left + width / 2, clientY: top + height / 2 };
@@ -658,7 +627,6 @@
         fire(element, new PointerEvent(`pointer${name}`, how), new MouseEvent(`mouse${name}`, how));
       }
     },
-
     press(step) {
       const element = elementOf(step), { key } = step, { form, localName, type } = element;
       need(KEYS[key], "there is no such key here");
@@ -686,7 +654,6 @@
       }
       strike(element, "keyup", key);
     },
-
     async type(step) {
       const element = elementOf(step), text = step.inputData, { type } = element;
       const editable = element.isContentEditable, isNumber = /^(range|number)$/.test(type);
@@ -700,16 +667,15 @@
       const write = (written) => {
         if (!editable) return setValue(element, written);
         element.ownerDocument.getSelection().selectAllChildren(element);
-        // The one way that rich editors hear of.
         return element.ownerDocument.execCommand(written ? "insertText" : "delete", false, written);
       };
       const before = read(), last = text.at(-1) || "Delete";
       element.focus({ preventScroll: true });
       strike(element, "keydown", last);
       write(text);
-      strike(element, "keyup", last); // filters wait for it
+      strike(element, "keyup", last);
       await pause(60);
-      const plain = (written) => written.replace(/[^\p{L}\p{N}]/gu, "").toLowerCase(); // of a mask
+      const plain = (written) => written.replace(/[^\p{L}\p{N}]/gu, "").toLowerCase();
       const now = read();
       const isTaken = squeeze(now) === squeeze(text) || (plain(now) && plain(now) === plain(text))
         || (isNumber && Number(now) === Number(text));
@@ -717,7 +683,6 @@
       need(isTaken, "the field did not take the text");
       return { text: squeeze(now, 200) };
     },
-
     async select(step) {
       const element = elementOf(step), wish = folded(step.inputData);
       if (isCheckable(element)) {
@@ -743,18 +708,15 @@
       await chooseOption(element, option);
       return { text: squeeze(option.text, 200) };
     },
-
     scroll_to(step) {
       const element = elementOf(step);
       element.scrollIntoView({ block: "center", behavior: "instant" });
       need(distanceOf(element) === 0, "it could not be scrolled to");
     },
-
     async navigate({ url }) {
       const { href, origin } = new URL(url, location.href), before = location.href;
       need(origin === location.origin, "the address is not on this website");
       // A click on a link lets the page's own router take it, if that is all that the link does.
-      // Where nothing takes it, the browser loads the page.
       const own = [...document.links].find((a) => a.href === href && !a.target && isUsable(a)
         && !a.matches("[role=button], [onclick]") && !/method|confirm/.test(Object.keys(a.dataset)));
       const anchor = own || document.body.appendChild(h("a", { href, hidden: true }));
@@ -765,20 +727,16 @@
       if (href.split("#")[0] !== before.split("#")[0]) leftAt = Date.now();
       location.assign(href);
     },
-
     wait: ({ waitDuration }) => pause(waitDuration),
   };
   function navigating(url, method) {
     emit("navigating", { url, method });
     become("navigating");
   }
-
-  /** Whether the page is being left, or a router has changed its address; waits a little for it. */
   async function isUnderWay(before, tries = 20) {
     while (tries-- > 0 && !leftAt && location.href === before) await pause(50);
     return leftAt > 0 || location.href !== before;
   }
-  /** Whether the browser, and not the page, follows a click or sends a form. */
   function leaves({ type, target, defaultPrevented }) {
     const link = type === "click" ? target.closest?.("a[href]:not([download])") : target;
     if (defaultPrevented || !link || isTab(link.target)) return false;
@@ -786,7 +744,6 @@
   }
   const isElsewhere = ({ href }) => /^https?:/.test(href)
     && href.split("#")[0] !== location.href.split("#")[0];
-
   const busyParts = () => allVisible("[aria-busy=true], [role=progressbar], progress");
   /**
    * Watch the page from now on; returns what waits until it rests. The first change outside of the
@@ -813,7 +770,6 @@
       observer.disconnect();
     };
   }
-
   async function pointAt(element) {
     if (distanceOf(element)) element.scrollIntoView({ block: "center", behavior: "instant" });
     const { left, top, width, height } = boxOf(element);
@@ -823,14 +779,12 @@
     await pause(document.hidden ? 0 : 350);
     view.ring.hidden = true;
   }
-
   const stepsOf = (action) => (action.isSequence ? action.actions
     : [{ ...action, action: action.type === "navigate" ? "navigate" : "click" }]);
 
   /**
    * Carry a plan out, up to the first step that fails; returns the results, null if cancelled.
-   * Each step is noted before it begins: should it load another page, then that one's widget
-   * reports it (see introduce).
+   * Each step is noted before it begins: a page that it loads reports it (see introduce).
    */
   async function carryOut(action, isCancelled) {
     const steps = stepsOf(action);
@@ -840,7 +794,7 @@
     const leave = (event) => {
       if (event.type === "beforeunload" || leaves(event)) leftAt = Date.now();
     };
-    const signs = ["beforeunload", "click", "submit"]; // no single one comes in every browser
+    const signs = ["beforeunload", "click", "submit"];
     leftAt = 0;
     // Only now: it can cost the page its place in the back/forward cache.
     for (const sign of signs) window.addEventListener(sign, leave);
@@ -872,8 +826,8 @@
   }
 
   // ---------------------------------------------------------------------------------------------
-  // The view: one shadow root with a launcher, a nudge, the panel, and the ring around elements.
-  // Borders are transparent rather than none: in forced colours they become visible.
+  // The view, in a shadow root. Borders are transparent rather than none: in forced colours they
+  // become visible.
 
   const STYLE = `
 :host { all: initial !important; }
@@ -995,16 +949,13 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
 @media (prefers-reduced-motion: reduce) { * { animation: none !important; } }
 @media print { .root { display: none; } }
 `;
-  const ICONS = { // strokes on a grid of 24
+  const ICONS = { // strokes in a square of 24
     chat: "M4 5h16v12h-9l-5 4v-4H4z",
     sparkle: "M11 4q1 8 8 9-7 1-8 9-1-8-8-9 7-1 8-9zM19 2v5M16.5 4.5h5",
     question: "M8 8.5a4 4 0 1 1 5.8 3.5Q12 13 12 15M12 19v.1",
-    lightning: "M13 3L5 14h6l-1 7 8-11h-6z",
-    cursor: "M5 4l6 16 2.5-6.5L20 11z",
-    close: "M6 6l12 12M18 6L6 18",
-    clear: "M4 5v5h5M4.5 10A8 8 0 1 1 4 13",
-    send: "M12 19V5M6 11l6-6 6 6",
-    stop: "M7 7h10v10H7z",
+    lightning: "M13 3L5 14h6l-1 7 8-11h-6z", cursor: "M5 4l6 16 2.5-6.5L20 11z",
+    close: "M6 6l12 12M18 6L6 18", clear: "M4 5v5h5M4.5 10A8 8 0 1 1 4 13",
+    send: "M12 19V5M6 11l6-6 6 6", stop: "M7 7h10v10H7z",
   };
   const icon = (name) =>
     h("svg", { viewBox: "0 0 24 24", "aria-hidden": true }, h("path", { d: ICONS[name] }));
@@ -1013,14 +964,12 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     const type = onclick ? "button" : "submit";
     return worded(h(name, { type, onclick }, icon(picture)), word, "aria-label", "title");
   }
-  /** Give attributes of an element a word, now and whenever the language changes. */
   function worded(element, word, ...attributes) {
     view.worded.push(() => attributes.forEach((name) => element.setAttribute(name, WORDS[word])));
     view.worded.at(-1)();
     return element;
   }
-
-  const view = { dots: null, worded: [] };
+  const view = { dots: null, docked: false, worded: [] };
   function mount() {
     view.host = h("leflux-widget");
     const shadow = view.host.attachShadow({ mode: "open" });
@@ -1036,11 +985,10 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     view.log = worded(h("div.log", { role: "log", "aria-live": "off", tabindex: 0 }),
       "log", "aria-label");
     view.chips = h("div.chips");
-    view.input = h("textarea", {
-      rows: 1, dir: "auto", autocomplete: "off", enterkeyhint: "send", "aria-describedby": "counter",
-      oninput: measure, onkeydown: sendOnEnter,
-    });
-    worded(worded(view.input, "placeholder", "placeholder"), "input", "aria-label");
+    view.input = worded(h("textarea", { rows: 1, dir: "auto", autocomplete: "off",
+      enterkeyhint: "send", "aria-describedby": "counter", oninput: measure, onkeydown: sendOnEnter,
+    }), "input", "aria-label");
+    worded(view.input, "placeholder", "placeholder");
     view.counter = h("div.counter", { id: "counter" });
     view.stop = iconButton("button.stop", "stop", stop);
     view.stop.hidden = true;
@@ -1053,7 +1001,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
         iconButton("button", "clear", () => LeFlux.clearConversation()),
         iconButton("button", "close", () => close("click"))),
       view.banner, view.log, view.form);
-    view.live = h("div.quiet", { "aria-live": "polite", lang: "" }); // in whatever language
+    view.live = h("div.quiet", { "aria-live": "polite", lang: "" });
     view.ring = h("div.ring", { hidden: true });
     view.root = h("div.root", {}, view.launcher, view.nudge, view.panel, view.live, view.ring);
     shadow.append(view.root);
@@ -1062,24 +1010,21 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     const quiet = (event) => event.stopPropagation();
     for (const name of ("keydown keyup keypress focusin focusout pointerdown mousedown touchstart"
       + " click").split(" ")) view.host.addEventListener(name, quiet);
-    for (const name of ["focusin", "focusout"]) {
-      listen(window, name, (event) => {
-        if ([event.target, event.relatedTarget].includes(view.host)) event.stopImmediatePropagation();
-      }, true);
-    }
-    document.documentElement.append(view.host); // outside of body, which some frameworks replace
+    const untrap = (event) => {
+      if ([event.target, event.relatedTarget].includes(view.host)) event.stopImmediatePropagation();
+    };
+    for (const name of ["focusin", "focusout"]) listen(window, name, untrap, true);
+    document.documentElement.append(view.host);
     listen(PHONE, "change", () => view.panel.setAttribute("aria-modal", PHONE.matches));
     listen(visualViewport, "resize", fitToKeyboard);
     listen(visualViewport, "scroll", fitToKeyboard);
   }
-  function fitToKeyboard() { // the on-screen one: the sheet fills what it leaves
-    if (visualViewport.scale > 1.01) return; // the visitor zooms
+  function fitToKeyboard() {
+    if (visualViewport.scale > 1.01) return;
     view.root.style.setProperty("--height", `${visualViewport.height}px`);
     view.root.style.setProperty("--top", `${visualViewport.offsetTop}px`);
   }
-
   const custom = (name) => getComputedStyle(view.host).getPropertyValue(`--leflux-${name}`).trim();
-
   function dress({ launcher = {}, typography = {}, nudge = {}, ...config }) {
     const { bodyFont, headingFont, headingWeight, buttonRadius } = typography;
     // The server knows that it is harmless, the browser whether it is a colour.
@@ -1087,16 +1032,13 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
       .find((colour) => colour && CSS.supports("color", inSrgb(colour))));
     const isDark = contrast(accent, WHITE) >= 4.5;
     const looks = {
-      accent: css(accent),
-      "on-accent": css(isDark ? WHITE : BLACK),
-      shade: isDark ? "#0003" : "#fff4", // what is under the mouse; it adds to the contrast
+      accent: css(accent), "on-accent": css(isDark ? WHITE : BLACK),
+      shade: isDark ? "#0003" : "#fff4",
       glow: launcher.glow === false ? null : "0 0 24px -2px var(--accent)",
       size: { sm: "46px", lg: "70px" }[launcher.size] || "58px",
-      "offset-x": `min(${launcher.offsetX ?? 20}px, 100vw - 12em)`, // never out of sight
+      "offset-x": `min(${launcher.offsetX ?? 20}px, 100vw - 12em)`,
       "offset-y": `min(${launcher.offsetY ?? 20}px, 100dvh - 12em)`,
-      "body-font": bodyFont,
-      "heading-font": headingFont,
-      "heading-weight": headingWeight,
+      "body-font": bodyFont, "heading-font": headingFont, "heading-weight": headingWeight,
       radius: Number.isFinite(buttonRadius) ? `${buttonRadius}px` : buttonRadius,
     };
     for (const [mode, goal, ground, bubble] of [
@@ -1140,7 +1082,6 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
       setTimeout(() => offerNudge(nudge), nudge.delay ?? 5000);
     }
   }
-
   /** A modal dialog of the page makes all else inert: the chat moves into it, and out again. */
   function stayOnTop() {
     const home = [...document.querySelectorAll("dialog:modal")].at(-1) || document.documentElement;
@@ -1149,22 +1090,20 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     home.append(view.host);
     view.log.scrollTop = scrollTop;
   }
-
   function offerNudge({ message, style, dismissable }) {
-    if (over.signal.aborted || isOpen() || view.isHidden || view.log.querySelector(".user")) return;
+    if (isDead() || isOpen() || view.isHidden || view.log.querySelector(".user")) return;
     const dismiss = () => { settleNudge(); view.launcher.focus(); };
     view.nudge.className = `nudge ${style || "bubble"}`;
     view.nudge.replaceChildren(button("button", () => open("click"), h("span", { dir: "auto" }, message)));
     if (dismissable !== false) view.nudge.append(iconButton("button", "dismiss", dismiss, "close"));
     view.nudge.hidden = false;
   }
-  function settleNudge() { // dismissed, or followed
+  function settleNudge() {
     if (view.nudge.hidden) return;
     view.nudge.hidden = true;
     keptNudge.set(Date.now());
-    keptNudge.save(); // as the visitor has asked for, if not for the chat
+    keptNudge.save();
   }
-
   const isOpen = () => !view.panel.hidden;
   function show(opened) {
     view.panel.hidden = !opened;
@@ -1172,7 +1111,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     view.launcher.setAttribute("aria-expanded", opened);
     markUnread(false);
     if (opened) settleNudge();
-    (opened ? view.panel : view.root).append(view.live); // what is outside a modal is not read out
+    (opened ? view.panel : view.root).append(view.live);
     keptOpen.set(opened);
   }
   function markUnread(unread) {
@@ -1203,19 +1142,19 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (hadFocus) (wasOutside && focusBefore.isConnected ? focusBefore : view.launcher).focus();
     emit("close", { source });
   }
-  function dock(on) { // as a column at the side of the page, whatever the layout
+  function dock(on) {
     if (on === isDocked()) return;
-    view.undocked = on ? view.root.dataset.layout : null;
+    view.docked = on;
     view.root.dataset.layout = on ? "side-panel" : config.layout || "floating";
     emit(on ? "expand" : "collapse");
     if (on) open("api");
   }
-  const isDocked = () => Boolean(view.undocked);
+  const isDocked = () => view.docked;
   function keyInPanel(event) {
     if (event.key === "Escape" && !event.isComposing) {
       event.preventDefault();
       close("click");
-    } else if (event.key === "Tab" && PHONE.matches) { // a full-screen sheet keeps the focus
+    } else if (event.key === "Tab" && PHONE.matches) {
       const stops = [...view.panel.querySelectorAll("button, a, textarea, summary, [tabindex='0']")]
         .filter((one) => !one.disabled && one.getClientRects().length);
       const focused = view.host.shadowRoot.activeElement;
@@ -1243,11 +1182,11 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   }
   const addBot = (text, kind = "bot") => add(kind, ...markdown(text));
   const setText = (node, text) => following(() => node.replaceChildren(...markdown(text)));
-  function announce(text) { // to screen readers, once it is whole, and without the marks
+  function announce(text) {
     const lines = markdown(text)
       .flatMap((block) => (block.matches("ul, ol") ? [...block.children] : block));
     view.live.append(h("div", {}, lines.map((line) => line.textContent).join("\n")));
-    if (view.live.children.length > 2) view.live.firstChild.remove(); // a turn says two at most
+    if (view.live.children.length > 2) view.live.firstChild.remove();
     if (!isOpen()) markUnread(true);
   }
   function setDots(on) {
@@ -1256,7 +1195,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (on) view.dots = add("bot.dots", h("i"), h("i"), h("i"), h("span.quiet", {}, WORDS.working));
   }
   function banner(text, label, act) {
-    following(() => { // there is less room with it
+    following(() => {
       view.banner.hidden = !text;
       view.banner.replaceChildren(text, label ? button("button.plain", act, label) : "");
     });
@@ -1265,9 +1204,6 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (config.greeting) addBot(config.greeting, "bot.greeting");
     view.log.append(view.chips);
   }
-
-  // Cards: few words, in the published shapes or in the model's slips for them; whatever is no text
-  // is left out.
   const isText = (value) => ["string", "number"].includes(typeof value);
   function words(item, ...names) {
     return String(names.map((name) => item[name]).find(isText) ?? "");
@@ -1277,13 +1213,13 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   function addBlock(type, data) {
     const items = Object.values(data || {}).find(Array.isArray) || [];
     const cards = items.filter((item) => item && typeof item === "object").map((item) => {
-      const title = words(item, "title", "name", "label", "question", "q");
-      const text = words(item, "text", "description", "answer", "subtitle", "body", "a");
-      const url = words(item, "url", "cta_url", "href", "link");
+      const title = words(item, "title", "name", "q");
+      const text = words(item, "body", "description", "a");
+      const url = words(item, "url", "cta_url");
       const message = words(item, "cta_action"), label = words(item, "cta_label");
       const price = [words(item, "price"), words(item, "period")].filter(Boolean).join(" ");
-      const points = ([item.features, item.points].find(Array.isArray) || []).filter(isText);
-      const sign = words(item, "icon"); // a name of ours, or an emoji
+      const points = [item.features || []].flat().filter(isText);
+      const sign = words(item, "icon");
       const isLink = type === "link_cards" && safeUrl(url);
       const [whole, heading] = type === "faq_list" ? ["details", "summary"] : ["div", "h3"];
       const body = [
@@ -1302,7 +1238,6 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     });
     return BLOCKS[type] && add(BLOCKS[type], ...cards);
   }
-
   function askToConfirm({ message, confirm_label, cancel_label }, question) {
     const seq = lastSeq;
     const show = ({ confirmed }) => card.classList.add(confirmed ? "yes" : "no");
@@ -1323,16 +1258,13 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     card.setAttribute("aria-label", message);
     stayOnTop();
     const given = (keptAnswers.get() || []).find((one) => one.seq === seq && one.text === message);
-    if (given) show(given); // before this page was loaded
+    if (given) show(given);
     else if (isOpen() && isIdle() && !view.input.value) no.focus({ focusVisible: true });
     become("awaiting-input");
     scrollDown();
   }
-
-  /** Whether the visitor's focus is nowhere on the page, and may be moved. */
   const isIdle = () => [view.host, document.body, null].includes(document.activeElement);
-
-  function retireCards() { // what they ask is no longer asked
+  function retireCards() {
     for (const button of view.log.querySelectorAll(".confirm button")) button.disabled = true;
   }
   function failed({ code = "internal", message }, again) {
@@ -1344,9 +1276,6 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (!isOpen()) markUnread(true);
     emit("error", { code, message: text });
   }
-
-  // The line to write in.
-
   const lengthOf = (text) => [...text].length; // as the server counts: code points
   function measure() {
     view.input.style.height = "auto";
@@ -1373,43 +1302,36 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     expect("text");
     send(text);
   }
-  function expect(kind) { // the keyboard that fits the answer to a question
-    const [mode, fill] = {
-      email: ["email", "email"], tel: ["tel", "tel"], phone: ["tel", "tel"], url: ["url", "url"],
-      name: ["text", "name"], number: ["decimal"], integer: ["numeric"],
-    }[kind] || [];
-    view.input.inputMode = mode || "text";
-    view.input.autocomplete = fill || "off";
+  function expect(kind) {
+    const what = { phone: "tel", number: "decimal", integer: "numeric" }[kind] || kind;
+    view.input.inputMode = /^(email|tel|url|decimal|numeric)$/.test(what) ? what : "text";
+    view.input.autocomplete = /^(email|tel|url|name)$/.test(what) ? what : "off";
   }
 
   // ---------------------------------------------------------------------------------------------
   // The conversation: REST to begin and to send, one socket to hear. Whatever breaks is repaired
   // behind the visitor's back: the server keeps the events of a turn, and lastSeq says from where.
 
-  let config = {};
-  let visitorData; // what the page's author knows of the visitor
+  let config = {}, visitorData;
   let session = null; // {id, wsUrl, at}
   let socket = null, joined = false, worked = false, taken = false, wanted = false;
   let lastSeq = null; // of the last event seen; null: this page has seen none of the session
   let retries = 0, retryTimer = 0, heardAt = 0;
-  let unanswered = []; // frames that no event has answered: a broken connection may have lost them
-  let running = false, ending = 0; // an answer or an action is on its way; the timer to its end
+  let unanswered = []; // frames that no event has answered yet, and that may be lost
+  let running = false, ending = 0; // an answer or action is on its way; the timer to its end
   let stream = null; // {id, next, text, node}: the answer that is being written
-  let locked = null; // {text, news}: what was said just before; the next event may repeat it
-  let tails = []; // [{text, node}]: the last answers as restored, which the server may replay
+  let locked = null; // {text, news}: said just before; the next event may repeat it
+  let tails = []; // [{text, node}]: restored answers that the server may replay
   let picture = false; // the server has this page's elements: plans are for them
   let early = null; // a plan that came before that
   let acting = null; // the plan that is carried out; another value cancels it
-  let lastPlan = ""; // id of the last one begun: however often it comes, it is not done twice
+  let lastPlan = ""; // id of the last one begun: it is not done twice
   let typing = false; // the visitor's focus was in the chat when the page got it
-  let sending = false;
-  let queue = Promise.resolve(); // messages go out one after the other
+  let sending = false, queue = Promise.resolve();
 
-  /** JSON without halves of characters, which cutting texts leaves and the server refuses. */
+  /** JSON without the halves of characters that cutting leaves. */
   const encode = (data) => JSON.stringify(data, (_, value) => value?.toWellFormed?.() ?? value);
-
   async function call(method, path, data) {
-    if (PREVIEW) throw Object.assign(new Error(WORDS.preview), { code: "preview" });
     const body = data && encode(data); // text/plain: no preflight; a small one outlives the page
     const options = { method, body, credentials: "omit", keepalive: !(body?.length > 20_000) };
     let response, answer;
@@ -1422,13 +1344,10 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (response.ok) return answer;
     throw Object.assign(new Error(answer.message), { code: answer.error });
   }
-
-  /** The session that this or another tab has left in the store, if it may still live. */
   function keptOne() {
     const found = keptSession.get();
     return found?.id && Date.now() - found.at < KEEP_MS ? found : null;
   }
-  /** Begin a new session, or take over what another tab has begun meanwhile. */
   async function begin() {
     session = keptOne();
     lastSeq = null;
@@ -1440,7 +1359,6 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     config = siteConfig;
     keptSession.set(session);
   }
-
   function disconnect() {
     clearTimeout(retryTimer);
     joined = false;
@@ -1451,13 +1369,13 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   function connect() {
     clearTimeout(retryTimer);
     wanted = true;
-    if (!session || socket || over.signal.aborted) return;
+    if (!session || socket || isDead()) return;
     // One that never worked may be from before the server was put right.
     const other = retries % 2 && !worked;
     const url = new URL(other ? SERVER.replace("http", "ws") : session.wsUrl);
     url.searchParams.set("sessionId", session.id);
     if (lastSeq !== null) url.searchParams.set("lastSeq", lastSeq);
-    try { socket = new WebSocket(url); } catch (error) { // such as ws: on a page of https:
+    try { socket = new WebSocket(url); } catch (error) {
       console.warn(`leflux: ${url.origin} cannot be used here (see server.public_url).`, error);
       onClosed(0);
       return;
@@ -1468,11 +1386,10 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     ws.onclose = ({ code }) => { if (ws === socket) onClosed(code); };
   }
   function onClosed(code) {
-    debug("closed", code);
     socket = null;
     joined = false;
     if (code === 4404) { // the next message begins a new session, below what is shown
-      const isLost = running && !sending && !ending; // a locked text is an answer
+      const isLost = running && !sending && !ending;
       forget();
       if (!sending) setRunning(false);
       if (isLost) failed({ code: "session_not_found", message: WORDS.lost });
@@ -1483,14 +1400,13 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
       retireCards();
       banner(WORDS.taken, WORDS.takeBack, takeBack);
     } else {
-      if (code === 1009) unanswered = []; // it would be too large again
+      if (code === 1009) unanswered = [];
       if (running || isOpen()) banner(WORDS.reconnecting);
       const most = Math.min(30_000, 500 * 2 ** retries++);
       retryTimer = setTimeout(connect, most * (0.5 + Math.random() / 2));
     }
   }
-  /** Begin anew with a session that may have gone on in another tab, or on another page. */
-  function takeBack() {
+  function takeBack() { // from another tab, or another page
     disconnect();
     taken = picture = false;
     lastSeq = acting = early = locked = null;
@@ -1502,12 +1418,11 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (keptSession.get()?.id === session?.id) keptSession.set(null);
     session = stream = null;
     tails = [];
-    takeBack(); // with no session, this only clears up
+    takeBack();
   }
   function wakeUp({ type } = {}) { // the tab is visible again, or the network is back
     if (document.visibilityState === "hidden" || taken || !wanted) return;
     retries = 0;
-    // A socket from before a sleep or another network may be dead without knowing.
     if (joined && (type === "online" || Date.now() - heardAt > 60_000)) disconnect();
     connect();
   }
@@ -1517,8 +1432,6 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (session) takeBack();
     else LeFlux.clearConversation();
   }
-
-  /** Send an event; again, when the connection breaks before it is answered. */
   function tell(event, data) {
     if (!session) return;
     debug("->", event, data);
@@ -1527,12 +1440,11 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (joined) socket.send(frame);
     else connect();
   }
-
   function receive({ event, data, seq }) {
     debug("<-", event, seq, data);
     heardAt = Date.now();
     if (event === "session_joined") return onJoined(data, seq);
-    if (event === "error" || seq <= lastSeq) return undefined; // errors that matter close it, too
+    if (event === "error" || seq <= lastSeq) return undefined;
     lastSeq = seq;
     acting = early = null; // the server has moved on: nobody waits for these any more
     ending = clearTimeout(ending);
@@ -1547,19 +1459,18 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     locked = null;
     return ON[event]?.(data, before);
   }
-
   function onJoined({ history }, seq) {
     joined = worked = true;
     taken = false;
     retries = 0;
     banner("");
-    if (history.length && (lastSeq === null || seq > lastSeq)) { // this page has missed something
+    if (history.length && (lastSeq === null || seq > lastSeq)) {
       restore(history);
       setRunning(history.at(-1).role === "user");
     }
     lastSeq = seq;
     const ws = socket;
-    watch()(250, 250).then(() => { // what is replayed comes first
+    watch()(250, 250).then(() => {
       if (ws !== socket) return;
       const frames = unanswered;
       if (history.length && !picture && !sending) introduce();
@@ -1571,10 +1482,8 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     socket.send(encode({ event: "update_context", data }));
   }
 
-  /**
-   * A page that comes into a running conversation shows itself. A plan that came before was made
-   * for the page before: if that one carried it out, say so, and go on from here.
-   */
+  // A page that comes into a running conversation shows itself. A plan that came before was made for
+  // the page before: if that one carried it out, say so, and go on from here.
   function introduce() {
     picture = true;
     if (!early) return showPage();
@@ -1585,16 +1494,13 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     }
     return report(early, done);
   }
-
-  /** Say what became of a plan, and go on from what the page shows now. */
   function report(action, results) {
     acting = early = null;
     keptActing.set(null);
-    const { id: actionId, description, isSequence } = action;
+    const { id: actionId, description, isSequence } = action, totalSteps = stepsOf(action).length;
+    const completedSteps = results.filter((one) => one.success).length;
+    const success = completedSteps === totalSteps;
     if (isSequence) {
-      const totalSteps = stepsOf(action).length;
-      const completedSteps = results.filter((one) => one.success).length;
-      const success = completedSteps === totalSteps;
       const result = { success, results, completedSteps, totalSteps };
       tell("sequence_complete", { actionId, result });
     } else {
@@ -1603,7 +1509,6 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     }
     tell("continue_task", { context: scan() });
   }
-
   async function act(action) {
     if (action.id === lastPlan) return;
     lastPlan = action.id;
@@ -1615,7 +1520,6 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     const results = await carryOut(action, () => acting !== action);
     if (results) report(action, results);
   }
-
   function restore(history) {
     const last = history.at(-1);
     const unsent = [...view.log.querySelectorAll(".pending")]
@@ -1639,24 +1543,20 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     view.chips.hidden = true;
     scrollDown();
   }
-
   function setRunning(on) {
     ending = clearTimeout(ending);
     running = on;
     view.stop.hidden = !on;
     view.log.setAttribute("aria-busy", on);
     setDots(on);
-    if (on) {
-      if (conversation !== "navigating") become("processing");
-      return;
-    }
-    become("idle");
+    if (!on) become("idle");
+    else if (conversation !== "navigating") become("processing");
+    if (on) return;
     view.panel.classList.remove("acting");
     if (typing && isOpen() && !PHONE.matches) view.input.focus({ preventScroll: true });
     typing = false;
   }
-
-  /** Take out the restored bubble that begins with a replayed text; returns whether it is news. */
+  /** Whether a text is news; the restored bubble of a replayed one is taken out. */
   function isNews(text) {
     const start = text.trim();
     const at = tails.findLastIndex(({ text: whole }) =>
@@ -1669,7 +1569,6 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     announce(text);
     emit("reply", { text, ts: Date.now(), isQuestion, isError });
   }
-  /** Tell of a text, unless the one locked before it says so already; returns whether it is said. */
   function adds(text, before, traits) {
     const more = Boolean(text) && !before?.text.includes(text);
     if (more) tellOf(text, before ? before.news : isNews(text), traits);
@@ -1678,7 +1577,6 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   function say(text, before, kind = "bot", traits = {}) {
     if (adds(text, before, traits)) addBot(text, kind);
   }
-
   const ON = {
     message_chunk({ delta, streamId, chunkIndex }) {
       if (stream?.id !== streamId) {
@@ -1691,7 +1589,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
       const mine = stream;
       mine.next = chunkIndex + 1;
       mine.text += delta;
-      mine.drawing ||= requestAnimationFrame(() => { // many chunks, one drawing
+      mine.drawing ||= requestAnimationFrame(() => {
         mine.drawing = 0;
         setText(mine.node, mine.text);
       });
@@ -1725,12 +1623,11 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
       emit("task_complete", { summary });
     },
     action_plan({ actions: [action] }) {
-      view.panel.classList.add("acting"); // on a phone the sheet makes room for the page
+      view.panel.classList.add("acting");
       if (picture) act(action);
       else early = action;
     },
   };
-
   function enqueue(act) {
     queue = queue.then(act).catch((error) => console.error("leflux:", error));
   }
@@ -1739,27 +1636,19 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (!message) return;
     storeFromNow();
     if (lengthOf(message) > limits.message) {
-      failed({ code: "invalid_message", message: WORDS.tooLong });
-      return;
+      return failed({ code: "invalid_message", message: WORDS.tooLong });
     }
-    const node = add("user.pending", message);
-    view.chips.hidden = true;
-    view.nudge.hidden = true;
+    const node = add(PREVIEW ? "user" : "user.pending", message);
+    view.chips.hidden = view.nudge.hidden = true;
     retireCards();
     emit("message", { text: message, ts: Date.now(), sessionId: session?.id ?? null });
-    if (PREVIEW) {
-      node.classList.remove("pending");
-      addBot(WORDS.preview);
-      return;
-    }
     const clientMessageId = crypto.randomUUID?.() || `${Date.now()}-${Math.random()}`;
-    enqueue(() => deliver({ message, clientMessageId, intent }, node));
+    if (PREVIEW) addBot(WORDS.preview);
+    else enqueue(() => deliver({ message, clientMessageId, intent }, node));
   }
-
-  /** Send a message until the server has it. The same id again is no second message. */
   async function deliver(what, node, isRetry) {
     const wasTaken = taken, hadPicture = picture;
-    acting = early = locked = null; // a new wish settles the old one
+    acting = early = locked = null;
     if (stream) stream.isSettled = true; // what comes after its text belongs to the new one
     unanswered = [];
     picture = taken = false; // plans that come now wait until it is known what they are for
@@ -1777,7 +1666,6 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
         const body = { sessionId: session.id, ...what, pageContext: scan() };
         sent = await call("POST", "/api/chat", body);
       } catch (error) {
-        debug("not sent", error);
         const isLost = error.code === "session_not_found";
         const mayPass = isLost || error.code === "network" || error.code === "shutting_down";
         if (isLost) forget();
@@ -1787,43 +1675,39 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     }
     sending = false;
     picture = hadPicture || Boolean(sent);
-    if (!node.isConnected) return; // cleared meanwhile
+    if (!node.isConnected) return;
     if (problem) {
       taken = wasTaken;
       setRunning(false);
-      const again = () => deliver(what, node, true);
-      failed(problem, () => enqueue(again));
-      return;
+      return failed(problem, () => enqueue(() => deliver(what, node, true)));
     }
     node.classList.remove("pending");
     keptSession.set({ ...session, at: Date.now() });
-    if (taken || wasTaken || isRetry) { // much may have happened: hear it all again
+    if (taken || wasTaken || isRetry) {
       takeBack();
       picture = true;
     }
     connect();
     // The numbers in ids are times: a plan from before this message is no longer wanted.
-    const time = (id) => Number(id.split("-")[1]);
-    const plan = early;
+    const time = (id) => Number(id.split("-")[1]), plan = early;
     early = null;
     if (plan && time(plan.id) > time(sent.messageId)) act(plan);
   }
-
   function stop() {
     acting = null;
     view.ring.hidden = true;
     setRunning(false);
-    enqueue(() => tell("stop", {})); // after a message that is on its way
+    enqueue(() => tell("stop", {}));
   }
 
-  // Every now and then: has a router changed the page, is the socket still there?
+  // Every now and then: is the page another, is the socket still there?
   let address = location.href, timer = 0;
   async function look() {
     stayOnTop();
     speak();
     const mustSpeak = !joined || (running && !acting);
     if (socket && mustSpeak && Date.now() - heardAt > (joined ? 60_000 : 10_000)) {
-      disconnect(); // the server is never silent so long
+      disconnect();
       connect();
     }
     if (location.href === address || has("no-spa-detect")) return;
@@ -1833,12 +1717,12 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
   }
 
   // ---------------------------------------------------------------------------------------------
-  // What the page's author hears of the conversation, and the language that it is held in.
+  // What the page's author hears, and the language.
 
   function emit(name, detail = {}) {
     document.dispatchEvent(new CustomEvent(`leflux:${name}`, { detail, bubbles: true }));
   }
-  let conversation = "idle"; // or "typing", "processing", "navigating", "awaiting-input"
+  let conversation = "idle";
   function become(state) {
     const prev = conversation;
     if (state === prev) return;
@@ -1847,7 +1731,6 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (state === "typing") emit("typing-start");
     emit("state-change", { state, prev, ts: Date.now() });
   }
-
   const ENGLISH = { ...WORDS };
   let language = "", spoken = "en"; // the page's, and that of WORDS
   function languageNow() {
@@ -1855,7 +1738,6 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     return (fixed && fixed !== "auto" ? fixed : document.documentElement.lang.trim()
       || navigator.language || "en").slice(0, 35);
   }
-  /** Speak the language of the page, once it is known and whenever it changes. */
   async function speak() {
     const prev = language, lang = languageNow();
     if (lang === prev) return;
@@ -1864,7 +1746,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (tag !== "en" && !PREVIEW) {
       try { found = await call("GET", `/words/${tag}.json`); } catch { tag = "en"; }
     }
-    if (lang !== language) return; // another one has come meanwhile
+    if (lang !== language) return;
     const isWord = ([key, word]) => key in ENGLISH && typeof word === "string" && word;
     const own = Object.entries({ ...found, ...config.words }).filter(isWord);
     Object.assign(WORDS, ENGLISH, Object.fromEntries(own));
@@ -1883,14 +1765,12 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
 
   let beReady;
   const ready = new Promise((resolve) => { beReady = resolve; });
-  const isDead = () => over.signal.aborted;
   const later = (act) => (...args) => { ready.then(() => { if (!isDead()) act(...args); }); };
   const isReady = () => Boolean(view.host) && !isDead();
   const full = (name) => `leflux:${String(name).replace(/^leflux:/, "")}`;
-
   const LeFlux = {
     isDestroyed: false,
-    allow() {}, // see data-consent
+    allow() {},
     open: later(() => open("api")),
     close: later(() => close("api")),
     toggle: later(() => (isOpen() ? close("api") : open("api"))),
@@ -1913,14 +1793,12 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     clearConversation: later(() => {
       const { id } = session || {};
       forget();
-      keptSession.set(null);
-      keptActing.set(null);
-      keptAnswers.set(null);
+      for (const store of [keptSession, keptActing, keptAnswers]) store.set(null);
       setRunning(false);
       view.log.replaceChildren();
       view.chips.hidden = false;
       greet();
-      if (id) call("DELETE", `/api/session/${id}`).catch(() => {}); // else it ends by itself
+      if (id) call("DELETE", `/api/session/${id}`).catch(() => {});
     }),
     isReady,
     isOpen: () => isReady() && isOpen(),
@@ -1934,7 +1812,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     }),
     on(name, heard) {
       if (isDead()) return () => {};
-      if (full(name) === "leflux:ready" && view.host) { // it has been, already
+      if (full(name) === "leflux:ready" && view.host) {
         later(heard)(new CustomEvent("leflux:ready", { detail: LeFlux.getState() }));
       }
       listen(document, full(name), heard);
@@ -1950,24 +1828,18 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
       become("idle");
       emit("destroy");
       over.abort();
-      LeFlux.isDestroyed = true; // the tag may be loaded again
+      LeFlux.isDestroyed = true;
     },
   };
-
-  /** Find or begin the session; returns its history. Waits while the server is not there. */
-  async function enter() {
+  async function enter() { // returns the history of a session, found or begun
     for (let tries = 0; !isDead(); tries++) {
       try {
         session = keptOne();
-        if (!session) {
-          await begin();
-          return [];
-        }
+        if (!session) return await begin().then(() => []);
         const { history, siteConfig } = await call("GET", `/api/session/${session.id}`);
         config = siteConfig;
         return history;
       } catch (error) {
-        debug("no session", error);
         // Over plain http and by IP a GET does not say whose it is: the chat begins anew.
         const isLost = /session_not_found|host_not_registered/.test(error.code);
         if (isLost && session) keptSession.set(null);
@@ -1977,27 +1849,20 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     }
     return null;
   }
-
-  function previewed() { // data-preview: no server, and a siteConfig in its value
-    try { config = JSON.parse(script.dataset.preview); } catch { config = {}; }
-    config = { greeting: "Hi! How can I help?", ...config };
-    return [];
-  }
-
   async function start() {
-    mayStore = Boolean(keptOne()); // the visitor has used it before
+    mayStore = Boolean(keptOne());
     visitorData ??= memory().visitorData;
     language = languageNow();
-    const history = PREVIEW ? previewed() : await enter();
+    const own = attempt(JSON.parse)(script.dataset.preview);
+    if (PREVIEW) config = { greeting: "Hi! How can I help?", ...own };
+    const history = PREVIEW ? [] : await enter();
     if (isDead()) return;
     if (!history) {
       console.warn(`leflux: ${location.host} is not a site of ${SERVER}, see its allowed_hosts.`);
       delete window.LeFlux;
       return;
     }
-    for (const [name, most] of Object.entries(config.limits || {})) {
-      if (Number.isInteger(most) && most > 0) limits[name] = most;
-    }
+    Object.assign(limits, config.limits);
     language = "";
     await speak();
     if (isDead()) return;
@@ -2012,20 +1877,19 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     listen(window, "pagehide", () => { acting = null; }); // the next page reports what was done
     listen(document, "change", remember, true);
     timer = setInterval(look, 500);
-    wanted = history.length > 0; // a task may go on
+    wanted = history.length > 0;
     wakeUp();
-    if (keptActing.get()) view.panel.classList.add("acting"); // the agent has brought us here
+    if (keptActing.get()) view.panel.classList.add("acting");
     if (wasOpen) open("restore", false);
     typing = Boolean(wasTyping);
     if (typing && isOpen() && !PHONE.matches) view.input.focus({ preventScroll: true });
     beReady();
     emit("ready", LeFlux.getState());
   }
-
   function begun() {
     window.LeFlux = LeFlux;
-    if (document.readyState === "loading") listen(document, "DOMContentLoaded", start);
-    else start();
+    if (document.readyState !== "loading") start();
+    else listen(document, "DOMContentLoaded", start);
   }
   if (has("consent")) window.LeFlux = { allow: begun };
   else begun();
