@@ -81,12 +81,12 @@ curl https://example.com/a/rather/long/path/for/a/narrow/panel?with=a&query=too
 ```"""
 BLOCKS: dict[str, list[dict[str, Any]]] = {
     "pricing_cards": [
-        {"title": "Free", "price": "€0", "points": ["Single bags from €9"]},
-        {"title": "Pro", "price": "€18 a month", "points": ["Two bags"], "url": "/prices"},
+        {"name": "Free", "price": "€0", "features": ["Single bags from €9"]},
+        {"name": "Pro", "price": "€18", "period": "a month", "cta_url": "/prices"},
     ],
-    "feature_grid": [{"title": "Fresh", "text": "Roasted twice a week"}, {"title": "Fair"}],
-    "faq_list": [{"question": "Do you ship abroad?", "answer": "Within the EU."}],
-    "link_cards": [{"title": "Prices", "text": "All plans", "url": "/prices"}],
+    "feature_grid": [{"title": "Fresh", "body": "Roasted twice a week"}, {"title": "Fair"}],
+    "faq_list": [{"q": "Do you ship abroad?", "a": "Within the EU."}],
+    "link_cards": [{"title": "Prices", "description": "All plans", "url": "/prices"}],
 }
 
 
@@ -455,6 +455,24 @@ async def test_everything_is_accessible(visit: Visit, serve: Serve, model: FakeM
     for width, height in ((320, 568), (640, 400), (320, 256)):  # narrow, and 200 % and 400 % zoom
         await page.set_viewport_size({"width": width, "height": height})
         await assert_all_fits(page)
+
+
+async def test_every_language_fits(visit: Visit, serve: Serve) -> None:
+    """In each language all fits at 320 pixels, and axe-core has no complaint, light and dark."""
+    page = await visit("about:blank", 320, 568)
+    for path in sorted(lf.HERE.glob("widget/words/*.json")):
+        await page.goto(await shop(serve, language=path.stem, greeting="", quickChips=[]))
+        await ask(await opened(page), "delete my account")
+        await page.route("**/api/chat", lambda route: route.abort())
+        await part(page, "textarea").fill("x")
+        await part(page, "textarea").press("Enter")
+        await part(page, ".error button").wait_for()
+        await page.unroute("**/api/chat")
+        await part(page, "textarea").fill("word " * 950)
+        await assert_all_fits(page)
+        for scheme in ("light", "dark"):
+            await page.emulate_media(color_scheme=scheme)
+            assert await axe(page) == [], path.stem
 
 
 async def assert_all_fits(page: Page) -> None:

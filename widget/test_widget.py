@@ -309,8 +309,9 @@ async def test_hostile_reply(meet: Meet, serve: Serve, model: FakeModel, pages: 
 
     tags = "a br code em li ol p pre span strong ul".split()
     for number, text in enumerate(HOSTILE):
-        block = {"title": text, "text": text, "points": [text, 7, None], "price": text}
-        data = {"items": [block, "not an object", None, {"question": text, "answer": text}]}
+        names = "title name q a body description icon price period cta_label cta_url url".split()
+        block = {**dict.fromkeys(names, text[:300]), "features": [text[:300], 7, None]}
+        data = {"items": [block, "not an object", None, {**block, "cta_action": text}]}
         block_type = lf.BLOCK_TYPES[number % 4]
         model.scripts.append(says(text, type="render_ui_block", block_type=block_type, data=data))
         await guest.ask(f"Attack {number}")
@@ -352,14 +353,25 @@ async def test_questions_and_blocks(
     await guest.hears("ok")
 
     items = {
-        "pricing_cards": [{"title": "Pro", "price": "€18", "features": ["Two bags", "Post"]}],
-        "feature_grid": [{"title": "Fast", "text": "It is **fast**."}],
-        "faq_list": [{"question": "When?", "answer": "Now."}],
-        "link_cards": [{"title": "Prices", "url": "/prices", "text": "All of them"}],
+        "pricing_cards": [
+            {
+                "name": "Pro",
+                "price": "€18",
+                "period": "a month",
+                "highlighted": True,
+                "features": ["Two bags", "Post"],
+                "cta_label": "Choose Pro",
+                "cta_action": "I want Pro",
+            },
+            {"name": "Free", "cta_label": "Begin", "cta_url": "https://other.example/"},
+        ],
+        "feature_grid": [{"title": "Fast", "body": "It is **fast**.", "icon": "🚀"}],
+        "faq_list": [{"q": "When?", "a": "Now."}],
+        "link_cards": [{"title": "Prices", "url": "/prices", "description": "All of them"}],
     }
     shown = {
-        "pricing_cards": "Pro\n€18\nTwo bags\nPost",
-        "feature_grid": "Fast\nIt is fast.",
+        "pricing_cards": "Pro\n€18 a month\nTwo bags\nPost\nChoose Pro\nFree\nBegin",
+        "feature_grid": "🚀\nFast\nIt is fast.",
         "faq_list": "When?",
         "link_cards": "Prices\nAll of them",
     }
@@ -375,6 +387,12 @@ async def test_questions_and_blocks(
     await guest.see("summary").click()
     await guest.see(".card", "Now.").wait_for()
     assert await guest.see("a.card").get_attribute("href") == f"{pages.url}/prices"
+    tab = guest.see(".card a", "Begin")
+    assert await tab.get_attribute("href") == "https://other.example/"
+    assert await tab.get_attribute("target") == "_blank"
+    await expect(guest.see(".card.highlighted h3")).to_have_text("Pro")
+    await guest.see(".card button", "Choose Pro").click()
+    await guest.see(".user", "I want Pro").wait_for()
 
 
 async def test_confirmation(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
@@ -424,7 +442,7 @@ WHICH = "Shall it be the **red** one?"
 WHICH_SHOWN = "bot: Shall it be the red one?"
 YES = {"confirm_label": "Red", "cancel_label": "Neither"}
 PRESS = {"type": "click_element", "elementId": 1}
-FAQ = {"block_type": "faq_list", "data": {"items": [{"question": "Why?", "answer": "So."}]}}
+FAQ = {"block_type": "faq_list", "data": {"items": [{"q": "Why?", "a": "So."}]}}
 ENDS: dict[str, tuple[Json, list[str]]] = {  # what ends a turn of text, and what is seen beside it
     "the text alone": ({}, []),
     "question": ({"type": "ask_user", "question": "Say yes."}, ["bot: Say yes."]),
@@ -1570,12 +1588,12 @@ async def test_blocks_are_read_out(
     """A block without a message is announced; what is no text in it is left out."""
     await chat_server(serve, pages, model)
     guest = await meet(pages.add("/", MAIN % ""))
-    data = {"items": ["Fast", {"title": "Cheap", "points": ["Free", None]}]}
+    data = {"items": ["no card", {"title": "Fast", "body": "Cheap", "icon": None}]}
     model.scripts.append(says("", type="render_ui_block", block_type="feature_grid", data=data))
     await guest.ask("Why you?")
     await guest.see(".cards", "Cheap").wait_for()
     await expect(guest.see(".quiet[aria-live]")).to_contain_text("Fast")
-    await expect(guest.see(".cards li")).to_have_text(["Free"])
+    await expect(guest.see(".card")).to_have_count(1)
 
 
 async def test_socket_address_from_before(
@@ -2259,7 +2277,7 @@ async def test_strict_policy(meet: Meet, serve: Serve, model: FakeModel, pages: 
     model.scripts.append(
         does(fill("Name", "Ada"), fill("Note", "new"), message="With **Markdown** and `code`.")
     )
-    items = [{"title": "T", "text": "x", "url": "/next"}]
+    items = [{"title": "T", "description": "x", "url": "/next"}]
     block = {"block_type": "link_cards", "data": {"items": items}}
     model.scripts.append(says("Here:", type="render_ui_block", **block))
     await guest.ask("Fill it in")
