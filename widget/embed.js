@@ -207,7 +207,7 @@
   const MODAL = "dialog[open], [role=dialog], [role=alertdialog], [aria-modal=true]";
   const GROUP = `${MODAL}, form, fieldset, section, article, nav, aside, header, footer, main, li,
     td, details`;
-  const ASIDE = ["id", "class", "aria-label"].flatMap((name) => // cookie banners and share bars
+  const ASIDE = ["id", "class", "aria-label"].flatMap((name) =>
     ["cookie", "consent", "gdpr", "share", "social"].map((word) => `[${name}*=${word} i]`)).join();
   // What the server takes for a field of secrets, and so never fills (SENSITIVE there).
   const SECRET = new RegExp(String.raw`\bpass\s?(w|code|phrase)
@@ -1406,7 +1406,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
       retryTimer = setTimeout(connect, most * (0.5 + Math.random() / 2));
     }
   }
-  function takeBack() { // from another tab, or another page
+  function takeBack() {
     disconnect();
     taken = picture = false;
     lastSeq = acting = early = locked = null;
@@ -1420,7 +1420,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     tails = [];
     takeBack();
   }
-  function wakeUp({ type } = {}) { // the tab is visible again, or the network is back
+  function wakeUp({ type } = {}) {
     if (document.visibilityState === "hidden" || taken || !wanted) return;
     retries = 0;
     if (joined && (type === "online" || Date.now() - heardAt > 60_000)) disconnect();
@@ -1534,9 +1534,9 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
         add("user", content);
         tails = [];
       } else if (!BLOCKS[content]) {
-        tails.push({ text: content.trim(), node: addBot(content) });
-        const at = answers.findIndex(({ text }) => content.trim().endsWith(text));
-        if (at >= 0) add("note", answers.splice(at, 1)[0].label);
+        const text = content.trim(), at = answers.findIndex((one) => text.endsWith(one.text));
+        tails.push({ text, node: addBot(content) });
+        if (at >= 0) tails.at(-1).note = add("note", answers.splice(at, 1)[0].label);
       }
     }
     view.log.append(...unsent);
@@ -1561,7 +1561,8 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     const start = text.trim();
     const at = tails.findLastIndex(({ text: whole }) =>
       whole.startsWith(start) && /^\s*(\n|$)/.test(whole.slice(start.length)));
-    if (at >= 0) tails.splice(at, 1)[0].node.remove();
+    const [{ node, note } = {}] = at < 0 ? [] : tails.splice(at, 1);
+    for (const one of [node, note]) one?.remove();
     return at < 0 || picture; // else it is from before this page
   }
   function tellOf(text, news, { isQuestion = false, isError = false } = {}) {
