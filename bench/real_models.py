@@ -130,7 +130,8 @@ class Relay:
                 if line.startswith(b"data: {"):
                     self.note(call, orjson.loads(line[6:]))
                 if script is None:
-                    await response.write(line)
+                    with contextlib.suppress(ConnectionError):  # leflux has heard enough
+                        await response.write(line)
         if script is not None:
             event = {"choices": [{"delta": {"content": script}, "finish_reason": "stop"}]}
             await response.write(b"data: %b\n\ndata: [DONE]\n\n" % orjson.dumps(event))
