@@ -772,6 +772,28 @@ async def test_session_is_kept(visit: Visit, serve: Serve, model: FakeModel, pag
     assert len(server.app.sessions) == 2
 
 
+async def test_reload_over_plain_http(
+    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+) -> None:
+    """By IP and plain http a browser's GET does not say whose it is: the chat begins anew."""
+    server = await chat_server(serve, pages, model)
+    guest = await meet(pages.add("/", "<main>Hello</main>"))
+    await guest.ask("Hello")
+    await guest.hears("ok")
+
+    async def refuse(route: Route) -> None:
+        refusal = {"error": "host_not_registered", "message": "Who?", "details": {}}
+        is_get = route.request.method == "GET"
+        await (route.fulfill(status=403, json=refusal) if is_get else route.continue_())
+
+    await guest.page.route("**/api/session/*", refuse)
+    await guest.page.reload()
+    await guest.ask("Hello again")
+    await guest.hears("ok")
+    assert await guest.log() == ["bot: Hello!", "user: Hello again", "bot: ok"]
+    assert len(server.app.sessions) == 2
+
+
 async def test_reload_in_the_middle(
     meet: Meet, serve: Serve, model: FakeModel, pages: Pages
 ) -> None:
