@@ -2198,15 +2198,12 @@ def clean_element(raw: Any, where: str) -> Json:
             value = str(value)
         if type(value) is not kind:
             raise invalid(f"{where}.{field}", f"must be {KIND_NAMES[kind]}")
-        if kind is str:
-            clean[field] = printable(value[:300])
-        elif kind is list:
-            labels = [
-                one.get("text", one.get("value")) if type(one) is dict else one for one in value
-            ]
-            clean[field] = [printable(one[:100]) for one in labels[:30] if type(one) is str]
-        else:
-            clean[field] = value
+        clean[field] = printable(value[:300]) if kind is str else value
+    if options := clean.get("options", [])[:30]:
+        labels = (
+            one.get("text", one.get("value")) if type(one) is dict else one for one in options
+        )
+        clean["options"] = [printable(one[:100]) for one in labels if type(one) is str]
     if clean.get("value") and is_sensitive(clean):
         clean["value"] = "•••"  # no business of the model's
     return clean
@@ -2222,23 +2219,21 @@ def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json
     if not isinstance(raw, dict):
         raise invalid(name, "must be an object")
     path = name + "."
-    text_fields = {"url": 2000, "title": 300, "visibleText": limits.visible_text_chars}
-    text_fields["language"] = 35
-    context: Json = {
-        field: checked_field(raw, field, cut_text(high), "", path)
-        for field, high in text_fields.items()
-    }
+    sizes = {"url": 2000, "title": 300, "visibleText": limits.visible_text_chars, "language": 35}
+    texts: Fields = {field: (cut_text(high), "") for field, high in sizes.items()}
+    context = checked_fields(raw, texts, path)
     elements = checked_field(raw, "indexedElements", ITEMS, (), path)[: limits.indexed_elements]
     context["indexedElements"] = [
         clean_element(element, f"{path}indexedElements[{at}]")
         for at, element in enumerate(elements)
     ]
-    visitor_data = checked_field(raw, "visitorData", an_object, None, path)  # by the page's author
+    # What follows is only ever shown to the model, so its inside is free.
+    visitor_data = checked_field(raw, "visitorData", an_object, {}, path)  # by the page's author
+    lists = {"visitorData": [visitor_data] if visitor_data else []}
     for field in ("forms", "previouslyFilledFields"):
-        # These are only ever shown to the model, so their inside is free.
-        items = checked_field(raw, field, ITEMS, (), path)[:20]
+        lists[field] = checked_field(raw, field, ITEMS, (), path)[:20]
+    for field, items in lists.items():
         context[field] = [printable(json_text(item)[:1000]) for item in items]
-    context["visitorData"] = [printable(json_text(visitor_data)[:1000])] if visitor_data else []
     shown = orjson.dumps([context["indexedElements"], context["visibleText"]])
     return context | {"shown": hash(shown)}
 
@@ -2252,9 +2247,7 @@ def describe_element(element: Json, origin: str) -> str:
         elif value is True:
             words.append("NEW" if field == "isNew" else field)
         elif field == "href":
-            words.append(
-                f"href={value[len(origin) :] if value.startswith(origin + '/') else value}"
-            )
+            words.append("href=" + re.sub(f"^{re.escape(origin)}(?=/)", "", value))
         elif value and field not in ("id", "type", "text"):
             shown = " | ".join(value) if isinstance(value, list) else value
             words.append(f'{field}="{shown}"')
@@ -3191,26 +3184,19 @@ def emit_chunk(turn: Turn, delta: str) -> None:
     turn.session.emit(("message_chunk", data))
 
 
-def finish_turn(
-    turn: Turn,
-    event: str = "",
-    data: Json | None = None,
-    shown: str = "",
-    *,
-    ends_task: bool = False,
-) -> None:
+def finish_turn(turn: Turn, event: str = "", data: Json | None = None, shown: str = "") -> None:
     """End a turn: lock its text, emit the event that follows, if there is one, and save.
 
-    `shown` is what the visitor sees of that event. The writer task gets to send these events only
-    after this function: by then they are committed.
+    The task ends with it, unless the event asks for an answer. `shown` is what the visitor sees of
+    that event. The writer task gets to send these events only after this function: by then they
+    are committed.
     """
     session, said = turn.session, turn.said
-    done = ("message_done", {"text": said, "streamId": turn.task.stream_id})
-    events = [done] if turn.task.said or not event else []
-    session.emit(
-        *events, *([(event, data or {})] if event else [])
-    )  # if it fails, all is as it was
-    if ends_task:
+    events: list[tuple[str, Json]] = [(event, data or {})] if event else []
+    if turn.task.said or not event:
+        events.insert(0, ("message_done", {"text": said, "streamId": turn.task.stream_id}))
+    session.emit(*events)  # if it fails, all is as it was
+    if event not in ("action_plan", "confirmation_required"):
         session.task = None
         note_steps(session, turn.task)
     seen = said if shown in said else f"{said}\n\n{shown}".strip()
@@ -3221,39 +3207,31 @@ def finish_turn(
     turn.app.store.save(session)
 
 
-def finish_task(turn: Turn, event: str = "", data: Json | None = None, shown: str = "") -> None:
-    """End a turn, and the task with it."""
-    finish_turn(turn, event, data, shown, ends_task=True)
-
-
 def end_with_message(turn: Turn, text: str, **more: Any) -> None:
     if turn.task.plans and turn.task.phase != "confirming" and "isQuestion" not in more:
         count_usage(turn.app, turn.session.site_id, "failed")
-    finish_task(turn, "message", {"text": text, **more}, text)
+    finish_turn(turn, "message", {"text": text, **more}, text)
 
 
-def interrupt_turn(app: AppState, session: Session, note: str = "") -> None:
-    """End the running turn, if there is one, with what it has said so far; drop its actions."""
-    task, session.task = session.task, None
-    if task is not None:
-        note_steps(session, task)
-    if task is None or task.phase != "running":
-        return
+def interrupt_task(app: AppState, session: Session, key: str = "", note: str = "") -> None:
+    """End whatever a session's task is at, with what it has said so far; drop its actions.
+
+    A running turn ends with the sentence `note`, all else with `key`; "" stands for none.
+    """
+    if (task := session.task) is None:
+        return None
     turn = Turn(app, session, task)
+    if task.phase != "running":
+        if key:
+            return end_with_message(turn, turn.say(key))
+        session.task = None
+        return note_steps(session, task)
     # No await from here on: a cancelled task gets no chance to say anything more.
     if task.runner is not None:
         task.runner.cancel()
     if note:
         emit_chunk(turn, "\n\n" * bool(task.said) + turn.say(note))
-    finish_task(turn)
-
-
-def interrupt_task(app: AppState, session: Session, key: str, note: str = "") -> None:
-    """End whatever a session's task is at: a turn with the sentence `note`, all else with `key`."""
-    if session.task is not None and session.task.phase != "running":
-        turn = Turn(app, session, session.task)
-        end_with_message(turn, turn.say(key))
-    interrupt_turn(app, session, note)
+    return finish_turn(turn)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3316,7 +3294,7 @@ def send_letter(turn: Turn) -> None:
     }
     keep_letter(turn.app, Letter(turn.site.id, body))
     said = turn.say("contact_sent", what=turn.site.name)
-    finish_task(turn, "task_complete", {"summary": said, "message": said}, said)
+    finish_turn(turn, "task_complete", {"summary": said, "message": said}, said)
 
 
 async def post_letter(app: AppState, site: Site, body: Json, event: str = "message") -> str:
@@ -3511,23 +3489,16 @@ def element_signature(element: Json) -> str:
 
 @dataclasses.dataclass(slots=True)
 class Plan:
-    """Checked steps for the client, and the elements that they are about, None where none is.
+    """Checked steps for the client, and the elements that they are about, by their ids.
 
     `raw` is what the model wrote, to be checked once more when the visitor has agreed.
     """
 
     raw: Json
     steps: list[Json]
-    elements: list[Json | None]
+    elements: dict[int, Json]
     description: str
     id: str = ""
-
-    def clicked(self) -> list[Json]:
-        pairs, clicks = zip(self.steps, self.elements, strict=True), ("click", "double_click")
-        return [element for step, element in pairs if element and step["action"] in clicks]
-
-    def urls(self) -> list[str]:
-        return [step["url"] for step in self.steps if step["action"] == "navigate"]
 
     def wire(self) -> Json:
         head = {"id": self.id, "type": self.raw["type"], "description": self.description}
@@ -3559,13 +3530,12 @@ def short_text(raw: Json, field: str, high: int = 280, default: str = "") -> str
     return value[:high].strip() or default
 
 
-def check_step(raw: Any, page: Page) -> tuple[Json, Json | None]:
-    """Return a clean step of a plan and its element; raise ActionRejected."""
+def check_step(raw: Any, page: Page) -> Json:
+    """Return a clean step of a plan; raise ActionRejected."""
     kind = raw.get("action") if isinstance(raw, dict) else None
     if kind not in STEP_KINDS:
         raise ActionRejected("a step's action must be one of " + ", ".join(STEP_KINDS))
-    step: Json = {"action": kind}
-    element, default = None, "wait"
+    step, default = {"action": kind}, "wait"
     if kind == "navigate":
         step["url"] = page.url(raw.get("url"))
         default = f"go to {step['url']}"[:280]
@@ -3591,7 +3561,7 @@ def check_step(raw: Any, page: Page) -> tuple[Json, Json | None]:
                 typed = " ".join(typed.splitlines())
             step["inputData"] = typed
         page.check_touch(step, element)
-    return step | {"description": short_text(raw, "description", 280, default)}, element
+    return step | {"description": short_text(raw, "description", 280, default)}
 
 
 def check_plan(raw: Any, page: Page) -> Plan:
@@ -3603,18 +3573,18 @@ def check_plan(raw: Any, page: Page) -> Plan:
         raw_steps = [raw | {"action": SINGLE_STEPS[raw["type"]]}]
     if not isinstance(raw_steps, list) or not 1 <= len(raw_steps) <= MAX_STEPS:
         raise ActionRejected(f"steps must be a list of 1 to {MAX_STEPS} steps")
-    checked: list[tuple[Json, Json | None]] = []
+    steps: list[Json] = []
     for number, raw_step in enumerate(raw_steps, 1):
         try:
-            checked.append(check_step(raw_step, page))
+            steps.append(check_step(raw_step, page))
         except ActionRejected as rejection:
             raise ActionRejected(f"step {number}: {rejection}") from None
-    steps, elements = [step for step, _ in checked], [element for _, element in checked]
     kinds = [step["action"] for step in steps]
     if "navigate" in kinds and set(kinds[kinds.index("navigate") :]) - {"navigate", "wait"}:
         raise ActionRejected("what comes after a navigate is another page: stop there")
     description = short_text(raw, "description", 280, steps[0]["description"])
-    return Plan(raw, steps, elements, description)
+    ids = {step["elementId"] for step in steps if "elementId" in step}
+    return Plan(raw, steps, {one: page.element(one) for one in ids}, description)
 
 
 def possible_choices(step: Json, element: Json) -> list[str]:
@@ -3656,10 +3626,10 @@ QUESTIONS = {"select": "confirm_select", "navigate": "confirm_open"}  # all else
 def irreversible_steps(plan: Plan, page: Page) -> list[tuple[str, str]]:
     """The steps of a plan that need a yes first: the key of the question, and what it is about."""
     found, known = [], set()
-    for step, element in zip(plan.steps, plan.elements, strict=True):
+    for step in plan.steps:
         key = QUESTIONS.get(step["action"], "confirm_click")
         choice = f": {shown(step['inputData'], 60)}" if key == "confirm_select" else ""
-        for one in page.touched(step, element or {}):
+        for one in page.touched(step, plan.elements.get(step.get("elementId", -1), {})):
             choices = possible_choices(step, one)
             touch = (one.get("id"), one.get("inputType"), *choices)
             if touch not in known and is_irreversible(one, choices, page):
@@ -3704,8 +3674,10 @@ def fingerprint(context: Json) -> tuple[str, int]:
 
 def goes_in_circles(task: Task, plan: Plan, page: Page) -> bool:
     """Note what a plan does; true if it only repeats what has led nowhere."""
-    kinds, urls = [step["action"] for step in plan.steps], plan.urls()
-    clicked = {(element["id"], element_label(element)) for element in plan.clicked()}
+    kinds = [step["action"] for step in plan.steps]
+    urls = [step["url"] for step in plan.steps if "url" in step]
+    ids = {step["elementId"] for step in plan.steps if step["action"] in ("click", "double_click")}
+    clicked = {(one, element_label(plan.elements[one])) for one in ids}
     only_scrolls = set(kinds) <= {"scroll_to", "wait"}
     if any(element.get("isNew") for element in page.elements):
         task.scrolls = 0  # the last ones have shown something
@@ -3726,8 +3698,8 @@ def check_unchanged(plan: Plan, page: Page, seen: Json) -> None:
     """Raise ActionRejected if a plan's elements are by now others than on the page `seen`."""
     here, there = (str(one.get("url")).partition("#")[0] for one in (page.context, seen))
     known = {element.get("id"): element for element in seen.get("indexedElements", ())}
-    for element in filter(None, plan.elements):
-        before = known.get(element["id"])
+    for at, element in plan.elements.items():
+        before = known.get(at)
         if before and (here != there or element_signature(before) != element_signature(element)):
             raise ActionRejected("the page has changed meanwhile")
 
@@ -3746,9 +3718,8 @@ def offer_plan(turn: Turn, plan: Plan) -> None:
     task.page_before = fingerprint(turn.session.context)
     waits = sum(step.get("waitDuration", 0) for step in plan.steps) / 1000
     task.deadline = time.monotonic() + ACTION_SECONDS + waits
-    wire = plan.wire()
-    data = {"actions": [wire], "message": turn.said, "useUniversalIndexing": True}
-    if "isSequence" in wire:
+    data = {"actions": [plan.wire()], "message": turn.said, "useUniversalIndexing": True}
+    if plan.raw["type"] not in SINGLE_STEPS:
         data["isSequence"] = True
     return finish_turn(turn, "action_plan", data)
 
@@ -3756,7 +3727,7 @@ def offer_plan(turn: Turn, plan: Plan) -> None:
 def ask_first(turn: Turn, plan: Plan | None, question: str, yes: str, no: str) -> None:
     """Keep a plan (None: the task's letter) until the visitor agrees, with the page it is about."""
     task = turn.task
-    elements = [one for one in plan.elements if one] if plan is not None else []
+    elements = list(plan.elements.values()) if plan is not None else []
     task.phase, task.plan = "confirming", plan
     task.seen = {"url": turn.session.context.get("url"), "indexedElements": elements}
     task.asked = question
@@ -3771,7 +3742,7 @@ def texts(**fields: tuple[int, str]) -> Callable[[Json, Page], Json]:
 
 def only_talk(turn: Turn, action: Json) -> None:
     if turn.said.strip():
-        return finish_task(turn)
+        return finish_turn(turn)
     log.warning("a reply has no message")
     return end_with_message(turn, turn.say("no_answer"), isError=True)
 
@@ -3833,7 +3804,7 @@ def check_block(raw: Json, page: Page) -> Json:
 
 def show_block(turn: Turn, action: Json) -> None:
     shown = "" if turn.said else action["block_type"]
-    finish_task(turn, "ui_block", {**action, "message": turn.said}, shown)
+    finish_turn(turn, "ui_block", {**action, "message": turn.said}, shown)
 
 
 CONFIRMATION_TEXTS = texts(message=(500, ""), confirm_label=(60, ""), cancel_label=(60, ""))
@@ -3875,7 +3846,7 @@ def complete_task(turn: Turn, action: Json) -> None:
     count_usage(turn.app, turn.session.site_id, "done")
     summary = action["summary"] or turn.said or turn.say("done")
     data = {"summary": summary, "message": turn.said or summary}
-    finish_task(turn, "task_complete", data, summary)
+    finish_turn(turn, "task_complete", data, summary)
 
 
 def abort_workflow(turn: Turn, action: Json) -> None:
@@ -5046,7 +5017,7 @@ def end_without_action(turn: Turn, failure: Exception | None) -> None:
     if turn.said.strip():
         if turn.cut_short:
             emit_chunk(turn, "\n\n" + turn.say("cut_short"))
-        finish_task(turn)
+        finish_turn(turn)
         return
     text = turn.say("no_answer")
     if isinstance(failure, ContextOverflow):
@@ -5102,7 +5073,7 @@ def start_task(app: AppState, session: Session, task: Task) -> str:
 
     Returns the message's id.
     """
-    interrupt_turn(app, session)
+    interrupt_task(app, session)
     app.messages_processed += 1
     session.last_active = time.monotonic()
     if not session.message_count:

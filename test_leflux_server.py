@@ -5940,7 +5940,7 @@ async def test_an_action_without_a_good_effect_ends_visibly(
         if effect == "raises":
             raise ZeroDivisionError
         if effect == "cannot be sent":
-            lf.finish_task(turn, "ui_block", {"data": {1, 2}})
+            lf.finish_turn(turn, "ui_block", {"data": {1, 2}})
 
     dance = lf.Action("dance", {}, lf.texts(), apply)
     monkeypatch.setitem(lf.ACTIONS, "dance", dance)
