@@ -4562,11 +4562,18 @@ class ThinkFilter:
         return said
 
 
-def whole_characters(said: str) -> str:
-    """Join surrogate pairs, and replace lone ones, which cannot be sent on."""
-    if said.isascii():
-        return said
-    return said.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+class PairJoiner:
+    """Joins the surrogate pairs of a text in pieces; lone ones cannot be sent, it replaces them."""
+
+    _half = ""  # a high surrogate that waits for its other half
+
+    def feed(self, piece: str, last: bool = False) -> str:
+        if piece.isascii() and not self._half:
+            return piece
+        piece = self._half + piece
+        self._half = piece[-1] if "\ud800" <= piece[-1:] <= "\udbff" and not last else ""
+        whole = piece.removesuffix(self._half)
+        return whole.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def unwrapped(reply: Any) -> Any:
@@ -4598,47 +4605,42 @@ class ReplyReader:
 
     _OBJECT = re.compile(r'(?:```\w*\s*)?\{\s*(?:"message"\s*:\s*(")|["}])')
     _MAYBE_OBJECT = re.compile(r'`{0,3}|(?:```\w*\s*)?(?:\{\s*(?:"[^"]{0,20}(?:"\s*:?\s*)?)?)?')
-    # What can be said of a string that may go on: no half escape, no half surrogate pair.
+    # What can be said of a string that may go on: no half escape.
     _SAYABLE = re.compile(
-        r"""(?:[^"\\]++ | \\[^u] | \\u(?:
-            [dD][89abAB][0-9a-fA-F]{2}(?: \\u[dD][c-fC-F][0-9a-fA-F]{2}
-                | (?=[^\\] | \\[^u] | \\u[0-9a-fA-F]{4} | \\u[0-9a-fA-F]{0,3}[^0-9a-fA-F]))
-            | (?![dD][89abAB])[0-9a-fA-F]{4}
-            | (?=[0-9a-fA-F]{0,3}[^0-9a-fA-F])
-        ))*+""",
-        re.X | re.S,
+        r'(?:[^"\\]++|\\[^u]|\\u(?:[0-9a-fA-F]{4}|(?=[0-9a-fA-F]{0,3}[^0-9a-fA-F])))*+', re.S
     )
     _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.S)
 
     def __init__(self) -> None:
         self._think = ThinkFilter()
+        self._pieces, self._said = PairJoiner(), PairJoiner()
         self._mode = "start"  # then "plain", "json", or "message" while that string goes on
         self._raw: list[str] = []
-        self._tail = ""  # of the message: what cannot be said yet
-        self._half = ""  # a high surrogate that waits for its other half
+        self._tail = ""  # of the start, or of the message: what cannot be judged or said yet
         self._streamed = False
         self.unfinished = False  # the object has begun and not ended
 
     def feed(self, piece: str, last: bool = False) -> str:
-        piece, self._half = self._half + piece, ""
-        if "\ud800" <= piece[-1:] <= "\udbff" and not last:
-            piece, self._half = piece[:-1], piece[-1]
-        piece = self._think.feed(whole_characters(piece), last)
-        if self._mode == "start" and not self._raw:
-            piece = piece.lstrip()
-        if not piece and not last:
-            return ""
-        if self._mode != "plain":
-            self._raw.append(piece)
+        piece = said = self._think.feed(self._pieces.feed(piece, last), last)
         if self._mode == "start":
-            piece = self._begin("".join(self._raw).lstrip(), last)
-        return self._say(piece) if self._mode == "message" else piece * (self._mode == "plain")
+            piece, self._tail = (self._tail + piece).lstrip(), ""
+            match = self._OBJECT.match(piece)
+            self._streamed = bool(match and match[1])
+            undecided = not last and len(piece) <= 1000 and self._MAYBE_OBJECT.fullmatch(piece)
+            if undecided and not self._streamed:
+                self._tail = piece
+                return ""
+            self._mode = "message" if self._streamed else "json" if match else "plain"
+            said = piece[match.end() :] if match else piece
+        if self._mode == "plain":
+            return said
+        self._raw.append(piece)
+        return self._say(said, last) if self._mode == "message" else ""
 
     def finish(self) -> tuple[str, Json | None]:
         rest = self.feed("", last=True)
         if self._mode == "plain":
             return rest, None
-        rest += "\ufffd" * bool(re.match(r"\\u[dD][89abAB][0-9a-fA-F]{2}", self._tail))
         raw = "".join(self._raw)
         raw = raw[raw.index("{") :]
         try:
@@ -4649,30 +4651,22 @@ class ReplyReader:
             self.unfinished = at >= len(raw.rstrip()) or what.startswith(("Untermi", "Invalid \\u"))
             late = re.search(r'[{,]\s*"message"\s*:\s*"', raw)
             if self.unfinished and late and not self._streamed:
-                rest = self._say(raw[late.end() :])
+                rest = self._say(raw[late.end() :], last=True)
             return rest if self._streamed or self.unfinished else raw, None
-        reply = unwrapped(json.loads(whole_characters(json.dumps(reply, ensure_ascii=False))))
+        reply = unwrapped(
+            json.loads(PairJoiner().feed(json.dumps(reply, ensure_ascii=False), True))
+        )
         message = reply.get("message")
         return message if isinstance(message, str) and not self._streamed else rest, reply
 
-    def _begin(self, held: str, last: bool) -> str:
-        """Find out what a reply is from how it begins; return what of it is for the visitor."""
-        match = self._OBJECT.match(held)
-        if match and match[1]:
-            self._mode, self._streamed = "message", True
-            return held[match.end() :]
-        if last or len(held) > 1000 or not self._MAYBE_OBJECT.fullmatch(held):
-            self._mode = "json" if match else "plain"
-        return held
-
-    def _say(self, piece: str) -> str:
+    def _say(self, piece: str, last: bool) -> str:
         """Return what of the message can be said now."""
         held = self._tail + piece
         end = cast(re.Match[str], self._SAYABLE.match(held)).end()
         self._tail = held[end:]
         if self._tail.startswith('"'):
-            self._mode, self._tail = "json", ""
-        return whole_characters(self._ESCAPE.sub(unescaped, held[:end]))
+            self._mode, self._tail, last = "json", "", True
+        return self._said.feed(self._ESCAPE.sub(unescaped, held[:end]), last)
 
 
 def is_looping(said: str) -> bool:

@@ -3834,10 +3834,11 @@ QUIRK_TABLE = pytest.mark.parametrize("quirk", QUIRKS, ids=lambda quirk: quirk.n
 def parse_stream(*reads: bytes) -> tuple[str, bool, int | None]:
     """Parse a stream as it was read: its text, whether it was cut short, its tokens."""
     completion, reader, think = lf.Completion(), lf.EventReader(), lf.ThinkFilter()
+    pairs = lf.PairJoiner()
     said, error = "", None
     for data in (*reads, b"\n\n"):
         piece, error = lf.read_events(reader.feed(data), completion)
-        said += think.feed(lf.whole_characters(piece))
+        said += think.feed(pairs.feed(piece))
         if error is not None:
             break
     said += think.feed("", last=True)
