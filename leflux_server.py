@@ -181,12 +181,12 @@ def wrong_value(what: str, value: Any, instead: str = "") -> ValueError:
     return ValueError(f"must be {what}{problem}" + (f'; write "{instead}"' if instead else ""))
 
 
-def must_be(what: str, accepts: Callable[[Any], object]) -> Check:
-    """Make a check that returns what is accepted as it is."""
+def must_be(what: str, accepts: Callable[[Any], object], *, secret: bool = False) -> Check:
+    """Make a check that returns what is accepted as it is; the error shows no secret."""
 
     def check(value: Any) -> Any:
         if not accepts(value):
-            raise wrong_value(what, value)
+            raise wrong_value(what, None if secret else value)
         return value
 
     return check
@@ -204,13 +204,12 @@ whole = functools.partial(number, kinds=(int,))
 def text(high: int, low: int = 0, pattern: str = "(?s:.*)", what: str = "") -> Check:
     """A string of low to high characters that matches the whole pattern, if there is one."""
 
-    def check(value: Any) -> Any:
-        if isinstance(value, str) and low <= len(value) <= high and re.fullmatch(pattern, value):
-            return value
-        # What is there instead may be a secret, which is not for logs.
-        raise ValueError(f"must be {what or f'a string of {low} to {high} characters'}")
+    def accepts(value: Any) -> bool:
+        fits = isinstance(value, str) and low <= len(value) <= high
+        return fits and re.fullmatch(pattern, value) is not None
 
-    return check
+    # What is there instead may be a secret, which is not for logs.
+    return must_be(what or f"a string of {low} to {high} characters", accepts, secret=True)
 
 
 def choice(*options: str) -> Check:
@@ -265,6 +264,13 @@ def check_table(
         else:
             clean[name] = check_table(value, rule, where, errors, null_ok=null_ok)
     return clean
+
+
+def fitting(table: Any, rules: Rules) -> Json:
+    """Return the clean values of a table, none if anything in it is wrong."""
+    errors: dict[str, str] = {}
+    clean = check_table(table, rules, "", errors)
+    return {} if errors else clean
 
 
 # ---------------------------------------------------------------------------------------------
@@ -419,17 +425,11 @@ def css_size(value: Any) -> Any:
     return css_value(value) if isinstance(value, str) else number(0, 1000)(value)
 
 
-def quick_chip(value: Any) -> Json:
-    errors: dict[str, str] = {}
-    chip = check_table(value, {"text": text(30, 1), "payload": text(280, 1)}, "", errors)
-    if errors or "text" not in chip:
-        raise ValueError("must be { text = 1 to 30 characters, payload = 1 to 280 characters }")
-    return chip
-
-
+quick_chip = must_be(
+    "{ text = 1 to 30 characters, payload = 1 to 280 characters }",
+    lambda value: "text" in fitting(value, {"text": text(30, 1), "payload": text(280, 1)}),
+)
 language_tag = text(35, 2, r"[A-Za-z]{2,8}([-_][A-Za-z0-9]{1,8})*", 'a tag such as de, or "auto"')
-
-
 widget_words = must_be(
     "a table of at most 200 texts, each of at most 300 characters",
     lambda value: (
@@ -531,6 +531,9 @@ def network(value: Any) -> Network:
         raise wrong_value("an IP address, or a network such as 10.0.0.0/8", value) from None
 
 
+LOOPBACK = (network("127.0.0.1"), network("::1"))
+
+
 def bare_url(value: Any) -> str:
     """http(s)://host[:port], or "" for not set."""
     url: str = text(300)(value).removesuffix("/")
@@ -539,30 +542,25 @@ def bare_url(value: Any) -> str:
     return url.lower()
 
 
+def is_url(value: Any) -> bool:
+    """Whether a value is an absolute http(s) URL."""
+    pattern = r"(https?://[^/?#]+)[^\x00-\x20\x7f\\]{0,1900}"
+    parts = re.fullmatch(pattern, value, re.I) if isinstance(value, str) else None
+    return parts is not None and parse_origin(parts[1]) is not None
+
+
 def endpoint(value: Any) -> str:
     """An absolute http(s) URL, without trailing slash."""
-    url: str = text(2000)(value).rstrip("/")
-    if re.search(r"\s", url) or parse_origin("/".join(url.split("/")[:3])) is None:
-        raise ValueError("must be an http(s) URL such as http://localhost:11434/v1")
+    what = "an http(s) URL such as http://localhost:11434/v1"
+    url: str = must_be(what, is_url, secret=True)(value).rstrip("/")
     if (base := url.removesuffix("/chat/completions")) != url:
         raise ValueError(f'must end before /chat/completions; write "{base}"')
     return url
 
 
-def hook_url(value: Any) -> str:
-    """An http(s) URL, or "" for none. It may hold a secret, so no error quotes it."""
-    url: str = text(2000)(value)
-    parts = re.fullmatch(r"(https?://[^/?#]+)[^\x00-\x20\x7f\\]*", url, re.I)
-    if url and (parts is None or parse_origin(parts[1]) is None):
-        raise ValueError("must be an http(s) URL such as https://hooks.example.com/T0/B0/x")
-    return url
-
-
-def crawl_url(value: Any) -> str:
-    url: str = text(1000)(value)
-    if url and not normal_url(url):
-        raise wrong_value("the URL of a page such as https://acme.com/", value)
-    return url
+def url_or_none(what: str) -> Check:
+    """An http(s) URL, or "". It may hold a secret, so no error quotes it."""
+    return must_be(what, lambda value: value == "" or is_url(value), secret=True)
 
 
 def timezone(value: Any) -> str:
@@ -579,15 +577,11 @@ class ServerConfig:
     port: int = key(3002, whole(0, 65535))
     public_url: str = key("", bare_url)
     cors_origins: tuple[str, ...] = key(("*",), list_of(cors_origin))
-    trusted_proxies: tuple[Network, ...] = key(
-        (network("127.0.0.1"), network("::1")), list_of(network)
-    )
+    trusted_proxies: tuple[Network, ...] = key(LOOPBACK, list_of(network))
     state_dir: str = key("state", text(4000))
     signup_url: str = key("", web_url)
     demo: bool = key(True, flag)
-    metrics_from: tuple[Network, ...] = key(
-        (network("127.0.0.1"), network("::1")), list_of(network)
-    )
+    metrics_from: tuple[Network, ...] = key(LOOPBACK, list_of(network))
     log_level: str = key("INFO", choice("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"))
     shutdown_seconds: float = key(10, number(0, 3600))
 
@@ -640,12 +634,11 @@ class FirebaseConfig:
     admins: tuple[str, ...] = key((), list_of(text(320, 1)))
 
 
-def snippet(value: Any) -> Json:
-    errors: dict[str, str] = {}
-    clean = check_table(value, {"question": text(2000), "text": text(2000, 1)}, "", errors)
-    if errors or "text" not in clean:
-        raise ValueError("must be { text = 1 to 2,000 characters, question = the same or none }")
-    return clean
+snippet = must_be(
+    "{ text = 1 to 2,000 characters, question = the same or none }",
+    lambda value: "text" in fitting(value, {"question": text(2000), "text": text(2000, 1)}),
+    secret=True,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -659,10 +652,10 @@ class Site:
     instructions: str = key("", text(20_000))
     knowledge: tuple[str, ...] = key((), list_of(text(4000, 1)))
     snippets: tuple[Json, ...] = key((), list_of(snippet, 200))
-    crawl: str = key("", crawl_url)
+    crawl: str = key("", url_or_none("the URL of a page such as https://acme.com/"))
     crawl_pages: int = key(200, whole(1, 10_000))
     crawl_hours: float = key(24, number(0, 10_000))
-    notify_url: str = key("", hook_url)
+    notify_url: str = key("", url_or_none("a URL such as https://hooks.example.com/T0/B0/x"))
     paused: bool = key(False, flag)
     refusal: str = key(
         "I have answered all I can for today. Please come back tomorrow.", text(500, 1)
@@ -768,11 +761,12 @@ def parse_config(table: Json, environ: Mapping[str, str], folder: Path = HERE) -
             if (owner := owner_of.setdefault(entry, site.id)) != site.id:
                 problem = f"has {written_host(*entry)}, which sites[{owner}] has already"
                 raise ConfigError(f"sites[{site.id}].allowed_hosts {problem}")
-    config = Config(sites=tuple(sites.values()), raw_sites=raw_sites, folder=folder)
     clean["server"] = clean.get("server", {}) | server_settings(environ)
-    tables = {name: dataclasses.replace(getattr(config, name), **clean[name]) for name in clean}
-    config = dataclasses.replace(config, **tables)
-    return dataclasses.replace(config, api_key=read_api_key(config.llm.api_key_env, environ))
+    tables = {name: dataclasses.replace(getattr(Config(), name), **clean[name]) for name in clean}
+    api_key = read_api_key(tables.get("llm", LlmConfig()).api_key_env, environ)
+    return Config(
+        **tables, sites=(*sites.values(),), raw_sites=raw_sites, folder=folder, api_key=api_key
+    )
 
 
 def load_config(path: Path, environ: Mapping[str, str]) -> Config:
@@ -4387,20 +4381,19 @@ class ChatModel:
 
         Each call keeps within the site's budget: reserved before it, settled after it.
         """
-        site = turn.site
+        app, site, task = turn.app, turn.site, turn.task
+        rate = (f"call {turn.session.id}", app.config.limits.model_calls_per_minute)
         for divisor, page_part in PROMPT_SHARES:
-            app, begun = turn.app, time.monotonic()
+            begun = time.monotonic()
             prompt = build_prompt(turn, divisor, page_part)
             texts = [message["content"] for message in prompt]
             reserved = tokens_at_most(texts) + self._config.max_tokens
-            rate = (f"call {turn.session.id}", app.config.limits.model_calls_per_minute)
             try:
                 await spend(app, rate, wait_seconds=MODEL_CALL_WAIT_SECONDS)
             except ApiError as error:
                 raise ApiError(error.status, error.code, turn.say("too_fast")) from None
-            release(turn.task)
-            call_of = (turn.task.address, 0, reserved, time.time(), turn.language)
-            charge = admit(turn.app, site, *call_of)
+            release(task)
+            charge = admit(app, site, task.address, 0, reserved, time.time(), turn.language)
             completion, asked = Completion(), 0
             call = self.stream(prompt, completion)
             try:
@@ -4411,33 +4404,31 @@ class ChatModel:
                             count_latency(app, time.monotonic() - begun)
                         begun = 0
                         yield piece
-                if completion.length:
-                    if completion.cut_short and not completion.finished:
-                        app.model_failed = time.time(), "the stream broke off"
-                        app.count("errors_total", code="model")
-                    else:
-                        app.model_succeeded = time.time()
-                    return
-                what = "only reasoning" if completion.signs else "an empty stream"
-                raise ModelError(f"{what} instead of an answer")
+                if not completion.length:
+                    what = "only reasoning" if completion.signs else "an empty stream"
+                    raise ModelError(f"{what} instead of an answer")
+                app.model_succeeded = time.time()
+                return
             except ModelError as error:
-                asked = 0
-                if not isinstance(error, ContextOverflow):
-                    app.model_failed = time.time(), str(error)
+                broken = completion.cut_short = completion.length > 0
+                asked *= broken
+                if broken or not isinstance(error, ContextOverflow):
+                    app.model_failed = time.time(), "the stream broke off" if broken else str(error)
                     app.count("errors_total", code="model")
+                    if broken:
+                        return  # what it has said stays said
                     raise
             finally:
                 guess = (asked + completion.length) // 4
                 spent = guess if completion.tokens is None else completion.tokens
-                settle_tokens(turn.app, site, charge, reserved, spent)
+                settle_tokens(app, site, charge, reserved, spent)
                 turn.cut_short |= completion.cut_short
         raise ContextOverflow("the prompt is too long for it, however short")
 
     async def stream(self, prompt: list[Json], completion: Completion) -> Pieces:
         """Yield the model's raw text as it arrives. Raises ModelError.
 
-        Failures before the first text are retried. A stream that breaks after it has given text
-        ends as cut short, or as whole if it had said that it was finished.
+        Failures before the first text are retried. What comes after a finish_reason is none.
         """
         for attempt in itertools.count(1):
             try:
@@ -4455,13 +4446,9 @@ class ChatModel:
             if completion.finished:
                 return
             log.warning("model call failed: %s (attempt %d)", failure, attempt)
-            if completion.length:
-                completion.cut_short = True
-                return
-            if not failure.retry or attempt > MODEL_RETRIES:
+            if completion.length or not failure.retry or attempt > MODEL_RETRIES:
                 raise failure
-            wait = 0.5 * 3 ** (attempt - 1) if failure.wait is None else failure.wait
-            await asyncio.sleep(wait)
+            await asyncio.sleep(0.5 * 3 ** (attempt - 1) if failure.wait is None else failure.wait)
 
     async def _attempt(self, prompt: list[Json], completion: Completion) -> Pieces:
         """Make one request and yield its text. Raises what went wrong."""
@@ -4671,7 +4658,6 @@ class ReplyReader:
 
 def is_looping(said: str) -> bool:
     """Whether a text has come to repeat itself: its last 200 characters three times in a row."""
-    said = said[-3000:]
     period = len(said) - 200 - said.rfind(said[-200:], 0, len(said) - 1)
     return len(said) >= 600 and said.endswith(said[-period:] * max(3, 600 // period))
 
@@ -4955,20 +4941,17 @@ class OfflineGuide:
 
 async def stream_reply(turn: Turn) -> Json | None:
     """Stream what the backend says; return its reply object, None for plain text."""
-    reader, length, recent, checked_chars = ReplyReader(), 0, "", 0
+    reader, length, recent = ReplyReader(), 0, ""
     async with contextlib.aclosing(turn.app.backend.reply(turn)) as pieces:
         async for piece in pieces:
             if delta := reader.feed(piece[: MAX_REPLY_CHARS - length]):
                 emit_chunk(turn, delta)
-            length += len(piece)
-            recent += piece
+            recent = (recent + piece)[-3000:]
+            before, length = length, length + len(piece)
             if length > MAX_REPLY_CHARS:
                 raise ModelError("the reply is too long")
-            if len(recent) >= checked_chars + 200:
-                if is_looping(recent):
-                    raise ModelError("the reply repeats itself")
-                recent = recent[-3000:]
-                checked_chars = len(recent)
+            if length // 200 > before // 200 and is_looping(recent):
+                raise ModelError("the reply repeats itself")
     rest, reply = reader.finish()
     if rest:
         emit_chunk(turn, rest)
@@ -5081,12 +5064,8 @@ def start_task(app: AppState, session: Session, task: Task) -> str:
 def note_result(session: Session, action_id: str | None, result: Json, now: float) -> None:
     """Take the client's report on the action it was given; one on any other changes nothing."""
     task = session.task
-    if (
-        task is None
-        or task.phase != "acting"
-        or task.plan is None
-        or action_id not in (None, task.plan.id)
-    ):
+    plan = task.plan if task is not None and task.phase == "acting" else None
+    if task is None or plan is None or action_id not in (None, plan.id):
         return
     failed = [one for one in result["results"] if not one.get("success")]
     error = (failed[0] if failed else result).get("error") or "no reason given"
@@ -6587,10 +6566,11 @@ def dispatch(app: AppState, connection: Connection, frame: str) -> None:
         SOCKET_EVENTS[name](app, session, data)
 
 
-def receive(connection: Connection, act: Callable[[], None]) -> None:
-    """Do what a client asks for; what is wrong with it becomes an event or a close."""
+@contextlib.contextmanager
+def errors_to(connection: Connection) -> Iterator[None]:
+    """What is wrong with what a client asks for becomes an event or a close."""
     try:
-        act()
+        yield
     except ApiError as error:
         gone = error.code == "session_not_found"
         code = error.code if gone else "invalid_event"
@@ -6608,7 +6588,8 @@ def accept_frame(app: AppState, connection: Connection, frame: aiohttp.WSMessage
     elif frame.type is web.WSMsgType.BINARY:
         connection.close(1003)
     elif frame.type is web.WSMsgType.TEXT:
-        receive(connection, lambda: dispatch(app, connection, frame.data))
+        with errors_to(connection):
+            dispatch(app, connection, frame.data)
     return True
 
 
@@ -6616,13 +6597,12 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
     app = request.app[APP_STATE]
     site, _ = caller_site(request)
     refuse_when_draining(app)
-    limit = MAX_BODY_BYTES + 1  # aiohttp refuses what is as long as this
     ws = web.WebSocketResponse(
         heartbeat=PING_SECONDS,
         autoclose=False,
         autoping=False,  # so that control frames count
         compress=False,
-        max_msg_size=limit,
+        max_msg_size=MAX_BODY_BYTES + 1,  # aiohttp refuses what is as long as this
     )
     await ws.prepare(request)
     connection = Connection(ws, request.transport, site.id)
@@ -6636,8 +6616,8 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
             number = request.query.get("lastSeq", "")
             last_seq = int(number) if re.fullmatch("[0-9]{1,15}", number) else None
             now = time.monotonic()
-            find = functools.partial(find_session, app, session_id, site.id, now)
-            receive(connection, lambda: join(connection, find(), last_seq, now))
+            with errors_to(connection):
+                join(connection, find_session(app, session_id, site.id, now), last_seq, now)
         async for frame in ws:
             if not accept_frame(app, connection, frame):
                 break
