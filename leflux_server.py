@@ -3293,16 +3293,15 @@ def send_letter(turn: Turn) -> None:
 
 async def post_letter(app: AppState, site: Site, body: Json, event: str = "message") -> str:
     """POST a letter to a site's notify_url; return "" or, in a word, why it was not taken."""
-    names = ("name", "email", "message", "pageUrl", "createdAt")
     who = f"{body['name']} ({body['email']})" if body["name"] else body["email"]
     line = f"{who} on {site.name}: {body['message']}"
     line = MENTION.sub("\\g<0>\u200b", " ".join(line.split())[:1500])
-    sent = {"event": event, "site": site.id, **{name: body[name] for name in names}}
+    shown = {name: body[name] for name in ("name", "email", "message", "pageUrl", "createdAt")}
+    sent = {"event": event, "site": site.id, "text": line, "content": line, **shown}
     # The URL of an owner may not lead into our own network, config.toml's may.
     by_owner = "notify_url" in app.site_patches.get(site.id, {})
     http = cast(aiohttp.ClientSession, app.public_http if by_owner else app.http)
     timeout = aiohttp.ClientTimeout(total=NOTIFY_SECONDS)
-    sent |= {"text": line, "content": line}
     post = http.post(site.notify_url, json=sent, timeout=timeout, allow_redirects=False)
     try:
         async with post as response:
@@ -5581,15 +5580,14 @@ def caller_site(request: web.Request) -> tuple[Site, str]:
     """Return the site whose page calls, and that page's host; raise host_not_registered."""
     app = request.app[APP_STATE]
     scheme = own_scheme(request)
-    caller = caller_host(request.method, request.headers, scheme)
-    site = find_site(app.site_index, *caller) if caller else None
-    if caller and not site and app.config.server.demo:
-        # The demo, on whatever address this server is opened by.
+    caller, host = caller_host(request.method, request.headers, scheme), ""
+    if caller is not None:
+        host, site = caller[0], find_site(app.site_index, *caller)
         own_origin = parse_origin(f"{scheme}://{request.headers.get('Host', '')}")
-        site = app.sites.get("demo") if caller == own_origin else None
-    if caller and site:
-        return site, caller[0]
-    host = caller[0] if caller else ""
+        if not site and app.config.server.demo and caller == own_origin:
+            site = app.sites.get("demo")  # on whatever address this server is opened by
+        if site is not None:
+            return site, host
     app.once_a_minute(logging.INFO, host, "a page of %s asked, which no site has", host or "?")
     error = ApiError(403, "host_not_registered", f'The host "{host}" is not registered here.')
     error.top_level = {"host": host, "signupUrl": app.config.server.signup_url}
@@ -6039,15 +6037,12 @@ async def authenticate(request: web.Request) -> Caller:
 # Admin: owners change their sites while the server runs. Changes are kept as JSON merge patches
 # (RFC 7396) over config.toml: what no patch covers is still the file's.
 
-ADMIN_FIELDS = {  # what owners see and change, and its name in config.toml
-    "allowedHosts": "allowed_hosts",
-    "crawl": "crawl",
-    "crawlPages": "crawl_pages",
-    "crawlHours": "crawl_hours",
-    "notifyUrl": "notify_url",
-    "snippets": "snippets",
-    **{name: name for name in ("name", "owners", "instructions", "refusal", "restrictions")},
-    "paused": "paused",
+ADMIN_FIELDS = {  # what owners see and change: {allowedHosts: allowed_hosts, ...}
+    re.sub("_(.)", lambda found: found[1].upper(), field): field
+    for field in (
+        *("name", "allowed_hosts", "owners", "instructions", "refusal", "restrictions", "snippets"),
+        *("crawl", "crawl_pages", "crawl_hours", "notify_url", "paused"),
+    )
 }
 ADMIN_RULES: Rules = {name: checks_of(Site)[field] for name, field in ADMIN_FIELDS.items()}
 
@@ -6305,11 +6300,11 @@ def find_chats(
     return found
 
 
-def read_chat(db: sqlite3.Connection, site_id: str, session_id: str) -> tuple[int, Json]:
-    """Return the row of a kept chat and its state with all its entries, or (0, {})."""
+def read_chat(db: sqlite3.Connection, site_id: str, session_id: str) -> Json:
+    """Return the state of a kept chat with all its entries, or {}."""
     for row, state in whole_rows(db, CHAT_SQL, site_id, session_id):
-        return row, state | {"history": [message for _, message in read_messages(db, row)]}
-    return 0, {}
+        return {**state, "history": [message for _, message in read_messages(db, row)]}
+    return {}
 
 
 def read_activity(db: sqlite3.Connection, site_id: str, since: float) -> Json:
@@ -6404,23 +6399,22 @@ async def try_notify_url(app: AppState, site: Site, request: web.Request) -> Jso
 async def get_site_session(app: AppState, site: Site, request: web.Request) -> Json:
     session_id = request.match_info["session_id"]
     session = live_chats(app, site.id).get(session_id)
-    _, state = await app.store.look(read_chat, site.id, session_id)
     if session is not None:  # the disk may fail
         state = state_of(session) | {"history": session.entries}
+    else:
+        state = await app.store.look(read_chat, site.id, session_id)
     if not state:
         raise no_session()
-    shown = chat_summary(state, live=session is not None)
-    return {**shown, "history": state["history"]}
+    return chat_summary(state, live=session is not None) | {"history": state["history"]}
 
 
 async def delete_site_session(app: AppState, site: Site, request: web.Request) -> Json:
     session_id = request.match_info["session_id"]
-    row, _ = await app.store.look(read_chat, site.id, session_id)
     session = app.sessions.get(session_id)
     if session is not None and session.site_id == site.id:
         drop_session(app, session)
-    elif row:
-        app.store.erase(row)
+    elif rows := app.store.read(CHAT_SQL, site.id, session_id):
+        app.store.erase(rows[0][0])
     else:
         raise no_session()
     app.store.flush()
@@ -6429,22 +6423,17 @@ async def delete_site_session(app: AppState, site: Site, request: web.Request) -
 
 async def site_activity(app: AppState, site: Site, request: web.Request) -> Json:
     count, now = query_number(request, "days", 30, ACTIVITY_DAYS), time.time()
-    today = datetime.fromtimestamp(now, UTC).date()
-    first = today - timedelta(count - 1)
-    since = datetime(first.year, first.month, first.day, tzinfo=UTC).timestamp()
-    found = await app.store.look(read_activity, site.id, since)
-    sql = "SELECT * FROM usage WHERE site = ? AND day >= ?"
-    rows = app.store.read(sql, site.id, str(first))
-    used = {row[1]: Usage(*row[1:]) for row in rows} | {str(today): usage_today(app, site.id, now)}
-    empty = Usage("")
-    days = [
-        {
-            "day": day,
-            **{shown: getattr(used.get(day, empty), name) for name, shown in USAGE_COUNTS.items()},
-        }
-        for day in (str(first + timedelta(number)) for number in range(count))
+    first = datetime.fromtimestamp(now - now % 86400, UTC) - timedelta(count - 1)
+    days = [str((first + timedelta(number)).date()) for number in range(count)]
+    found = await app.store.look(read_activity, site.id, first.timestamp())
+    rows = app.store.read("SELECT * FROM usage WHERE site = ? AND day >= ?", site.id, days[0])
+    used = defaultdict(lambda: Usage(""), {row[1]: Usage(*row[1:]) for row in rows})
+    used[days[-1]] = usage_today(app, site.id, now)
+    numbers = [
+        {"day": day} | {shown: getattr(used[day], name) for name, shown in USAGE_COUNTS.items()}
+        for day in days
     ]
-    return {"days": days, **found}
+    return {"days": numbers, **found}
 
 
 async def get_crawl(app: AppState, site: Site, request: web.Request) -> Json:
@@ -6745,9 +6734,7 @@ async def read_again(app: AppState, path: Path) -> None:
     server = dataclasses.replace(config.server, **kept)
     app.config, app.files = dataclasses.replace(config, server=server), files
     logging.getLogger().setLevel(server.log_level)
-    if (before.llm, before.api_key) != (config.llm, config.api_key) or (
-        before.firebase != config.firebase
-    ):
+    if any(getattr(before, it) != getattr(config, it) for it in ("llm", "api_key", "firebase")):
         connect(app)
     for site in config.sites:
         app.api_sites.pop(site.id, None)
