@@ -6703,19 +6703,29 @@ def check_database(path: Path, config: Config) -> int:
 
 
 def take_erasures(app: AppState) -> None:
-    """Erase the chats and letters that --erase has found, and its request after them."""
-    request = state_file(app.config, "erase")
-    if request is None or not request.exists():
+    """Erase the chats and letters that --erase has found, and its requests after them."""
+    requests = list(app.store.path.parent.glob("*.erase")) if app.store.path else []
+    if not requests:
         return
-    ids = set(request.read_text().split())
+    ids = {one for request in requests for one in request.read_text().split()}
     for one in ids:
         if one in app.sessions:
             drop_session(app, app.sessions[one])
         for (row,) in app.store.read("SELECT row FROM session WHERE id = ?", one):
             app.store.erase(row)
     drop_letters(app, lambda letter: letter.body["id"] in ids)
-    if not app.store.failing:
+    for request in requests if not app.store.failing else ():
         request.unlink()
+
+
+def open_index(app: AppState) -> contextlib.closing[Knowledge]:
+    """Open the knowledge, for a with statement; raise ConfigError if it cannot be used."""
+    path = state_file(app.config, "knowledge.db")
+    try:
+        app.knowledge = Knowledge(path)
+    except (sqlite3.Error, OSError) as error:
+        raise ConfigError(f"{path} cannot be used: {error}") from None
+    return contextlib.closing(app.knowledge)
 
 
 HOLDS_FROM_THE_START = ("host", "port", "cors_origins", "state_dir", "demo")  # of [server]
@@ -6811,11 +6821,7 @@ async def resources(app: web.Application) -> AsyncIterator[None]:
             if session.task is not None:
                 interrupt_task(state, session, "restarted")
         await state.store.checkpoint()  # what the last process left in the log
-        path = state_file(state.config, "knowledge.db")
-        try:
-            state.knowledge = opened.enter_context(contextlib.closing(Knowledge(path)))
-        except (sqlite3.Error, OSError) as error:
-            raise ConfigError(f"{path} cannot be used: {error}") from None
+        opened.enter_context(open_index(state))
         for site in state.sites.values():
             await index_texts(state, site)
         state.http = await opened.enter_async_context(new_client())
@@ -7050,24 +7056,26 @@ def find_person(path: Path, who: str) -> Json:
 def erase_person(config: Config, path: Path, kept: Json) -> None:
     """Have it erased: by the server, if one runs on this folder, else here."""
     ids = [one["sessionId"] for one in kept["chats"]] + [one["id"] for one in kept["messages"]]
-    request = path.with_name("erase")
+    request = path.with_name(f"{secrets.token_hex(4)}.erase")
     new = request.with_suffix(".new")
     new.write_text("\n".join(ids))
     new.chmod(0o644)  # the server may be another user
     new.rename(request)
     try:
         os.close(lock_folder(path))
-    except ConfigError:  # a server runs, and looks every other second
-        for _ in range(100):
-            if not request.exists():
-                return
-            time.sleep(0.1)
-        raise ConfigError("the server is busy; it will erase that when it comes to it") from None
-    app = new_state(config)
-    open_state(app, path)
-    take_erasures(app)
-    asyncio.run(app.store.checkpoint())
-    app.store.close()
+    except ConfigError:
+        pass  # a server runs, and looks every other second
+    else:
+        app = new_state(config)
+        open_state(app, path)
+        take_erasures(app)
+        asyncio.run(app.store.checkpoint())
+        app.store.close()
+    for _ in range(100):
+        if not request.exists():
+            return
+        time.sleep(0.1)
+    raise ConfigError("the database is busy; that will be erased when the server comes to it")
 
 
 def answer_person(config: Config, who: str, *, erase: bool) -> str:
@@ -7101,18 +7109,17 @@ async def crawl_now(config: Config, site_id: str) -> int:
     sites = [one for one in state.sites.values() if one.crawl and site_id in ("", one.id)]
     if not sites:
         raise ConfigError(f"sites[{site_id}].crawl is not set" if site_id else "no crawl is set")
-    knowledge = state.knowledge = Knowledge(path.with_name("knowledge.db"))
-    async with new_client() as state.http, new_client(public=True) as state.public_http:
-        for site in sites:
-            crawl = start_crawl(state, site, time.time())
-            crawl.tell = functools.partial(print, flush=True)
-            failed += not await cast(Any, crawl.runner)
-            pages, total = await knowledge.call(knowledge.pages, site.id, 10**6, 0)
-            chars = sum(page["chars"] for page in pages)
-            ways = (await knowledge.call(knowledge.find, site.id, "")).contacts
-            print(f"{site.id}: {total} pages with {chars:,} characters are known now")
-            print(f"contacts: {', '.join(ways) or 'none'}", flush=True)
-    knowledge.close()
+    with open_index(state) as knowledge:
+        async with new_client() as state.http, new_client(public=True) as state.public_http:
+            for site in sites:
+                crawl = start_crawl(state, site, time.time())
+                crawl.tell = functools.partial(print, flush=True)
+                failed += not await cast(Any, crawl.runner)
+                pages, total = await knowledge.call(knowledge.pages, site.id, 10**6, 0)
+                chars = sum(page["chars"] for page in pages)
+                ways = (await knowledge.call(knowledge.find, site.id, "")).contacts
+                print(f"{site.id}: {total} pages with {chars:,} characters are known now")
+                print(f"contacts: {', '.join(ways) or 'none'}", flush=True)
     return min(failed, 1)
 
 
@@ -7120,11 +7127,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="An AI agent for your website.")
     default = os.environ.get("LEFLUX_CONFIG") or HERE / "config.toml"
     parser.add_argument("--config", type=Path, default=default, metavar="FILE")
-    parser.add_argument("--check", action="store_true", help="check the configuration and exit")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--check", action="store_true", help="check the configuration and exit")
     for name, help in (("--export", "print"), ("--erase", "delete")):
         help += " what is kept of a chat's id or an e-mail address"
-        parser.add_argument(name, metavar="SESSION|EMAIL", help=help)
-    parser.add_argument(
+        modes.add_argument(name, type=text(300, 1), metavar="SESSION|EMAIL", help=help)
+    modes.add_argument(
         "--crawl", nargs="?", const="", metavar="SITE", help="read the websites now, or one of them"
     )
     options = parser.parse_args(arguments)

@@ -10057,15 +10057,20 @@ async def test_export_and_erase(tmp_path: Path) -> None:
     async with program(tmp_path, "[limits]\nidle_minutes = 0.001") as running:
         late = await running.server.visitor()
         await late.ask("I am late@example.com from Oslo")
+        later = await running.server.visitor()
+        await later.ask("I am later@example.com from Bergen")
         await asyncio.sleep(0.2)
         assert (await late.get()).error == (404, "session_not_found")
         assert json.loads(await tell("--export", late.id))["chats"][0]["sessionId"] == late.id
-        assert await tell("--erase", late.id) == "erased: 1 chat(s), 0 message(s)\n"
+        told = await asyncio.gather(*(tell("--erase", one.id) for one in (late, later)))
+        assert told == ["erased: 1 chat(s), 0 message(s)\n"] * 2
         await running.stop()
-    assert traces(tmp_path, "Oslo") == []
+    assert traces(tmp_path, "Oslo", "Bergen") == []
     assert await tell("--erase", "bada@example.com") == "erased: 1 chat(s), 0 message(s)\n"
     assert traces(tmp_path, "Madrid") == []
-    assert not files_in(tmp_path) & {"erase", "erase.new"}
+    assert not {name for name in files_in(tmp_path) if name.endswith((".erase", ".new"))}
+    code, out, _ = await run_program("--erase", "", STATE_DIRECTORY=str(tmp_path))
+    assert (code, out) == (2, "")  # neither everybody is meant nor is a server to start
 
 
 # ---------------------------------------------------------------------------------------------
