@@ -239,9 +239,7 @@ def check_table(
     table: Any, rules: Rules, path: str, errors: dict[str, str], *, null_ok: bool = False
 ) -> Json:
     """Return the clean values of a nested table; what is wrong goes into errors by its path.
-
-    With null_ok it is a merge patch, where any known key may be null.
-    """
+    With null_ok it is a merge patch, where any known key may be null."""
     clean: Json = {}
     if not isinstance(table, dict):
         errors[path] = str(wrong_value("a table", table))
@@ -381,10 +379,8 @@ TRACKING = re.compile(
 
 
 def normal_url(link: str, base: str = "") -> str:
-    """Return a link as URLs are compared, or "" if it is not one of http(s).
-
-    That is absolute, without fragment, tracking and default port, and with its query sorted.
-    """
+    """Return a link as URLs are compared, or "" if it is not one of http(s): absolute, without
+    fragment, tracking and default port, and with its query sorted."""
     try:
         url = urllib.parse.urlsplit(urllib.parse.urljoin(base, link.strip()) if link else base)
     except ValueError:
@@ -403,7 +399,6 @@ def normal_url(link: str, base: str = "") -> str:
 
 # ---------------------------------------------------------------------------------------------
 # Widget configuration: the rules of siteConfig, once, as data.
-
 
 web_url = text(
     2000,  # http(s)://..., or no scheme at all: no colon before the first / ? or #
@@ -832,15 +827,11 @@ def say(language: str, key: str, **values: str) -> str:
 
 Sentences = Callable[..., str]  # say, in a language
 ENGLISH: Sentences = functools.partial(say, "en")
-
-
 LIGATURES = re.compile("[\u3200-\u33ff\ufdf0-\ufdff]")  # for whole words, of up to 18 letters
 UNSEEN = re.compile(
     f"[{''.join(c for c in map(chr, range(2**16)) if unicodedata.category(c) == 'Cf')}"
     "\U000e0000-\U000e0fff]"
 )
-
-
 # Accents, Arabic vowel signs, the Hindi dot below (others are part of a letter); letters that show
 # nothing, frames around letters, and how an emoji looks.
 ACCENTS = re.compile(
@@ -1068,9 +1059,7 @@ class Task:
 
 class Held:
     """What sessions hold of one kind in memory, in bytes, those that were unused longest first.
-
-    Beyond the limit these are let go.
-    """
+    Beyond the limit these are let go."""
 
     def __init__(self, limit_bytes: float, let_go: Callable[[Session], None]) -> None:
         self._limit, self._let_go = limit_bytes, let_go
@@ -1212,10 +1201,8 @@ class Connection:
     frame_times: list[float] = dataclasses.field(default_factory=list)  # the last ones
 
     def fail(self, code: str, message: str, close_code: int | None = None) -> None:
-        """Send an error event and, with a close code, end the socket after it.
-
-        It is not part of the conversation: its seq is the last one sent.
-        """
+        """Send an error event and, with a close code, end the socket after it. It is not part of
+        the conversation: its seq is the last one sent."""
         if self.close_code is None:
             data = {"message": message, "code": code}
             self.outbox.append(encode_event("error", data, self.cursor - 1))
@@ -1315,9 +1302,8 @@ class AppState:
     held: Counter[str] = dataclasses.field(default_factory=Counter)  # connections of addresses
     once_a_minute: RateLimitedLog = dataclasses.field(default_factory=RateLimitedLog)
     messages_processed: int = 0
-    counts: dict[tuple[str, str], float] = dataclasses.field(  # of /metrics, by name and labels
-        default_factory=lambda: defaultdict(float)
-    )
+    # The numbers of /metrics, by name and labels.
+    counts: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
     model_succeeded: float | None = None  # Unix time of the last call that did
     model_failed: tuple[float, str] | None = None  # Unix time of the last one, what was wrong
     last_id: int = 0
@@ -1333,7 +1319,8 @@ class AppState:
 
     def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """Add to a number of /metrics; its labels have few values, none of a visitor's making."""
-        self.counts[name, ",".join(f'{label}="{of}"' for label, of in labels.items())] += amount
+        key = name, ",".join(f'{label}="{of}"' for label, of in labels.items())
+        self.counts[key] = self.counts.get(key, 0) + amount
 
     def next_id(self) -> int:
         """The number in msg-, action- and stream- ids: milliseconds, each only once."""
@@ -1406,10 +1393,8 @@ def find_site(index: Mapping[HostEntry, Site], host: str, port: int) -> Site | N
 
 
 def caller_host(method: str, headers: Mapping[str, str], scheme: str) -> tuple[str, int] | None:
-    """Return (host, port) of the page that calls, None if no header proves one.
-
-    headers is a multidict. Only a GET may come without Origin, from a page of our own origin.
-    """
+    """Return (host, port) of the page that calls, None if no header (of a multidict) proves one.
+    Only a GET may come without Origin, from a page of our own origin."""
     everything = headers.getall  # type: ignore[attr-defined]
     origins = everything("Origin", [])
     if len(origins) == 1:
@@ -1525,10 +1510,8 @@ def keep_context(app: AppState, session: Session, context: Json) -> None:
 
 
 def drop_session(app: AppState, session: Session, *, keep: bool = False) -> None:
-    """End a session: its turn is stopped, its socket closed.
-
-    The next flush erases its rows, unless they are to be kept for the site's owner.
-    """
+    """End a session: its turn is stopped, its socket closed. The next flush erases its rows,
+    unless they are to be kept for the site's owner."""
     app.sessions.pop(session.id, None)
     app.contexts.note(session, 0)
     keeps = app.config.limits.keep_days > 0 and app.store.path is not None
@@ -4166,9 +4149,7 @@ OVERFLOW = re.compile(
 
 def provider_error(event: Any, status: int = 0, wait: float | None = None) -> ModelError:
     """Return what an event of a stream means as an error, or the body of a refusal by its status.
-
-    What is logged of it is its code or type, never its texts.
-    """
+    What is logged of it is its code or type, never its texts."""
     error = event.get("error") or event if isinstance(event, dict) else event
     fields = error if isinstance(error, dict) else {}
     # Not all that it says: a refusal may quote the request, and with it the visitor's page.
@@ -4312,10 +4293,8 @@ def public_socket(info: aiohttp.AddrInfoType) -> socket.socket:
 
 
 def new_client(*, public: bool = False) -> aiohttp.ClientSession:
-    """The app's one client, or one that reaches public addresses only.
-
-    A request's trace_request_ctx tells whether its connection is old.
-    """
+    """The app's one client, or one that reaches public addresses only. A request's
+    trace_request_ctx tells whether its connection is old."""
 
     async def note_reuse(session: aiohttp.ClientSession, context: Any, params: Any) -> None:
         if context.trace_request_ctx is not None:
@@ -4376,10 +4355,8 @@ class ChatModel:
         }
 
     async def reply(self, turn: Turn) -> Pieces:
-        """Ask the model, with less of the conversation and the page where it is too long.
-
-        Each call keeps within the site's budget: reserved before it, settled after it.
-        """
+        """Ask the model, with less of the conversation and the page where it is too long. Each
+        call keeps within the site's budget: reserved before it, settled after it."""
         app, site, task = turn.app, turn.site, turn.task
         rate = (f"call {turn.session.id}", app.config.limits.model_calls_per_minute)
         for divisor, page_part in PROMPT_SHARES:
@@ -4425,10 +4402,8 @@ class ChatModel:
         raise ContextOverflow("the prompt is too long for it, however short")
 
     async def stream(self, prompt: list[Json], completion: Completion) -> Pieces:
-        """Yield the model's raw text as it arrives. Raises ModelError.
-
-        Failures before the first text are retried. What comes after a finish_reason is none.
-        """
+        """Yield the model's raw text as it arrives. Raises ModelError: failures before the first
+        text are retried, what comes after a finish_reason is none."""
         for attempt in itertools.count(1):
             try:
                 async with contextlib.aclosing(self._attempt(prompt, completion)) as pieces:
@@ -4441,7 +4416,6 @@ class ChatModel:
                 # Its text can hold what the provider sent: the name alone is logged. A deadline
                 # of ours has taken its time already.
                 failure = ModelError(type(error).__name__, retry=type(error) is not TimeoutError)
-                failure.__cause__ = error
             if completion.finished:
                 return
             log.warning("model call failed: %s (attempt %d)", failure, attempt)
@@ -4480,10 +4454,8 @@ class ChatModel:
                     timer.reschedule(min(deadline, end))  # not for each piece, it costs too much
 
     async def _open(self, prompt: list[Json]) -> aiohttp.ClientResponse:
-        """Return a response with status 200; raise what others mean.
-
-        Asks at once again if a parameter is refused, or an old connection turns out to be closed.
-        """
+        """Return a response with status 200; raise what others mean. Asks at once again if a
+        parameter is refused, or an old connection turns out to be closed."""
         while True:
             params, connection = self._params, dict[str, bool]()
             body = {"model": self._config.model, "stream": True, "messages": prompt, **params}
@@ -5045,10 +5017,7 @@ def start_turn(app: AppState, session: Session, task: Task) -> int:
 
 
 def start_task(app: AppState, session: Session, task: Task) -> str:
-    """Take a visitor's message, end what is running, answer in the background.
-
-    Returns the message's id.
-    """
+    """Take a visitor's message, end what runs, answer in the background; return its id."""
     interrupt_task(app, session)
     app.messages_processed += 1
     session.last_active = time.monotonic()
@@ -6488,7 +6457,6 @@ def on_continue_task(app: AppState, session: Session, data: Json) -> None:
 
 RESULT_FIELDS: Fields = {
     "success": (flag, ...),
-    "results": (list_of(an_object), ()),
     "completedSteps": (whole(0, 1000), 0),
     "totalSteps": (whole(0, 1000), 0),
     "elementId": (whole(0, 2**53), 0),
@@ -6496,20 +6464,17 @@ RESULT_FIELDS: Fields = {
 }
 
 
-def on_action_complete(app: AppState, session: Session, data: Json, default_id: Any = ...) -> None:
-    """What became of the plan that is out."""
+def on_action_complete(
+    app: AppState, session: Session, data: Json, default_id: Any = ..., results: Any = ()
+) -> None:
+    """What became of the plan that is out. A sequence needs no id, but its results."""
     action_id = checked_field(data, "actionId", text(100, 1), default_id)
     raw = checked_field(data, "result", an_object)
-    result = checked_fields(raw, RESULT_FIELDS, "result.")
+    fields = {**RESULT_FIELDS, "results": (list_of(an_object), results)}
+    result = checked_fields(raw, fields, "result.")
     session.last_active = time.monotonic()
     note_result(session, action_id, result, session.last_active)
     app.store.save(session)
-
-
-def on_sequence_complete(app: AppState, session: Session, data: Json) -> None:
-    result = checked_field(data, "result", an_object)
-    checked_field(result, "results", list_of(an_object), path="result.")
-    on_action_complete(app, session, data, None)
 
 
 def on_confirmation_response(app: AppState, session: Session, data: Json) -> None:
@@ -6522,7 +6487,7 @@ SOCKET_EVENTS: dict[str, Callable[[AppState, Session, Json], None]] = {
     "update_context": on_update_context,
     "continue_task": on_continue_task,
     "action_complete": on_action_complete,
-    "sequence_complete": on_sequence_complete,
+    "sequence_complete": functools.partial(on_action_complete, default_id=None, results=...),
     "confirmation_response": on_confirmation_response,
     "stop": lambda app, session, data: interrupt_task(app, session, "stopped"),
 }
