@@ -807,9 +807,7 @@ def all_words() -> dict[str, Json]:
         words = {path.stem: orjson.loads(path.read_bytes()) for path in files}
         return {"en": words["en"], **words}
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"widget/words, which belongs to this file, is not whole: {error!r}"
-        ) from None
+        raise ConfigError(f"widget/words, which belongs here, is not whole: {error!r}") from None
 
 
 def shipped_language(tag: str) -> str:
@@ -4507,17 +4505,14 @@ class ThinkFilter:
     def feed(self, piece: str, last: bool = False) -> str:
         if "<" not in piece and not self._tail:
             return "" if self._thinking else piece
-        piece = self._tail + piece
-        half = None if last else self._HALF.search(piece, max(0, len(piece) - 8))
-        cut = half.start() if half else len(piece)
-        self._tail = piece[cut:]
+        *parts, rest = self._TAG.split(self._tail + piece)  # text, tag, text, tag, ..., text
+        half = None if last else self._HALF.search(rest, max(0, len(rest) - 8))
+        self._tail = half[0] if half else ""
         said = ""
-        for part in self._TAG.split(piece[:cut]):
-            if self._TAG.fullmatch(part):
-                self._thinking = part[1] != "/"
-            elif not self._thinking:
-                said += part
-        return said
+        for before, tag in zip(parts[::2], parts[1::2], strict=True):
+            said += "" if self._thinking else before
+            self._thinking = tag[1] != "/"
+        return said + ("" if self._thinking else rest.removesuffix(self._tail))
 
 
 class PairJoiner:
@@ -6531,20 +6526,22 @@ def errors_to(connection: Connection) -> Iterator[None]:
         connection.fail(code, error.message, 4404 if gone else None)
 
 
-def accept_frame(app: AppState, connection: Connection, frame: aiohttp.WSMessage) -> bool:
-    """Act on a frame; returns whether another one is to be read."""
-    if connection.flooded(time.monotonic()):
-        app.count("limits_hit_total", code="frames")
-        connection.close(1008)
-        return False
-    if connection.close_code is not None:
-        pass  # what a client says while it is shown out does not count
-    elif frame.type is web.WSMsgType.BINARY:
-        connection.close(1003)
-    elif frame.type is web.WSMsgType.TEXT:
-        with errors_to(connection):
-            dispatch(app, connection, frame.data)
-    return True
+async def read_frames(app: AppState, connection: Connection) -> None:
+    """Act on a client's frames until it is gone, or sends too many."""
+    async for frame in connection.ws:
+        if connection.flooded(time.monotonic()):
+            app.count("limits_hit_total", code="frames")
+            connection.close(1008)
+            return
+        if connection.close_code is not None:
+            continue  # what a client says while it is shown out does not count
+        if frame.type is web.WSMsgType.BINARY:
+            connection.close(1003)
+        elif frame.type is web.WSMsgType.TEXT:
+            with errors_to(connection):
+                dispatch(app, connection, frame.data)
+        elif frame.type is web.WSMsgType.PING:
+            await connection.ws.pong(frame.data)
 
 
 async def serve_socket(request: web.Request) -> web.WebSocketResponse:
@@ -6572,11 +6569,7 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
             now = time.monotonic()
             with errors_to(connection):
                 join(connection, find_session(app, session_id, site.id, now), last_seq, now)
-        async for frame in ws:
-            if not accept_frame(app, connection, frame):
-                break
-            if frame.type is web.WSMsgType.PING and connection.close_code is None:
-                await ws.pong(frame.data)
+        await read_frames(app, connection)
     except ConnectionError:
         pass  # the client is gone in the middle of a frame
     except Exception:
