@@ -894,6 +894,12 @@ def risk_pattern(kind: str, mark: str) -> re.Pattern[str]:
     return re.compile(rf"(?:(?<!\w)|(?=[\u0300-\U0010ffff]))(?:{patterns})")  # where one can begin
 
 
+def compile_risks() -> None:
+    """Compile all patterns ahead, in a thread: it takes half a second."""
+    for kind, mark in (("secret", ""), *(("irreversible", mark) for mark in ("", "+", "="))):
+        risk_pattern(kind, mark)
+
+
 def is_named(kind: str, text: str, mark: str = "") -> bool:
     """Whether a text, already plain, holds one of a kind's risky words."""
     return any(found["but"] is None for found in risk_pattern(kind, mark).finditer(text))
@@ -3438,7 +3444,7 @@ class Page:
             if (key := (one.get("id"), one.get("inputType"))) in self.passed:
                 continue
             self.passed.add(key if "id" in one else ())
-            if is_submit(one):
+            if "submit" in self.site.restrictions and is_submit(one):
                 self.allow("submit")
             if href := one.get("href"):
                 url, here = self.resolve(href), urllib.parse.urlsplit(self.address)
@@ -3578,13 +3584,13 @@ def is_irreversible(element: Json, choices: Iterable[str], page: Page) -> bool:
         url = page.resolve(element["href"])
         words.append(plain_words(urllib.parse.unquote(" ".join(url[2:]))))
         is_clear &= url.scheme in ("http", "https")
-    if is_clear and not is_named("irreversible", names, "="):
-        if sends_form(element):
+    sends = sends_form(element)
+    if (sends or element.get("inModal")) and not is_named("irreversible", names, "="):
+        words.append(element_text(element, "parent", "heading"))
+        if sends:
             label = plain_words(element_label(element))
             own = [risky for form, risky in page.forms if label in form]
-            is_clear = not any(own or [risky for _, risky in page.forms])
-        if sends_form(element) or element.get("inModal"):
-            words.append(element_text(element, "parent", "heading"))
+            is_clear &= not any(own or [risky for _, risky in page.forms])
     return not is_clear or any(is_named("irreversible", one) for one in words)
 
 
@@ -6791,6 +6797,7 @@ async def resources(app: web.Application) -> AsyncIterator[None]:
             repeat(lambda: post_letters(state, time.monotonic())),
             repeat(lambda: crawl_what_is_due(state, time.time())),
             repeat(state.store.checkpoint),
+            asyncio.to_thread(compile_risks),
         )
         tasks = [asyncio.create_task(work) for work in works]
         yield
@@ -6825,8 +6832,6 @@ async def drain(app: web.Application) -> None:
 def make_app(config: Config) -> web.Application:
     """Build the application; raise ConfigError if the knowledge cannot be read."""
     app = web.Application(middlewares=[shape_errors], client_max_size=MAX_BODY_BYTES)
-    for kind, mark in (("secret", ""), *(("irreversible", mark) for mark in ("", "+", "="))):
-        risk_pattern(kind, mark)  # takes its time
     app[APP_STATE] = new_state(config)
     app[APP_STATE].files = read_knowledge(config)
     allowed = aiohttp_cors.ResourceOptions(  # type: ignore[no-untyped-call]
