@@ -3329,23 +3329,27 @@ class ActionRejected(Exception):
     """Why an action may not run, in words for the model."""
 
 
-def sends_form(element: Json) -> bool:
+NO_FIELD = "button|link|submit|image|reset|summary|tab|menuitem|option|iframe"
+
+
+def has_kind(element: Json, kinds: str) -> bool:
     words = element_text(element, "type", "inputType", "role")
-    return re.search(r"\b(submit|image)\b", words) is not None
+    return re.search(rf"\b({kinds})\b", words) is not None
+
+
+def sends_form(element: Json) -> bool:
+    return has_kind(element, "submit|image")
 
 
 def is_submit(element: Json) -> bool:
     """Whether it sends a form, by its type or by its name in any language."""
-    return sends_form(element) or is_named(
-        "irreversible", element_text(element, *_NAMES, "value"), "+"
-    )
+    names = element_text(element, *_NAMES, "value")
+    return sends_form(element) or is_named("irreversible", names, "+")
 
 
 def is_field(element: Json) -> bool:
     """Whether the visitor writes or chooses there; Enter in it sends its form."""
-    kinds = element_text(element, "type", "role", "inputType")
-    no_field = r"\b(button|link|submit|image|reset|summary|tab|menuitem|option|iframe)\b"
-    return not element.get("href") and not re.search(no_field, kinds)
+    return not element.get("href") and not has_kind(element, NO_FIELD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3515,11 +3519,10 @@ def check_step(raw: Any, page: Page) -> Json:
     kind = raw.get("action") if isinstance(raw, dict) else None
     if kind not in STEP_KINDS:
         raise ActionRejected("a step's action must be one of " + ", ".join(STEP_KINDS))
-    step, default = {"action": kind}, "wait"
+    step, element, default = {"action": kind}, {}, "wait"
     if kind == "navigate":
         step["url"] = page.url(raw.get("url"))
         default = f"go to {step['url']}"[:280]
-        page.check_touch(step, {})
     elif kind == "wait":
         wait = raw.get("waitDuration")
         if type(wait) not in (int, float) or not 0 <= wait < math.inf:
@@ -3529,18 +3532,17 @@ def check_step(raw: Any, page: Page) -> Json:
         element = page.element(raw.get("elementId"))
         step["elementId"] = element["id"]
         default = f"{kind} {element_label(element)[:80]}".strip()
-        if kind == "press":
-            if raw.get("key") not in KEYS:
-                raise ActionRejected("key must be one of " + ", ".join(KEYS))
-            step["key"] = raw["key"]
-        if kind in ("type", "select"):
-            if not isinstance(raw.get("inputData"), str):
-                raise ActionRejected("inputData must be a string")
-            typed = raw["inputData"][:MAX_TYPED_CHARS]
-            if "area" not in str(element.get("type")):  # a line end could submit the form
-                typed = " ".join(typed.splitlines())
-            step["inputData"] = typed
-        page.check_touch(step, element)
+    if kind == "press":
+        if raw.get("key") not in KEYS:
+            raise ActionRejected("key must be one of " + ", ".join(KEYS))
+        step["key"] = raw["key"]
+    if kind in ("type", "select"):
+        if not isinstance(raw.get("inputData"), str):
+            raise ActionRejected("inputData must be a string")
+        typed = raw["inputData"][:MAX_TYPED_CHARS]
+        is_area = "area" in str(element.get("type"))  # elsewhere a line end could submit the form
+        step["inputData"] = typed if is_area else " ".join(typed.splitlines())
+    page.check_touch(step, element)
     return step | {"description": short_text(raw, "description", 280, default)}
 
 
@@ -3644,7 +3646,7 @@ def question_first(turn: Turn, plan: Plan, page: Page) -> tuple[str, str]:
     asked = " ".join(turn.say(key, what=", ".join(what)) for key, what in names.items())
     if fields := filled_fields(plan, page):
         asked = "\n".join([asked, "", turn.say("confirm_fields"), *fields])
-    return asked, next(iter(risky))[1] or turn.say("yes")
+    return asked, next(iter(risky))[1]
 
 
 def fingerprint(context: Json) -> tuple[str, int]:
@@ -3704,27 +3706,16 @@ def offer_plan(turn: Turn, plan: Plan) -> None:
     return finish_turn(turn, "action_plan", data)
 
 
-def ask_first(turn: Turn, plan: Plan | None, question: str, yes: str, no: str) -> None:
+def ask_first(turn: Turn, plan: Plan | None, question: str, yes: str, no: str = "") -> None:
     """Keep a plan (None: the task's letter) until the visitor agrees, with the page it is about."""
     task = turn.task
     elements = list(plan.elements.values()) if plan is not None else []
     task.phase, task.plan = "confirming", plan
     task.seen = {"url": turn.session.context.get("url"), "indexedElements": elements}
     task.asked = question
-    data = {"message": question, "confirm_label": yes, "cancel_label": no}
+    labels = {"confirm_label": yes or turn.say("yes"), "cancel_label": no or turn.say("no")}
+    data = {"message": question, **labels}
     finish_turn(turn, "confirmation_required", data, question)
-
-
-def texts(**fields: tuple[int, str]) -> Callable[[Json, Page], Json]:
-    """The check of an action's texts: the limit and the default of each."""
-    return lambda raw, page: {name: short_text(raw, name, *rule) for name, rule in fields.items()}
-
-
-def only_talk(turn: Turn, action: Json) -> None:
-    if turn.said.strip():
-        return finish_turn(turn)
-    log.warning("a reply has no message")
-    return end_with_message(turn, turn.say("no_answer"), isError=True)
 
 
 def ask_user(turn: Turn, action: Json) -> None:
@@ -3742,7 +3733,6 @@ BLOCKS = {  # the list of each, and the fields of its items, as LeFlux publishes
     "faq_list": ("items", "q a"),
     "link_cards": ("cards", "title description url icon cta_action"),
 }
-BLOCK_TYPES = tuple(BLOCKS)
 MAX_BLOCK_ITEMS, MAX_BLOCK_CHARS = 8, 280
 
 
@@ -3770,16 +3760,16 @@ def check_item(raw: Any, fields: Sequence[str], page: Page) -> Json:
 
 
 def check_block(raw: Json, page: Page) -> Json:
-    if raw.get("block_type") not in BLOCK_TYPES:
-        raise ActionRejected("block_type must be one of " + ", ".join(BLOCK_TYPES))
-    name, fields = BLOCKS[raw["block_type"]]
+    if (kind := str(raw.get("block_type"))) not in BLOCKS:
+        raise ActionRejected("block_type must be one of " + ", ".join(BLOCKS))
+    name, fields = BLOCKS[kind]
     data = raw.get("data")
     items = data.get(name, data.get("items")) if isinstance(data, dict) else data
     items = items[:50] if isinstance(items, list) else []
     cards = list(filter(None, (check_item(item, fields.split(), page) for item in items)))
     if not cards:
         raise ActionRejected(f"data must be an object with a list of {name}, each with {fields}")
-    return {"block_type": raw["block_type"], "data": {name: cards[:MAX_BLOCK_ITEMS]}}
+    return {"block_type": kind, "data": {name: cards[:MAX_BLOCK_ITEMS]}}
 
 
 def show_block(turn: Turn, action: Json) -> None:
@@ -3787,39 +3777,25 @@ def show_block(turn: Turn, action: Json) -> None:
     finish_turn(turn, "ui_block", {**action, "message": turn.said}, shown)
 
 
-CONFIRMATION_TEXTS = texts(message=(500, ""), confirm_label=(60, ""), cancel_label=(60, ""))
-
-
-def check_confirmation(raw: Json, page: Page) -> Json:
-    return CONFIRMATION_TEXTS(raw, page) | {"plan": check_plan(raw.get("pending_action"), page)}
-
-
 def ask_to_confirm(turn: Turn, action: Json) -> None:
     plan = action["plan"]
     question = action["message"] or turn.said or turn.say("confirm_plan", what=plan.description)
-    yes, no = (action[f"{one}_label"] for one in ("confirm", "cancel"))
-    ask_first(turn, plan, question, yes or turn.say("yes"), no or turn.say("no"))
-
-
-LETTER_TEXTS = texts(name=(100, ""), email=(320, ""), message=(2000, ""))
-
-
-def check_letter(raw: Json, page: Page) -> Json:
-    letter = {field: printable(value) for field, value in LETTER_TEXTS(raw, page).items()}
-    if not letter["message"] or not re.fullmatch(EMAIL, letter["email"]):
-        raise ActionRejected("message or a valid email is missing: ask the visitor for it")
-    return letter | {"name": " ".join(letter["name"].split())}
+    ask_first(turn, plan, question, action["confirm_label"], action["cancel_label"])
 
 
 def ask_to_contact(turn: Turn, action: Json) -> None:
     """Show the visitor all that the owner would get, in our words."""
+    letter = {field: printable(value) for field, value in action.items()}
+    letter["name"] = " ".join(letter["name"].split())
+    if not letter["message"] or not re.fullmatch(EMAIL, letter["email"]):
+        raise ActionRejected("message or a valid email is missing: ask the visitor for it")
     if not may_write(turn.app, turn.session, time.time()):
         return end_with_message(turn, turn.say("too_many_letters"))
-    turn.task.letter = action
-    sender = ", ".join(filter(None, (action["name"], action["email"])))
+    turn.task.letter = letter
+    sender = ", ".join(filter(None, (letter["name"], letter["email"])))
     question = turn.say("contact_confirm", what=turn.site.name)
-    question += f"\n\n{action['message']}\n\n{sender}"
-    return ask_first(turn, None, question, turn.say("contact_send"), turn.say("no"))
+    question += f"\n\n{letter['message']}\n\n{sender}"
+    return ask_first(turn, None, question, turn.say("contact_send"))
 
 
 def complete_task(turn: Turn, action: Json) -> None:
@@ -3835,24 +3811,31 @@ def abort_workflow(turn: Turn, action: Json) -> None:
     end_with_message(turn, action["reason"] or turn.said or turn.say("not_possible"))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Action:
-    """A type of action: what the model reads of it, the JSON schemas of its fields, its check
-    (clean fields, or ActionRejected; a plan among them is its own "plan") and its effect, which
-    ends the turn."""
-
-    help: str
-    fields: Json
-    check: Callable[[Json, Page], Json]
-    apply: Callable[[Turn, Json], None]
-
-
 STRING, INTEGER = {"type": "string"}, {"type": "integer"}
 MAYBE_STRING, MAYBE_INTEGER = {"type": ["string", "null"]}, {"type": ["integer", "null"]}
 
 
 def strings(names: str, kind: Json = STRING) -> Json:
     return dict.fromkeys(names.split(), kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class Action:
+    """A type of action: what the model reads of it, and its effect, which ends the turn.
+
+    Its fields: the limit and the default of each text, the JSON schemas of all others, and the
+    check of these (clean fields, or ActionRejected; a plan among them is its own "plan").
+    """
+
+    help: str
+    apply: Callable[[Turn, Json], None]
+    texts: Mapping[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    others: Json = dataclasses.field(default_factory=dict)
+    check: Callable[[Json, Page], Json] = lambda raw, page: {}
+
+    @property
+    def fields(self) -> Json:
+        return dict.fromkeys(self.texts, STRING) | self.others
 
 
 def list_schema(items: Json) -> Json:
@@ -3889,9 +3872,9 @@ def plan_action(help: str, **fields: Json) -> Action:
     """An action that is a plan for the client."""
     return Action(
         help,
-        fields | strings("description"),
-        lambda raw, page: {"plan": check_plan(raw, page)},
         lambda turn, action: offer_plan(turn, action["plan"]),
+        others=fields | strings("description"),
+        check=lambda raw, page: {"plan": check_plan(raw, page)},
     )
 
 
@@ -3906,45 +3889,41 @@ PLANS = {
     "navigate": plan_action("go to another page of this website", url=STRING),
 }
 ACTIONS: dict[str, Action] = {
-    "none": Action("only talk", {}, texts(), only_talk),
+    "none": Action("only talk", lambda turn, action: None),
     **PLANS,
     "ask_user": Action(
         "ask for one thing that is missing; leave message empty",
-        strings("question field_name field_type"),
-        texts(question=(1000, ""), field_name=(80, "answer"), field_type=(40, "text")),
         ask_user,
+        {"question": (1000, ""), "field_name": (80, "answer"), "field_type": (40, "text")},
     ),
     "render_ui_block": Action(
         "show cards: at most 8 with short texts; cta_action is what the visitor says by a click."
         " data: " + "; ".join(f"{kind} {{{a}: [{{{b}}}]}}" for kind, (a, b) in BLOCKS.items()),
-        {
-            "block_type": {"type": "string", "enum": list(BLOCK_TYPES)},
+        show_block,
+        others={
+            "block_type": {"type": "string", "enum": list(BLOCKS)},
             "data": {"anyOf": [block_schema(*block) for block in BLOCKS.values()]},
         },
-        check_block,
-        show_block,
+        check=check_block,
     ),
     "confirmation_required": Action(
         "ask before you do what cannot be undone; pending_action then runs",
-        strings("message confirm_label cancel_label") | {"pending_action": any_action(PLANS)},
-        check_confirmation,
         ask_to_confirm,
+        {"message": (500, ""), "confirm_label": (60, ""), "cancel_label": (60, "")},
+        {"pending_action": any_action(PLANS)},
+        lambda raw, page: {"plan": check_plan(raw.get("pending_action"), page)},
     ),
     "contact_owner": Action(
         "pass a message on to the people behind this website; the visitor will see and confirm it",
-        strings("name email message"),
-        check_letter,
         ask_to_contact,
+        {"name": (100, ""), "email": (320, ""), "message": (2000, "")},
     ),
     "task_complete": Action(
         "the page shows that what the visitor wanted is done",
-        strings("summary"),
-        texts(summary=(1000, "")),
         complete_task,
+        {"summary": (1000, "")},
     ),
-    "abort_workflow": Action(
-        "it cannot be done here", strings("reason"), texts(reason=(1000, "")), abort_workflow
-    ),
+    "abort_workflow": Action("it cannot be done here", abort_workflow, {"reason": (1000, "")}),
 }
 ANY_ACTION = any_action(ACTIONS)
 ANY_ACTION["anyOf"].append({"type": "null"})
@@ -3965,7 +3944,8 @@ def check_action(raw: Any, page: Page) -> tuple[Action, Json]:
     kind = ACTIONS.get(str(raw.get("type"))) if isinstance(raw, dict) else None
     if kind is None:
         raise ActionRejected("action.type must be one of " + ", ".join(ACTIONS))
-    return kind, kind.check(raw, page)
+    texts = {name: short_text(raw, name, *rule) for name, rule in kind.texts.items()}
+    return kind, texts | kind.check(raw, page)
 
 
 def perform(turn: Turn, raw: Any, seen: Json) -> None:
@@ -3978,7 +3958,7 @@ def perform(turn: Turn, raw: Any, seen: Json) -> None:
             raise ActionRejected("the visitor has asked a question: answer it, and do nothing")
         question, yes = question_first(turn, plan, page)
         if question:  # in our words: the model's could make it look harmless
-            return ask_first(turn, plan, question, yes, turn.say("no"))
+            return ask_first(turn, plan, question, yes)
     return kind.apply(turn, action)
 
 
@@ -4043,14 +4023,13 @@ def site_notes(found: Found, origin: str) -> list[str]:
     sizes = itertools.accumulate(len(line) + 1 for line in lines)
     lines = [line for line, size in zip(lines, sizes, strict=True) if size <= SITEMAP_CHARS]
     notes = ["Sitemap:", *lines] if lines else []
+    notes += ["\nFound on the website:"] if found.passages else []
     page = ("", "")
     for title, url, heading, text in found.passages:
         if (title, url) != page:
             notes.append(f"\n[{title}]({url})" if url else f"\n{title}".rstrip())
         page = (title, url)
         notes += [heading, text] if heading else [text]
-    if found.passages:
-        notes.insert(len(lines) + bool(lines), "\nFound on the website:")
     return ["\n".join(notes).strip()] if notes else []
 
 
@@ -5088,7 +5067,7 @@ def confirm(app: AppState, session: Session, confirmed: bool) -> None:
         return end_with_message(turn, turn.say("page_changed"))
     question, yes = question_first(turn, plan, page)
     if question and question != task.asked:  # other things are in the fields by now
-        return ask_first(turn, plan, question, yes, turn.say("no"))
+        return ask_first(turn, plan, question, yes)
     return offer_plan(turn, plan)
 
 

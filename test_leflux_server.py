@@ -5943,7 +5943,7 @@ async def test_an_action_without_a_good_effect_ends_visibly(
         if effect == "cannot be sent":
             lf.finish_turn(turn, "ui_block", {"data": {1, 2}})
 
-    dance = lf.Action("dance", {}, lf.texts(), apply)
+    dance = lf.Action("dance", apply)
     monkeypatch.setitem(lf.ACTIONS, "dance", dance)
     for message in ("", "I dance."):
         model.scripts.append(act(message, {"type": "dance"}))
