@@ -312,7 +312,7 @@ async def test_hostile_reply(meet: Meet, serve: Serve, model: FakeModel, pages: 
         texts = "title name q a body description icon price period cta_label cta_url url".split()
         block = {**dict.fromkeys(texts, text[:300]), "features": [text[:300], 7, None]}
         data = {"items": [block, "not an object", None, {**block, "cta_action": text}]}
-        block_type = lf.BLOCKS[number % 4]
+        block_type = list(lf.BLOCKS)[number % 4]
         model.scripts.append(says(text, type="render_ui_block", block_type=block_type, data=data))
         await guest.ask(f"Attack {number}")
         await until(functools.partial(count, "ui_block", number + 1))
