@@ -2284,7 +2284,7 @@ def element_label(element: Json) -> str:
 
 PASSAGE_CHARS = 700
 EMAIL = r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,64}\.[\w.-]{0,190}\w"
-PHONE = r"(?<![\w-])(?:\+|\(?0|\(\d{3}\))[\d ()-]{6,18}\d"
+PHONE = r"(?<![\w-])(?:\+|\(?0|\(\d{3}\))(?:[\d ()]{2,9}/)?[\d ()-]{6,18}\d"
 CONTACT = re.compile(f"{EMAIL}|{PHONE}")
 # Scripts that put no spaces between words, and Korean, which hangs endings on them.
 UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uac00-\ud7af]+")
@@ -2922,7 +2922,6 @@ FACTS = {
 
 class ReadPage(NamedTuple):
     page: WebPage
-    canonical: str  # "" if the page names none
     indexed: bool  # it may be kept, and its links followed
     followed: bool
 
@@ -3034,22 +3033,17 @@ class PageReader(html.parser.HTMLParser):
         name = "" if self.inside[tag] else tag
         while name != tag:
             name, zone = self.open.pop()
-            for one in (name, zone):
-                self.inside[one] -= 1
-                if not self.inside[one]:
-                    del self.inside[one]  # a page may make up any number of tags
+            self.inside.subtract((name, zone))
 
     def handle_data(self, data: str) -> None:
         if self.json is not None:
             self.json.append(data)
         elif self.inside["title"] and not self.inside["/hidden"]:
             self.title += data[:PAGE_CHARS]
-        elif data.isspace():
-            self.words.append(" ")
         elif not self.inside["/hidden"]:
             if not (self.inside["/around"] and self.inside["a"]):
                 self.words.append(data[: self.room])
-            self.spend(len(data))
+            self.spend(len(data.strip()))
 
     def spend(self, amount: int) -> None:
         """Count what is read; raise EOFError when it is enough."""
@@ -3084,16 +3078,15 @@ class PageReader(html.parser.HTMLParser):
         elif tag == "script" and "ld+json" in given.get("type", ""):
             self.json = []
         elif tag == "a" and scheme.lower() in ("mailto", "tel"):
-            if len(self.contacts) < 20:
-                self.contacts[urllib.parse.unquote(address.partition("?")[0]).strip()[:100]] = None
-        elif tag in ("a", "area") and "nofollow" not in rel and len(self.links) < PAGE_LINKS:
+            self.contacts[urllib.parse.unquote(address.partition("?")[0]).strip()[:100]] = None
+        elif tag in ("a", "area") and href and "nofollow" not in rel:
             self.links[href[:2001]] = None
 
     def zone_of(self, tag: str, given: Mapping[str, str]) -> str:
         """Return which part of the page an element begins, "" for none."""
         role = given.get("role", "")
-        if tag in ("html", "body", "main", "article") or role in ("main", "article"):
-            return "/main" if "main" in (tag, role) else "/article" if tag == "article" else ""
+        if "main" in (tag, role) or tag in ("html", "body", "article"):
+            return "/main" if "main" in (tag, role) else ""
         names = given.get("class", "") + " " + given.get("id", "")
         if (
             tag in HIDDEN_TAGS
@@ -3105,44 +3098,58 @@ class PageReader(html.parser.HTMLParser):
         ):
             return "/hidden"
         around = tag in AROUND or role in AROUND.values()
-        return "/around" if around and not self.inside["/main"] + self.inside["/article"] else ""
+        return "/around" if around and not self.inside["/main"] + self.inside["article"] else ""
 
 
 def read_page(
-    raw: bytes, url: str, content_type: str = "", robots: str = "", *, start: bool = False
+    raw: bytes,
+    url: str,
+    headers: Mapping[str, str],
+    is_ours: Callable[[str], object] = bool,
+    *,
+    start: bool = False,
 ) -> ReadPage:
-    """Read a page; of the start page, the texts of header and footer too. Raises ValueError."""
+    """Read a page; of the start page, the texts of header and footer too.
+
+    Its links are those of our website; so is the address that it has, by its own word.
+    """
+    kind, robots, etag, modified = (
+        headers.get(name, "")[:500]
+        for name in ("Content-Type", "X-Robots-Tag", "ETag", "Last-Modified")
+    )
     reader = PageReader(url)
     with contextlib.suppress(EOFError, ValueError):  # what was read until then counts
-        reader.feed("".join(clean_markup(decode_page(raw, content_type))))
+        reader.feed("".join(clean_markup(decode_page(raw, kind))))
         reader.close()
     reader.separate("html")
     body = "/main" if any(zone == "/main" for zone, *_ in reader.blocks) else ""
     around = [text for zone, _, text in reader.blocks if zone != body]
-    path: list[tuple[int, str]] = []
-    found: list[tuple[str, list[str]]] = [("", [reader.description] if reader.description else [])]
+    path, found = list[tuple[int, str]](), [("", reader.description)]
+    heading = ""
     for zone, level, text in reader.blocks:
         if zone == body and level:
             path = [(one, title) for one, title in path if one < level] + [(level, text)]
-            found.append((": ".join(title for one, title in path if one > 1 or level == 1), []))
+            heading = ": ".join(title for one, title in path if one > 1 or level == 1)
         elif zone == body:
-            found[-1][1].append(text)
-    if start:
-        found.append(("", around))
-    said = {text for _, texts in found for text in texts}
-    found += [(name, [text[:2000]]) for name, text in reader.facts[:200] if text not in said]
+            found.append((heading, text))
+    found += [("", text) for text in around if start]
+    said = {text for _, text in found}
+    found += [(name, text[:2000]) for name, text in reader.facts[:200] if text not in said]
     titles = [plain(reader.title), *(text for _, level, text in reader.blocks if level)]
-    contacts = [*reader.contacts, *(one[0] for text in around for one in CONTACT.finditer(text))]
+    reader.contacts |= {one[0]: None for text in around for one in CONTACT.finditer(text)}
+    links = (normal_url(href, reader.base) for href in [*reader.links][:PAGE_LINKS])
     rules = {rule.strip().lower() for rule in f"{robots},{reader.robots}".split(",")}
     page = WebPage(
-        url=url,
+        url=reader.canonical if is_ours(reader.canonical) else url,
         title=next(filter(None, titles), "")[:300],
-        sections=tuple((name, text) for name, lines in found if (text := "\n".join(lines))),
-        contacts=tuple(dict.fromkeys(contacts))[:20],
-        links=tuple(filter(None, (normal_url(href, reader.base) for href in reader.links if href))),
+        sections=tuple(one for one in found if one[1]),
+        contacts=tuple(reader.contacts)[:20],
+        links=tuple(filter(is_ours, links)),
+        etag=etag,
+        modified=modified,
     )
     indexed, followed = (not rules & {rule, "none"} for rule in ("noindex", "nofollow"))
-    return ReadPage(page, reader.canonical, indexed, followed)
+    return ReadPage(page, indexed, followed)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5139,8 +5146,8 @@ def parse_robots(body: bytes) -> urllib.robotparser.RobotFileParser:
     """Read a robots.txt; the longest rule that fits counts (RFC 9309), not the first."""
     rules = urllib.robotparser.RobotFileParser()
     try:
-        text = unpacked(body, MAX_ROBOTS_BYTES + 1)
-        text = text if len(text) <= MAX_ROBOTS_BYTES else text.rpartition(b"\n")[0]  # no half line
+        text = unpacked(body, MAX_ROBOTS_BYTES)
+        text = text if len(text) < MAX_ROBOTS_BYTES else text.rpartition(b"\n")[0]  # no half line
         lines = text.decode("utf-8-sig", "replace").splitlines()
         rules.parse([line for line in lines if line.strip()])
     except ValueError:
@@ -5159,8 +5166,7 @@ class Crawl:
         self.app, self.site, self.started = app, site, started  # Unix time
         self.index = app.site_index  # of one moment: threads read it
         self.start = normal_url(site.crawl)
-        begun = {"running": True, "url": self.start, "startedAt": iso_time(started)}
-        self.state: Json = {**NO_CRAWL, **begun, "errors": []}
+        self.state = NO_CRAWL | {"running": True, "url": self.start, "startedAt": iso_time(started)}
         self.tell: Callable[[str], object] = log.debug  # a line for each page
         self.known: Mapping[str, KnownPage] = {}
         self.queue: deque[str] = deque()
@@ -5169,7 +5175,7 @@ class Crawl:
         self.kept = self.failures = 0  # pages, and in a row what may only be a bad moment
         self.robots: dict[str, urllib.robotparser.RobotFileParser] = {}
         self.delay, self.next_request = float(CRAWL_SECONDS), 0.0  # monotonic seconds
-        self.runner: asyncio.Task[bool] | None = None
+        self.runner = asyncio.create_task(self.run())
 
     def is_ours(self, url: str) -> bool:
         """Whether a URL is on a host of the site, or on the one that it is crawled at."""
@@ -5179,8 +5185,8 @@ class Crawl:
         return (site is not None and site.id == self.site.id) or self.start.startswith(f"{host}/")
 
     def add(self, urls: Iterable[str]) -> None:
-        """Queue what is new, in all at most ten times the pages that may be kept."""
-        for url in urls:
+        """Queue what is new and may be a page: in all ten times the pages that may be kept."""
+        for url in itertools.filterfalse(NO_PAGE.search, urls):
             if url not in self.seen and len(self.seen) < 10 * self.site.crawl_pages + 100:
                 self.seen.add(url)
                 self.queue.append(url)
@@ -5262,25 +5268,11 @@ class Crawl:
         return b"<sitemapindex" in text, list(few)
 
     def read(self, fetched: Fetched, *, start: bool) -> ReadPage:
-        """In a thread: read a page, and of its links ours; raise CrawlError if it is too large."""
+        """In a thread: read a page; raise CrawlError if it is too large."""
         body = unpacked(fetched.body, MAX_PAGE_BYTES + 1)
         if len(body) > MAX_PAGE_BYTES:
             raise CrawlError(f"is larger than {MAX_PAGE_BYTES >> 20} MiB")
-        kind, robots, etag, modified = (
-            fetched.headers.get(name, "")[:500]
-            for name in ("Content-Type", "X-Robots-Tag", "ETag", "Last-Modified")
-        )
-        found = read_page(body, fetched.url, kind, robots, start=start)
-        links = [url for url in found.page.links if self.is_ours(url) and not NO_PAGE.search(url)]
-        canonical = found.canonical if self.is_ours(found.canonical) else ""
-        page = dataclasses.replace(
-            found.page,
-            links=tuple(links),
-            etag=etag,
-            modified=modified,
-            url=canonical or fetched.url,
-        )
-        return found._replace(page=page)
+        return read_page(body, fetched.url, fetched.headers, self.is_ours, start=start)
 
     async def visit(self, url: str) -> Sequence[str]:
         """Fetch a page and keep what it says; return the links to follow."""
@@ -5301,9 +5293,7 @@ class Crawl:
                 raise
             return await self.renew(url) if known and error.passing else ()
         page, text = found.page, hash((found.page.title, found.page.sections))
-        if text in self.texts or NOT_FOUND.search(
-            page.title
-        ):  # calendars without end, and no pages
+        if text in self.texts or NOT_FOUND.search(page.title):  # a calendar without end, no page
             self.note("nothing new", page.url)
             return ()
         if found.indexed and (page.url == fetched.url or page.url not in self.seen):
@@ -5324,22 +5314,19 @@ class Crawl:
         return await knowledge.call(knowledge.renew, self.site.id, url, now)
 
     def note(self, what: str, url: str, more: str = "") -> None:
-        """Count a page that was had, and tell of it."""
-        self.failures = 0
-        self.state["fetched"] += 1
+        """Count what became of a page, and tell of it."""
+        self.state["failed" if what == "failed" else "fetched"] += 1
         self.state["unchanged"] += what == "unchanged"
+        self.failures = self.failures if what == "failed" else 0
         self.app.count("crawled_total", outcome=what)
         self.tell(f"{what:<11} {url}  {more}".rstrip())
 
     def fail(self, url: str, error: CrawlError) -> None:
         """Note why a page could not be had; raise CrawlError where a site seems to be down."""
-        reason = str(error)
         if error.fault or url == self.start:
-            self.state["failed"] += 1
-            self.app.count("crawled_total", outcome="failed")
-            if len(self.state["errors"]) < MAX_CRAWL_ERRORS:
-                self.state["errors"].append({"url": url, "reason": reason})
-            self.tell(f"failed      {url}  {reason}")
+            self.note("failed", url, str(error))
+            known = self.state["errors"]
+            self.state["errors"] = [*known, {"url": url, "reason": str(error)}][:MAX_CRAWL_ERRORS]
         self.failures = self.failures + 1 if error.passing else 0
         if self.failures >= MAX_CRAWL_FAILURES:
             raise CrawlError("does not answer any more")
@@ -5388,18 +5375,16 @@ class Crawl:
         return False
 
     async def stop(self) -> None:
-        if self.runner is not None:
-            self.runner.cancel()
-            await asyncio.wait([self.runner])
+        self.runner.cancel()
+        await asyncio.wait([self.runner])
 
 
 @contextlib.contextmanager
 def crawl_lock(config: Config, site_id: str) -> Iterator[None]:
     """Keep other processes from crawling a site; BlockingIOError if one does."""
-    with contextlib.ExitStack() as stack:
-        if path := state_file(config, f"crawl-{site_id}.lock"):
-            lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            stack.callback(os.close, lock)
+    path = state_file(config, f"crawl-{site_id}.lock")
+    with Path(path or os.devnull).open("ab") as lock:
+        if path:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 
@@ -5407,8 +5392,7 @@ def crawl_lock(config: Config, site_id: str) -> Iterator[None]:
 def start_crawl(app: AppState, site: Site, started: float) -> Crawl:
     """Begin a crawl, or return the one that is running."""
     if site.id not in app.crawls:
-        crawl = app.crawls[site.id] = Crawl(app, site, started)
-        crawl.runner = asyncio.create_task(crawl.run())
+        app.crawls[site.id] = Crawl(app, site, started)
     return app.crawls[site.id]
 
 
@@ -7057,7 +7041,7 @@ async def crawl_now(config: Config, site_id: str) -> int:
             for site in sites:
                 crawl = start_crawl(state, site, time.time())
                 crawl.tell = functools.partial(print, flush=True)
-                failed += not await cast(Any, crawl.runner)
+                failed += not await crawl.runner
                 pages, total = await knowledge.call(knowledge.pages, site.id, 10**6, 0)
                 chars = sum(page["chars"] for page in pages)
                 ways = (await knowledge.call(knowledge.find, site.id, "")).contacts

@@ -2803,7 +2803,7 @@ BUILDERS = [  # page of bench/pages, title, facts as "heading | text", contacts,
         "Getting here :: Harbour Hostel",
         "By train | Take the S3 to Landungsbrücken; it runs every 10 minutes. // By car | €8 a day"
         " // By train: At night | From 1 am take the bus 112. // | Reception: 040",
-        "stay@hostel.example",
+        "stay@hostel.example / 040 / 555 01 23",
         "Rooms # Contents »",
     ),
     (
@@ -2831,7 +2831,7 @@ def test_pages_of_site_builders(
 ) -> None:
     """The facts of a page are found under their headings, without what stands around them."""
     raw = (lf.HERE / "bench" / "pages" / f"{name}.html").read_bytes()
-    found = lf.read_page(raw, "https://acme.com/page", "text/html", start=True)
+    found = lf.read_page(raw, "https://acme.com/page", {}, start=True)
     page, texts = found.page, dict[str, str]()
     for heading, text in page.sections:
         texts[heading] = texts.get(heading, "") + text
@@ -2843,9 +2843,25 @@ def test_pages_of_site_builders(
     assert [
         word for word in noise.split() if word.replace("_", " ") in "".join(texts.values())
     ] == []
-    assert re.fullmatch(r"https://[\w.-]+\.example/[\w/-]+", found.canonical)
+    assert re.fullmatch(r"https://[\w.-]+\.example/[\w/-]+", page.url)
     assert found.indexed
     assert found.followed
+
+
+def test_telephone_numbers() -> None:
+    """Telephone numbers are found however they are written, and dates are none."""
+    numbers = [
+        "040 / 555 01 23",
+        "040/5550123",
+        "(040) 555-0123",
+        "+49 40 / 555 01 23",
+        "0117 555 0123",
+    ]
+    for text in (
+        "; ".join(numbers),
+        "; ".join(["01/02/2024", *numbers, "since 1/2/1999, 02/2024"]),
+    ):
+        assert [one[0] for one in lf.CONTACT.finditer(text)] == numbers
 
 
 BROKEN_PAGES: list[tuple[str, list[str]]] = [  # a page's body, and the texts with their headings
@@ -2880,7 +2896,7 @@ BROKEN_PAGES: list[tuple[str, list[str]]] = [  # a page's body, and the texts wi
 @pytest.mark.parametrize(("body", "texts"), BROKEN_PAGES, ids=range(len(BROKEN_PAGES)))
 def test_broken_pages(body: str, texts: list[str]) -> None:
     """What a visitor would read is read, however it is written; what is hidden is not."""
-    read = lf.read_page(f"<body>{body}".encode(), "https://acme.com/", "text/html").page
+    read = lf.read_page(f"<body>{body}".encode(), "https://acme.com/", {}).page
     found = [one for heading, text in read.sections for one in (heading, *text.split("\n")) if one]
     assert [
         " ".join(one.split()) for one in "\n".join(found).replace(": ", "\n").split("\n")
@@ -2905,12 +2921,13 @@ def test_broken_pages(body: str, texts: list[str]) -> None:
 )
 def test_charsets(raw: bytes, header: str, text: str) -> None:
     """A page is read in the charset that it has, whatever it says."""
-    assert lf.read_page(raw, "https://acme.com/", header).page.sections == (("", text),)
+    page = lf.read_page(raw, "https://acme.com/", {"Content-Type": header}).page
+    assert page.sections == (("", text),)
 
 
 def linked_data(data: Any) -> list[tuple[str, str]]:
     body = f"<script type=application/ld+json>{data if isinstance(data, str) else json.dumps(data)}"
-    return list(lf.read_page(f"{body}</script>".encode(), "https://acme.com/").page.sections)
+    return list(lf.read_page(f"{body}</script>".encode(), "https://acme.com/", {}).page.sections)
 
 
 @pytest.mark.parametrize(
@@ -2951,7 +2968,7 @@ def test_hostile_pages_cost_little(part: str) -> None:
     def seconds(size: int) -> float:
         raw = (part * (size // len(part))).encode()
         started = time.process_time()
-        lf.read_page(raw, "https://acme.com/", "text/html", start=True)
+        lf.read_page(raw, "https://acme.com/", {}, start=True)
         return time.process_time() - started
 
     seconds(1000)
