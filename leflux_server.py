@@ -2043,6 +2043,8 @@ def usage_today(app: AppState, site_id: str, now: float) -> Usage:
 
 def save_usage(app: AppState, site_id: str, usage: Usage) -> None:
     """Mark a site's usage; it is committed with the message or the reply that it is for."""
+    if site_id not in app.sites:  # deleted in the middle of a call, with its usage
+        return
     sql = "REPLACE INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
     messages, tokens, *others = (getattr(usage, name) for name in USAGE_COUNTS)
     row = (site_id, usage.day, messages, tokens + usage.reserved, *others)

@@ -9489,6 +9489,7 @@ async def test_deleted_sites(key_server: KeyServer, model: FakeModel, tmp_path: 
         assert {*server.app.sites} == {"shop", "other"}
         answer = await server.manage("POST", "", new, "admin")
         assert (answer.body["id"], answer.body["instructions"]) == (site_id, "")
+        assert answer.body["usage"] == {"messagesToday": 0, "tokensToday": 0}
         assert answer.body["config"] == lf.SITE_CONFIG_DEFAULTS
         visitor.server = server
         assert (await visitor.get()).error == (404, "session_not_found")
