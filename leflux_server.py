@@ -6127,8 +6127,9 @@ async def change_site(rules: Rules, app: AppState, site: Site, request: web.Requ
     known = {*site.allowed_hosts, *parse_site(base, "site").allowed_hosts}
     refuse_taken(app, added, site.id, None if admin else known)
     save_site(app, site.id, patch)
-    await index_texts(app, app.sites[site.id])
-    return site_details(app, site.id)
+    details = site_details(app, site.id)
+    await index_texts(app, app.sites[site.id])  # which may be deleted meanwhile
+    return details
 
 
 patch_site = functools.partial(change_site, ADMIN_RULES)
@@ -6710,9 +6711,9 @@ async def sweep(app: AppState, now: float) -> None:
             app.buckets.pop(name, None)
 
 
-async def repeat(work: Callable[[], Awaitable[None]], pause: float | None = None) -> None:
+async def repeat(work: Callable[[], Awaitable[None]]) -> None:
     while True:
-        await asyncio.sleep(SWEEP_SECONDS if pause is None else pause)
+        await asyncio.sleep(SWEEP_SECONDS)
         try:
             await work()
         except Exception:
@@ -6920,30 +6921,21 @@ async def run(config: Config, path: Path) -> None:
     """Serve until SIGINT or SIGTERM; SIGHUP reads the configuration again."""
     raise_file_limit()
     gc.freeze()  # what is loaded now stays: looking through it cost a tenth of a turn's time
-    stop, changed, loop = asyncio.Event(), asyncio.Event(), asyncio.get_running_loop()
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(signal_number, stop.set)
+    signals, loop = asyncio.Queue[int](), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, signals.put_nowait, number)
     in_terminal = os.isatty(0)  # whose closing is a SIGHUP, too, and means the end
-
-    def hang_up() -> None:
-        (stop if in_terminal and not os.isatty(0) else changed).set()
-
-    loop.add_signal_handler(signal.SIGHUP, hang_up)
     async with serving(config) as (app, url):
-
-        async def follow_changes() -> None:
-            await changed.wait()
-            changed.clear()
-            await read_again(app[APP_STATE], path)
-
         model = "offline guide" if config.offline else f"{config.llm.model} (remote)"
         print(f"leflux {__version__} listens on {url}, model: {model}", flush=True)
         for doubt in doubts(config) + small_budgets(config):
             log.warning("%s", doubt)
         notify_systemd("READY=1")
-        following = asyncio.create_task(repeat(follow_changes, 0))
-        await stop.wait()
-        following.cancel()
+        while await signals.get() == signal.SIGHUP and os.isatty(0) == in_terminal:
+            try:
+                await read_again(app[APP_STATE], path)
+            except Exception:
+                log.exception("config.toml has not been read again as a whole")
         notify_systemd("STOPPING=1")
         log.info("stopping")
 
@@ -7066,7 +7058,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        config = load_config(Path(options.config), os.environ)
+        config = load_config(options.config, os.environ)
         if options.check:
             check(options.config, config)
             return 0
@@ -7085,12 +7077,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with asyncio.Runner(loop_factory=loops.new_event_loop) as runner:
             if options.crawl is not None:
                 return runner.run(crawl_now(config, options.crawl))
-            runner.run(run(config, Path(options.config)))
+            runner.run(run(config, options.config))
     except ConfigError as error:
         print("leflux:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except (OSError, UnicodeError) as error:  # the address: taken, not ours, no host name
         reason = getattr(error, "strerror", None) or error
+        if file := getattr(error, "filename", None):
+            print(f"leflux: {file}: {reason}", file=sys.stderr)
+            return 1
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             reason = f"port {config.server.port} is taken; choose another with LEFLUX_PORT=3003"
         print(f"leflux: cannot listen on {config.server.host}: {reason}", file=sys.stderr)

@@ -10044,6 +10044,20 @@ async def test_the_guide_passes_messages_on(serve: Serve) -> None:
     assert (await visitor.ask("never mind"))["data"]["text"] == "All right, then not."
 
 
+def test_files_that_may_not_be_read(tmp_path: Path, monkeypatch: Patch, capsys: Any) -> None:
+    """The error of a file names it, and speaks of no address."""
+    (tmp_path / "config.toml").write_text("")
+    (tmp_path / "leflux.db").touch()
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))
+
+    def find_person(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/state/leflux.db")
+
+    monkeypatch.setattr(lf, "find_person", find_person)
+    assert lf.main(["--config", str(tmp_path / "config.toml"), "--export", "x"]) == 1
+    assert capsys.readouterr().err == "leflux: /state/leflux.db: Permission denied\n"
+
+
 async def test_export_and_erase(tmp_path: Path) -> None:
     """On the command line a visitor's chats and messages to owners can be printed and deleted, by
     a chat's id or an e-mail address, while the server runs and without it."""
