@@ -6156,7 +6156,7 @@ async def create_site(request: web.Request) -> web.Response:
     for one in hosts:
         check_body({"host": one}, rules)  # www.co.uk is fine, its twin is not
     refuse_taken(app, [(one, port) for one in hosts], "")
-    slug = re.sub(r"[^a-z0-9]+", "-", bare).strip("-")[:50]
+    slug = re.sub(r"[^a-z0-9]+", "-", bare).strip("-")[:50] or "site"
     ids = itertools.chain([slug], (f"{slug}-{n}" for n in itertools.count(2)))
     sql = "SELECT 1 FROM session WHERE site = ? LIMIT 1"  # chats of a deleted one
     site_id = next(one for one in ids if one not in app.sites and not app.store.read(sql, one))

@@ -9360,6 +9360,7 @@ async def test_edits_of_the_file(key_server: KeyServer, tmp_path: Path) -> None:
         ("10.0.0.1", ["10.0.0.1"]),
         ("[2001:DB8::1]:80", ["[2001:db8::1]:80"]),
         ("me.github.io", ["me.github.io", "www.me.github.io"]),
+        ("[::]", ["[::]"]),
     ],
 )
 async def test_made_sites_get_both_forms(
