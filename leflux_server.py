@@ -1275,9 +1275,8 @@ class Connection:
 
     def flooded(self, now: float) -> bool:
         """Note a frame of any kind; true if more than 60 came within 10 s."""
+        self.frame_times = [at for at in self.frame_times if now - at < FRAME_WINDOW_SECONDS]
         self.frame_times.append(now)
-        while now - self.frame_times[0] >= FRAME_WINDOW_SECONDS:
-            self.frame_times.pop(0)
         return len(self.frame_times) > FRAMES_PER_WINDOW
 
 
@@ -1495,8 +1494,7 @@ def held_by(app: AppState, client: str) -> Iterator[None]:
 
 
 def is_idle(app: AppState, session: Session, now: float) -> bool:
-    idle_seconds = app.config.limits.idle_minutes * 60
-    return session.gone or now - session.last_active >= idle_seconds
+    return session.gone or now - session.last_active >= app.config.limits.idle_minutes * 60
 
 
 def find_session(app: AppState, session_id: str, site_id: str, now: float) -> Session:
@@ -4158,37 +4156,35 @@ def provider_error(event: Any, status: int = 0, wait: float | None = None) -> Mo
     return ModelError(f"{where} ({names})", retry=retry, wait=wait)
 
 
-def read_event(event: Json, completion: Completion) -> str:
-    """Return the text of one event and note what else it says; odd forms are passed over."""
-    if usage := event.get("usage"):
-        with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError, OverflowError):
-            completion.tokens = min(max(0, int(usage["total_tokens"])), MAX_TOKENS)
-    try:
-        choice = event["choices"][0]
-        if choice.get("finish_reason"):
-            completion.finished = True
-            completion.cut_short |= choice["finish_reason"] == "length"
-        delta = choice.get("delta") or choice["message"]
-        said = delta.get("content")  # a string, null, or a list of parts
-        if not isinstance(said, str):
-            texts = [part.get("text") for part in said or () if isinstance(part, dict)]
-            said = "".join(text for text in texts if isinstance(text, str))
-        completion.length += len(said)
-        completion.signs += bool(said or delta.get("reasoning") or delta.get("reasoning_content"))
-    except (AttributeError, LookupError, TypeError):
-        return ""
-    return said
-
-
 def read_events(events: list[Any], completion: Completion) -> tuple[str, ModelError | None]:
-    """Return the text of events, up to the first that is an error, and that."""
-    said = ""
+    """Return the text of events, up to the first that is an error, and that. Note what else they
+    say; odd forms are passed over."""
+    text = ""
     for event in events:
-        if isinstance(event, dict):
-            if event.get("error") or event.get("object") == "error":
-                return said, provider_error(event)
-            said += read_event(event, completion)
-    return said, None
+        if not isinstance(event, dict):
+            continue
+        if event.get("error") or event.get("object") == "error":
+            return text, provider_error(event)
+        try:
+            if usage := event.get("usage"):
+                with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):
+                    completion.tokens = min(max(0, int(usage["total_tokens"])), MAX_TOKENS)
+            choice = event["choices"][0]
+            if choice.get("finish_reason"):
+                completion.finished = True
+                completion.cut_short |= choice["finish_reason"] == "length"
+            delta = choice.get("delta") or choice["message"]
+            said = delta.get("content")  # a string, null, or a list of parts
+            if not isinstance(said, str):
+                texts = [part.get("text") for part in said or () if isinstance(part, dict)]
+                said = "".join(one for one in texts if isinstance(one, str))
+            lives = said or delta.get("reasoning") or delta.get("reasoning_content")
+        except (AttributeError, LookupError, TypeError):
+            continue
+        text += said
+        completion.length += len(said)
+        completion.signs += bool(lives)
+    return text, None
 
 
 def parse_json(raw: bytes | str) -> Any:
@@ -4225,27 +4221,23 @@ class EventReader:
         self._line += data[cut:]
         events = []
         for line in lines:
-            payload, event = line[5:].strip() if line.startswith(b"data:") else b"", None
-            if payload == b"[DONE]":
-                self.done = True
-            elif payload:
-                event = self._parse(payload) if payload.endswith(b"}") else None
-                self._event += payload + b"\n" if event is None else b""  # of more lines
-            elif self._event and not line:  # it ends here
-                event = self._parse(bytes(self._event))
-                self._event.clear()
+            payload = line[5:].strip() if line.startswith(b"data:") else b""
+            self.done |= payload == b"[DONE]"
+            whole = payload * payload.endswith(b"}") if line else bytes(self._event)
+            event = parse_json(whole) if whole else None
             if event is not None:
                 events.append(event)
+            elif payload:
+                self._event += payload + b"\n"  # an event of more lines
+            if not line:
+                self._event.clear()
+            if whole:
+                self._patience += -1 if event is None else 2
+            if self._patience < 0:
+                raise ModelError("too much of the stream is no JSON")
         if len(self._line) + len(self._event) > MAX_SSE_LINE_BYTES:
             raise ModelError("a line of the stream is too long")
         return events
-
-    def _parse(self, payload: bytes) -> Any:
-        event = parse_json(payload)
-        self._patience += -1 if event is None else 2
-        if self._patience < 0:
-            raise ModelError("too much of the stream is no JSON")
-        return event
 
 
 def retry_after_seconds(header: str | None) -> float | None:
