@@ -586,7 +586,7 @@
       return [...everything(list && isVisible(list) ? list : document.body)].filter(attempt((one) =>
         one.matches("[role=option]") && isUsable(one) && !isDisabled(one)));
     };
-    const find = () => matching(options(), wish, labelOf);
+    const find = () => options().find((one) => folded(labelOf(one)) === wish);
     if (!find()) press(element);
     for (let tries = 0; tries < 10 && !options().length; tries++) await pause(50);
     if (!find() && isInput) {
