@@ -2131,13 +2131,8 @@ def printable(text: str) -> str:
 
 def cut_text(high: int) -> Check:
     """A string, cut to high characters."""
-
-    def check(value: Any) -> str:
-        if not isinstance(value, str):
-            raise ValueError("must be a string")
-        return printable(value[:high])
-
-    return check
+    a_string = must_be("a string", lambda value: isinstance(value, str))
+    return lambda value: printable(a_string(value)[:high])
 
 
 ELEMENT_FIELDS: dict[str, type[Any]] = {
@@ -3398,12 +3393,12 @@ class Page:
         """Return the enabled element of an id; raise ActionRejected."""
         if type(element_id) is not int:
             raise ActionRejected("elementId must be a whole number")
-        for element in self.elements:
-            if element.get("id") == element_id:
-                if element.get("disabled"):
-                    raise ActionRejected(f"element {element_id} is disabled")
-                return element
-        raise ActionRejected(f"element {element_id} is not on the page")
+        element = next((one for one in self.elements if one.get("id") == element_id), None)
+        if element is None:
+            raise ActionRejected(f"element {element_id} is not on the page")
+        if element.get("disabled"):
+            raise ActionRejected(f"element {element_id} is disabled")
+        return element
 
     def url(self, value: Any, *, foreign: bool = False) -> str:
         """Return the absolute URL of a page, of this site if not foreign; raise ActionRejected."""
@@ -3502,10 +3497,7 @@ class Plan:
 MAX_STEPS = 50
 MAX_WAIT_MS = 10_000
 MAX_TYPED_CHARS = 5000
-STEP_KINDS = (
-    *("click", "double_click", "hover", "type", "select", "press"),
-    *("scroll_to", "navigate", "wait"),
-)
+STEP_KINDS = tuple("click double_click hover type select press scroll_to navigate wait".split())
 ARROWS = ("ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight")
 KEYS = ("Enter", "Escape", "Tab", "Backspace", *ARROWS)
 WRITING = ("type", "select", "Backspace", *ARROWS)  # kinds of steps and keys
@@ -3643,18 +3635,32 @@ def filled_fields(plan: Plan, page: Page) -> list[str]:
     return lines
 
 
-def question_first(turn: Turn, plan: Plan, page: Page) -> tuple[str, str]:
-    """What to ask the visitor before a plan runs, in our words, and the label of yes; or "", ""."""
+def ask_first(turn: Turn, plan: Plan | None, question: str, yes: str, no: str = "") -> None:
+    """Keep a plan (None: the task's letter) until the visitor agrees, with the page it is about."""
+    task = turn.task
+    elements = list(plan.elements.values()) if plan is not None else []
+    task.phase, task.plan = "confirming", plan
+    task.seen = {"url": turn.session.context.get("url"), "indexedElements": elements}
+    task.asked = question
+    labels = {"confirm_label": yes or turn.say("yes"), "cancel_label": no or turn.say("no")}
+    data = {"message": question, **labels}
+    finish_turn(turn, "confirmation_required", data, question)
+
+
+def asks_first(turn: Turn, plan: Plan, page: Page, asked: str = "") -> bool:
+    """Ask the visitor in our words before a plan runs that needs it, unless that was `asked`."""
     risky = dict.fromkeys(irreversible_steps(plan, page))
     if not risky:
-        return "", ""
+        return False
     names: dict[str, list[str]] = {}
     for key, name in risky:
         names.setdefault(key, []).append(f"“{name}”" if name else turn.say("unnamed"))
-    asked = " ".join(turn.say(key, what=", ".join(what)) for key, what in names.items())
+    question = " ".join(turn.say(key, what=", ".join(what)) for key, what in names.items())
     if fields := filled_fields(plan, page):
-        asked = "\n".join([asked, "", turn.say("confirm_fields"), *fields])
-    return asked, next(iter(risky))[1]
+        question = "\n".join([question, "", turn.say("confirm_fields"), *fields])
+    if question != asked:
+        ask_first(turn, plan, question, next(iter(risky))[1])
+    return question != asked
 
 
 def fingerprint(context: Json) -> tuple[str, int]:
@@ -3662,14 +3668,14 @@ def fingerprint(context: Json) -> tuple[str, int]:
     return context.get("url", ""), context.get("shown", 0)
 
 
-def goes_in_circles(task: Task, plan: Plan, page: Page) -> bool:
+def goes_in_circles(task: Task, plan: Plan, context: Json) -> bool:
     """Note what a plan does; true if it only repeats what has led nowhere."""
     kinds = [step["action"] for step in plan.steps]
     urls = [step["url"] for step in plan.steps if "url" in step]
     ids = {step["elementId"] for step in plan.steps if step["action"] in ("click", "double_click")}
     clicked = {(one, element_label(plan.elements[one])) for one in ids}
     only_scrolls = set(kinds) <= {"scroll_to", "wait"}
-    if any(element.get("isNew") for element in page.elements):
+    if any(element.get("isNew") for element in context.get("indexedElements", ())):
         task.scrolls = 0  # the last ones have shown something
     repeats = (
         any(task.clicks[element] >= 3 for element in clicked)
@@ -3697,7 +3703,7 @@ def check_unchanged(plan: Plan, page: Page, seen: Json) -> None:
 def offer_plan(turn: Turn, plan: Plan) -> None:
     """Send a checked plan to the client, unless the task goes in circles."""
     task = turn.task
-    if goes_in_circles(task, plan, page_of(turn)):
+    if goes_in_circles(task, plan, turn.session.context):
         return end_with_message(turn, turn.say("going_in_circles"))
     if task.plans >= turn.app.config.limits.max_action_plans:
         return end_with_message(turn, turn.say("too_many_steps"))
@@ -3712,18 +3718,6 @@ def offer_plan(turn: Turn, plan: Plan) -> None:
     if plan.raw["type"] not in SINGLE_STEPS:
         data["isSequence"] = True
     return finish_turn(turn, "action_plan", data)
-
-
-def ask_first(turn: Turn, plan: Plan | None, question: str, yes: str, no: str = "") -> None:
-    """Keep a plan (None: the task's letter) until the visitor agrees, with the page it is about."""
-    task = turn.task
-    elements = list(plan.elements.values()) if plan is not None else []
-    task.phase, task.plan = "confirming", plan
-    task.seen = {"url": turn.session.context.get("url"), "indexedElements": elements}
-    task.asked = question
-    labels = {"confirm_label": yes or turn.say("yes"), "cancel_label": no or turn.say("no")}
-    data = {"message": question, **labels}
-    finish_turn(turn, "confirmation_required", data, question)
 
 
 def ask_user(turn: Turn, action: Json) -> None:
@@ -3964,10 +3958,9 @@ def perform(turn: Turn, raw: Any, seen: Json) -> None:
         check_unchanged(plan, page, seen)
         if turn.task.only_asks:
             raise ActionRejected("the visitor has asked a question: answer it, and do nothing")
-        question, yes = question_first(turn, plan, page)
-        if question:  # in our words: the model's could make it look harmless
-            return ask_first(turn, plan, question, yes)
-    return kind.apply(turn, action)
+        if asks_first(turn, plan, page):  # the model's words could make it look harmless
+            return
+    kind.apply(turn, action)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4008,9 +4001,8 @@ def recent_history(history: Sequence[Json], divisor: int) -> list[Json]:
     """Return copies of the first 2 and the last 50 messages, or of a part of them from the end."""
     if len(history) > PROMPT_FIRST + PROMPT_LAST:
         history = [*history[:PROMPT_FIRST], *history[-PROMPT_LAST:]]
-    if divisor != 1:
-        history = history[-max(1, len(history) // divisor if divisor else 1) :]
-    return [dict(message) for message in history]
+    kept = max(1, len(history) // divisor if divisor else 1)
+    return [dict(message) for message in history[-kept:]]
 
 
 async def search(turn: Turn) -> Found:
@@ -5067,10 +5059,9 @@ def confirm(app: AppState, session: Session, confirmed: bool) -> None:
         check_unchanged(plan, page, task.seen)
     except ActionRejected:
         return end_with_message(turn, turn.say("page_changed"))
-    question, yes = question_first(turn, plan, page)
-    if question and question != task.asked:  # other things are in the fields by now
-        return ask_first(turn, plan, question, yes)
-    return offer_plan(turn, plan)
+    if not asks_first(turn, plan, page, task.asked):  # other things are in the fields by now
+        offer_plan(turn, plan)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------
