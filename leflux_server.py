@@ -112,7 +112,7 @@ from collections.abc import (
 )
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import aiohttp
 import aiohttp_cors
@@ -1287,7 +1287,7 @@ class AppState:
     config: Config
     started: float
     store: Store
-    backend: Backend
+    backend: ChatModel | OfflineGuide  # kind: what /health says; reply(turn): yields JSON in pieces
     sites: dict[str, Site] = dataclasses.field(default_factory=dict)
     site_index: dict[HostEntry, Site] = dataclasses.field(default_factory=dict)
     site_patches: dict[str, Json] = dataclasses.field(default_factory=dict)  # over config.toml
@@ -1364,15 +1364,6 @@ class Turn:
         return say(self.language, key, **values)
 
 
-class Backend(Protocol):
-    """What answers a turn: a remote model, or the offline guide."""
-
-    kind: str  # what /health says
-
-    def reply(self, turn: Turn) -> AsyncGenerator[str, None]:
-        """Yield the reply, JSON of REPLY_SCHEMA, in pieces; raise ModelError or ApiError."""
-
-
 APP_STATE = web.AppKey("state", AppState)
 LIMIT_CODES = ("rate_limit_exceeded", "budget_exceeded", "too_many_sessions")
 
@@ -1426,12 +1417,10 @@ def client_address(
     peer: str, forwarded_for: Sequence[str], proxies: Sequence[Network]
 ) -> IPAddress | None:
     """Return the address of a client; None without any, as behind a Unix socket."""
-    try:
+    client = None
+    with contextlib.suppress(ValueError):  # a malformed header counts as absent
         client = parse_ip(peer)
-    except ValueError:
-        return None
-    if is_trusted(peer, proxies):
-        with contextlib.suppress(ValueError):  # a malformed header counts as absent
+        if is_trusted(peer, proxies):
             hops = [hop.strip() for line in forwarded_for for hop in line.split(",")]
             strangers = [hop for hop in hops if not is_trusted(hop, proxies)]
             client = parse_ip([peer, *strangers][-1])
@@ -6504,13 +6493,9 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
     app = request.app[APP_STATE]
     site, _ = caller_site(request)
     refuse_when_draining(app)
-    ws = web.WebSocketResponse(
-        heartbeat=PING_SECONDS,
-        autoclose=False,
-        autoping=False,  # so that control frames count
-        compress=False,
-        max_msg_size=MAX_BODY_BYTES + 1,  # aiohttp refuses what is as long as this
-    )
+    # Without autoping control frames count; aiohttp refuses what is as long as max_msg_size.
+    limits: Json = {"compress": False, "max_msg_size": MAX_BODY_BYTES + 1}
+    ws = web.WebSocketResponse(heartbeat=PING_SECONDS, autoclose=False, autoping=False, **limits)
     await ws.prepare(request)
     connection = Connection(ws, request.transport, site.id)
     app.connections.add(connection)
