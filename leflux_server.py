@@ -553,8 +553,9 @@ def endpoint(value: Any) -> str:
     return url
 
 
-def url_or_none(what: str) -> Check:
+def url_or_none(example: str) -> Check:
     """An http(s) URL, or "". It may hold a secret, so no error quotes it."""
+    what = f"an http(s) URL such as {example}"
     return must_be(what, lambda value: value == "" or is_url(value), secret=True)
 
 
@@ -647,10 +648,10 @@ class Site:
     instructions: str = key("", text(20_000))
     knowledge: tuple[str, ...] = key((), list_of(text(4000, 1)))
     snippets: tuple[Json, ...] = key((), list_of(snippet, 200))
-    crawl: str = key("", url_or_none("the URL of a page such as https://acme.com/"))
+    crawl: str = key("", url_or_none("https://acme.com/"))
     crawl_pages: int = key(200, whole(1, 10_000))
     crawl_hours: float = key(24, number(0, 10_000))
-    notify_url: str = key("", url_or_none("a URL such as https://hooks.example.com/T0/B0/x"))
+    notify_url: str = key("", url_or_none("https://hooks.example.com/T0/B0/x"))
     paused: bool = key(False, flag)
     refusal: str = key(
         "I have answered all I can for today. Please come back tomorrow.", text(500, 1)
