@@ -56,7 +56,7 @@ WebSocket (text frames {"event": name, "data": {...}}; the server's carry "seq" 
 The file reads downwards: a function uses what stands above it. Where things go: a new key of
 config.toml is one line in "Configuration"; what the agent can do is one entry of ACTIONS; a model
 that speaks another protocol is a class beside ChatModel and OfflineGuide; an endpoint is a handler
-and a line in make_app.
+and a line of ROUTES.
 """
 
 from __future__ import annotations
@@ -5413,7 +5413,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def error_response(request: web.Request, error: Exception) -> web.Response:
-    """Answer whatever was raised in the one error shape."""
+    """Answer with an error: {error, message, details}, whatever was raised."""
     if isinstance(error, web.HTTPException):
         error = standard_error(error.status if error.status in STATUS_CODES else 400)
     elif isinstance(error, ConnectionError):
@@ -5434,6 +5434,7 @@ def error_response(request: web.Request, error: Exception) -> web.Response:
 
 @web.middleware
 async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn whatever a handler raises into the one error shape."""
     try:
         return await handler(request)
     except Exception as error:
@@ -5764,6 +5765,8 @@ async def serve_words(request: web.Request) -> web.Response:
 
 
 async def demo(request: web.Request) -> web.Response:
+    if not request.app[APP_STATE].config.server.demo:
+        raise standard_error(404)
     # Not in every browser does 'self' cover the WebSocket.
     policy = (
         f"default-src 'self'; connect-src 'self' {own_url(request, 'ws')}; img-src 'self' data:;"
@@ -6090,8 +6093,7 @@ async def change_site(rules: Rules, app: AppState, site: Site, request: web.Requ
         change = {ADMIN_FIELDS.get(name, name): value for name, value in body.items()}
     check_body(body, rules, null_ok=True)
     patch = merge_patch(app.site_patches.get(site.id, {}), change)
-    in_file = {base["id"]: base for base in app.config.raw_sites}
-    base = app.api_sites.get(site.id) or in_file[site.id]
+    base = {one["id"]: one for one in (*app.config.raw_sites, *app.api_sites.values())}[site.id]
     try:
         new = parse_site(merge_patch(base, patch), "site")
     except ConfigError as error:
@@ -6149,7 +6151,7 @@ async def delete_site(app: AppState, site: Site, request: web.Request) -> Json:
         message = "This site is defined in config.toml; remove it there."
         raise ApiError(409, "invalid_config", message)
     for session in [s for s in app.sessions.values() if s.site_id == site.id]:
-        drop_session(app, session, keep=True)  # the sweep erases them, bit by bit
+        drop_session(app, session, keep=True)  # it is erased with the kept ones, bit by bit
     del app.api_sites[site.id]
     app.site_patches.pop(site.id, None)
     rebuild_sites(app)
@@ -6534,7 +6536,7 @@ async def root(request: web.Request) -> web.StreamResponse:
     if request.method == "GET" and "websocket" in request.headers.get("Upgrade", "").lower():
         with held_by(request.app[APP_STATE], f"socket {client_of(request)}"):
             return await serve_socket(request)
-    if request.path != "/" or not request.app[APP_STATE].config.server.demo:
+    if request.path != "/":
         raise standard_error(404)
     return await demo(request)
 
@@ -6765,6 +6767,36 @@ async def drain(app: web.Application) -> None:
         connection.abort_if_unread()
 
 
+SITE = "/api/admin/sites/{site_id}"
+ROUTES: dict[str, dict[str, Any]] = {
+    "/api/session/init": {"POST": init_session},
+    "/api/chat": {"POST": chat},
+    "/api/session/{session_id}": {"GET": get_session, "DELETE": delete_session},
+    "/api/stats": {"GET": stats},
+    "/health": {"GET": health},
+    "/metrics": {"GET": metrics},
+    "/owner": {"GET": owner_page},
+    "/owner/{name:[^/]*}": {"GET": owner_page},
+    "/api/admin/sites": {"GET": list_sites, "POST": create_site},
+    SITE: {"GET": get_site, "PATCH": patch_site, "DELETE": delete_site},
+    f"{SITE}/config": {"PATCH": patch_site_config},
+    f"{SITE}/crawl": {"GET": get_crawl, "POST": begin_crawl, "DELETE": get_crawl},
+    f"{SITE}/pages": {"GET": list_pages},
+    f"{SITE}/sessions": {"GET": list_site_sessions},
+    f"{SITE}/sessions/{{session_id}}": {"GET": get_site_session, "DELETE": delete_site_session},
+    f"{SITE}/activity": {"GET": site_activity},
+    f"{SITE}/messages": {"GET": list_letters},
+    f"{SITE}/messages/test": {"POST": try_notify_url},
+    f"{SITE}/messages/{{letter_id}}": {"DELETE": delete_letter},
+    "/embed.js": {"GET": embed},
+    "/words/{tag}.json": {"GET": serve_words},
+    **{path: {"GET": demo} for path in DEMO},
+    "/": {"GET": root},
+    "/ws": {"GET": root},
+    "/{path:.*}": {"*": no_such_route},  # aiohttp-cors sees nothing that has no route
+}
+
+
 def make_app(config: Config) -> web.Application:
     """Build the application; raise ConfigError if the knowledge cannot be read."""
     app = web.Application(middlewares=[shape_errors], client_max_size=MAX_BODY_BYTES)
@@ -6775,40 +6807,12 @@ def make_app(config: Config) -> web.Application:
     )
     cors = aiohttp_cors.setup(app, defaults=dict.fromkeys(config.server.cors_origins, allowed))
     app.on_response_prepare.append(add_headers)
-    site = "/api/admin/sites/{site_id}"
-    routes: dict[str, dict[str, Any]] = {
-        "/api/session/init": {"POST": init_session},
-        "/api/chat": {"POST": chat},
-        "/api/session/{session_id}": {"GET": get_session, "DELETE": delete_session},
-        "/api/stats": {"GET": stats},
-        "/health": {"GET": health},
-        "/metrics": {"GET": metrics},
-        "/owner": {"GET": owner_page},
-        "/owner/{name:[^/]*}": {"GET": owner_page},
-        "/api/admin/sites": {"GET": list_sites, "POST": create_site},
-        site: {"GET": get_site, "PATCH": patch_site, "DELETE": delete_site},
-        f"{site}/config": {"PATCH": patch_site_config},
-        f"{site}/crawl": {"GET": get_crawl, "POST": begin_crawl, "DELETE": get_crawl},
-        f"{site}/pages": {"GET": list_pages},
-        f"{site}/sessions": {"GET": list_site_sessions},
-        f"{site}/sessions/{{session_id}}": {"GET": get_site_session, "DELETE": delete_site_session},
-        f"{site}/activity": {"GET": site_activity},
-        f"{site}/messages": {"GET": list_letters},
-        f"{site}/messages/test": {"POST": try_notify_url},
-        f"{site}/messages/{{letter_id}}": {"DELETE": delete_letter},
-        "/embed.js": {"GET": embed},
-        "/words/{tag}.json": {"GET": serve_words},
-        **({path: {"GET": demo} for path in DEMO} if config.server.demo else {}),
-        "/": {"GET": root},
-        "/ws": {"GET": root},
-        "/{path:.*}": {"*": no_such_route},  # aiohttp-cors sees nothing that has no route
-    }
-    for path, handlers in routes.items():
+    for path, handlers in ROUTES.items():
         resource = app.router.add_resource(path)
         if path not in ("/embed.js", "/words/{tag}.json"):  # which set their own
             cors.add(resource)
         for method, handler in handlers.items():
-            handler = for_owners(handler) if path.startswith(site) else handler
+            handler = for_owners(handler) if path.startswith(SITE) else handler
             resource.add_route(method, handler)
             if method == "GET":  # what uptime checks ask for
                 resource.add_route("HEAD", handler)
@@ -6859,7 +6863,14 @@ async def serving(config: Config) -> AsyncIterator[tuple[web.Application, str]]:
             auto_decompress=False,  # aiohttp would unpack bodies that nobody reads
             max_field_size=16384,  # so that 8 KB of what is no sign-in token are told so
         )
-        listener = await asyncio.get_running_loop().create_server(door, server.host, server.port)
+        loop = asyncio.get_running_loop()
+        try:
+            listener = await loop.create_server(door, server.host, server.port)
+        except (OSError, UnicodeError) as error:  # it is taken, not ours, no host name
+            reason = getattr(error, "strerror", None) or error
+            if getattr(error, "errno", None) == errno.EADDRINUSE:
+                reason = f"port {server.port} is taken; choose another with LEFLUX_PORT=3003"
+            raise OSError(f"cannot listen on {server.host}: {reason}") from None
         with contextlib.closing(listener):
             host, port = listener.sockets[0].getsockname()[:2]
             yield app, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -7047,18 +7058,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.crawl is not None:
                 return runner.run(crawl_now(config, options.crawl))
             runner.run(run(config, options.config))
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         print("leflux:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except (OSError, UnicodeError) as error:  # the address: taken, not ours, no host name
-        reason = getattr(error, "strerror", None) or error
-        if file := getattr(error, "filename", None):
-            print(f"leflux: {file}: {reason}", file=sys.stderr)
-            return 1
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
-            reason = f"port {config.server.port} is taken; choose another with LEFLUX_PORT=3003"
-        print(f"leflux: cannot listen on {config.server.host}: {reason}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 

@@ -10051,12 +10051,14 @@ def test_files_that_may_not_be_read(tmp_path: Path, monkeypatch: Patch, capsys: 
     (tmp_path / "leflux.db").touch()
     monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))
 
+    denied = PermissionError(13, "Permission denied", "/state/leflux.db")
+
     def find_person(*_: object) -> None:
-        raise PermissionError(13, "Permission denied", "/state/leflux.db")
+        raise denied
 
     monkeypatch.setattr(lf, "find_person", find_person)
     assert lf.main(["--config", str(tmp_path / "config.toml"), "--export", "x"]) == 1
-    assert capsys.readouterr().err == "leflux: /state/leflux.db: Permission denied\n"
+    assert capsys.readouterr().err == f"leflux: {denied}\n"
 
 
 async def test_export_and_erase(tmp_path: Path) -> None:
