@@ -4354,13 +4354,14 @@ class ChatModel:
                 return
             except ModelError as error:
                 broken = completion.cut_short = completion.length > 0
-                asked *= broken
-                if broken or not isinstance(error, ContextOverflow):
-                    app.model_failed = time.time(), "the stream broke off" if broken else str(error)
-                    app.count("errors_total", code="model")
-                    if broken:
-                        return  # what it has said stays said
+                asked = asked if broken else 0
+                if isinstance(error, ContextOverflow) and not broken:
+                    continue
+                app.model_failed = time.time(), "the stream broke off" if broken else str(error)
+                app.count("errors_total", code="model")
+                if not broken:
                     raise
+                return  # what it has said stays said
             finally:
                 guess = (asked + completion.length) // 4
                 spent = guess if completion.tokens is None else completion.tokens
