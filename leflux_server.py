@@ -2501,14 +2501,6 @@ class WebPage:
     modified: str = ""
 
 
-class KnownPage(NamedTuple):
-    """What a crawler needs to know of a page that it fetched before."""
-
-    etag: str
-    modified: str
-    fetched_at: float  # Unix time
-
-
 class Passage(NamedTuple):
     title: str
     url: str
@@ -2628,29 +2620,20 @@ class Knowledge:
         shown = "\n".join(text for _, text in passages)
         contacts = [*page.contacts, *(match[0] for match in CONTACT.finditer(shown))]
         known = [one for one in dict.fromkeys(contacts) if CONTACT.fullmatch(one)][:20]
-        self._db.execute(
-            "INSERT INTO page VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                *(page_id, site_id, source, page.url, page.title, digest, len(shown)),
-                *(json_text(known), json_text(page.links), page.etag, page.modified, now),
-            ),
-        )
+        given = (page_id, site_id, source, page.url, page.title, digest, len(shown))
+        more = (json_text(known), json_text(page.links), page.etag, page.modified, now)
+        sql = "INSERT INTO page VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        self._db.execute(sql, (*given, *more))
         sql = "INSERT INTO passage (rowid, title, heading, text, said) VALUES (?, ?, ?, ?, ?)"
-        self._db.executemany(
-            sql,
-            (
-                (
-                    page_id << 16 | at,
-                    *map(indexed, (page.title, heading, text)),
-                    f"{heading}\n{text}",
-                )
-                for at, (heading, text) in enumerate(passages[: 1 << 16])
-            ),
+        rows = (
+            (page_id << 16 | at, *map(indexed, (page.title, *passage)), "\n".join(passage))
+            for at, passage in enumerate(passages[: 1 << 16])
         )
+        self._db.executemany(sql, rows)
         words = folded_words(" ".join([page.title, *itertools.chain(*passages)]))
         (known_words,) = self._db.execute("SELECT ifnull(max(id), 0) FROM word").fetchone()
-        rows = ((one,) for one in words if 4 <= len(one) <= 40)
-        self._db.executemany("INSERT OR IGNORE INTO word (word) VALUES (?)", rows)
+        long_words = ((one,) for one in words if 4 <= len(one) <= 40)
+        self._db.executemany("INSERT OR IGNORE INTO word (word) VALUES (?)", long_words)
         sql = "INSERT INTO gram (rowid, word) SELECT id, word FROM word WHERE id > ?"
         self._db.execute(sql, (known_words,))
 
@@ -2676,18 +2659,16 @@ class Knowledge:
 
     def put_page(self, site_id: str, page: WebPage, now: float) -> bool:
         """Keep a crawled page; return whether its text is new or has changed."""
-        digest, sql = page_digest(page), "SELECT id FROM page WHERE site = ? AND url = ?"
+        digest = page_digest(page)
+        values = (json_text(page.links), page.etag, page.modified, now, site_id, page.url, digest)
         with self._writing():
-            same = (digest,) in self._db.execute(sql.replace("id", "hash", 1), (site_id, page.url))
-            if same:
-                values = (json_text(page.links), page.etag, page.modified, now, site_id, page.url)
-                self._db.execute(
-                    "UPDATE page SET links = ?, etag = ?, modified = ?, fetched = ?"
-                    " WHERE site = ? AND url = ?",
-                    values,
-                )
-            else:
-                self._delete(sql, site_id, page.url)
+            same = self._db.execute(
+                "UPDATE page SET links = ?, etag = ?, modified = ?, fetched = ?"
+                " WHERE site = ? AND url = ? AND hash = ?",
+                values,
+            ).rowcount
+            if not same:
+                self._delete("SELECT id FROM page WHERE site = ? AND url = ?", site_id, page.url)
                 self._insert(site_id, "page", page, digest, now)
         return not same
 
@@ -2697,10 +2678,13 @@ class Knowledge:
         rows = self._db.execute(sql, (now, site_id, url)).fetchall()
         return [link for (links,) in rows for link in orjson.loads(links)]
 
-    def known(self, site_id: str) -> dict[str, KnownPage]:
-        """Return what is known of a site's crawled pages, by their URLs."""
-        sql = "SELECT url, etag, modified, fetched FROM page WHERE site = ? AND url != ''"
-        return {url: KnownPage(*row) for url, *row in self._db.execute(sql, (site_id,))}
+    def known(self, site_id: str) -> dict[str, tuple[float, dict[str, str]]]:
+        """Return when a site's crawled pages were fetched, and headers to ask for them again."""
+        sql = "SELECT url, fetched, etag, modified FROM page WHERE site = ? AND url != ''"
+        return {
+            url: (fetched, {"If-None-Match": etag, "If-Modified-Since": modified})
+            for url, fetched, etag, modified in self._db.execute(sql, (site_id,))
+        }
 
     def prune(self, site_id: str, since: float) -> int:
         """Delete the crawled pages that were not fetched since then; return how many."""
@@ -2710,9 +2694,10 @@ class Knowledge:
             self._forget_words()
             return count
 
-    def forget(self, site_id: str) -> None:
+    def forget(self, site_id: str, source: str = "%") -> None:
+        """Delete a site's pages, or those of a source, and how its crawl went."""
         with self._writing():
-            self._delete("SELECT id FROM page WHERE site = ?", site_id)
+            self._delete("SELECT id FROM page WHERE site = ? AND source LIKE ?", site_id, source)
             self._db.execute("DELETE FROM crawl WHERE site = ?", (site_id,))
             self._forget_words()
 
@@ -2731,20 +2716,13 @@ class Knowledge:
         rows = self._db.execute("SELECT site, row FROM crawl")
         return {site_id: orjson.loads(row) for site_id, row in rows}
 
-    def forget_crawl(self, site_id: str) -> None:
-        self.prune(site_id, math.inf)
-        self._db.execute("DELETE FROM crawl WHERE site = ?", (site_id,))
-
     def pages(self, site_id: str, limit: int, offset: int) -> tuple[list[Json], int]:
         """Return some of a site's crawled pages, by URL, and how many there are."""
-        sql = (
-            "SELECT url, title, chars, fetched FROM page WHERE site = ? AND url != '' ORDER BY url"
-        )
-        rows = self._db.execute(sql, (site_id,)).fetchall()
-        names = ("url", "title", "chars", "fetchedAt", "status")
+        sql = "SELECT url, title, chars, fetched FROM page WHERE site = ? AND url != ''"
+        rows = self._db.execute(f"{sql} ORDER BY url", (site_id,)).fetchall()
         return [
-            dict(zip(names, (*row, iso_time(fetched), "ok"), strict=True))
-            for *row, fetched in rows[offset : offset + limit]
+            {"url": url, "title": title, "chars": chars, "fetchedAt": iso_time(at), "status": "ok"}
+            for url, title, chars, at in rows[offset : offset + limit]
         ], len(rows)
 
     def _site(self, site_id: str, _version: tuple[int, int]) -> SiteTexts:
@@ -5144,7 +5122,7 @@ class Crawl:
         self.start = normal_url(site.crawl)
         self.state = NO_CRAWL | {"running": True, "url": self.start, "startedAt": iso_time(started)}
         self.tell: Callable[[str], object] = log.debug  # a line for each page
-        self.known: Mapping[str, KnownPage] = {}
+        self.known: Mapping[str, tuple[float, Mapping[str, str]]] = {}  # fetched, headers
         self.queue: deque[str] = deque()
         self.seen: set[str] = set()
         self.texts: set[int] = set()  # hashes of what was read in this crawl
@@ -5183,12 +5161,9 @@ class Crawl:
         return self.robots[host]
 
     async def get(
-        self, url: str, limit: int, known: KnownPage | None = None, *, page: bool = False
+        self, url: str, limit: int, conditions: Mapping[str, str] = {}, *, page: bool = False
     ) -> Fetched:
         """Request a URL in its turn and follow redirects within the site; raise CrawlError."""
-        conditions = (
-            {"If-None-Match": known.etag, "If-Modified-Since": known.modified} if known else {}
-        )
         for _ in range(MAX_REDIRECTS + 1):
             if page and not (await self.rules(url)).can_fetch(CRAWLER, url):
                 raise CrawlError("is forbidden by robots.txt", fault=False)
@@ -5198,7 +5173,7 @@ class Crawl:
                     asyncio.timeout(PAGE_SECONDS),
                     self.client.get(
                         url,
-                        headers=CRAWL_HEADERS | {k: v for k, v in conditions.items() if v},
+                        headers={k: v for k, v in {**CRAWL_HEADERS, **conditions}.items() if v},
                         allow_redirects=False,
                         auto_decompress=False,
                     ) as response,
@@ -5252,11 +5227,12 @@ class Crawl:
 
     async def visit(self, url: str) -> Sequence[str]:
         """Fetch a page and keep what it says; return the links to follow."""
-        known, knowledge = self.known.get(url), self.app.knowledge
-        done = known is not None and known.fetched_at >= self.started  # before a restart
+        knowledge = self.app.knowledge
+        fetched_at, conditions = self.known.get(url, (0, {}))
+        done = fetched_at >= self.started  # before a restart
         try:
-            fetched = None if done else await self.get(url, MAX_PAGE_BYTES, known, page=True)
-            if fetched is None or (fetched.status == 304 and known):
+            fetched = None if done else await self.get(url, MAX_PAGE_BYTES, conditions, page=True)
+            if fetched is None or (fetched.status == 304 and url in self.known):
                 self.note("unchanged", url)
                 return await self.renew(url)
             if fetched.status != 200:
@@ -5267,7 +5243,7 @@ class Crawl:
             self.fail(url, error)
             if url == self.start:
                 raise
-            return await self.renew(url) if known and error.passing else ()
+            return await self.renew(url) if url in self.known and error.passing else ()
         page, text = found.page, hash((found.page.title, found.page.sections))
         if text in self.texts or NOT_FOUND.search(page.title):  # a calendar without end, no page
             self.note("nothing new", page.url)
@@ -5380,7 +5356,7 @@ async def crawl_what_is_due(app: AppState, now: float) -> None:
         if running and (site is None or site.crawl != running.site.crawl):
             await running.stop()
         if site is None or not site.crawl:
-            await app.knowledge.call(app.knowledge.forget_crawl, site_id)
+            await app.knowledge.call(app.knowledge.forget, site_id, "page")
     for site in app.sites.values():
         row = rows.get(site.id, {"started": -math.inf, "crawl": "", "state": NO_CRAWL})
         same, hours = row["crawl"] == site.crawl, site.crawl_hours

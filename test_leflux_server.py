@@ -5724,7 +5724,7 @@ async def test_a_damaged_index_is_made_anew(
         with contextlib.closing(lf.Knowledge(path)) as knowledge:
             assert knowledge.put_page("shop", page, 1) is True
             assert knowledge.put_page("shop", page, 2) is False
-            assert knowledge.known("shop")[page.url].fetched_at == 2
+            assert knowledge.known("shop")[page.url][0] == 2
             assert knowledge.find("shop", "stripes").passages[0].title == "Zebras"
         if broken:
             path.write_bytes(broken)
