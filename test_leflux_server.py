@@ -6904,9 +6904,9 @@ class Website:
         if isinstance(page, str) and page.startswith("->"):
             return web.Response(status=302, headers={"Location": page[2:].strip()})
         if isinstance(page, str | bytes):
-            page = page.encode() if isinstance(page, str) else page
+            page = page.replace("$", self.url).encode() if isinstance(page, str) else page
             kind = "text/html" if "." not in path else "text/plain"
-            return web.Response(body=page.replace(b"$", self.url.encode()), content_type=kind)
+            return web.Response(body=page, content_type=kind)
         return cast(web.StreamResponse, await page(request))
 
     def paths(self) -> list[str]:
