@@ -2107,6 +2107,7 @@ def release(task: Task) -> None:
 
 MAX_PAGE_CHARS = 24_000  # of what the model is told of a page
 ITEMS = list_of(lambda item: item, MAX_BODY_BYTES)
+NOTHING_SHOWN = ("", 0)
 
 
 def printable(text: str) -> str:
@@ -2179,8 +2180,8 @@ def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json
     """Return a page context of known fields within their limits; raise invalid_message.
 
     {url, title, language, visibleText: strings; indexedElements: [{id, type, text, ...}]; forms,
-    previouslyFilledFields: lists; visitorData: an object}, and `shown`, a hash of the elements and
-    the text. Too much is cut silently, a wrong type is an error.
+    previouslyFilledFields: lists; visitorData: an object}, and `shown`, the URL and a hash of the
+    elements and the text. Too much is cut silently, a wrong type is an error.
     """
     if not isinstance(raw, dict):
         raise invalid(name, "must be an object")
@@ -2201,7 +2202,7 @@ def clean_context(raw: Any, limits: LimitsConfig, name: str = "context") -> Json
     for field, items in lists.items():
         context[field] = [printable(json_text(item)[:1000]) for item in items]
     shown = orjson.dumps([context["indexedElements"], context["visibleText"]])
-    return context | {"shown": hash(shown)}
+    return context | {"shown": (context["url"], hash(shown))}
 
 
 def describe_element(element: Json, origin: str) -> str:
@@ -3631,11 +3632,6 @@ def asks_first(turn: Turn, plan: Plan, page: Page, asked: str = "") -> bool:
     return question != asked
 
 
-def fingerprint(context: Json) -> tuple[str, int]:
-    """The URL of a page, and what tells whether its elements and text are the same."""
-    return context.get("url", ""), context.get("shown", 0)
-
-
 def goes_in_circles(task: Task, plan: Plan, context: Json) -> bool:
     """Note what a plan does; true if it only repeats what has led nowhere."""
     kinds = [step["action"] for step in plan.steps]
@@ -3679,7 +3675,7 @@ def offer_plan(turn: Turn, plan: Plan) -> None:
     task.plan, task.phase = plan, "acting"
     task.plans += 1
     task.rejections = 0
-    task.page_before = fingerprint(turn.session.context)
+    task.page_before = turn.session.context.get("shown", NOTHING_SHOWN)
     waits = sum(step.get("waitDuration", 0) for step in plan.steps) / 1000
     task.deadline = time.monotonic() + ACTION_SECONDS + waits
     data = {"actions": [plan.wire()], "message": turn.said, "useUniversalIndexing": True}
@@ -4994,7 +4990,7 @@ def resume_task(app: AppState, session: Session) -> None:
     task = session.task
     if task is None or task.phase not in ("acting", "acted") or app.draining:
         return
-    before, after = task.page_before, fingerprint(session.context)
+    before, after = task.page_before, session.context.get("shown", NOTHING_SHOWN)
     task.unchanged = task.unchanged + 1 if before == after else 0
     effect = f"URL {before[0]} → {after[0]}"
     if before[0] == after[0]:
