@@ -539,7 +539,7 @@ def bare_url(value: Any) -> str:
 
 def is_url(value: Any) -> bool:
     """Whether a value is an absolute http(s) URL."""
-    pattern = r"(https?://[^/?#]+)[^\x00-\x20\x7f\\]{0,1900}"
+    pattern = r"(https?://[^/?#]+)[^\x00-\x20\x7f\\]{0,1600}"
     parts = re.fullmatch(pattern, value, re.I) if isinstance(value, str) else None
     return parts is not None and parse_origin(parts[1]) is not None
 
