@@ -5626,11 +5626,24 @@ async def get_session(request: web.Request) -> web.Response:
     return json_response(body)
 
 
-async def delete_session(request: web.Request) -> web.Response:
-    app = request.app[APP_STATE]
-    drop_session(app, session_of(request))
+async def erase_chat(app: AppState, site: Site, request: web.Request) -> Json:
+    """Erase a chat, live or kept for the owner, who may ask for it as its visitor may."""
+    session_id = request.match_info["session_id"]
+    session = app.sessions.get(session_id)
+    sql = "SELECT row FROM session WHERE site = ? AND id = ?"
+    if session is not None and session.site_id == site.id:
+        drop_session(app, session)
+    elif rows := app.store.read(sql, site.id, session_id):
+        app.store.erase(rows[0][0])
+    else:
+        raise no_session()
     app.store.flush()
-    return json_response({"deleted": True})
+    return {"deleted": True}
+
+
+async def delete_session(request: web.Request) -> web.Response:
+    site, _ = caller_site(request)
+    return json_response(await erase_chat(request.app[APP_STATE], site, request))
 
 
 async def stats(request: web.Request) -> web.Response:
@@ -6293,19 +6306,6 @@ async def get_site_session(app: AppState, site: Site, request: web.Request) -> J
     return chat_summary(state, live=session is not None) | {"history": state["history"]}
 
 
-async def delete_site_session(app: AppState, site: Site, request: web.Request) -> Json:
-    session_id = request.match_info["session_id"]
-    session = app.sessions.get(session_id)
-    if session is not None and session.site_id == site.id:
-        drop_session(app, session)
-    elif rows := app.store.read(CHAT_SQL, site.id, session_id):
-        app.store.erase(rows[0][0])
-    else:
-        raise no_session()
-    app.store.flush()
-    return {"deleted": True}
-
-
 async def site_activity(app: AppState, site: Site, request: web.Request) -> Json:
     count, now = query_number(request, "days", 30, ACTIVITY_DAYS), time.time()
     first = datetime.fromtimestamp(now - now % 86400, UTC) - timedelta(count - 1)
@@ -6756,7 +6756,7 @@ ROUTES: dict[str, dict[str, Any]] = {
     f"{SITE}/crawl": {"GET": get_crawl, "POST": begin_crawl, "DELETE": get_crawl},
     f"{SITE}/pages": {"GET": list_pages},
     f"{SITE}/sessions": {"GET": list_site_sessions},
-    f"{SITE}/sessions/{{session_id}}": {"GET": get_site_session, "DELETE": delete_site_session},
+    f"{SITE}/sessions/{{session_id}}": {"GET": get_site_session, "DELETE": erase_chat},
     f"{SITE}/activity": {"GET": site_activity},
     f"{SITE}/messages": {"GET": list_letters},
     f"{SITE}/messages/test": {"POST": try_notify_url},

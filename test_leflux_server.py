@@ -9683,9 +9683,12 @@ async def test_owner_sees_what_the_agent_did(archive: Server, model: FakeModel) 
             assert text_of(others) == await visitor.history()
 
 
+@pytest.mark.parametrize("by_visitor", [False, True])
 @pytest.mark.parametrize("idle", [0, 3600])
-async def test_owner_erases_a_chat(idle: float, archive: Server, tmp_path: Path) -> None:
-    """DELETE erases a chat for good, be it live or not; one of another site is none."""
+async def test_erasing_a_chat(
+    idle: float, by_visitor: bool, archive: Server, tmp_path: Path
+) -> None:
+    """DELETE by its visitor or its site's owner erases a chat for good, be it live or not."""
     visitor, other = await archive.visitor(), await archive.visitor()
     await visitor.ask("SECRET")
     await other.ask("Hello")
@@ -9694,8 +9697,15 @@ async def test_owner_erases_a_chat(idle: float, archive: Server, tmp_path: Path)
     path = f"/sessions/{visitor.id}"
     assert (await archive.manage("DELETE", f"/other{path}", who="other owner")).status == 404
     assert (await archive.manage("DELETE", f"/shop{path}", who="other owner")).status == 403
-    assert (await archive.manage("DELETE", f"/shop{path}")).body == {"deleted": True}
-    assert (await archive.manage("DELETE", f"/shop{path}")).error == (404, "session_not_found")
+    foreign = Visitor(archive, visitor.id, "https://other.example")
+    assert (await foreign.delete()).error == (404, "session_not_found")
+    erase = (
+        visitor.delete
+        if by_visitor
+        else functools.partial(archive.manage, "DELETE", f"/shop{path}")
+    )
+    assert (await erase()).body == {"deleted": True}
+    assert (await erase()).error == (404, "session_not_found")
     assert (await visitor.get()).error == (404, "session_not_found")
     assert await chat_ids(archive) == [other.id]
     await until(lambda: not traces(tmp_path, "SECRET", visitor.id))
