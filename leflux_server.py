@@ -2313,13 +2313,10 @@ class Topic(NamedTuple):
     says: re.Pattern[str]  # of a word of a passage
 
 
-def begins_with(words: Iterable[str]) -> re.Pattern[str]:
+def begins_with(words: set[str]) -> re.Pattern[str]:
     """Words of up to three letters are meant whole, others are how a word begins."""
-    return re.compile("|".join(one if is_stem(one) else f"{one}$" for one in sorted(words)))
-
-
-def is_stem(word: str) -> bool:
-    return len(word) > 3 or UNSPACED.match(word) is not None
+    whole = {one for one in words if len(one) <= 3 and not UNSPACED.match(one)}
+    return re.compile("|".join(f"{one}$" if one in whole else one for one in sorted(words)))
 
 
 @functools.cache
@@ -2972,7 +2969,7 @@ class PageReader(html.parser.HTMLParser):
         self.level = 0
         self.open: list[tuple[str, str]] = []  # elements, with the zone that each begins
         self.inside: Counter[str] = Counter()  # how many of a tag, or of a zone, are open
-        self.json: list[str] | None = None
+        self.json: list[str] = []  # of the script that is being read: no others are left
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.spend(1)
@@ -2990,17 +2987,17 @@ class PageReader(html.parser.HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         self.separate(tag)
         self.level = 0 if tag in HEADINGS else self.level
-        if self.json is not None and tag == "script":
+        if self.json:
             with contextlib.suppress(ValueError):
                 self.facts += facts(decode_json("".join(self.json).encode()))
-            self.json = None
+            self.json.clear()
         name = "" if self.inside[tag] else tag
         while name != tag:
             name, zone = self.open.pop()
             self.inside.subtract((name, zone))
 
     def handle_data(self, data: str) -> None:
-        if self.json is not None:
+        if self.inside["script"]:
             self.json.append(data)
         elif self.inside["title"] and not self.inside["/hidden"]:
             self.title += data[:PAGE_CHARS]
@@ -3039,8 +3036,6 @@ class PageReader(html.parser.HTMLParser):
             self.robots += f",{content[:200]}"
         elif tag == "link" and "canonical" in rel:
             self.canonical = normal_url(href, self.base)
-        elif tag == "script" and "ld+json" in given.get("type", ""):
-            self.json = []
         elif tag == "a" and scheme.lower() in ("mailto", "tel"):
             self.contacts[urllib.parse.unquote(address.partition("?")[0]).strip()[:100]] = None
         elif tag in ("a", "area") and href and "nofollow" not in rel:
@@ -5283,9 +5278,8 @@ class Crawl:
         """Visit the start page, what it links to, what the sitemaps name, and so on."""
         knowledge = self.app.knowledge
         self.known = await knowledge.call(knowledge.known, self.site.id)
-        self.add([self.start])
-        links = await self.visit(self.queue.popleft())
-        self.add(links)
+        self.seen.add(self.start)
+        self.add(await self.visit(self.start))
         self.add(await self.sitemaps())
         while self.queue and self.kept < self.site.crawl_pages:
             self.state["url"] = self.queue.popleft()
