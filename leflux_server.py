@@ -5755,9 +5755,6 @@ async def demo(request: web.Request) -> web.Response:
     return send_file(request, DEMO[request.path], {"Content-Security-Policy": policy})
 
 
-OWNER_FILE = re.compile(r"[a-z0-9-]+\.(css|html|js)")
-
-
 async def owner_page(request: web.Request) -> web.Response:
     """A file of owner/, for all to read: what it shows comes from the admin API."""
     firebase = request.app[APP_STATE].config.firebase
@@ -5766,7 +5763,7 @@ async def owner_page(request: web.Request) -> web.Response:
         body = {"apiKey": firebase.api_key, "signInUrl": firebase.sign_in_url}
         urls = {"tokenUrl": firebase.token_url, "publicUrl": own_url(request)}
         return json_response(body | urls)
-    if not firebase.api_key or not OWNER_FILE.fullmatch(name):
+    if not firebase.api_key or not re.fullmatch(r"[a-z0-9-]+\.(css|html|js)", name):
         raise standard_error(404)
     google = {"/".join(url.split("/")[:3]) for url in (firebase.sign_in_url, firebase.token_url)}
     policy = (
@@ -5970,17 +5967,14 @@ def check_body(body: Json, rules: Rules, *, null_ok: bool = False) -> Json:
     return clean
 
 
-def is_admin(app: AppState, caller: Caller) -> bool:
-    return caller.is_one_of(app.config.firebase.admins)
-
-
 async def managed_site(request: web.Request) -> tuple[AppState, Site, bool]:
     """Return the site of the path for its owner or an admin, and whether it is an admin.
 
     Raises forbidden for all others, who cannot tell a site of others from none at all.
     """
     app, caller = request.app[APP_STATE], await authenticate(request)
-    site, admin = app.sites.get(request.match_info["site_id"]), is_admin(app, caller)
+    site = app.sites.get(request.match_info["site_id"])
+    admin = caller.is_one_of(app.config.firebase.admins)
     if not admin and not (site and caller.is_one_of(site.owners)):
         raise standard_error(403)
     if site is None:
@@ -6093,14 +6087,14 @@ patch_site_config = functools.partial(change_site, SITE_CONFIG_RULES)
 
 async def list_sites(request: web.Request) -> web.Response:
     app, caller = request.app[APP_STATE], await authenticate(request)
-    admin = is_admin(app, caller)
+    admin = caller.is_one_of(app.config.firebase.admins)
     mine = [site for site in app.sites.values() if admin or caller.is_one_of(site.owners)]
     return json_response({"sites": [site_summary(site) for site in mine]})
 
 
 async def create_site(request: web.Request) -> web.Response:
-    app = request.app[APP_STATE]
-    if not is_admin(app, await authenticate(request)):
+    app, caller = request.app[APP_STATE], await authenticate(request)
+    if not caller.is_one_of(app.config.firebase.admins):
         raise standard_error(403)
     body = {"name": None, "host": None, **await read_object(request)}
     rules = {"name": text(80, 1), "host": allowed_host}
@@ -6891,17 +6885,6 @@ async def run(config: Config, path: Path) -> None:
 # The command line.
 
 
-def check(path: Path, config: Config) -> None:
-    """Say what is in a configuration, and what may not be meant."""
-    read_knowledge(config)
-    print(f"{path} is fine: {len(config.sites)} site(s)")
-    for doubt in doubts(config) + small_budgets(config):
-        print(f"warning: {doubt}")
-
-
-PERSON_SQL = "SELECT row, id, site, created FROM session ORDER BY created"
-
-
 def find_person(path: Path, who: str) -> Json:
     """Return what is kept of a chat's id or an e-mail address: {chats, messages}."""
     wanted = re.compile(rf"(?<![\w.+-]){re.escape(who)}(?![\w-]|\.\w)", re.I)
@@ -6910,10 +6893,11 @@ def find_person(path: Path, who: str) -> Json:
         sql = "SELECT session, body, crc FROM message WHERE instr(lower(body), lower(?))"
         said = whole_rows(db, sql, who)  # in no time; which of them do hold it, wanted tells
         rows = {row for row, message in said if wanted.search(message["content"])}
+        sql = "SELECT row, id, site, created FROM session ORDER BY created"
         chats = [
             {"sessionId": session_id, "site": site, "createdAt": iso_time(created)}
             | {"history": [message for _, message in read_messages(db, row)]}
-            for row, session_id, site, created in db.execute(PERSON_SQL)
+            for row, session_id, site, created in db.execute(sql)
             if row in rows or session_id == who
         ]
         letters = [parse_object(body) for (body,) in db.execute("SELECT body FROM letter")]
@@ -7007,7 +6991,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(options.config, os.environ)
         if options.check:
-            check(options.config, config)
+            read_knowledge(config)
+            print(f"{options.config} is fine: {len(config.sites)} site(s)")
+            for doubt in doubts(config) + small_budgets(config):
+                print(f"warning: {doubt}")
             return 0
         if who := options.export or options.erase:
             print(answer_person(config, who, erase=not options.export))
