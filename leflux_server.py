@@ -891,7 +891,8 @@ def risk_pattern(kind: str, mark: str) -> re.Pattern[str]:
     marked: dict[str, list[str]] = {one: [] for one in ("", *"-+=")}
     for entry in (entry for words in all_words().values() for entry in words[kind]):
         marked[entry[0] if entry[0] in marked else ""].append(entry.lstrip("-+="))
-    patterns = f"(?P<but>{words_pattern(marked['-'])})|{words_pattern(marked[mark])}"
+    but = marked["-"] if mark != "=" else []  # a whole name has no exceptions
+    patterns = f"(?P<but>{words_pattern(but)})|{words_pattern(marked[mark])}"
     return re.compile(rf"(?:(?<!\w)|(?=[\u0300-\U0010ffff]))(?:{patterns})")  # where one can begin
 
 
@@ -3698,7 +3699,7 @@ MAX_BLOCK_ITEMS, MAX_BLOCK_CHARS = 8, 280
 
 
 def block_text(value: Any) -> str:
-    is_text = isinstance(value, str | int | float) and not isinstance(value, bool)
+    is_text = type(value) in (str, int, float)
     return printable(str(value)[:MAX_BLOCK_CHARS]).strip() if is_text else ""
 
 
