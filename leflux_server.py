@@ -2550,18 +2550,14 @@ def open_knowledge(path: Path | None) -> sqlite3.Connection:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
     for attempt in range(2):
-        db = sqlite3.connect(
-            path or ":memory:", timeout=5, isolation_level=None, check_same_thread=False
-        )
+        db = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
         try:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = NORMAL")
-            version, damage = (
-                db.execute(f"PRAGMA {name}").fetchone()[0]
-                for name in ("user_version", "quick_check(1)")
+            db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL")
+            ((version, damage),) = db.execute(
+                "SELECT user_version, quick_check FROM pragma_user_version, pragma_quick_check(1)"
             )
             if version == 0:
-                end = f"PRAGMA user_version = {KNOWLEDGE_VERSION}; COMMIT;"
+                end = f"PRAGMA user_version = {KNOWLEDGE_VERSION}; COMMIT"
                 db.executescript(f"BEGIN IMMEDIATE; {KNOWLEDGE_SCHEMA} {end}")
             if version in (0, KNOWLEDGE_VERSION) and damage == "ok":
                 return db
@@ -2636,14 +2632,12 @@ class Knowledge:
         sql = "INSERT INTO gram (rowid, word) SELECT id, word FROM word WHERE id > ?"
         self._db.execute(sql, (known_words,))
 
-    def _delete(self, sql: str, *values: Any) -> int:
-        """Delete the pages that a query names, with their passages; return how many."""
-        ids = self._db.execute(sql, values).fetchall()
-        for (page_id,) in ids:
+    def _delete(self, sql: str, *values: Any) -> None:
+        """Delete the pages that a query names, with their passages."""
+        for (page_id,) in self._db.execute(sql, values).fetchall():
             between = (page_id << 16, (page_id + 1 << 16) - 1)
             self._db.execute("DELETE FROM passage WHERE rowid BETWEEN ? AND ?", between)
             self._db.execute("DELETE FROM page WHERE id = ?", (page_id,))
-        return len(ids)
 
     def replace(self, site_id: str, source: str, pages: Sequence[WebPage]) -> None:
         """Make these all of a site's pages of a source: "file" or "snippet"."""
@@ -2685,13 +2679,12 @@ class Knowledge:
             for url, fetched, etag, modified in self._db.execute(sql, (site_id,))
         }
 
-    def prune(self, site_id: str, since: float) -> int:
-        """Delete the crawled pages that were not fetched since then; return how many."""
+    def prune(self, site_id: str, since: float) -> None:
+        """Delete the crawled pages that were not fetched since then."""
         with self._writing():
             sql = "SELECT id FROM page WHERE site = ? AND source = 'page' AND fetched < ?"
-            count = self._delete(sql, site_id, since)
+            self._delete(sql, site_id, since)
             self._forget_words()
-            return count
 
     def forget(self, site_id: str, source: str = "%") -> None:
         """Delete a site's pages, or those of a source, and how its crawl went."""
