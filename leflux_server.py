@@ -3054,6 +3054,17 @@ class PageReader(html.parser.HTMLParser):
         return "/around" if around and not self.inside["/main"] + self.inside["article"] else ""
 
 
+def under_headings(blocks: Iterable[tuple[str, int, str]], body: str) -> Iterator[tuple[str, str]]:
+    """Yield (heading, text) of the blocks in one zone; a heading is the path of those above."""
+    path, heading = list[tuple[int, str]](), ""
+    for zone, level, text in blocks:
+        if zone == body and level:
+            path = [(one, title) for one, title in path if one < level] + [(level, text)]
+            heading = ": ".join(title for one, title in path if one > 1 or level == 1)
+        elif zone == body:
+            yield heading, text
+
+
 def read_page(
     raw: bytes,
     url: str,
@@ -3077,14 +3088,7 @@ def read_page(
     reader.separate("html")
     body = "/main" if any(zone == "/main" for zone, *_ in reader.blocks) else ""
     around = [text for zone, _, text in reader.blocks if zone != body]
-    path, found = list[tuple[int, str]](), [("", reader.description)]
-    heading = ""
-    for zone, level, text in reader.blocks:
-        if zone == body and level:
-            path = [(one, title) for one, title in path if one < level] + [(level, text)]
-            heading = ": ".join(title for one, title in path if one > 1 or level == 1)
-        elif zone == body:
-            found.append((heading, text))
+    found = [("", reader.description), *under_headings(reader.blocks, body)]
     found += [("", text) for text in around if start]
     said = {text for _, text in found}
     found += [(name, text[:2000]) for name, text in reader.facts[:200] if text not in said]
@@ -4284,20 +4288,24 @@ class ChatModel:
             "max_tokens": {"max_completion_tokens": config.max_tokens},
         }
 
+    async def _wait_for(self, turn: Turn) -> None:
+        """Wait until a chat may have a further call; raise rate_limit_exceeded in its language."""
+        rate = (f"call {turn.session.id}", turn.app.config.limits.model_calls_per_minute)
+        try:
+            await spend(turn.app, rate, wait_seconds=MODEL_CALL_WAIT_SECONDS)
+        except ApiError as error:
+            raise ApiError(error.status, error.code, turn.say("too_fast")) from None
+
     async def reply(self, turn: Turn) -> Pieces:
         """Ask the model, with less of the conversation and the page where it is too long. Each
         call keeps within the site's budget: reserved before it, settled after it."""
         app, site, task = turn.app, turn.site, turn.task
-        rate = (f"call {turn.session.id}", app.config.limits.model_calls_per_minute)
         for divisor, page_part in PROMPT_SHARES:
             begun = time.monotonic()
             prompt = build_prompt(turn, divisor, page_part)
             texts = [message["content"] for message in prompt]
             reserved = tokens_at_most(texts) + self._config.max_tokens
-            try:
-                await spend(app, rate, wait_seconds=MODEL_CALL_WAIT_SECONDS)
-            except ApiError as error:
-                raise ApiError(error.status, error.code, turn.say("too_fast")) from None
+            await self._wait_for(turn)
             release(task)
             charge = admit(app, site, task.address, 0, reserved, time.time(), turn.language)
             completion, asked = Completion(), 0
@@ -4347,6 +4355,7 @@ class ChatModel:
                 # Its text can hold what the provider sent: the name alone is logged. A deadline
                 # of ours has taken its time already.
                 failure = ModelError(type(error).__name__, retry=type(error) is not TimeoutError)
+                failure.__cause__ = error
             if completion.finished:
                 return
             log.warning("model call failed: %s (attempt %d)", failure, attempt)
