@@ -5182,7 +5182,9 @@ class Crawl:
             except TimeoutError:
                 raise CrawlError(f"took longer than {PAGE_SECONDS} s", passing=True) from None
             except (aiohttp.ClientError, OSError, ValueError) as error:
-                raise CrawlError(f"no answer ({type(error).__name__})", passing=True) from None
+                raise CrawlError(
+                    f"gives no answer ({type(error).__name__})", passing=True
+                ) from None
             finally:
                 self.next_request = time.monotonic() + self.delay
             url, conditions = target, {}
@@ -6963,7 +6965,10 @@ async def crawl_now(config: Config, site_id: str) -> int:
             load_sites(state, db.execute("SELECT id, base, patch FROM site"))
     sites = [one for one in state.sites.values() if one.crawl and site_id in ("", one.id)]
     if not sites:
-        raise ConfigError(f"sites[{site_id}].crawl is not set" if site_id else "no crawl is set")
+        named = f"sites[{site_id}]" + (
+            ".crawl is not set" if site_id in state.sites else " is unknown"
+        )
+        raise ConfigError(named if site_id else "no crawl is set")
     with open_index(state) as knowledge:
         async with new_client() as state.http, new_client(public=True) as state.public_http:
             for site in sites:

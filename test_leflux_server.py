@@ -7304,9 +7304,9 @@ async def test_crawl_command(tmp_path: Path, website: Website) -> None:
         assert "gouda" in (await visitor.ask("What is the moon made of?"))["data"]["text"]
         website.pages["/"] = 404
         assert (await run_program(*command, constants=FAST, **environ))[0] == 1
-        for site in ("shop", "none"):
+        for site, problem in {"shop": ".crawl is not set", "none": " is unknown"}.items():
             code, _, err = await run_program(*command, site, **environ)
-            assert (code, err) == (2, f"leflux: sites[{site}].crawl is not set\n")
+            assert (code, err) == (2, f"leflux: sites[{site}]{problem}\n")
 
 
 ROBOTS = b"User-agent: *\nDisallow: /forbidden\n" + b"Disallow: /private/of-somebody\n" * 160_000
