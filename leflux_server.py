@@ -5465,9 +5465,10 @@ def caller_site(request: web.Request) -> tuple[Site, str]:
     caller, host = caller_host(request.method, request.headers, scheme), ""
     if caller is not None:
         host, site = caller[0], find_site(app.site_index, *caller)
-        own_origin = parse_origin(f"{scheme}://{request.headers.get('Host', '')}")
-        if not site and app.config.server.demo and caller == own_origin:
-            site = app.sites.get("demo")  # on whatever address this server is opened by
+        if not site and app.config.server.demo:
+            # The demo, on whatever address this server is opened by.
+            own_origin = parse_origin(f"{scheme}://{request.headers.get('Host', '')}")
+            site = app.sites.get("demo") if caller == own_origin else None
         if site is not None:
             return site, host
     app.once_a_minute(logging.INFO, host, "a page of %s asked, which no site has", host or "?")
