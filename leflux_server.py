@@ -1327,6 +1327,12 @@ class AppState:
         key = name, ",".join(f'{label}="{of}"' for label, of in labels.items())
         self.counts[key] = self.counts.get(key, 0) + amount
 
+    def client_for(self, site: Site, field: str) -> aiohttp.ClientSession:
+        """Return the client for the URL in a site's field: that of an owner may not lead into our
+        own network, config.toml's may."""
+        by_owner = field in self.site_patches.get(site.id, {}) or site.id in self.api_sites
+        return cast(aiohttp.ClientSession, self.public_http if by_owner else self.http)
+
     def next_id(self) -> int:
         """The number in msg-, action- and stream- ids: milliseconds, each only once."""
         self.last_id = max(int(time.time() * 1000), self.last_id + 1)
@@ -3250,10 +3256,7 @@ async def post_letter(app: AppState, site: Site, body: Json, event: str = "messa
     line = MENTION.sub("\\g<0>\u200b", " ".join(line.split())[:1500])
     shown = {name: body[name] for name in ("name", "email", "message", "pageUrl", "createdAt")}
     sent = {"event": event, "site": site.id, "text": line, "content": line, **shown}
-    # The URL of an owner may not lead into our own network, config.toml's may.
-    by_owner = "notify_url" in app.site_patches.get(site.id, {})
-    http = cast(aiohttp.ClientSession, app.public_http if by_owner else app.http)
-    timeout = aiohttp.ClientTimeout(total=NOTIFY_SECONDS)
+    http, timeout = app.client_for(site, "notify_url"), aiohttp.ClientTimeout(total=NOTIFY_SECONDS)
     post = http.post(site.notify_url, json=sent, timeout=timeout, allow_redirects=False)
     try:
         async with post as response:
@@ -5109,8 +5112,7 @@ class Crawl:
     """A crawl of a site, from its begin to its end."""
 
     def __init__(self, app: AppState, site: Site, started: float) -> None:
-        by_owner = "crawl" in app.site_patches.get(site.id, {}) or site.id in app.api_sites
-        self.client = cast(aiohttp.ClientSession, app.public_http if by_owner else app.http)
+        self.client = app.client_for(site, "crawl")
         self.app, self.site, self.started = app, site, started  # Unix time
         self.index = app.site_index  # of one moment: threads read it
         self.start = normal_url(site.crawl)
