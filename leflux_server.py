@@ -2066,6 +2066,12 @@ def tokens_at_most(texts: Iterable[str]) -> int:
 Charge = Sequence[Usage]  # the usages that a call is charged to: the site's, then its address's
 
 
+def budget_exceeded(site: Site, language: str) -> ApiError:
+    """Return the refusal: in the owner's words, or else in the visitor's language."""
+    own = site.refusal != ENGLISH("refusal")
+    return ApiError(429, "budget_exceeded", site.refusal if own else say(language, "refusal"))
+
+
 def admit(
     app: AppState,
     site: Site,
@@ -2076,10 +2082,9 @@ def admit(
     language: str = "en",
 ) -> Charge:
     """Count messages and reserve tokens for a call, or raise budget_exceeded for both."""
-    limits, own = app.config.limits, site.refusal != ENGLISH("refusal")
-    refusal = site.refusal if own else say(language, "refusal")
+    limits = app.config.limits
     if site.paused:
-        raise ApiError(429, "budget_exceeded", refusal)
+        raise budget_exceeded(site, language)
     budgets = {site.id: 1.0, f"{site.id} {address}": limits.address_share}
     charge = [usage_today(app, name, now) for name in budgets]
     for usage, share in zip(charge, budgets.values(), strict=True):
@@ -2088,7 +2093,7 @@ def admit(
             (limits.site_tokens_per_day, usage.tokens + usage.reserved + tokens),
         ):
             if limit and wanted > math.ceil(limit * share):
-                raise ApiError(429, "budget_exceeded", refusal)
+                raise budget_exceeded(site, language)
     for usage in charge:
         usage.messages += messages
         usage.reserved += tokens
