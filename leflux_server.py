@@ -1463,8 +1463,9 @@ async def spend(app: AppState, *rates: tuple[str, float], wait_seconds: float = 
         for key, rate in rates
     }
     try:
-        async with asyncio.timeout(wait_seconds):  # none where all have room
-            for bucket in sorted(buckets.values(), key=AsyncLimiter.has_capacity):
+        full = [bucket for bucket in buckets.values() if not bucket.has_capacity()]
+        async with asyncio.timeout(wait_seconds if full else None):  # the others make nobody wait
+            for bucket in dict.fromkeys([*full, *buckets.values()]):
                 await bucket.acquire()
     except TimeoutError:
         slowest = max(one.time_period / one.max_rate for one in buckets.values())
@@ -1486,6 +1487,36 @@ def held_by(app: AppState, client: str) -> Iterator[None]:
         app.held[client] -= 1
         if not app.held[client]:
             del app.held[client]
+
+
+class Door(web.RequestHandler):
+    """A connection. Of an address that has too many it is hung up on at once, before it asks for
+    anything; trusted proxies may have more. Knows its peer, for all of its requests."""
+
+    def __init__(self, app: AppState, server: web.Server, **options: Any) -> None:
+        super().__init__(server, loop=asyncio.get_running_loop(), **options)
+        self.app, self.held = app, contextlib.ExitStack()
+        self.client, self.trusted = "", False  # its client_key; whether it is one of our proxies
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        peer = (transport.get_extra_info("peername") or [""])[0]  # none if it has gone already
+        self.client = client_key(peer, (), ())
+        try:
+            self.trusted = is_trusted(peer, self.app.config.server.trusted_proxies)
+            if not self.trusted:
+                self.held.enter_context(held_by(self.app, self.client))
+        except (ApiError, ValueError):  # not before aiohttp's own task for it has begun
+            self.app.count("limits_hit_total", code="connections")
+            asyncio.get_running_loop().call_soon(cast(asyncio.Transport, transport).abort)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.held.close()
+        super().connection_lost(exc)
+
+
+def door_of(request: web.Request) -> Door:
+    return cast(Door, request.protocol)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2059,8 +2090,8 @@ def count_usage(app: AppState, site_id: str, name: str) -> None:
 
 def tokens_at_most(texts: Iterable[str]) -> int:
     """Return what texts can cost: a token for 3 ASCII characters and for each other byte."""
-    sizes = [(len(one.encode()), len(one.encode("ascii", "ignore"))) for one in texts]
-    return sum(every - plain + plain // 3 + 1 for every, plain in sizes)
+    sizes = [(one, len(one if one.isascii() else one.encode("ascii", "ignore"))) for one in texts]
+    return sum(len(one.encode()) - plain + plain // 3 + 1 for one, plain in sizes)
 
 
 Charge = Sequence[Usage]  # the usages that a call is charged to: the site's, then its address's
@@ -2247,12 +2278,6 @@ def describe_page(context: Json) -> str:
     return "\n".join([*lines, "Visible text:", context["visibleText"]])[:MAX_PAGE_CHARS]
 
 
-def memory_of(value: Any) -> int:
-    """Return about how many bytes of memory a value of JSON takes."""
-    inside = value.values() if isinstance(value, dict) else value if type(value) is list else ()
-    return sys.getsizeof(value) + sum(map(memory_of, inside))
-
-
 def take_picture(session: Session, raw: Any, limits: LimitsConfig, name: str = "context") -> Json:
     """Return what a session is to keep of a page context; raise invalid_message.
 
@@ -2268,10 +2293,11 @@ def take_picture(session: Session, raw: Any, limits: LimitsConfig, name: str = "
         known = {(one.get("type"), one.get("text")) for one in before["indexedElements"]}
         for element in context["indexedElements"]:
             element["isNew"] = (element.get("type"), element.get("text")) not in known
+    raw = orjson.dumps(context)  # a string takes some 60 bytes beside its letters
+    size = len(raw) * (2 if raw.isascii() else 3) + 30 * raw.count(b'"')
     described = describe_page(context)
-    context |= {"described": described, "tokens": tokens_at_most([described])}
-    context |= {"digest": digest, "nonce": secrets.token_hex(8)}
-    return context | {"bytes": memory_of(context)}
+    context |= {"described": described, "tokens": tokens_at_most([described]), "bytes": size}
+    return context | {"digest": digest, "nonce": secrets.token_hex(8)}
 
 
 def element_label(element: Json) -> str:
@@ -3978,6 +4004,8 @@ def recent_history(history: Sequence[Json], divisor: int) -> list[Json]:
 
 async def search(turn: Turn) -> Found:
     """Return what the site's texts say to the visitor's question."""
+    if not (turn.site.crawl or turn.site.snippets or turn.app.files.get(turn.site.id)):
+        return Found()
     said = [one["content"] for one in turn.session.history if one["role"] == "user"]
     earlier = said[-2] if said[-1:] == [turn.task.wish] and len(said) > 1 else ""
     knowledge = turn.app.knowledge
@@ -4519,6 +4547,7 @@ class ReplyReader:
         r'(?:[^"\\]++|\\[^u]|\\u(?:[0-9a-fA-F]{4}|(?=[0-9a-fA-F]{0,3}[^0-9a-fA-F])))*+', re.S
     )
     _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", re.S)
+    _DECODER = json.JSONDecoder(strict=False)
 
     def __init__(self) -> None:
         self._think = ThinkFilter()
@@ -4554,7 +4583,7 @@ class ReplyReader:
         raw = raw[raw.index("{") :]
         try:
             # Line ends in strings are forgiven.
-            reply = json.JSONDecoder(strict=False).raw_decode(raw)[0]
+            reply = self._DECODER.raw_decode(raw)[0]
         except (ValueError, RecursionError) as error:
             at, what = getattr(error, "pos", 0), getattr(error, "msg", "")
             self.unfinished = at >= len(raw.rstrip()) or what.startswith(("Untermi", "Invalid \\u"))
@@ -5450,10 +5479,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
 
 def forwarded(request: web.Request, header: str) -> str:
     """Return a header that a trusted proxy has set, else ""."""
-    proxies = request.app[APP_STATE].config.server.trusted_proxies
-    with contextlib.suppress(ValueError):  # a peer without an address, as on a Unix socket
-        return request.headers.get(header, "") if is_trusted(request.remote or "", proxies) else ""
-    return ""
+    return request.headers.get(header, "") if door_of(request).trusted else ""
 
 
 def own_scheme(request: web.Request) -> str:
@@ -5544,9 +5570,10 @@ async def read_object(request: web.Request, *, empty_ok: bool = False) -> Json:
 
 def client_of(request: web.Request) -> str:
     """What identifies the client of a request for its limits."""
-    forwarded_for = request.headers.getall("X-Forwarded-For", [])
-    proxies = request.app[APP_STATE].config.server.trusted_proxies
-    return client_key(request.remote or "", forwarded_for, proxies)
+    hops, door = request.headers.getall("X-Forwarded-For", []), door_of(request)
+    if not hops or not door.trusted:
+        return door.client
+    return client_key(request.remote or "", hops, door.app.config.server.trusted_proxies)
 
 
 SESSION_ID = text(64, 1)
@@ -6801,29 +6828,6 @@ def make_app(config: Config) -> web.Application:
     app.cleanup_ctx.append(resources)
     app.on_shutdown.append(drain)
     return app
-
-
-class Door(web.RequestHandler):
-    """A connection. Of an address that has too many it is hung up on at once, before it asks for
-    anything; trusted proxies may have more."""
-
-    def __init__(self, app: AppState, server: web.Server, **options: Any) -> None:
-        super().__init__(server, loop=asyncio.get_running_loop(), **options)
-        self.app, self.held = app, contextlib.ExitStack()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        peer = (transport.get_extra_info("peername") or [""])[0]  # none if it has gone already
-        try:
-            if not is_trusted(peer, self.app.config.server.trusted_proxies):
-                self.held.enter_context(held_by(self.app, client_key(peer, (), ())))
-        except (ApiError, ValueError):  # not before aiohttp's own task for it has begun
-            self.app.count("limits_hit_total", code="connections")
-            asyncio.get_running_loop().call_soon(cast(asyncio.Transport, transport).abort)
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self.held.close()
-        super().connection_lost(exc)
 
 
 @contextlib.asynccontextmanager
