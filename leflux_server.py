@@ -5133,8 +5133,18 @@ def unpacked(body: bytes, limit: int) -> bytes:
     return body[:limit]
 
 
+def fits_rule(pieces: Sequence[str], path: str) -> bool:
+    """Whether a path begins with the pieces of a rule, with anything between them."""
+    end = len(pieces[0]) if path.startswith(pieces[0]) else -1
+    for piece in pieces[1:]:
+        at = path.find(piece, end) if end >= 0 else -1
+        end = at + len(piece) if at >= 0 else -1
+    return end >= 0
+
+
 def parse_robots(body: bytes) -> urllib.robotparser.RobotFileParser:
-    """Read a robots.txt; the longest rule that fits counts (RFC 9309), not the first."""
+    """Read a robots.txt. By RFC 9309 the longest rule that fits counts, not the first, and rules
+    have * for anything and $ for the end."""
     rules = urllib.robotparser.RobotFileParser()
     try:
         text = unpacked(body, MAX_ROBOTS_BYTES)
@@ -5145,6 +5155,9 @@ def parse_robots(body: bytes) -> urllib.robotparser.RobotFileParser:
         raise CrawlError("robots.txt cannot be read") from None
     for entry in filter(None, [*cast(Any, rules).entries, cast(Any, rules).default_entry]):
         entry.rulelines.sort(key=lambda rule: (-len(rule.path), not rule.allowance))
+        for rule in entry.rulelines:  # it quotes them, and the paths
+            pieces = re.sub("%24$", "$", rule.path).split("%2A")
+            rule.applies_to = lambda path, pieces=pieces: fits_rule(pieces, f"{path}$")
     return rules
 
 

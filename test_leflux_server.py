@@ -6993,6 +6993,13 @@ WEBSITES: dict[str, tuple[Json, str]] = {  # pages, and the paths that are known
          "Disallow: /b\nAllow: /b/d\n"},
         "/ /a /b/d",
     ),
+    "robots.txt with * and $": (
+        {"/": links("/a-php", "/a-php/b", "/x?sort=a", "/x/y/sort", "/sort", "/x/s", "/u?sort"),
+         "/a-php": "p", "/x?sort=a": "o", "/x/y/sort": "y", "/a-php/b": "b", "/sort": "s",
+         "/x/s": "x", "/u?sort": "u", "/robots.txt":
+         b"User-agent: *\nDisallow: *-php$\nDisallow: /x*?*so\nDisallow: /*/sort\nDisallow: /s$"},
+        "/ /a-php/b /sort /u?sort /x/s",
+    ),
     "noindex": (
         {"/": links("/a", "/b"), "/a": "<meta name=robots content='NOINDEX'>" + links("/c"),
          "/b": "<meta name=leflux content='index, nofollow'>" + links("/d"), "/c": "c", "/d": "d"},
