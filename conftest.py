@@ -915,7 +915,7 @@ def damage(folder: Path, name: str) -> None:
         folder.touch()
     else:
         with opened(folder) as db:
-            db.execute(name)
+            db.executescript(name)
 
 
 DAMAGES = (
@@ -925,6 +925,7 @@ DAMAGES = (
     "a folder",
     "a file in the folder's place",
     "PRAGMA user_version = 99",
+    "PRAGMA journal_mode = DELETE; PRAGMA page_size = 8192; VACUUM",
     "DROP TABLE usage",
     "ALTER TABLE site RENAME COLUMN patch TO path",
 )

@@ -1669,9 +1669,11 @@ def prepare_database(db: sqlite3.Connection) -> None:
         f"page_size = {PAGE_BYTES}",
         "journal_mode = WAL",
         "wal_autocheckpoint = 0",
-        "secure_delete = ON",
+        "secure_delete = ON",  # zero_gaps() does the rest
     ):
         db.execute(f"PRAGMA {pragma}")
+    if db.execute("PRAGMA page_size").fetchone()[0] != PAGE_BYTES:
+        raise ConfigError(f"its pages are not of {PAGE_BYTES} bytes")
     if (verdict := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
         raise ConfigError(f"it is damaged ({verdict.splitlines()[0]})")
     version = db.execute("PRAGMA user_version").fetchone()[0]
@@ -1685,20 +1687,48 @@ def prepare_database(db: sqlite3.Connection) -> None:
     db.execute("PRAGMA busy_timeout = 0")  # a locked database is a failing one for that moment
 
 
-def committed_frames(log_path: Path) -> list[bool]:
-    """Return for each frame of a WAL, as it lies on the disk, whether it ends a transaction.
+def log_frames(log_path: Path, first: int = 0) -> list[tuple[int, bool]]:
+    """Return what the frames of a WAL say, as they lie on the disk, from one on: the number of
+    their page, and whether they end a transaction.
 
     https://www.sqlite.org/fileformat2.html#the_write_ahead_log
     """
-    ends, frame, salts = list[bool](), b"", set[bytes]()
+    frames, frame, salts = list[tuple[int, bool]](), b"", set[bytes]()
     with contextlib.suppress(OSError), log_path.open("rb") as file:
         salts.add(file.read(32)[16:24])
+        file.seek(first * (24 + PAGE_BYTES), os.SEEK_CUR)
         while len(frame := file.read(24)) == 24:
-            if not ends:
+            if not frames:
                 salts.add(frame[8:16])  # the header's may be what is damaged
-            ends.append(frame[4:8] != bytes(4) and frame[8:16] in salts)
+            page, size = struct.unpack_from(">II", frame)
+            frames.append((page, size > 0 and frame[8:16] in salts))
             file.seek(PAGE_BYTES, os.SEEK_CUR)
-    return ends
+    return frames
+
+
+def zero_gaps(file: int, pages: Iterable[int]) -> None:
+    """Zero what lies between the cells of B-tree pages and the pointers to them: nothing, for
+    SQLite, which never reads it.
+
+    secure_delete zeroes what is deleted, where it lies. But when SQLite moves rows to other pages
+    (rebuildPage in its btree.c) it leaves copies behind, always in that gap, and forgets them. As
+    each page that has changed goes through the log, and its gap is zeroed when it gets from there
+    into the file, no copy stays. A read transaction must be open: while it is, nobody writes to
+    the file. A crash in between does no harm: a gap holds nothing that counts.
+
+    https://www.sqlite.org/fileformat2.html#b_tree_pages
+    """
+    for number in pages:
+        start = (number - 1) * PAGE_BYTES
+        page = os.pread(file, PAGE_BYTES, start)
+        header = 100 if number == 1 else 0
+        # Other pages begin with the number of another page, none of which is so large.
+        if len(page) == PAGE_BYTES and page[header] in (2, 5, 10, 13):
+            cells, low = struct.unpack_from(">HH", page, header + 3)
+            after = header + (8 if page[header] > 5 else 12) + 2 * cells
+            gap = page[after:low]
+            if gap.strip(b"\0"):
+                os.pwrite(file, bytes(len(gap)), start + after)
 
 
 def open_database(name: Path | str, **options: Any) -> sqlite3.Connection:
@@ -1806,12 +1836,13 @@ class Store:
         self.path = path
         self._dirty = path is not None  # there is something in the log
         with contextlib.ExitStack() as opened:
-            frames: list[bool] = []
             if path is not None:
                 opened.callback(os.close, lock_folder(path))
-                frames = committed_frames(path.with_name(f"{path.name}-wal"))
-                # SQLite gives its -wal the mode of the file.
-                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+                self._log = path.with_name(f"{path.name}-wal")
+                frames = log_frames(self._log)
+                # SQLite gives its -wal the mode of the file. Its locks end when this is closed.
+                self._file = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+                opened.callback(os.close, self._file)
                 path.chmod(0o600)
             # Cached statements hold on to the texts that they wrote last.
             self._db = db = open_database(path or ":memory:", timeout=1, cached_statements=16)
@@ -1825,9 +1856,12 @@ class Store:
                     opened.enter_context(contextlib.closing(open_database(path, timeout=0)))
                     for _ in range(2)
                 )
-                _, whole, _ = self._checkpointer.execute("PRAGMA wal_checkpoint").fetchone()
-                if whole >= 0 and any(frames[whole:]):
+                whole, _ = self._copy_log()
+                if whole >= 0 and any(ends for _, ends in frames[whole:]):
                     log.error("the database's log is damaged: what was said last is lost")
+                # A copy of text may be left by another program, or by an older leflux.
+                zero_gaps(self._file, range(1, path.stat().st_size // PAGE_BYTES + 1))
+                self._reader.rollback()
             self._opened = opened.pop_all()  # what close() lets go of
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "store")
         self._new_row = itertools.count(last_row + 1)
@@ -1947,31 +1981,36 @@ class Store:
             return
         run, emptied = asyncio.get_running_loop().run_in_executor, False
         try:
-            await run(self._thread, self._copy_log)
+            _, copied = await run(self._thread, self._copy_log)
             self._writable.clear()
-            emptied = await run(self._thread, self._empty_log)
+            emptied = await run(self._thread, self._empty_log, copied)
             self._dirty = not emptied
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             self._complain(error)
         # Not emptied, a commit may reuse the log's start, and must order that on the disk.
         self._db.execute(f"PRAGMA synchronous = {'OFF' if emptied else 'NORMAL'}")
         self._writable.set()
         self.flush()
 
-    def _copy_log(self) -> None:
-        """In the thread: copy the log into the file. Until _empty_log, nobody reuses its start."""
+    def _copy_log(self, first: int = 0) -> tuple[int, int]:
+        """In the thread: copy the log into the file. Returns how many frames it has, and how many
+        are copied; pages before the first were. Until _empty_log, nobody reuses its start."""
         self._reader.rollback()  # of one that has failed
         self._reader.execute("BEGIN")
         self._reader.execute("SELECT max(row) FROM session").fetchone()
-        self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        _, frames, copied = self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        changed = log_frames(self._log, first)[: max(0, copied - first)]
+        zero_gaps(self._file, {page for page, _ in changed})
+        return frames, copied
 
-    def _empty_log(self) -> bool:
+    def _empty_log(self, first: int) -> bool:
         """In the thread, while nobody commits; false if another program holds on to the log."""
+        frames, copied = self._copy_log(first)
         self._reader.rollback()
-        busy: int = self._checkpointer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
-        return not busy
+        sql = "PRAGMA wal_checkpoint(TRUNCATE)"
+        return frames == copied and not self._checkpointer.execute(sql).fetchone()[0]
 
-    def _complain(self, error: sqlite3.Error) -> None:
+    def _complain(self, error: Exception) -> None:
         message = "the database cannot be written (%s); going on in memory"
         self._once_a_minute(logging.ERROR, "store", message, error)
 
@@ -1987,6 +2026,10 @@ class Store:
         self._writable.set()
         self.flush()
         self._db.execute("PRAGMA synchronous = NORMAL")
+        with contextlib.suppress(sqlite3.Error, OSError):  # what is left is in the log
+            if self.path is not None:
+                self._copy_log()
+                self._reader.rollback()
         self._opened.close()
 
 
