@@ -2229,6 +2229,7 @@ KIND_NAMES = {int: "a whole number", str: "a string", bool: "true or false", lis
 
 
 _NAMES = ("text", "ariaLabel", "label", "placeholder", "name", "title")
+_LOOKS = ("type", *_NAMES)
 
 
 def element_text(element: Json, *fields: str) -> str:
@@ -2333,9 +2334,9 @@ def take_picture(session: Session, raw: Any, limits: LimitsConfig, name: str = "
     context = clean_context(raw, limits, name)
     session.language = context["language"] or session.language
     if session.task is not None and before.get("url") == context["url"]:
-        known = {(one.get("type"), one.get("text")) for one in before["indexedElements"]}
+        known = {tuple(map(one.get, _LOOKS)) for one in before["indexedElements"]}
         for element in context["indexedElements"]:
-            element["isNew"] = (element.get("type"), element.get("text")) not in known
+            element["isNew"] = tuple(map(element.get, _LOOKS)) not in known
     raw = orjson.dumps(context)  # a string takes some 60 bytes beside its letters
     size = len(raw) * (2 if raw.isascii() else 3) + 30 * raw.count(b'"')
     described = describe_page(context)
@@ -3420,7 +3421,8 @@ class Page:
         links: dict[str, list[Json]] = {}
         for element in self.elements:
             with contextlib.suppress(ActionRejected):
-                if href := element.get("href"):
+                href, says_more = element.get("href"), element_label(element) or sends_form(element)
+                if href and says_more:
                     links.setdefault(self.resolve(href).geturl(), []).append(element)
         return links
 
@@ -3474,7 +3476,8 @@ class Page:
         """Return what a step sets off: its element, a field's Enter its form, a URL its links."""
         what = step.get("key", step["action"])
         if url := step.get("url"):
-            return self.links.get(url) or [{"text": urllib.parse.urlsplit(url).path, "href": url}]
+            path = urllib.parse.urlsplit(url)._replace(scheme="", netloc="").geturl()
+            return self.links.get(url) or [{"text": path, "href": url}]
         if what == "Enter" and is_field(element):
             near = [e for e in self.submits if e.get("parent") == element.get("parent")]
             field = element | {"inputType": "submit", "value": ""}
@@ -3626,7 +3629,8 @@ def possible_choices(step: Json, element: Json) -> list[str]:
 def is_irreversible(element: Json, choices: Iterable[str], page: Page) -> bool:
     """Whether to set an element off reads as what cannot be taken back, or says nothing at all."""
     names = element_text(element, *_NAMES, *([] if is_field(element) else ["value"]))
-    words, is_clear = [names, *map(plain_words, choices)], names.strip("| ") != ""
+    words = [names, *map(plain_words, choices)]
+    is_clear = names.strip("| ") != "" or "id" not in element  # an address names itself
     if element.get("href"):
         url = page.resolve(element["href"])
         words.append(plain_words(urllib.parse.unquote(" ".join(url[2:]))))
@@ -3798,7 +3802,8 @@ def check_item(raw: Any, fields: Sequence[str], page: Page) -> Json:
                 item[name] = value
         else:
             item[name] = block_text(value)
-    return {name: value for name, value in item.items() if value}
+    some = any(item.values())
+    return {k: v for k, v in item.items() if v or (some and raw.get(k) is False)}
 
 
 def check_block(raw: Json, page: Page) -> Json:

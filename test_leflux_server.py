@@ -3314,7 +3314,7 @@ def test_what_the_owner_forbids_does_not_run(restriction: str, raw: Json) -> Non
         *(({"text": text}, True) for text in ("Unsubscribe", "Cancel subscription", "Deletes all")),
         *(
             ({"text": text}, True)
-            for text in ("Cancel my order", "Jetzt kaufen", "De\u200blete", "De\U000e0041lete")
+            for text in ("Cancel my order", "Place your order", "De\u200blete", "De\U000e0041lete")
         ),
         ({"text": "🗑", "ariaLabel": "Delete this"}, True),
         ({"text": "X", "name": "delete_btn"}, True),
@@ -3506,7 +3506,7 @@ BLOCKS: dict[str, Json] = {
         "plans": [
             {"name": "Pro", "price": "12", "period": "month", "highlighted": True}
             | {"features": ["All"], "cta_label": "Take it", "cta_url": "/pro"},
-            {"name": "Team", "cta_label": "Ask", "cta_action": "I want Team"},
+            {"name": "Team", "highlighted": False, "cta_label": "Ask", "cta_action": "I want Team"},
         ]
     },
     "feature_grid": {"features": [{"icon": "bolt", "title": "Fast", "body": "Very."}]},
@@ -5946,13 +5946,18 @@ async def test_a_sequence_is_planned_whole(page: OpenPage, model: FakeModel) -> 
 
 
 async def test_what_failed_is_told_to_the_model(page: OpenPage, model: FakeModel) -> None:
-    """The trace names the failed step with its error, and that the page did not change."""
-    model.scripts += [act("", steps(step("click", 2), step("click", 2))), act("Sorry.")]
+    """The trace names the failed step with its error, and that the page did not change; what is
+    new there is marked."""
+    model.scripts += [act("", steps(step("click", 2), step("click", 2))), act("", click(2))]
     plan = await page.ask()
     results = [{"success": True}, {"success": False, "error": "it is hidden"}]
-    await page.done(plan, success=False, results=results, completedSteps=1, totalSteps=2)
+    plan = await page.done(plan, success=False, results=results, completedSteps=1, totalSteps=2)
     assert "failed at step 2: it is hidden" in model.prompt()
     assert "URL unchanged at https://acme.com/shop/: no effect" in model.prompt()
+    page.context["indexedElements"] += [{"id": 99, "type": "text", "label": "Why not"}]
+    await page.done(plan)
+    news = [line for line in model.prompt().splitlines() if line.endswith(" NEW")]
+    assert news == ['[99] text "" label="Why not" NEW']
 
 
 async def test_a_refused_action_is_explained_to_the_model_twice(
@@ -6044,14 +6049,17 @@ async def test_going_where_an_irreversible_link_leads(
         {"id": 1, "type": "link", "text": "Delete my account", "href": "/account/delete"},
         {"id": 2, "type": "link", "text": "Ada", "href": "/users/5"},
         {"id": 3, "type": "link", "text": "Buy", "href": "http://[broken"},
+        {"id": 4, "type": "link", "text": "", "href": "/"},
     ]
     go = {"type": "navigate", "url": url}
-    model.scripts += [act("", go), act("", {**go, "url": "/users/5"})]
+    harmless = ("/users/5", "/", "/?page=2", "?order=asc")
+    model.scripts += [act("", go), *(act("", {**go, "url": one}) for one in harmless)]
     page.context = at("/", *links)
     asked = await page.ask()
     assert asked["event"] == "confirmation_required"
     assert "Delete my account" in asked["data"]["message"]
-    assert (await page.ask())["event"] == "action_plan"
+    for _ in harmless:
+        assert (await page.ask())["event"] == "action_plan"
 
 
 async def test_a_question_says_all_that_goes_with_it(page: OpenPage, model: FakeModel) -> None:
