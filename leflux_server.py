@@ -2638,16 +2638,17 @@ def open_knowledge(path: Path | None) -> sqlite3.Connection:
         db = sqlite3.connect(path or ":memory:", isolation_level=None, check_same_thread=False)
         try:
             db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL")
-            ((version, damage),) = db.execute(
-                "SELECT user_version, quick_check FROM pragma_user_version, pragma_quick_check(1)"
-            )
-            if version == 0:
-                end = f"PRAGMA user_version = {KNOWLEDGE_VERSION}; COMMIT"
-                db.executescript(f"BEGIN IMMEDIATE; {KNOWLEDGE_SCHEMA} {end}")
+            with db:
+                db.execute("BEGIN IMMEDIATE")  # another process may be about to make it, too
+                (version,) = db.execute("PRAGMA user_version").fetchone()
+                for statement in KNOWLEDGE_SCHEMA.split(";") if version == 0 else ():
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {version or KNOWLEDGE_VERSION}")
+            (damage,) = db.execute("PRAGMA quick_check(1)").fetchone()
             if version in (0, KNOWLEDGE_VERSION) and damage == "ok":
                 return db
-        except sqlite3.DatabaseError:
-            if attempt:
+        except sqlite3.DatabaseError as error:
+            if attempt or isinstance(error, sqlite3.OperationalError):  # it is only locked
                 raise
         db.close()
         if path is not None:
@@ -2776,6 +2777,8 @@ class Knowledge:
         with self._writing():
             self._delete("SELECT id FROM page WHERE site = ? AND source LIKE ?", site_id, source)
             self._db.execute("DELETE FROM crawl WHERE site = ?", (site_id,))
+            sql = "DELETE FROM site WHERE id = ? AND id NOT IN (SELECT site FROM page)"
+            self._db.execute(sql, (site_id,))
             self._forget_words()
 
     def _forget_words(self) -> None:
@@ -2792,6 +2795,10 @@ class Knowledge:
         """Return how the last crawl of each site went, or how far it has come."""
         rows = self._db.execute("SELECT site, row FROM crawl")
         return {site_id: orjson.loads(row) for site_id, row in rows}
+
+    def sites(self) -> list[str]:
+        """Return the ids of the sites that have pages, or had some."""
+        return [site_id for (site_id,) in self._db.execute("SELECT id FROM site")]
 
     def pages(self, site_id: str, limit: int, offset: int) -> tuple[list[Json], int]:
         """Return some of a site's crawled pages, by URL, and how many there are."""
@@ -5449,12 +5456,12 @@ def start_crawl(app: AppState, site: Site, started: float) -> Crawl:
 async def crawl_what_is_due(app: AppState, now: float) -> None:
     """Begin crawls whose time has come, take up interrupted ones, drop what is not wanted."""
     rows = await app.knowledge.call(app.knowledge.crawls)
-    for site_id in rows:
+    for site_id in {*rows, *await app.knowledge.call(app.knowledge.sites)}:
         site, running = app.sites.get(site_id), app.crawls.get(site_id)
         if running and (site is None or site.crawl != running.site.crawl):
             await running.stop()
-        if site is None or not site.crawl:
-            await app.knowledge.call(app.knowledge.forget, site_id, "page")
+        if site is None or (site_id in rows and not site.crawl):
+            await app.knowledge.call(app.knowledge.forget, site_id, "page" if site else "%")
     for site in app.sites.values():
         row = rows.get(site.id, {"started": -math.inf, "crawl": "", "state": NO_CRAWL})
         same, hours = row["crawl"] == site.crawl, site.crawl_hours
@@ -6160,7 +6167,8 @@ async def index_texts(app: AppState, site: Site) -> None:
     """Bring the knowledge up to date with a site's files and snippets."""
     snippets = [WebPage("", one.get("question", ""), (("", one["text"]),)) for one in site.snippets]
     for source, pages in (("file", app.files.get(site.id, [])), ("snippet", snippets)):
-        await app.knowledge.call(app.knowledge.replace, site.id, source, pages)
+        if site.id in app.sites:  # it may be deleted meanwhile
+            await app.knowledge.call(app.knowledge.replace, site.id, source, pages)
 
 
 async def change_site(rules: Rules, app: AppState, site: Site, request: web.Request) -> Json:

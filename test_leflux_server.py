@@ -5757,6 +5757,22 @@ async def test_a_damaged_index_is_made_anew(
         assert knowledge.crawls() == {}
 
 
+async def test_two_processes_make_the_index(tmp_path: Path) -> None:
+    """What another process is making at the same moment is waited for, and taken."""
+    path = tmp_path / "knowledge.db"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        end = f"PRAGMA user_version = {lf.KNOWLEDGE_VERSION};"
+        other.executescript(
+            "PRAGMA journal_mode = WAL; BEGIN IMMEDIATE;" + lf.KNOWLEDGE_SCHEMA + end
+        )
+        opening = asyncio.create_task(asyncio.to_thread(lf.Knowledge, path))
+        await asyncio.sleep(0.2)
+        other.execute("COMMIT")
+        with contextlib.closing(await opening) as knowledge:
+            assert knowledge.sites() == []
+    assert not path.with_suffix(".old").exists()
+
+
 async def test_a_new_picture_gets_a_new_nonce(visitor: Visitor, model: FakeModel) -> None:
     """A page that looks the same keeps its bytes; a changed one has another nonce."""
     shots = [PAGE, PAGE, {**PAGE, "visibleText": "Else"}, {**PAGE, "title": "Other"}]
@@ -7244,8 +7260,12 @@ async def test_made_sites_are_crawled_and_forgotten(
     await server.manage("POST", f"/{made}/crawl", who="admin")
     await server.manage("DELETE", f"/{made}", who="admin")
     assert count() == 0
-    assert made not in await server.app.knowledge.call(server.app.knowledge.crawls)
+    knowledge = server.app.knowledge
+    assert made not in await knowledge.call(knowledge.crawls)
     assert not server.app.crawls
+    page = lf.WebPage("https://gone.example/", "Gone", (("", "It was in config.toml."),))
+    await knowledge.call(knowledge.put_page, "gone", page, 1)
+    await until(lambda: knowledge.sites() == [])
 
 
 async def test_when_a_crawl_is_due(reader: Office, website: Website) -> None:
