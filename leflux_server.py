@@ -1143,9 +1143,9 @@ class Session:
     @property
     def held_bytes(self) -> int:
         """About how much memory the messages and the events take."""
-        texts = (one["content"] for one in self.messages or ())
-        sizes = [sys.getsizeof(one) for one in (*self.events, *texts)]
-        return sum(sizes) + 250 * len(sizes)
+        texts = [one["content"] for one in self.messages or ()]
+        sizes = sum(map(sys.getsizeof, texts)) + sum(map(len, self.events))
+        return sizes + 250 * (len(texts) + len(self.events))
 
     def unload(self) -> None:
         """Let go of what is on disk too, as in a restart: the messages, the last turn's events."""
@@ -1246,26 +1246,23 @@ class Connection:
         """Send what there is to send until the socket closes or the client is gone."""
         with contextlib.suppress(ConnectionError, RuntimeError):  # the reader's loop ends too
             while True:
-                await self.committed()
-                while frame := self.next_frame():
+                if (session := self.session) and session.home and session.home.holds(session):
+                    await session.home.committed(session)
+                elif frame := self.next_frame():
                     self.sending_since = min(self.sending_since, time.monotonic())
                     await self.ws.send_frame(frame, web.WSMsgType.TEXT)
                     if not self.unread:
                         self.sending_since = math.inf
-                    await self.committed()
-                if self.close_code is not None:
+                elif self.close_code is not None:
                     self.sending_since = min(self.sending_since, time.monotonic())
                     # Not ws.close(): that would take in all that a client goes on sending.
                     code = self.close_code.to_bytes(2, "big")
                     await self.ws.send_frame(code, web.WSMsgType.CLOSE)
                     await asyncio.sleep(CLOSE_SECONDS)  # less if the reader hears its answer
                     return None if self.transport is None else self.transport.abort()
-                self.changed.clear()
-                await self.changed.wait()
-
-    async def committed(self) -> None:
-        if self.session is not None and self.session.home is not None:
-            await self.session.home.committed(self.session)
+                else:
+                    self.changed.clear()
+                    await self.changed.wait()
 
     @property
     def unread(self) -> int:
@@ -1739,11 +1736,11 @@ def open_database(name: Path | str, **options: Any) -> sqlite3.Connection:
     return db
 
 
-def inode_of(path: Path) -> int:
-    """Return what tells a file from another one in its place, 0 if there is none."""
+def stat_of(path: Path) -> os.stat_result:
+    """Return what the system says of a file, all of it 0 if there is none."""
     with contextlib.suppress(OSError):
-        return path.stat().st_ino
-    return 0
+        return path.stat()
+    return os.stat_result([0] * 10)
 
 
 def checksum(text: str) -> int:
@@ -1774,7 +1771,7 @@ def words_of(text: str) -> set[str]:
     """Return the different words of a text in any script, without case."""
     plain = unicodedata.normalize("NFC", text[:MAX_SEARCHED_CHARS]).casefold()
     plain = plain[:MAX_SEARCHED_CHARS]
-    runs = UNSPACED.findall(plain)
+    runs = [] if plain.isascii() else UNSPACED.findall(plain)
     pairs = {a + b for run in runs for a, b in itertools.pairwise(run)}
     return pairs | set(re.findall(r"\w+", UNSPACED.sub(" ", plain) if runs else plain))
 
@@ -1834,8 +1831,12 @@ class Store:
 
     def __init__(self, path: Path | None, history_bytes: float = math.inf) -> None:
         self.path = path
-        self._dirty = path is not None  # there is something in the log
         with contextlib.ExitStack() as opened:
+
+            def connect(**options: Any) -> sqlite3.Connection:
+                db = open_database(path or ":memory:", **options)
+                return opened.enter_context(contextlib.closing(db))
+
             if path is not None:
                 opened.callback(os.close, lock_folder(path))
                 self._log = path.with_name(f"{path.name}-wal")
@@ -1845,17 +1846,11 @@ class Store:
                 opened.callback(os.close, self._file)
                 path.chmod(0o600)
             # Cached statements hold on to the texts that they wrote last.
-            self._db = db = open_database(path or ":memory:", timeout=1, cached_statements=16)
-            opened.callback(db.close)
-            prepare_database(db)
-            (last_row,) = db.execute("SELECT ifnull(max(row), 0) FROM session").fetchone()
-            self._reader = self._checkpointer = db
+            self._db = self._reader = connect(timeout=1, cached_statements=16)
+            prepare_database(self._db)
+            last_row = self.read("SELECT ifnull(max(row), 0) FROM session")[0][0]
             if path is not None:
-                self._inode = inode_of(path)
-                self._reader, self._checkpointer = (
-                    opened.enter_context(contextlib.closing(open_database(path, timeout=0)))
-                    for _ in range(2)
-                )
+                self._reader, self._checkpointer = connect(timeout=0), connect(timeout=0)
                 whole, _ = self._copy_log()
                 if whole >= 0 and any(ends for _, ends in frames[whole:]):
                     log.error("the database's log is damaged: what was said last is lost")
@@ -1866,7 +1861,6 @@ class Store:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "store")
         self._new_row = itertools.count(last_row + 1)
         self._sessions: dict[int, Session] = {}  # with changes to write, by row
-        self._gone: set[int] = set()  # rows of sessions to delete
         self._rows: dict[tuple[str, str], tuple[str, Any]] = {}  # all else, the last of a kind
         self._held = Held(history_bytes, self._let_go)
         self._writable = asyncio.Event()  # not while the log is emptied
@@ -1893,7 +1887,9 @@ class Store:
             self.erase(session.row)
 
     def erase(self, row: int) -> None:
-        self._gone.add(row)
+        """Mark a session's rows for deletion."""
+        for sql in ("DELETE FROM message WHERE session = ?", "DELETE FROM session WHERE row = ?"):
+            self.put(sql, str(row), sql, row)
 
     def put(self, kind: str, name: str, sql: str, *values: Any) -> None:
         """Mark a row of another table; a later one of the same kind and name replaces it."""
@@ -1901,38 +1897,34 @@ class Store:
 
     def flush(self) -> None:
         """Commit what is marked; on failure it stays marked, and serving goes on from memory."""
-        if not (self._sessions or self._gone or self._rows) or not self._writable.is_set():
+        if not (self._sessions or self._rows) or not self._writable.is_set():
             return
         try:
-            self._commit(self._db)
+            with self._db as db:
+                db.execute("BEGIN IMMEDIATE")
+                for session in self._sessions.values():
+                    write_session(db, session)
+                for sql, values in self._rows.values():
+                    db.execute(sql, values)
         except sqlite3.Error as error:
             self.failing = True
             self._complain(error)
             return
         for session in self._sessions.values():
             session.saved, session.unanswered = session.number, []
-        self._sessions, self._gone, self._rows = {}, set(), {}
-        self._dirty, self.failing = self.path is not None, False
+        self._sessions, self._rows, self.failing = {}, {}, False
 
-    def _commit(self, db: sqlite3.Connection) -> None:
-        with db:
-            db.execute("BEGIN IMMEDIATE")
-            for session in self._sessions.values():
-                write_session(db, session)
-            for sql, values in self._rows.values():
-                db.execute(sql, values)
-            for row in self._gone:
-                db.execute("DELETE FROM message WHERE session = ?", (row,))
-                db.execute("DELETE FROM session WHERE row = ?", (row,))
+    def holds(self, session: Session | None = None) -> bool:
+        """Whether something waits to be committed while the log is emptied, here or of a session.
+
+        What acknowledges it waits too, for committed(): so "saved, then sent" holds.
+        """
+        if self._writable.is_set():
+            return False
+        return session.row in self._sessions if session else bool(self._sessions or self._rows)
 
     async def committed(self, session: Session | None = None) -> None:
-        """Wait, while the log is emptied, for what is marked; of one session, or all of it.
-
-        What acknowledges a change waits here, so that "saved, then sent" holds.
-        """
-        while not self._writable.is_set() and (
-            session.row in self._sessions if session else self._sessions or self._rows or self._gone
-        ):
+        while self.holds(session):
             await self._writable.wait()
 
     def _let_go(self, session: Session) -> None:
@@ -1974,17 +1966,16 @@ class Store:
         """
         if self.path is None:
             return
-        if inode_of(self.path) != self._inode:
+        if stat_of(self.path).st_ino != os.fstat(self._file).st_ino:
             message = "the database %s has vanished: what is said now is lost at the end"
             self._once_a_minute(logging.ERROR, "path", message, self.path)
-        if not self._dirty:
+        if not stat_of(self._log).st_size:
             return
         run, emptied = asyncio.get_running_loop().run_in_executor, False
         try:
             _, copied = await run(self._thread, self._copy_log)
             self._writable.clear()
             emptied = await run(self._thread, self._empty_log, copied)
-            self._dirty = not emptied
         except (sqlite3.Error, OSError) as error:
             self._complain(error)
         # Not emptied, a commit may reuse the log's start, and must order that on the disk.

@@ -1404,6 +1404,8 @@ async def test_deleted_text_leaves_no_copy_in_other_pages(end: str, tmp_path: Pa
             store.flush()
         if end == "checkpoint":
             await store.checkpoint()
+            chats[1].remember("user", "Goes into the log with whatever its page holds")
+            store.save(chats[1])
             assert not traces(folder, *(chat.id for chat in chats[::2]))
         if end == "kill":
             killed = store
