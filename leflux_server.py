@@ -2391,9 +2391,11 @@ class Topic(NamedTuple):
 
 
 def begins_with(words: set[str]) -> re.Pattern[str]:
-    """Words of up to three letters are meant whole, others are how a word begins."""
+    """Words of up to three letters are meant whole, others are how a word begins, or goes on after
+    the Arabic article."""
     whole = {one for one in words if len(one) <= 3 and not UNSPACED.match(one)}
-    return re.compile("|".join(f"{one}$" if one in whole else one for one in sorted(words)))
+    any_word = "|".join(f"{one}$" if one in whole else one for one in sorted(words))
+    return re.compile(f"(?:\u0627\u0644)?(?:{any_word})")
 
 
 @functools.cache
@@ -2506,10 +2508,10 @@ def sections(document: str) -> Iterator[tuple[str, str]]:
     document = document.replace("\r\n", "\n")
     for pattern, by in MARKS:
         document = re.sub(pattern, by, document, flags=re.M)
-    path, title, waiting = list[str](), "", list[str]()
+    path, title, waiting = list[tuple[int, str]](), "", list[str]()
     for block in map(str.strip, [*re.split(r"\n\s*\n", document), "#"]):
         level = min(len(block) - len(block.lstrip("#")), 6)
-        item = ITEM.match(block)
+        item, above = ITEM.match(block), [heading for _, heading in path]
         first, _, rest = block.partition("\n")
         if not level and not item and TITLE.fullmatch(first) and not rest[:1].islower():
             waiting.append(first.strip(" *_:"))
@@ -2518,13 +2520,14 @@ def sections(document: str) -> Iterator[tuple[str, str]]:
             # The last one stands over this text. The ones before are a list under the first.
             title = "" if level else waiting.pop()
             head = waiting.pop(0) if len(waiting) > 1 else ""
-            yield from [(": ".join([*path, head]), one) for one in waiting]
+            yield from [(": ".join([*above, head]), one) for one in waiting]
             waiting = []
         if level:
-            path, title = [*path[: level - 1], block.strip("# ")[:120]], ""
+            title, path = "", [one for one in path if one[0] < level]
+            path.append((level, block.strip("# ")[:120]))
         elif block:
             block = " ".join(map(str.strip, block.split("\n")))
-            yield ": ".join([*path, title]), block[item.end() :].rstrip("| ") if item else block
+            yield ": ".join([*above, title]), block[item.end() :].rstrip("| ") if item else block
 
 
 def split_sections(sections: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
@@ -2541,7 +2544,7 @@ def split_sections(sections: Iterable[tuple[str, str]]) -> Iterator[tuple[str, s
         yield from ((heading[-120:].strip(": "), piece) for piece in pieces if piece)
 
 
-KNOWLEDGE_VERSION = 4  # of the schema, of indexed(), and of the topics in widget/words
+KNOWLEDGE_VERSION = 5  # of the schema, of indexed(), and of the topics in widget/words
 KNOWLEDGE_SCHEMA = """
     CREATE TABLE site (number INTEGER PRIMARY KEY, id TEXT UNIQUE);
     CREATE TABLE page (
@@ -2962,8 +2965,7 @@ FACTS = {
 
 class ReadPage(NamedTuple):
     page: WebPage
-    indexed: bool  # it may be kept, and its links followed
-    followed: bool
+    indexed: bool  # it may be kept
 
 
 def decode_page(raw: bytes, content_type: str) -> str:
@@ -3160,7 +3162,8 @@ def read_page(
 ) -> ReadPage:
     """Read a page; of the start page, the texts of header and footer too.
 
-    Its links are those of our website; so is the address that it has, by its own word.
+    Its links are those of our website that may be followed; its address is what it says itself, if
+    that is ours.
     """
     kind, robots, etag, modified = (
         headers.get(name, "")[:500]
@@ -3181,17 +3184,17 @@ def read_page(
     reader.contacts |= {one[0]: None for text in around for one in CONTACT.finditer(text)}
     links = (normal_url(href, reader.base) for href in [*reader.links][:PAGE_LINKS])
     rules = {rule.strip().lower() for rule in f"{robots},{reader.robots}".split(",")}
+    indexed, followed = (not rules & {rule, "none"} for rule in ("noindex", "nofollow"))
     page = WebPage(
         url=reader.canonical if is_ours(reader.canonical) else url,
         title=next(filter(None, titles), "")[:300],
         sections=tuple(one for one in found if one[1]),
         contacts=tuple(reader.contacts)[:20],
-        links=tuple(filter(is_ours, links)),
+        links=tuple(filter(is_ours, links)) if followed else (),
         etag=etag,
         modified=modified,
     )
-    indexed, followed = (not rules & {rule, "none"} for rule in ("noindex", "nofollow"))
-    return ReadPage(page, indexed, followed)
+    return ReadPage(page, indexed)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5354,7 +5357,7 @@ class Crawl:
             self.note("new" if changed else "unchanged", page.url, page.title)
         else:
             self.note("not kept", page.url, page.title)
-        return page.links if found.followed else ()
+        return page.links
 
     async def renew(self, url: str) -> Sequence[str]:
         """Keep a page as it is known; return its links."""
