@@ -767,6 +767,13 @@ def parse_config(table: Json, environ: Mapping[str, str], folder: Path = HERE) -
     )
 
 
+# What Python's reader of TOML says, for people who have not heard of TOML.
+TOML_WORDS = {
+    r"Cannot declare \('(.+?)',?\) twice": r"[\1] stands twice; put its lines under the first one",
+    "^Invalid value": 'this is no value; put text in "straight quotes"',
+}
+
+
 def load_config(path: Path, environ: Mapping[str, str]) -> Config:
     """Read and check a TOML file; raise ConfigError with one line that names the file."""
     server_settings(environ)  # what is wrong there is not the file's fault
@@ -776,7 +783,10 @@ def load_config(path: Path, environ: Mapping[str, str]) -> Config:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
+        words = str(error).replace("', '", ".")
+        for said, better in TOML_WORDS.items():
+            words = re.sub(said, better, words)
+        raise ConfigError(f"{path} is not TOML: {words}") from None
 
 
 def state_file(config: Config, name: str) -> Path | None:
@@ -2511,7 +2521,7 @@ def sections(document: str) -> Iterator[tuple[str, str]]:
     path, title, waiting = list[tuple[int, str]](), "", list[str]()
     for block in map(str.strip, [*re.split(r"\n\s*\n", document), "#"]):
         level = min(len(block) - len(block.lstrip("#")), 6)
-        item, above = ITEM.match(block), [heading for _, heading in path]
+        item, above = ITEM.match(block), [heading for _, heading in path if heading]
         first, _, rest = block.partition("\n")
         if not level and not item and TITLE.fullmatch(first) and not rest[:1].islower():
             waiting.append(first.strip(" *_:"))
@@ -2617,7 +2627,7 @@ def read_knowledge(config: Config) -> dict[str, list[WebPage]]:
         site.id: [
             WebPage("", "", tuple(sections(read_file(config.folder / name, where))))
             for name in site.knowledge
-            for where in [f"sites[{site.id}].knowledge {name}"]
+            for where in [f"sites[{site.id}].knowledge {name} in {config.folder}"]
         ]
         for site in config.sites
     }
@@ -4672,9 +4682,16 @@ WANTS_ACTION = re.compile(
     r"|register|apply|download|start|navigate|show me|(tell|ask) (them|you))\b"
 )
 QUESTION = re.compile(r"\W*(wh\w+|how|is|are|do|does|did|was|were|don't|never|(can|may|could) i)\b")
+THANKS = (
+    "thank|bye|danke|tschüss|merci|au revoir|gracias|adiós|grazie|obrigad|bedankt|dank je|dzięk"
+    "|teşekkür|sağ ol|شكرا|धन्यवाद|ありがとう|谢谢"
+)
 SMALL_TALK = re.compile(
-    r"\W*(hi|hello|hey|good (morning|day|evening)|thanks?|thank you|bye|help|(who|what) are you"
-    r"|what can you do|are you (a )?(bot|robot|human))(\W+(there|a lot|so much|you|again))*\W*$"
+    rf"\W*(hi|hello|hey|good (morning|day|evening)|({THANKS})\w*|help|(who|what) are you"
+    r"|what can you do|are you (a )?(bot|robot|human)|hallo|guten (morgen|tag|abend)|moin|bonjour"
+    r"|salut|hola|buen[oa]s \w+|ciao|buongiorno|olá|bom dia|hoi|cześć|dzień dobry|merhaba|مرحبا"
+    r"|नमस्ते|こんにちは|你好)(\W+(there|a lot|so much|you|again|sch[öo]n|vielmals|beaucoup"
+    r"|zusammen|mille|w(el|al)))*\W*$"
 )
 WANTS_PERSON = re.compile(r"\b(human|real person|(talk|speak|chat) (to|with)|(call|ring) (me|you))")
 NEVER_MIND = re.compile(r"\W*(no|stop|cancel|never ?mind|nothing|forget it)\b\W*(thank.{0,6})?$")
@@ -4893,7 +4910,7 @@ def guide_reply(
     if NEVER_MIND.match(task.wish[:1000].lower()) and wish != task.wish:
         said = say("guide_never_mind")
     elif SMALL_TALK.match(plain):
-        said = say("guide_welcome" if re.search(r"thank|bye", plain) else "guide_hello")
+        said = say("guide_welcome" if re.search(THANKS, plain) else "guide_hello")
     elif task.failure:
         said, end = say("guide_failed"), "abort_workflow"
     elif reply := (

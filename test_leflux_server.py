@@ -801,7 +801,12 @@ WRONG_CONFIGURATIONS: list[tuple[str, str]] = [  # TOML, and the line after "<fi
     # What is not TOML.
     ("[server", "is not TOML: "),
     ("[server]\nhost = 0.0.0.0", "is not TOML: "),
-    ("[server]\ndemo = True", "is not TOML: "),
+    ("[server]\ndemo = True", 'is not TOML: this is no value; put text in "straight quotes" '),
+    (
+        "[limits]\n[limits]",
+        "is not TOML: [limits] stands twice; put its lines under the first one ",
+    ),
+    ("[a.b]\n[a.b]", "is not TOML: [a.b] stands twice; "),
 ]
 
 HOST_FORM = "must be a host such as example.com, example.com:8443, [::1] or xn--bcher-kva.example"
@@ -2745,6 +2750,7 @@ def test_headings_and_lists(document: str, passages: list[str]) -> None:
         ),
         ("## Sit\nNow.\n## Stay\n### Long\nOh.", ["Sit\nNow.", "Stay: Long\nOh."]),
         ("Dogs?\nYes.\n\nCats?\nNo.", ["Dogs?\nYes.", "Cats?\nNo."]),
+        ("# Fees\n##\n### Late\n20", ["Fees: Late\n20"]),  # an empty heading is none
         ("What we do\n\nCrowns\n\nImplants", ["What we do\nCrowns\nImplants"]),
         ("We are a small shop in the\nold town.", ["We are a small shop in the old town."]),
         (
@@ -5317,14 +5323,20 @@ def test_the_guide_claims_nothing() -> None:
     assert (failed["action"]["type"], failed["message"]) == ("abort_workflow", "")
 
 
-@pytest.mark.parametrize("message", ["hello", "Hi there!", "good morning", "who are you?", "help"])
+@pytest.mark.parametrize(
+    "message",
+    ["hello", "Hi there!", "good morning", "who are you?", "help", "Guten Tag!", "Hola", "مرحبا"],
+)
 def test_small_talk(message: str) -> None:
     """Is answered in a sentence, and names no buttons."""
     reply = guided(message)
     assert reply["message"].startswith("Hello!")
     assert (reply["answered"], reply["action"]) == (True, None)
     assert "Prices" not in reply["message"]
-    assert guided("Thanks a lot!")["message"] == "You are welcome!"
+    for thanks in "Thanks a lot!/Danke schön/Merci beaucoup !/obrigada/ありがとうございます".split(
+        "/"
+    ):
+        assert guided(thanks)["message"] == "You are welcome!"
 
 
 # Questions about two made-up sites. The first set was written before the guide was tuned to it; of
