@@ -1672,13 +1672,10 @@ def lock_folder(path: Path) -> int:
 
 def prepare_database(db: sqlite3.Connection) -> None:
     """Check the file, bring its tables up to date, and see that it can be written."""
-    for pragma in (
-        f"page_size = {PAGE_BYTES}",
-        "journal_mode = WAL",
-        "wal_autocheckpoint = 0",
-        "secure_delete = ON",  # zero_gaps() does the rest
-    ):
-        db.execute(f"PRAGMA {pragma}")
+    db.executescript(  # of what is deleted, zero_gaps() does the rest
+        f"PRAGMA page_size = {PAGE_BYTES}; PRAGMA journal_mode = WAL;"
+        "PRAGMA wal_autocheckpoint = 0; PRAGMA secure_delete = ON"
+    )
     if db.execute("PRAGMA page_size").fetchone()[0] != PAGE_BYTES:
         raise ConfigError(f"its pages are not of {PAGE_BYTES} bytes")
     if (verdict := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
@@ -1779,8 +1776,7 @@ def read_messages(db: sqlite3.Connection, row: int) -> list[tuple[int, Json]]:
 
 def words_of(text: str) -> set[str]:
     """Return the different words of a text in any script, without case."""
-    plain = unicodedata.normalize("NFC", text[:MAX_SEARCHED_CHARS]).casefold()
-    plain = plain[:MAX_SEARCHED_CHARS]
+    plain = unicodedata.normalize("NFC", text[:MAX_SEARCHED_CHARS]).casefold()[:MAX_SEARCHED_CHARS]
     runs = [] if plain.isascii() else UNSPACED.findall(plain)
     pairs = {a + b for run in runs for a, b in itertools.pairwise(run)}
     return pairs | set(re.findall(r"\w+", UNSPACED.sub(" ", plain) if runs else plain))
@@ -1824,9 +1820,8 @@ def write_session(db: sqlite3.Connection, session: Session) -> None:
         body = json_text(message)
         row = (session.row, number, session.site_id, now, asked, body, checksum(body))
         db.execute(MESSAGE_SQL, row)
-    for number in session.unanswered:
-        sql = "UPDATE message SET unanswered = 1 WHERE session = ? AND number = ?"
-        db.execute(sql, (session.row, number))
+    sql = "UPDATE message SET unanswered = 1 WHERE session = ? AND number = ?"
+    db.executemany(sql, [(session.row, number) for number in session.unanswered])
     if session.third > PROMPT_FIRST:
         sql = "DELETE FROM message WHERE session = ? AND number >= ? AND number < ?"
         db.execute(sql, (session.row, PROMPT_FIRST, session.third))
@@ -1856,9 +1851,10 @@ class Store:
                 opened.callback(os.close, self._file)
                 path.chmod(0o600)
             # Cached statements hold on to the texts that they wrote last.
-            self._db = self._reader = connect(timeout=1, cached_statements=16)
-            prepare_database(self._db)
+            self.db = self._reader = connect(timeout=1, cached_statements=16)
+            prepare_database(self.db)
             last_row = self.read("SELECT ifnull(max(row), 0) FROM session")[0][0]
+            self._new_row = itertools.count(last_row + 1)
             if path is not None:
                 self._reader, self._checkpointer = connect(timeout=0), connect(timeout=0)
                 whole, _ = self._copy_log()
@@ -1869,7 +1865,6 @@ class Store:
                 self._reader.rollback()
             self._opened = opened.pop_all()  # what close() lets go of
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "store")
-        self._new_row = itertools.count(last_row + 1)
         self._sessions: dict[int, Session] = {}  # with changes to write, by row
         self._rows: dict[tuple[str, str], tuple[str, Any]] = {}  # all else, the last of a kind
         self._held = Held(history_bytes, self._let_go)
@@ -1910,7 +1905,7 @@ class Store:
         if not (self._sessions or self._rows) or not self._writable.is_set():
             return
         try:
-            with self._db as db:
+            with self.db as db:
                 db.execute("BEGIN IMMEDIATE")
                 for session in self._sessions.values():
                     write_session(db, session)
@@ -1946,7 +1941,7 @@ class Store:
 
     def bring_back(self, session: Session) -> list[Json]:
         """Read the messages of a session that has been unloaded; raise sqlite3.Error."""
-        rows = read_messages(self._db, session.row)
+        rows = read_messages(self.db, session.row)
         messages = session.messages = [message for _, message in rows]
         session.history_chars = sum(len(message["content"]) for message in messages)
         whole = len(rows) > PROMPT_FIRST
@@ -1989,7 +1984,7 @@ class Store:
         except (sqlite3.Error, OSError) as error:
             self._complain(error)
         # Not emptied, a commit may reuse the log's start, and must order that on the disk.
-        self._db.execute(f"PRAGMA synchronous = {'OFF' if emptied else 'NORMAL'}")
+        self.db.execute(f"PRAGMA synchronous = {'OFF' if emptied else 'NORMAL'}")
         self._writable.set()
         self.flush()
 
@@ -2016,21 +2011,17 @@ class Store:
         self._once_a_minute(logging.ERROR, "store", message, error)
 
     def read(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        return self._db.execute(sql, values).fetchall()
-
-    def whole_rows(self, sql: str, *values: Any) -> Iterator[tuple[Any, ...]]:
-        return whole_rows(self._db, sql, *values)
+        return self.db.execute(sql, values).fetchall()
 
     def close(self) -> None:
         """Commit what is marked, and let go of the database."""
         self._thread.shutdown()
         self._writable.set()
         self.flush()
-        self._db.execute("PRAGMA synchronous = NORMAL")
+        self.db.execute("PRAGMA synchronous = NORMAL")
         with contextlib.suppress(sqlite3.Error, OSError):  # what is left is in the log
             if self.path is not None:
                 self._copy_log()
-                self._reader.rollback()
         self._opened.close()
 
 
@@ -2061,7 +2052,7 @@ def load_sessions(app: AppState, now: float) -> None:
     """Load the sessions that are younger than the idle limit."""
     oldest = time.time() - app.config.limits.idle_minutes * 60
     sql = "SELECT row, state, crc FROM session WHERE active > ?"
-    for row, state in app.store.whole_rows(sql, oldest):
+    for row, state in whole_rows(app.store.db, sql, oldest):
         session = restore_session(row, state, app.store, now)
         if session.site_id in app.sites:
             app.sessions[session.id] = session

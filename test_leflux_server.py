@@ -1240,7 +1240,7 @@ async def test_full_disk(serve: Serve, model: FakeModel, tmp_path: Path, caplog:
     server = await serve(model, server=on_disk(tmp_path))
     visitor = await server.visitor()
     await visitor.ask("Before")
-    database = server.app.store._db
+    database = server.app.store.db
     database.execute("PRAGMA max_page_count = 1")  # that is: as many as there are
     for number in range(8):
         assert (await visitor.ask(f"{number} " + "x" * 4000))["data"]["text"] == "ok"

@@ -47,7 +47,7 @@ def session_at(number: int, age_seconds: float) -> lf.Session:
 def fill(path: Path, count: int) -> None:
     """Write chats of six messages, from four weeks ago to an hour ago."""
     store, popular = lf.Store(path), [text(8) for _ in range(300)]
-    store._db.execute("BEGIN")
+    store.db.execute("BEGIN")
     for row in range(1, count + 1):
         age = KEPT_DAYS * 86400 * (1 - row / count) + 3600
         session = session_at(row, age)
@@ -58,8 +58,8 @@ def fill(path: Path, count: int) -> None:
         session.unanswered = [0] if row % 20 == 0 else []
         with mock.patch("time.time", return_value=session.created_at):
             session.last_active = time.monotonic()
-            lf.write_session(store._db, session)
-    store._db.execute("COMMIT")
+            lf.write_session(store.db, session)
+    store.db.execute("COMMIT")
     store.close()
 
 
