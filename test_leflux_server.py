@@ -4930,6 +4930,12 @@ PAGE: Json = {
 }
 
 
+def first_reply(message: str, page: Json = PAGE, found: lf.Found | None = None) -> Json:
+    """What the guide replies to a first message on a page."""
+    context = lf.clean_context(page, lf.LimitsConfig()) if page else {}
+    return lf.guide_reply(lf.Task(message), context, found or lf.Found(), [])
+
+
 @pytest.mark.parametrize(
     ("question", "expected"),
     [
@@ -4946,10 +4952,9 @@ PAGE: Json = {
 def test_guide(question: str, expected: list[str]) -> None:
     """The guide quotes the passage that answers, names the element that was asked for, or says that
     it does not know."""
-    context = lf.clean_context(PAGE, lf.LimitsConfig())
     found = known(GUIDEBOOK, question=question)
-    answer = lf.guide_reply(lf.Task(question), context, found, [])
-    assert lf.guide_reply(lf.Task(question), context, found, []) == answer  # deterministic
+    answer = first_reply(question, found=found)
+    assert first_reply(question, found=found) == answer  # deterministic
     for words in expected:
         assert words in answer["message"]
     assert answer["answered"] == ("do not know" not in answer["message"])
@@ -4958,36 +4963,29 @@ def test_guide(question: str, expected: list[str]) -> None:
 def test_the_guide_names_the_page_and_goes_there() -> None:
     """What a page of the website says is quoted with its title and URL; asked to, it goes there,
     be it linked here or not."""
-    returns = lf.Passage("Returns", "https://acme.com/returns", "", "Send it back in thirty days.")
-    pages = [("https://acme.com/", "Acme"), ("https://acme.com/returns", "Returns")]
-    found, context = lf.Found([returns], pages), lf.clean_context(PAGE, lf.LimitsConfig())
-    said = lf.guide_reply(lf.Task("Can I send it back?"), context, found, [])
+    url = "https://acme.com/returns"
+    pages = [("https://acme.com/", "Acme"), (url, "Returns")]
+    found = lf.Found([lf.Passage("Returns", url, "", "Send it back in thirty days.")], pages)
+    said = first_reply("Can I send it back?", found=found)
     assert "thirty days.” [Returns](https://acme.com/returns)" in said["message"]
     for wish in ("take me to the returns page", "Open Returns", "please go to returns"):
-        reply = lf.guide_reply(lf.Task(wish), context, found, [])
-        assert reply["action"] == {"type": "navigate", "url": "https://acme.com/returns"}
-    assert lf.guide_reply(lf.Task("take me to the moon"), context, found, [])["action"] is None
-    pricing = lf.guide_reply(lf.Task("take me to pricing"), context, found, [])["action"]
-    assert pricing["type"] == "click_element"
+        assert first_reply(wish, found=found)["action"] == {"type": "navigate", "url": url}
+    assert first_reply("take me to the moon", found=found)["action"] is None
+    assert first_reply("take me to pricing", found=found)["action"]["type"] == "click_element"
 
 
 def test_guide_offers_nothing_disabled() -> None:
     """What cannot be used is not named as an answer."""
-    context = lf.clean_context(PAGE, lf.LimitsConfig())
-    reply = lf.guide_reply(lf.Task("Is there a way to delete my account?"), context, lf.Found(), [])
-    assert "Delete account" not in reply["message"]
-    assert lf.guide_reply(lf.Task("delete my account"), context, lf.Found(), [])["action"] is None
+    assert "Delete account" not in first_reply("Is there a way to delete my account?")["message"]
+    assert first_reply("delete my account")["action"] is None
 
 
 def test_the_guide_quotes_statements() -> None:
     """Not what somebody says, nor what announces the next line."""
     shown = '“Pro costs nothing!”\n"Pro: cheap, cheap, cheap."\nThe cheap Pro costs these:\n'
     shown += "The Pro plan costs 20 euros."
-    context = lf.clean_context({"visibleText": shown}, lf.LimitsConfig())
-    said = lf.guide_reply(lf.Task("what does Pro cost?"), context, lf.Found(), [])["message"]
-    assert "20 euros" in said
-    assert "nothing" not in said
-    assert "cheap" not in said
+    said = first_reply("what does Pro cost?", {"visibleText": shown})["message"]
+    assert [word in said for word in ("20 euros", "nothing", "cheap")] == [True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -5003,18 +5001,13 @@ def test_the_guide_quotes_statements() -> None:
 def test_guide_on_any_page(context: Json) -> None:
     """Whatever the page, there is an answer."""
     for question in ("pro", "Hello", "", "*", "x" * 5000):
-        clean = lf.clean_context(context, lf.LimitsConfig()) if context else {}
-        assert lf.guide_reply(lf.Task(question), clean, lf.Found(), [])["message"].strip()
+        assert first_reply(question, context)["message"].strip()
 
 
 @pytest.mark.parametrize(
     ("shown", "question", "expected"),
     [
-        (
-            "Choose a plan. Starter costs $19 a month. Pro costs $49 a month.",
-            "how much does the Pro plan cost?",
-            "$49",
-        ),
+        ("Choose. Starter costs $19 a month. Pro costs $49 a month.", "what does Pro cost?", "$49"),
         ("Home Pricing\nCoffee\nOur coffee: peach.", "Can I return coffee I don't like?", ""),
         ("Opening hours\nContact", "what are your opening hours", ""),  # no text below
         ("Pricing\nHome Pricing", "what about pricing plans", ""),  # menus
@@ -5035,7 +5028,7 @@ def test_the_guide_quotes_what_fits(shown: str, question: str, expected: str) ->
 def test_the_guide_offers_only_contacts_that_there_are() -> None:
     """From the page's text, its links and the site's texts; not what visitors are quoted with."""
     shown = (
-        "“I wrote to me@mine.example”\nWrite to us@acme.example, +1 555 010 0199. Since 1-2-1999."
+        "“I wrote to me@mine.example”\nWrite to us@acme.example, +1 555 010 0199. Since 1-2-1999"
     )
     link = {"id": 1, "type": "a", "text": "Contact us", "href": "/contact"}
     page = {"visibleText": shown, "indexedElements": [link, {"id": 2, "type": "textarea"}]}
@@ -5087,10 +5080,8 @@ def test_the_guide_fills_the_form_it_stands_on() -> None:
 def test_the_guide_does_not_ask_for_what_was_given() -> None:
     """Earlier messages count; an answer may be a whole sentence."""
     wish = "request an appointment"
-    assert typed(guided("hi, I'm Ada", "Hello!", "ada@example.com", "Yes?", wish)) == {
-        2: "Ada",
-        3: "ada@example.com",
-    }
+    facts = guided("hi, I'm Ada", "Hello!", "ada@example.com", "Yes?", wish)
+    assert typed(facts) == {2: "Ada", 3: "ada@example.com"}
     question = lf.ENGLISH("guide_ask", what="E-mail")
     assert typed(guided(wish, question, "sure, it is ada@example.com")) == {3: "ada@example.com"}
 
@@ -5104,13 +5095,11 @@ def test_a_question_is_no_answer() -> None:
 
 def test_the_guide_claims_nothing() -> None:
     """A click without effect is not done; what was refused or has failed is not tried again."""
-    click = {"did": ["click"]}
-    assert (
-        "nothing has changed" in guided("press play in the video", **click, unchanged=1)["message"]
-    )
-    assert guided("press play in the video", **click)["message"].startswith("Done")
-    assert guided("press play in the video", rejections=1)["action"] is None
-    failed = guided("press play in the video", **click, failure="it broke")
+    wish = "press play in the video"
+    assert "nothing has changed" in guided(wish, did=["click"], unchanged=1)["message"]
+    assert guided(wish, did=["click"])["message"].startswith("Done")
+    assert guided(wish, rejections=1)["action"] is None
+    failed = guided(wish, did=["click"], failure="it broke")
     assert (failed["action"]["type"], failed["message"]) == ("abort_workflow", "")
 
 
@@ -5133,242 +5122,128 @@ def test_small_talk(message: str) -> None:
 # Questions about two made-up sites. The first set was written before the guide was tuned to it; of
 # the second, only how many are right was known while the guide was written.
 
-NURSERY_SHOWN = """\
-Plants that grow where you live
-We raise hardy perennials, herbs and fruit trees in our own fields, without peat.
-Sapling Club
-€12 a month
-A seasonal plant at your door on the first Friday, with care notes.
-Join the club
-Grower Club
-€29 a month
-Three plants a month, and 15% off everything in the nursery.
-Become a grower
-Workshops
-Pruning for beginners: Saturday 14 March, 10:00 to 13:00, €45 a person.
-Grafting apple trees: Sunday 22 March, 14:00 to 17:00, €60 a person.
-Book a workshop
-What our visitors say
-“My figs never looked so good!”
-Newsletter
-E-mail
-Sign up
-Mossgarden
-Shop Workshops Visit us Contact
-© 2026 Mossgarden Nursery
-Imprint Privacy
-"""
+
+def unfolded(text: str) -> str:
+    """A text of several lines, written as one: " / " ends a line, " // " a paragraph."""
+    return " ".join(text.split()).replace(" // ", "\n\n").replace(" / ", "\n")
+
+
+def shown_elements(links: str, *others: tuple[str, str]) -> list[Json]:
+    """Links by their texts, and controls as (text, "parent type"); "!" ends what is required."""
+    elements: list[Json] = [
+        {"type": "link", "text": text, "href": f"https://site.example/{text}"}
+        for text in links.split(", ")
+    ]
+    for text, where in others:
+        parent, _, kind = where.rpartition(" ")
+        more: Json = {"required": True} if kind.endswith("!") else {}
+        if kind == "submit":
+            kind, more = "button", {"inputType": "submit"}
+        elements.append({"type": kind.rstrip("!"), "text": text, "parent": parent, **more})
+    return [{"id": number, **element} for number, element in enumerate(elements, 1)]
+
+
+NURSERY_SHOWN = """Plants that grow where you live / We raise hardy perennials, herbs and fruit
+trees in our own fields, without peat. / Sapling Club / €12 a month / A seasonal plant at your door
+on the first Friday, with care notes. / Join the club / Grower Club / €29 a month / Three plants a
+month, and 15% off everything in the nursery. / Become a grower / Workshops / Pruning for
+beginners: Saturday 14 March, 10:00 to 13:00, €45 a person. / Grafting apple trees: Sunday 22
+March, 14:00 to 17:00, €60 a person. / Book a workshop / What our visitors say / “My figs never
+looked so good!” / Newsletter / E-mail / Sign up / Mossgarden / Shop Workshops Visit us Contact / ©
+2026 Mossgarden Nursery / Imprint Privacy"""
 NURSERY_TEXTS = [
-    """\
-# Visiting us
-
-The nursery and its glasshouse at 3 Mill Road, Oakham, are open from Tuesday to Saturday, 9:30 to
-17:30. We are closed on Sundays and Mondays.
-
-- Parking is free, behind the barn, for 40 cars.
-- Dogs are welcome on a lead, but not in the glasshouse.
-- A path without steps, fit for wheelchairs, leads to the glasshouse and the café.
-
-# Delivery
-
-Plants leave us on Mondays and Wednesdays and arrive within 3 working days. Delivery is €6.90, and
-free for orders above €80. We do not deliver to islands.
-
-# Guarantee and returns
-
-Perennials and trees are guaranteed for one year. If one dies, send us a photo and we replace it.
-
-Unopened packets of seeds can be returned within 14 days. Cut flowers cannot be returned.
-
-# Plant care
-
-## Lavender
-
-Lavender wants full sun and poor, dry soil. Cut it back by a third after it has flowered, in August.
-
-## Hydrangeas
-
-Hydrangeas like half shade and much water. Their flowers turn blue in acid soil.
-
-# Gift vouchers
-
-Vouchers over €20, €50 or €100 are at the till, or come by e-mail. They are valid for three years.
-
-# Ways to pay
-
-* At the nursery: cash, debit card, Apple Pay
-* Online: credit card, PayPal, or by invoice
-
-# Contact
-
-Ring us on 01632 960 144 or write to hello@mossgarden.example.
-""",
-    """\
-Wholesale
-
-Landscapers with a trade account get 20% off from an order of €300.
-
-Tours
-=====
-Groups of ten or more can book a guided tour of the fields: €8 a head, from May to September.
-""",
+    """# Visiting us // The nursery and its glasshouse at 3 Mill Road, Oakham, are open from
+Tuesday to Saturday, 9:30 to / 17:30. We are closed on Sundays and Mondays. // - Parking is free,
+behind the barn, for 40 cars. / - Dogs are welcome on a lead, but not in the glasshouse. / - A path
+without steps, fit for wheelchairs, leads to the glasshouse and the café. // # Delivery // Plants
+leave us on Mondays and Wednesdays and arrive within 3 working days. Delivery is €6.90, and / free
+for orders above €80. We do not deliver to islands. // # Guarantee and returns // Perennials and
+trees are guaranteed for one year. If one dies, send us a photo and we replace it. // Unopened
+packets of seeds can be returned within 14 days. Cut flowers cannot be returned. // # Plant care //
+## Lavender // Lavender wants full sun and poor, dry soil. Cut it back by a third after it has
+flowered, in August. // ## Hydrangeas // Hydrangeas like half shade and much water. Their flowers
+turn blue in acid soil. // # Gift vouchers // Vouchers over €20, €50 or €100 are at the till, or
+come by e-mail. They are valid for three years. // # Ways to pay // * At the nursery: cash, debit
+card, Apple Pay / * Online: credit card, PayPal, or by invoice // # Contact // Ring us on 01632 960
+144 or write to hello@mossgarden.example.""",
+    """Wholesale // Landscapers with a trade account get 20% off from an order of €300. // Tours /
+===== / Groups of ten or more can book a guided tour of the fields: €8 a head, from May to
+September.""",
 ]
-NURSERY_ELEMENTS: list[Json] = [
-    {"id": 1, "type": "link", "text": "Shop", "href": "https://moss.example/shop"},
-    {"id": 2, "type": "link", "text": "Workshops", "href": "https://moss.example/workshops"},
-    {"id": 3, "type": "link", "text": "Visit us", "href": "https://moss.example/visit"},
-    {"id": 4, "type": "link", "text": "Contact", "href": "https://moss.example/contact"},
-    {"id": 5, "type": "button", "text": "Join the club", "parent": "Sapling Club"},
-    {"id": 6, "type": "button", "text": "Become a grower", "parent": "Grower Club"},
-    {"id": 7, "type": "button", "text": "Book a workshop", "parent": "Workshops"},
-    {"id": 8, "type": "email", "text": "E-mail", "required": True, "parent": "Newsletter"},
-    {"id": 9, "type": "button", "inputType": "submit", "text": "Sign up", "parent": "Newsletter"},
-    {"id": 10, "type": "link", "text": "Imprint", "href": "https://moss.example/imprint"},
-    {"id": 11, "type": "link", "text": "Privacy", "href": "https://moss.example/privacy"},
-]
-NURSERY_QUESTIONS = [
-    ("How much is the Grower Club?", "says", "€29"),
-    ("what does the sapling club cost", "says", "€12"),
-    ("When are you open?", "says", "9:30 to 17:30"),
-    ("Are you open on Sundays?", "says", "closed on Sundays"),
-    ("Where can I find you?", "says", "3 Mill Road"),
-    ("Is there any parking?", "says", "behind the barn"),
-    ("Can I bring my dog?", "says", "on a lead"),
-    ("Do you deliver to islands?", "says", "do not deliver to islands"),
-    ("How long does delivery take?", "says", "3 working days"),
-    ("how much is postage", "says", "€6.90"),
-    ("My lavender looks leggy, when should I cut it back?", "says", "August"),
-    ("Can I return a tree that died?", "says", "replace it"),
-    ("Can I send back seeds I didn't open?", "says", "within 14 days"),
-    ("do you sell gift cards?", "says", "Vouchers over"),
-    ("Can I pay with Apple Pay?", "says", "Apple Pay"),
-    ("how much is the grafting course?", "says", "€60"),
-    ("when is the pruning workshop?", "says", "14 March"),
-    ("Is there a discount for landscapers?", "says", "20%"),
-    ("guided tours for groups", "says", "€8 a head"),
-    ("what's your phone number?", "says", "01632 960 144"),
-    ("Is the garden wheelchair accessible?", "says", "wheelchairs"),
-    ("hello", "greets", ""),
-    ("Hi there!", "greets", ""),
-    ("thanks a lot", "greets", ""),
-    ("talk to a human", "contact", "01632 960 144"),
-    ("Can somebody call me back?", "contact", "01632 960 144"),
-    ("I want to speak to a real person please", "contact", "01632 960 144"),
-    ("Do you rent out your barn for weddings?", "unknown", ""),
-    ("Who won the football last night?", "unknown", ""),
-    ("What soil do orchids need?", "unknown", ""),
-    ("Do you sell lawn mowers?", "unknown", ""),
-    ("take me to the workshops page", "clicks", "Workshops"),
-    ("I'd like to book a workshop", "clicks", "Book a workshop"),
-    ("sign me up for the newsletter, I'm at jo@example.org", "types", "E-mail=jo@example.org"),
-]
-
-WORKSHOP_SHOWN = """\
-Spoke & Saddle
-Repairs Hire About us Find us
-Repairs while you wait
-We fix city bikes, racers and e-bikes of every make.
-Small service
-Brakes, gears and tyres checked and set. £35
-Full service
-Everything in the small service, plus wheels trued and bearings greased. £85
-Puncture repair
-£12 with a new tube, done in 20 minutes.
-Book a slot
-Your name
-Phone
-What is wrong with it?
-Request appointment
-Bikes for hire
-City bike: £18 a day, £90 a week
-Cargo bike: £40 a day
-Helmets and locks are included.
-Terms Privacy
-"""
+NURSERY_ELEMENTS = shown_elements(
+    "Shop, Workshops, Visit us, Contact, Imprint, Privacy",
+    *(("Join the club", "Sapling Club button"), ("Become a grower", "Grower Club button")),
+    *(("Book a workshop", "Workshops button"), ("E-mail", "Newsletter email!")),
+    ("Sign up", "Newsletter submit"),
+)
+NURSERY_QUESTIONS = {  # what the guide does, and questions with what is in its answer
+    "says": """How much is the Grower Club? = €29 / what does the sapling club cost = €12 /
+        When are you open? = 9:30 to 17:30 / Are you open on Sundays? = closed on Sundays /
+        Where can I find you? = 3 Mill Road / Is there any parking? = behind the barn /
+        Can I bring my dog? = on a lead / Do you deliver to islands? = do not deliver to islands /
+        How long does delivery take? = 3 working days / how much is postage = €6.90 /
+        My lavender looks leggy, when should I cut it back? = August /
+        Can I return a tree that died? = replace it / do you sell gift cards? = Vouchers over /
+        Can I send back seeds I didn't open? = within 14 days /
+        Can I pay with Apple Pay? = Apple Pay /
+        how much is the grafting course? = €60 / when is the pruning workshop? = 14 March /
+        Is there a discount for landscapers? = 20% / guided tours for groups = €8 a head /
+        what's your phone number? = 01632 960 144 /
+        Is the garden wheelchair accessible? = wheelchairs""",
+    "greets": "hello / Hi there! / thanks a lot",
+    "contact": """talk to a human = 01632 960 144 / Can somebody call me back? = 01632 960 144 /
+        I want to speak to a real person please = 01632 960 144""",
+    "unknown": """Do you rent out your barn for weddings? / Who won the football last night? /
+        What soil do orchids need? / Do you sell lawn mowers?""",
+    "clicks": """take me to the workshops page = Workshops /
+        I'd like to book a workshop = Book a workshop""",
+    "types": "sign me up for the newsletter, I'm at jo@example.org = E-mail: jo@example.org",
+}
+WORKSHOP_SHOWN = """Spoke & Saddle / Repairs Hire About us Find us / Repairs while you wait / We
+fix city bikes, racers and e-bikes of every make. / Small service / Brakes, gears and tyres checked
+and set. £35 / Full service / Everything in the small service, plus wheels trued and bearings
+greased. £85 / Puncture repair / £12 with a new tube, done in 20 minutes. / Book a slot / Your name
+/ Phone / What is wrong with it? / Request appointment / Bikes for hire / City bike: £18 a day, £90
+a week / Cargo bike: £40 a day / Helmets and locks are included. / Terms Privacy"""
 WORKSHOP_TEXTS = [
-    """\
-Opening times
-
-Monday to Friday 10am to 6:30pm, Saturday 10am to 4pm.
-On bank holidays the shop is shut.
-
-How to get here
-
-We are at 22 Canal Street, next to the old brewery, two minutes from the tram stop Lock Bridge.
-
-Warranty
-
-Our repairs carry a six-month warranty. Worn parts such as chains and brake pads are excluded.
-
-Second-hand
-
-We sell refurbished bicycles from £150. Trade-ins are welcome: bring yours and we make an offer.
-
-Students
-
-10% off labour for students and apprentices with a valid card.
-
-Payment
--------
-Cards and cash, no cheques. Repairs above £200 can be paid in three instalments.
-
-Reaching us
-
-Telephone 0161 496 0123, e-mail service@spoke.example.
-""",
+    """Opening times // Monday to Friday 10am to 6:30pm, Saturday 10am to 4pm. / On bank holidays
+the shop is shut. // How to get here // We are at 22 Canal Street, next to the old brewery, two
+minutes from the tram stop Lock Bridge. // Warranty // Our repairs carry a six-month warranty. Worn
+parts such as chains and brake pads are excluded. // Second-hand // We sell refurbished bicycles
+from £150. Trade-ins are welcome: bring yours and we make an offer. // Students // 10% off labour
+for students and apprentices with a valid card. // Payment / ------- / Cards and cash, no cheques.
+Repairs above £200 can be paid in three instalments. // Reaching us // Telephone 0161 496 0123,
+e-mail service@spoke.example."""
 ]
-WORKSHOP_ELEMENTS: list[Json] = [
-    {"id": 1, "type": "link", "text": "Repairs", "href": "https://spoke.example/"},
-    {"id": 2, "type": "link", "text": "Hire", "href": "https://spoke.example/hire"},
-    {"id": 3, "type": "link", "text": "About us", "href": "https://spoke.example/about"},
-    {"id": 4, "type": "link", "text": "Find us", "href": "https://spoke.example/find-us"},
-    {"id": 5, "type": "text", "text": "Your name", "required": True, "parent": "Book a slot"},
-    {"id": 6, "type": "tel", "text": "Phone", "required": True, "parent": "Book a slot"},
-    {"id": 7, "type": "textarea", "text": "What is wrong with it?", "parent": "Book a slot"},
-    {
-        "id": 8,
-        "type": "button",
-        "inputType": "submit",
-        "text": "Request appointment",
-        "parent": "Book a slot",
-    },
-    {"id": 9, "type": "link", "text": "Terms", "href": "https://spoke.example/terms"},
-    {"id": 10, "type": "link", "text": "Privacy", "href": "https://spoke.example/privacy"},
-]
-WORKSHOP_QUESTIONS = [
-    ("How much is a full service?", "says", "£85"),
-    ("what do you charge for a flat tyre", "says", "£12"),
-    ("what are your opening hours?", "says", "10am to 6:30pm"),
-    ("are you open on bank holidays?", "says", "shut"),
-    ("Where is your shop?", "says", "22 Canal Street"),
-    ("can i rent a cargo bike", "says", "£40 a day"),
-    ("How long does a puncture repair take?", "says", "20 minutes"),
-    ("Do students get money off?", "says", "10%"),
-    ("Is there a guarantee on your repairs?", "says", "six-month"),
-    ("do you accept cheques?", "says", "no cheques"),
-    ("Do you buy used bicycles?", "says", "Trade-ins"),
-    ("what's your email address", "says", "service@spoke.example"),
-    ("is a helmet included with the hire?", "says", "included"),
-    ("hey", "greets", ""),
-    ("can I speak to a mechanic?", "contact", "0161 496 0123"),
-    ("do you repair skateboards?", "unknown", ""),
-    ("what's the weather tomorrow", "unknown", ""),
-    ("go to hire", "clicks", "Hire"),
-    ("I want to request an appointment", "asks", "Your name"),
-    ("My name is Tom Reed, phone 07700 900123", "types", "Your name=Tom Reed"),
-]
+WORKSHOP_ELEMENTS = shown_elements(
+    "Repairs, Hire, About us, Find us, Terms, Privacy",
+    *(("Your name", "Book a slot text!"), ("Phone", "Book a slot tel!")),
+    ("What is wrong with it?", "Book a slot textarea"),
+    ("Request appointment", "Book a slot submit"),
+)
+WORKSHOP_QUESTIONS = {
+    "says": """How much is a full service? = £85 / what do you charge for a flat tyre = £12 /
+        what are your opening hours? = 10am to 6:30pm / are you open on bank holidays? = shut /
+        Where is your shop? = 22 Canal Street / can i rent a cargo bike = £40 a day /
+        How long does a puncture repair take? = 20 minutes / Do students get money off? = 10% /
+        Is there a guarantee on your repairs? = six-month / do you accept cheques? = no cheques /
+        Do you buy used bicycles? = Trade-ins / what's your email address = service@spoke.example /
+        is a helmet included with the hire? = included""",
+    "greets": "hey",
+    "contact": "can I speak to a mechanic? = 0161 496 0123",
+    "unknown": "do you repair skateboards? / what's the weather tomorrow",
+    "clicks": "go to hire = Hire",
+    "asks": "I want to request an appointment = Your name",
+    "types": "My name is Tom Reed, phone 07700 900123 = Your name: Tom Reed",
+}
 
 
-def judged(message: str, site: str) -> str:
+def judged(message: str, kind: str, wanted: str, texts: list[str], page: Json) -> str:
     """How the guide does with a question: "right", "unknown" (it says so), or what it did wrong."""
-    shown, elements, texts, questions = SITES[site]
-    _, kind, wanted = next(entry for entry in questions if entry[0] == message)
-    page = {"url": f"https://{site}.example/", "visibleText": shown, "indexedElements": elements}
-    context = lf.clean_context(page, lf.LimitsConfig())
-    reply = lf.guide_reply(lf.Task(message), context, known(*texts, question=message), [])
+    reply = first_reply(message, page, known(*map(unfolded, texts), question=message))
     said, action = reply["message"], reply["action"] or {}
-    labels = {element["id"]: element["text"] for element in elements}
-    typed = [f"{labels[s['elementId']]}={s['inputData']}" for s in action.get("steps", [])]
+    labels = {element["id"]: element["text"] for element in page["indexedElements"]}
+    typed = [f"{labels[s['elementId']]}: {s['inputData']}" for s in action.get("steps", [])]
     met = {
         "says": wanted in said and not action,
         "contact": wanted in said and action.get("type") in (None, "ask_user"),
@@ -5384,18 +5259,26 @@ def judged(message: str, site: str) -> str:
     return "unknown" if admits else f"{said} {json.dumps(action)}"
 
 
-SITES = {
-    "moss": (NURSERY_SHOWN, NURSERY_ELEMENTS, NURSERY_TEXTS, NURSERY_QUESTIONS),
-    "spoke": (WORKSHOP_SHOWN, WORKSHOP_ELEMENTS, WORKSHOP_TEXTS, WORKSHOP_QUESTIONS),
-}
-
-
-def test_questions_to_the_guide() -> None:
+@pytest.mark.parametrize(
+    ("shown", "elements", "texts", "questions", "least"),
+    [
+        (NURSERY_SHOWN, NURSERY_ELEMENTS, NURSERY_TEXTS, NURSERY_QUESTIONS, 29),
+        (WORKSHOP_SHOWN, WORKSHOP_ELEMENTS, WORKSHOP_TEXTS, WORKSHOP_QUESTIONS, 15),
+    ],
+    ids=["nursery", "workshop"],
+)
+def test_questions_to_the_guide(
+    shown: str, elements: list[Json], texts: list[str], questions: dict[str, str], least: int
+) -> None:
     """Most are answered. What the guide does not know, it says so, and says nothing else."""
-    for site, least in (("moss", 29), ("spoke", 15)):
-        verdicts = {question[0]: judged(question[0], site) for question in SITES[site][3]}
-        assert {v for v in verdicts.values() if v not in ("right", "unknown")} == set()
-        assert list(verdicts.values()).count("right") >= least, verdicts
+    page: Json = {"url": "https://site.example/", "visibleText": unfolded(shown)}
+    page["indexedElements"], verdicts = elements, dict[str, str]()
+    for kind, entries in questions.items():
+        for entry in unfolded(entries).split("\n"):
+            message, _, wanted = entry.partition(" = ")
+            verdicts[message] = judged(message, kind, wanted, texts, page)
+    assert {v for v in verdicts.values() if v not in ("right", "unknown")} == set()
+    assert list(verdicts.values()).count("right") >= least, verdicts
 
 
 async def test_guide_speaks_like_a_model(serve: Serve, tmp_path: Path) -> None:
@@ -5416,14 +5299,11 @@ async def test_guide_speaks_like_a_model(serve: Serve, tmp_path: Path) -> None:
 
 def test_hostile_wishes_cost_the_guide_no_time() -> None:
     """No message of 5,000 characters keeps the offline guide busy."""
-    fields = [
-        {"id": n, "type": "input", "label": label}
-        for n, label in enumerate(("Name", "E-mail", "Phone", "Message"))
-    ]
-    context = lf.clean_context({"indexedElements": fields}, lf.LimitsConfig())
+    labels = enumerate(("Name", "E-mail", "Phone", "Message"))
+    fields = [{"id": n, "type": "input", "label": label} for n, label in labels]
     started = time.monotonic()
     for wish in ("click that ,i'm " * 300 + "\nx", "send " + "a" * 5000, 'type "' * 900):
-        lf.guide_reply(lf.Task(wish), context, lf.Found(), [])
+        first_reply(wish, {"indexedElements": fields})
     assert time.monotonic() - started < 0.5
 
 
