@@ -5113,10 +5113,9 @@ def test_small_talk(message: str) -> None:
     assert reply["message"].startswith("Hello!")
     assert (reply["answered"], reply["action"]) == (True, None)
     assert "Prices" not in reply["message"]
-    for thanks in "Thanks a lot!/Danke schön/Merci beaucoup !/obrigada/ありがとうございます".split(
-        "/"
-    ):
-        assert guided(thanks)["message"] == "You are welcome!"
+    thanks = "Thanks a lot!/Danke schön/Merci beaucoup !/obrigada/ありがとうございます"
+    for said in thanks.split("/"):
+        assert guided(said)["message"] == "You are welcome!"
 
 
 # Questions about two made-up sites. The first set was written before the guide was tuned to it; of
