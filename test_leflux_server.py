@@ -521,7 +521,7 @@ def test_wrong_values(key: str, values: list[Any], form: str) -> None:
 def test_unknown_keys(key: str) -> None:
     """A key that is misspelt or in the wrong place: the line says which may be meant."""
     key, _, meant = key.partition(":")
-    for value in ({}, 5):
+    for value in [{"a": 1}, 5]:
         hint = f"; did you mean {meant}?" if meant else ""
         assert line_about(key, value) == f"{key} is not a known key{hint}"
 
@@ -557,7 +557,7 @@ def test_bad_sites(sites: list[Any], line: str) -> None:
 HOST_FORM = "must be a host such as example.com, example.com:8443, [::1] or xn--bcher-kva.example"
 COPIED = """https://a.com http://a.com/ HTTPS://a.com/shop?x=1#y *.a.com https://*.a.com .a.com
 //a.com a.com/ a.com/x a.com?x me@a.com"""
-NO_HOSTS = """* a.com: a.com:0 a.com:65536 a.com:https a..b exam!ple.com a.com,b.com ::1 [::1
+NOT_A_HOST = """* a.com: a.com:0 a.com:65536 a.com:https a..b exam!ple.com a.com,b.com ::1 [::1
 256.1.1.1 1.2.3.4.5 weißbier.de \uff41cme.com"""
 SHARED = """co.uk com.au github.io pages.dev netlify.app vercel.app web.app herokuapp.com com acme
 myshopify.com wordpress.com intranet"""
@@ -570,7 +570,7 @@ WRONG_HOSTS: list[tuple[Any, str]] = [  # an entry of allowed_hosts, and what is
         "https://a.com:8443/x",
         'must be a host or host:port, not "https://a.com:8443/x"; write "a.com:8443"',
     ),
-    *((entry, f'{HOST_FORM}, not "{entry}"') for entry in NO_HOSTS.split()),
+    *((entry, f'{HOST_FORM}, not "{entry}"') for entry in NOT_A_HOST.split()),
     ("", HOST_FORM),
     *(
         (entry, f'must be a host of one site alone, such as shop.{host}, not "{entry}"')
