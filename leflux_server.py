@@ -836,8 +836,7 @@ def say(language: str, key: str, **values: str) -> str:
     return str(sentences[key]).format(**values)
 
 
-Sentences = Callable[..., str]  # say, in a language
-ENGLISH: Sentences = functools.partial(say, "en")
+ENGLISH = functools.partial(say, "en")
 LIGATURES = re.compile("[\u3200-\u33ff\ufdf0-\ufdff]")  # for whole words, of up to 18 letters
 UNSEEN = re.compile(
     f"[{''.join(c for c in map(chr, range(2**16)) if unicodedata.category(c) == 'Cf')}"
@@ -891,6 +890,27 @@ def words_pattern(entries: Sequence[str]) -> str:
         patterns[is_word].append(pattern.replace(r"\*", r"\w*").replace(r"\ ", " ?"))
     words, parts = (any_of(patterns[starts] or ["(?!)"]) for starts in (True, False))
     return rf"(?<!\w){words}|(?=[|\u0300-\U0010ffff]){parts}"
+
+
+@functools.lru_cache(200)
+def intent(name: str, language: str) -> re.Pattern[str]:
+    """Return the pattern of words by which visitors say what they want, in a language or English.
+
+    hello, thanks, never_mind, filler: small talk; question: how one begins; order: to do something;
+    go: to a page; write, person: to the owner; reach: how links to forms for that are called.
+    """
+    words = all_words()
+    own = words.get(shipped_language(language), {}).get("intents", {})
+    entries = f"{words['en']['intents'][name]}, {own.get(name, '')}"
+    return re.compile(words_pattern(entries.strip(", ").split(", ")))
+
+
+def small_talk(text: str, language: str) -> str:
+    """Return "never_mind", "thanks" or "hello" if that is all that a plain text says, else ""."""
+    kinds = [one for one in ("never_mind", "thanks", "hello") if intent(one, language).search(text)]
+    for kind in (*kinds, "filler"):
+        text = intent(kind, language).sub(" ", text)
+    return kinds[0] if kinds and not re.search(r"\w", text) else ""
 
 
 @functools.cache
@@ -2375,7 +2395,7 @@ def spaced(text: str) -> str:
         return " ".join(["", *pairs, *IDEOGRAPH.findall(run[0]), ""])
 
     plain = re.sub(r"[\u0300-\u036f]", "", unicodedata.normalize("NFKD", text.casefold()))
-    return UNSPACED.sub(pieces, unicodedata.normalize("NFC", plain))
+    return UNSPACED.sub(pieces, unicodedata.normalize("NFC", plain).replace("\u0131", "i"))
 
 
 def folded_words(text: str) -> list[str]:
@@ -4667,28 +4687,6 @@ def is_looping(said: str) -> bool:
 # The offline guide: answers and acts without a model, from the page and the site's knowledge.
 # Its replies look like a model's and are checked in the same way.
 
-WANTS_ACTION = re.compile(
-    r"\b(click|press|tap|open|go|take|bring|visit|choose|send|submit|delete|remove|buy|pay|order|log"
-    r"|(un)?subscribe|cancel|sign|add|write|select|join|contact|become|message|book|reserve|request"
-    r"|register|apply|download|start|navigate|show me|(tell|ask) (them|you))\b"
-)
-QUESTION = re.compile(r"\W*(wh\w+|how|is|are|do|does|did|was|were|don't|never|(can|may|could) i)\b")
-THANKS = (
-    "thank|bye|danke|tschüss|merci|au revoir|gracias|adiós|grazie|obrigad|bedankt|dank je|dzięk"
-    "|teşekkür|sağ ol|شكرا|धन्यवाद|ありがとう|谢谢"
-)
-SMALL_TALK = re.compile(
-    rf"\W*(hi|hello|hey|good (morning|day|evening)|({THANKS})\w*|help|(who|what) are you"
-    r"|what can you do|are you (a )?(bot|robot|human)|hallo|guten (morgen|tag|abend)|moin|bonjour"
-    r"|salut|hola|buen[oa]s \w+|ciao|buongiorno|olá|bom dia|hoi|cześć|dzień dobry|merhaba|مرحبا"
-    r"|नमस्ते|こんにちは|你好)(\W+(there|a lot|so much|you|again|sch[öo]n|vielmals|beaucoup"
-    r"|zusammen|mille|w(el|al)))*\W*$"
-)
-WANTS_PERSON = re.compile(r"\b(human|real person|(talk|speak|chat) (to|with)|(call|ring) (me|you))")
-NEVER_MIND = re.compile(r"\W*(no|stop|cancel|never ?mind|nothing|forget it)\b\W*(thank.{0,6})?$")
-WANTS_TO_WRITE = re.compile(r"\b(message|write to|(tell|ask|contact|send) (them|you|us))\b")
-WHERE_TO_WRITE = re.compile(r"\b(contact|message|write|touch|support|kontakt)\b", re.I)
-GO_TO = re.compile(r"\b(take|bring|show) me\b( there)?|\b(go|open|visit|navigate)\b", re.I)
 FIELD = re.compile(r"(input )?(text|email|tel|search|url|number|date)")
 FACT = re.compile(rf"\bmy name is\b|{EMAIL}|{PHONE}")
 BARE = re.compile(r"[^\d.!?]{1,25}")  # the heading above alone makes it no answer
@@ -4751,43 +4749,50 @@ def find_label(wish: str, elements: Sequence[Json], share: float) -> Json | None
     return best[0] if best else None
 
 
-def ways_to_reach(page: Json, found: Found) -> list[str]:
+def ways_to_reach(page: Json, found: Found, language: str) -> list[str]:
     """Return up to 3 ways to people: addresses and numbers, else what to click on this page."""
     _, buttons = usable(page)
     shown = OTHERS_SAY.sub("", page.get("visibleText", ""))
     texts = [*found.contacts, shown, *(element.get("href", "") for element in buttons)]
     ways = [way[0] for one in (EMAIL, PHONE) for text in texts if (way := re.search(one, text))]
     labels = [element_label(e) for e in buttons if e.get("href", "") != page.get("url")]
-    ways += [f"“{label}”" for label in labels if WHERE_TO_WRITE.search(label)]
+    reach = intent("reach", language)
+    ways += [f"“{label}”" for label in labels if reach.search(plain_words(label))]
     return [*dict.fromkeys(ways)][:3]
 
 
-def guide_answer(question: str, page: Json, found: Found, say: Sentences = ENGLISH) -> Json:
+def guide_answer(question: str, page: Json, found: Found, language: str = "en") -> Json:
     """Return the reply that quotes the page or the site's texts, or says that it does not know."""
     _, buttons = usable(page)
     others = [e for e in buttons if not e.get("href") or e["href"] != page.get("url")]
-    wants_person = WANTS_PERSON.search(question.lower()) is not None
+    wants_person = intent("person", language).search(plain_words(question)) is not None
     said, source = ("", None) if wants_person else quote(question, page, found)
     element = None if wants_person else find_label(question, others, 0.51)
-    parts = [say("guide_found", what=said)] if said else []
+    parts = [say(language, "guide_found", what=said)] if said else []
     if source is not None and source.url:
         parts.append(f"[{source.title or source.url}]({source.url})")
-    parts += [say("guide_use", what=element_label(element))] if element else []
+    parts += [say(language, "guide_use", what=element_label(element))] if element else []
     if parts:
         return {"message": " ".join(parts), "answered": True, "action": None}
-    ways = ways_to_reach(page, found)
-    lead = say("guide_program" if wants_person else "guide_unknown")
-    offer = say("guide_contacts", what=", ".join(ways)) if ways else say("guide_rephrase")
+    ways = ways_to_reach(page, found, language)
+    lead = say(language, "guide_program" if wants_person else "guide_unknown")
+    offer = (
+        say(language, "guide_contacts", what=", ".join(ways))
+        if ways
+        else say(language, "guide_rephrase")
+    )
     return {"message": f"{lead} {offer}", "answered": wants_person and bool(ways), "action": None}
 
 
 def read_wish(
-    task: Task, history: Sequence[Json], page: Json, say: Sentences
+    task: Task, history: Sequence[Json], page: Json, language: str
 ) -> tuple[str, dict[int, str]]:
     """Return what the visitor wants, and {field's id: what they have given for it}."""
     fields, buttons = usable(page)
     kinds = {element_label(field): str(field.get("type")) for field in fields}
-    asking = re.compile(re.escape(say("guide_ask", what="\0")).replace("\0", "(.{1,300})") + "$")
+    asking = re.compile(
+        re.escape(say(language, "guide_ask", what="\0")).replace("\0", "(.{1,300})") + "$"
+    )
     answers: dict[str, str] = {}
     said = [task.wish[:1000]]  # the wish, and what was said before it
     users = [at for at, one in enumerate(history) if one["role"] == "user"][-20:]
@@ -4796,8 +4801,10 @@ def read_wish(
         # A message that comes after a question answers it, unless it is a wish of its own.
         asked = asking.search(history[users.pop() - 1]["content"][-1000:])
         kind = kinds.get(label := asked[1] if asked else "", "")
-        is_order = WANTS_ACTION.search(said[0].lower()) and find_label(said[0], buttons, 1)
-        if not kind or is_order or (QUESTION.match(said[0].lower()) and "area" not in kind):
+        plain = plain_words(said[0]).strip()
+        is_order = intent("order", language).search(plain) and find_label(said[0], buttons, 1)
+        asks = intent("question", language).match(plain)
+        if not kind or is_order or (asks and "area" not in kind):
             break
         answers.setdefault(label, said[0])
     values, patterns = dict[int, str](), dict(GIVEN_VALUES)
@@ -4815,18 +4822,20 @@ def read_wish(
 
 
 def next_step(
-    task: Task, wish: str, values: Mapping[int, str], page: Json, say: Sentences
+    task: Task, wish: str, values: Mapping[int, str], page: Json, language: str
 ) -> Json | None:
     """Return the reply that brings a wish one step further; None if the page has none."""
     fields, buttons = usable(page)
     areas = [field for field in fields if "area" in str(field.get("type"))]
-    writes = WANTS_TO_WRITE.search(wish.lower())
-    sends = WANTS_ACTION.search(wish.lower()) and task.did[-1:] == ["type"]
+    plain = plain_words(wish)
+    writes = intent("write", language).search(plain)
+    sends = intent("order", language).search(plain) and task.did[-1:] == ["type"]
     new = [f["id"] for f in fields if values.get(f["id"], f.get("value")) != f.get("value")]
-    element = None if task.did else find_label(wish.replace("take me", ""), buttons, 0.6)
+    element = None if task.did else find_label(intent("go", language).sub(" ", plain), buttons, 0.6)
     if writes and not areas and not task.did:
         links = [e for e in buttons if re.match(r"(?!mailto:|tel:).", e.get("href", ""))]
-        element = next((e for e in links if WHERE_TO_WRITE.search(element_label(e))), None)
+        reach = intent("reach", language)
+        element = next((e for e in links if reach.search(plain_words(element_label(e)))), None)
     elif (
         new
         and "type" not in task.did
@@ -4834,7 +4843,7 @@ def next_step(
     ):
         steps = [{"action": "type", "elementId": at, "inputData": values[at]} for at in new]
         action: Json = {"type": "execute_generic_sequence", "steps": steps}
-        return {"message": say("guide_fill"), "action": action}
+        return {"message": say(language, "guide_fill"), "action": action}
     parents = [f.get("parent") for f in fields if f["id"] in values or (f in areas and not values)]
     arrived = not task.did or task.page_before[0] != page.get("url")
     if sends or (writes and areas and arrived):
@@ -4847,81 +4856,97 @@ def next_step(
         needed = field.get("required") or (writes and field in areas)
         is_empty = not field.get("value") and field["id"] not in values
         if needed and is_empty and field.get("parent") in parents:
-            question = say("guide_ask", what=element_label(field))
+            question = say(language, "guide_ask", what=element_label(field))
             kind = field.get("inputType")
             asks = {"field_name": field.get("name"), "field_type": kind or field.get("type")}
             return {"message": "", "action": {"type": "ask_user", "question": question, **asks}}
     action = {"type": "click_element", "elementId": element["id"]}
-    return {"message": say("guide_click", what=element_label(element)), "action": action}
+    return {"message": say(language, "guide_click", what=element_label(element)), "action": action}
 
 
-def page_step(task: Task, wish: str, found: Found, say: Sentences) -> Json | None:
+def page_step(task: Task, wish: str, found: Found, language: str) -> Json | None:
     """Return the reply that goes to a page of the website that is not linked on this one."""
-    if task.did or not GO_TO.search(wish):
+    plain, go = plain_words(wish), intent("go", language)
+    if task.did or not go.search(plain):
         return None
     names = [f"{title} {urllib.parse.urlsplit(url).path}" for url, title in found.sitemap]
-    for at in best_of(GO_TO.sub("", wish), names, 0.6):
+    for at in best_of(go.sub(" ", plain), names, 0.6):
         url, title = found.sitemap[at]
         action = {"type": "navigate", "url": url}
-        return {"message": say("guide_click", what=title or url), "action": action}
+        return {"message": say(language, "guide_click", what=title or url), "action": action}
     return None
 
 
-def letter_form(say: Sentences) -> Json:
+def letter_form(language: str) -> Json:
     """Return what a message to the owner needs, as a page that the guide fills."""
     kinds = {"message": "textarea", "name": "text", "email": "email"}
-    fields = [{"text": say(f"letter_{name}"), "name": name, "type": kinds[name]} for name in kinds]
+    fields = [
+        {"text": say(language, f"letter_{name}"), "name": name, "type": kinds[name]}
+        for name in kinds
+    ]
     return {"indexedElements": [{"id": at, **field} for at, field in enumerate(fields, 1)]}
 
 
-def next_letter_step(form: Json, values: Mapping[int, str], say: Sentences) -> Json:
+def next_letter_step(form: Json, values: Mapping[int, str], language: str) -> Json:
     """Return the action that asks for what a message to the owner still lacks, or passes it on."""
     for field in form["indexedElements"]:
         value = values.get(field["id"], "")
         if not value or (field["type"] == "email" and not re.fullmatch(EMAIL, value)):
             asks = {"field_name": field["name"], "field_type": field["type"]}
-            return {"type": "ask_user", "question": say("guide_ask", what=field["text"]), **asks}
+            return {
+                "type": "ask_user",
+                "question": say(language, "guide_ask", what=field["text"]),
+                **asks,
+            }
     return {"type": "contact_owner", "message": values[1], "name": values[2], "email": values[3]}
 
 
 def guide_reply(
-    task: Task, page: Json, found: Found, past: Sequence[Json], say: Sentences = ENGLISH
+    task: Task, page: Json, found: Found, past: Sequence[Json], language: str = "en"
 ) -> Json:
     """Return the reply object of the offline guide. Deterministic, no network."""
-    wish, values = read_wish(task, past, page, say)
-    form = letter_form(say)
-    letter_wish, letter = read_wish(task, past, form, say)
+    wish, values = read_wish(task, past, page, language)
+    form = letter_form(language)
+    letter_wish, letter = read_wish(task, past, form, language)
     writes = letter_wish != task.wish[:1000].replace("\u2019", "'")  # a letter, for some time
     wish = letter_wish if writes else wish
-    plain, end = wish.lower(), ""
-    is_order = not QUESTION.match(plain) and (WANTS_ACTION.search(plain) or FACT.search(plain))
+    plain, end, fact = plain_words(wish).strip(), "", FACT.search(wish.lower())
+    is_order = not intent("question", language).match(plain) and (
+        intent("order", language).search(plain) or fact
+    )
     acts = not (task.rejections or task.only_asks or writes) and (is_order or task.did)
     has_form = any("area" in str(field.get("type")) for field in usable(page)[0])
-    wants_letter = WANTS_PERSON.search(plain) or (is_order and WANTS_TO_WRITE.search(plain))
-    if NEVER_MIND.match(task.wish[:1000].lower()) and wish != task.wish:
-        said = say("guide_never_mind")
-    elif SMALL_TALK.match(plain):
-        said = say("guide_welcome" if re.search(THANKS, plain) else "guide_hello")
+    wants_person = intent("person", language).search(plain) is not None
+    wants_letter = wants_person or (is_order and intent("write", language).search(plain))
+    talk = small_talk(plain_words(task.wish[:1000]), language)
+    if talk == "never_mind" and wish != task.wish:
+        said = say(language, "guide_never_mind")
+    elif talk in ("thanks", "hello"):
+        said = say(language, "guide_welcome" if talk == "thanks" else "guide_hello")
     elif task.failure:
-        said, end = say("guide_failed"), "abort_workflow"
+        said, end = say(language, "guide_failed"), "abort_workflow"
     elif reply := (
-        (next_step(task, wish, values, page, say) or page_step(task, wish, found, say))
+        (next_step(task, wish, values, page, language) or page_step(task, wish, found, language))
         if acts
         else None
     ):
         return {**reply, "answered": True}
     elif wants_letter and not (has_form or task.did or task.rejections):
-        said = "" if writes else guide_answer(wish, page, found, say)["message"]
-        said *= WANTS_PERSON.search(plain) is not None
-        return {"message": said, "answered": True, "action": next_letter_step(form, letter, say)}
+        said = "" if writes else guide_answer(wish, page, found, language)["message"]
+        said *= wants_person
+        return {
+            "message": said,
+            "answered": True,
+            "action": next_letter_step(form, letter, language),
+        }
     elif not acts or not task.did:
-        return guide_answer(wish, page, found, say)
+        return guide_answer(wish, page, found, language)
     else:
-        said, end = say("guide_done"), "task_complete"
+        said, end = say(language, "guide_done"), "task_complete"
         if task.did[-1] == "type":
-            said = say("guide_filled")
+            said = say(language, "guide_filled")
         elif task.unchanged:
-            said = say("guide_no_change")
+            said = say(language, "guide_no_change")
     action = {"type": end, "reason": said, "summary": said} if end else None
     return {"message": said * (end != "abort_workflow"), "answered": True, "action": action}
 
@@ -4936,7 +4961,7 @@ class OfflineGuide:
 
     async def reply(self, turn: Turn) -> AsyncGenerator[str, None]:
         context, history = turn.session.context, list(turn.session.history)
-        asked = (turn.task, context, turn.found, history, turn.say)
+        asked = (turn.task, context, turn.found, history, turn.language)
         raw = json_text(await turn.app.knowledge.call(guide_reply, *asked))  # off the loop
         for start in range(0, len(raw), 24):
             yield raw[start : start + 24]
@@ -5009,8 +5034,8 @@ def end_without_action(turn: Turn, failure: Exception | None) -> None:
         text = turn.say("too_long")
     elif isinstance(failure, ModelError):  # the guide is there when the model is not
         page = turn.session.context
-        found = guide_answer(turn.task.wish, page, turn.found, turn.say)
-        if found["answered"] or ways_to_reach(page, turn.found):
+        found = guide_answer(turn.task.wish, page, turn.found, turn.language)
+        if found["answered"] or ways_to_reach(page, turn.found, turn.language):
             text += f"\n\n{found['message']}"
     elif failure is None:
         log.warning("a reply has no message")

@@ -3457,8 +3457,9 @@ def test_a_line_end_submits_nothing() -> None:
 def test_a_language_is_whole(tag: str) -> None:
     """Its file has what the English one has: the same keys, the same placeholders, other texts."""
     words, english = lf.all_words()[tag], lf.all_words()["en"]
-    assert words.keys() == {"widget", "server", "irreversible", "secret", "topics"}
+    assert words.keys() == {"widget", "server", "irreversible", "secret", "topics", "intents"}
     assert words["topics"].keys() == english["topics"].keys()
+    assert words["intents"].keys() == english["intents"].keys()
     assert all(text.count(":") == 1 for text in words["topics"].values())
     for part in ("widget", "server"):
         assert words[part].keys() == english[part].keys()
@@ -5116,6 +5117,45 @@ def test_small_talk(message: str) -> None:
     thanks = "Thanks a lot!/Danke schön/Merci beaucoup !/obrigada/ありがとうございます"
     for said in thanks.split("/"):
         assert guided(said)["message"] == "You are welcome!"
+
+
+SPOKEN = """
+    en | Hello there!   | Take me to the contact page | Contact   | I want to talk to a human
+    de | Guten Tag      | Bring mich zum Kontakt      | Kontakt   | Kann ich mit jemandem sprechen?
+    fr | Bonjour !      | Emmène-moi au contact       | Contact   | Je veux parler à quelqu'un
+    es | ¡Hola!         | Llévame a contacto          | Contacto  | Quiero hablar con una persona
+    it | Buongiorno     | Portami ai contatti         | Contatti  | Vorrei parlare con qualcuno
+    pt | Olá, bom dia   | Me leve ao contato          | Contato   | Quero falar com uma pessoa
+    nl | Goedemorgen    | Breng me naar contact       | Contact   | Ik wil iemand spreken
+    pl | Dzień dobry    | Przejdź do kontaktu         | Kontakt   | Chcę porozmawiać z kimś
+    tr | Merhaba        | Beni iletişim sayfasına götür | İletişim | Biriyle konuşmak istiyorum
+    ar | مرحبا          | خذني إلى الاتصال            | الاتصال   | أريد التحدث مع شخص حقيقي
+    hi | नमस्ते          | मुझे संपर्क पर ले चलो            | संपर्क      | मुझे किसी से बात करनी है
+    ja | こんにちは     | お問い合わせに案内して      | お問い合わせ | 担当者と話したい
+    zh | 你好           | 带我去联系我们              | 联系我们  | 我要找人工客服
+"""
+
+
+@pytest.mark.parametrize("row", [row.strip() for row in SPOKEN.strip().splitlines()])
+def test_the_guide_understands_every_language(row: str) -> None:
+    """It greets, goes where it shall go, and offers to pass on a message."""
+    tag, hello, wish, label, person = (cell.strip() for cell in row.split("|"))
+    elements = [
+        {"id": at, "type": "link", "text": text, "href": f"https://acme.com/{at}"}
+        for at, text in enumerate(("FAQ", label, "Blog"))
+    ]
+    page = lf.clean_context(
+        {"url": "https://acme.com/", "indexedElements": elements}, lf.LimitsConfig()
+    )
+
+    def reply(message: str) -> Json:
+        return lf.guide_reply(lf.Task(message), page, lf.Found(), [], tag)
+
+    assert reply(hello)["message"] == lf.say(tag, "guide_hello")
+    assert reply(wish)["action"] == {"type": "click_element", "elementId": 1}
+    assert reply(person)["action"]["question"] == lf.say(
+        tag, "guide_ask", what=lf.say(tag, "letter_message")
+    )
 
 
 # Questions about two made-up sites. The first set was written before the guide was tuned to it; of
