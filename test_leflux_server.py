@@ -5133,7 +5133,7 @@ SPOKEN = """
     hi | नमस्ते          | मुझे संपर्क पर ले चलो            | संपर्क      | मुझे किसी से बात करनी है
     ja | こんにちは     | お問い合わせに案内して      | お問い合わせ | 担当者と話したい
     zh | 你好           | 带我去联系我们              | 联系我们  | 我要找人工客服
-"""
+"""  # noqa: RUF001
 
 
 @pytest.mark.parametrize("row", [row.strip() for row in SPOKEN.strip().splitlines()])
