@@ -4918,8 +4918,9 @@ def guide_reply(
     has_form = any("area" in str(field.get("type")) for field in usable(page)[0])
     wants_person = intent("person", language).search(plain) is not None
     wants_letter = wants_person or (is_order and intent("write", language).search(plain))
-    talk = small_talk(plain_words(task.wish[:1000]), language)
-    if talk == "never_mind" and wish != task.wish:
+    given_up = small_talk(plain_words(task.wish[:1000]), language) == "never_mind"
+    talk = small_talk(plain, language)
+    if given_up and wish != task.wish:
         said = say(language, "guide_never_mind")
     elif talk in ("thanks", "hello"):
         said = say(language, "guide_welcome" if talk == "thanks" else "guide_hello")
