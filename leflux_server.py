@@ -1693,11 +1693,13 @@ def lock_folder(path: Path) -> int:
 def prepare_database(db: sqlite3.Connection) -> None:
     """Check the file, bring its tables up to date, and see that it can be written."""
     db.executescript(  # of what is deleted, zero_gaps() does the rest
-        f"PRAGMA page_size = {PAGE_BYTES}; PRAGMA journal_mode = WAL;"
+        f"PRAGMA page_size = {PAGE_BYTES}; PRAGMA auto_vacuum = NONE; PRAGMA journal_mode = WAL;"
         "PRAGMA wal_autocheckpoint = 0; PRAGMA secure_delete = ON"
     )
     if db.execute("PRAGMA page_size").fetchone()[0] != PAGE_BYTES:
         raise ConfigError(f"its pages are not of {PAGE_BYTES} bytes")
+    if db.execute("PRAGMA auto_vacuum").fetchone()[0]:
+        db.execute("VACUUM")  # zero_gaps() knows none of its pages
     if (verdict := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
         raise ConfigError(f"it is damaged ({verdict.splitlines()[0]})")
     version = db.execute("PRAGMA user_version").fetchone()[0]
@@ -1746,7 +1748,7 @@ def zero_gaps(file: int, pages: Iterable[int]) -> None:
         start = (number - 1) * PAGE_BYTES
         page = os.pread(file, PAGE_BYTES, start)
         header = 100 if number == 1 else 0
-        # Other pages begin with the number of another page, none of which is so large.
+        # Other pages begin with a page's number, which is not so large below 128 GiB.
         if len(page) == PAGE_BYTES and page[header] in (2, 5, 10, 13):
             cells, low = struct.unpack_from(">HH", page, header + 3)
             after = header + (8 if page[header] > 5 else 12) + 2 * cells
@@ -1880,7 +1882,7 @@ class Store:
                 whole, _ = self._copy_log()
                 if whole >= 0 and any(ends for _, ends in frames[whole:]):
                     log.error("the database's log is damaged: what was said last is lost")
-                # A copy of text may be left by another program, or by an older leflux.
+                # Copies of text may be left from an older leflux, or from before a power cut.
                 zero_gaps(self._file, range(1, path.stat().st_size // PAGE_BYTES + 1))
                 self._reader.rollback()
             self._opened = opened.pop_all()  # what close() lets go of
