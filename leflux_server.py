@@ -125,7 +125,7 @@ from aiolimiter import AsyncLimiter
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 HERE = Path(__file__).resolve().parent
 MAX_BODY_BYTES = 256 * 1024  # of a REST body and of a WebSocket frame
