@@ -4336,7 +4336,8 @@ async def silent(_: web.Request) -> web.StreamResponse:
 
 def dripping(sign: bytes, *texts: str, times: int = 15) -> list[Step]:
     """Texts, each after so many tenths of a second with a sign of life."""
-    return [step for text in texts for step in (*[sign, pause] * times, sse(chunk(text)))]
+    signs: list[Step] = [sign, pause]
+    return [step for text in texts for step in [*signs * times, sse(chunk(text))]]
 
 
 LIFE: list[Json] = [{"content": None, "reasoning_content": "x"}, {"reasoning": "x"}]
