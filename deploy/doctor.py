@@ -131,7 +131,9 @@ async def knock(http: aiohttp.ClientSession, url: str) -> None:
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
         failure = error
     with contextlib.suppress(aiohttp.ClientError):
-        if await speaks(http, f"{other}//{host}/", ssl=False):  # with any certificate
+        # With any certificate. Port 80 says nothing of 443: it mostly leads there.
+        is_other_port = scheme == "https:" and not re.search(r":\d+$", host)
+        if not is_other_port and await speaks(http, f"{other}//{host}/", ssl=False):
             raise Failure(f"it speaks {other[:-1]}, not {scheme[:-1]}. Use {other}//{host}")
     if failure:
         raise failure

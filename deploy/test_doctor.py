@@ -503,6 +503,31 @@ async def test_doctor_says_why_it_cannot_connect(
 
 
 @pytest.mark.parametrize(
+    ("url", "error"),
+    [
+        ("https://chat.example", aiohttp.ConnectionTimeoutError),
+        ("https://[::1]", aiohttp.ConnectionTimeoutError),
+        ("https://[::1]:8443", doctor.Failure),
+        ("http://chat.example", doctor.Failure),
+    ],
+)
+async def test_port_80_says_nothing_of_443(
+    url: str, error: type[Exception], monkeypatch: Patch
+) -> None:
+    """Where https fails, its own reason is told, and not that http is spoken next door."""
+
+    async def speaks(_: aiohttp.ClientSession, knocked: str, **__: Any) -> bool:
+        if knocked.startswith(url):
+            raise aiohttp.ConnectionTimeoutError
+        return True
+
+    monkeypatch.setattr(doctor, "speaks", speaks)
+    async with lf.new_client() as http:
+        with pytest.raises(error):
+            await doctor.knock(http, url)
+
+
+@pytest.mark.parametrize(
     ("error", "words"),
     [
         (OSError(errno.ENETUNREACH, "SECRET"), "it failed: Network is unreachable"),

@@ -444,7 +444,7 @@ const SETTINGS = [
   { path: "allowedHosts", label: "Hosts", kind: "lines",
     hint: "One a line. acme.com covers its subdomains." },
   { path: "owners", label: "Owners", kind: "lines",
-    hint: "E-mail addresses (proven ones) or user ids, one a line. Admins change them." },
+    hint: "E-mail addresses (confirmed ones) or user ids, one a line. Admins change them." },
   { path: "instructions", label: "Instructions for the agent", kind: "area", rows: 8,
     keepEmpty: true },
   { path: "restrictions", label: "It may not", kind: "checks", options: [
@@ -507,7 +507,7 @@ function showSignIn(why = "") {
       const { email = "" } = fields.read();
       if (!email) throw new Failure("Enter your e-mail address first.");
       await forgotten(email);
-      told.textContent = `A letter to ${email} says how to set a new one.`;
+      told.textContent = `An e-mail to ${email} says how to set a new one.`;
     }),
   });
   const told = h("p", { role: "status" }, why);
@@ -545,7 +545,7 @@ async function showSites() {
 function noSite() {
   const { email, email_verified: isProven, user_id: id } = me();
   const told = h("span", { role: "status" });
-  const send = worker("Send me a letter", async () => {
+  const send = worker("Send me an e-mail", async () => {
     await prove();
     told.textContent = "Sent. Open the link in it, and then: ";
   });
@@ -557,7 +557,7 @@ function noSite() {
     h("p", {}, "This account owns no site here. Its user id is ", h("b", {}, id),
       email ? [", its address ", h("b", {}, email)] : null, "."),
     isProven || !email ? null
-      : h("p", {}, "The address is not proven yet: ", send, " ", told, again));
+      : h("p", {}, "The address is not confirmed yet: ", send, " ", told, again));
 }
 
 /** A site and how to ask for it: ask(method, path under it, body). */

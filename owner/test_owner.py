@@ -393,7 +393,7 @@ async def test_forgotten_password(visit: Visit, office: Server, google: Google) 
     await expect(page.get_by_role("alert")).to_contain_text("Enter your e-mail address")
     await page.get_by_label("E-mail address").fill(OLGA)
     await forgot.click()
-    await expect(page.get_by_text(f"A letter to {OLGA}")).to_be_visible()
+    await expect(page.get_by_text(f"An e-mail to {OLGA}")).to_be_visible()
     [call] = google.calls
     wanted = {"requestType": "PASSWORD_RESET", "email": OLGA}
     assert call == {"call": "/v1/accounts:sendOobCode", **wanted}
@@ -404,7 +404,7 @@ async def test_proving_an_address(visit: Visit, office: Server, google: Google) 
     page = await visit(f"{office.url}/owner")
     await sign_in(page, EVE)
     await expect(page.get_by_text("This account owns no site here")).to_contain_text(EVE)
-    await page.get_by_role("button", name="Send me a letter").click()
+    await page.get_by_role("button", name="Send me an e-mail").click()
     await expect(page.get_by_text("Sent.")).to_be_visible()
     google.claims.append({"email_verified": True})
     await page.get_by_role("button", name="I have opened it").click()
