@@ -1276,9 +1276,13 @@ class Connection:
         """Send what there is to send until the socket closes or the client is gone."""
         with contextlib.suppress(ConnectionError, RuntimeError):  # the reader's loop ends too
             while True:
-                if (session := self.session) and session.home and session.home.holds(session):
+                if (
+                    (session := self.session)
+                    and session.home
+                    and not session.home.writable.is_set()
+                ):
                     await session.home.committed(session)
-                elif frame := self.next_frame():
+                if frame := self.next_frame():
                     self.sending_since = min(self.sending_since, time.monotonic())
                     await self.ws.send_frame(frame, web.WSMsgType.TEXT)
                     if not self.unread:
@@ -1757,10 +1761,10 @@ def zero_gaps(file: int, pages: Iterable[int]) -> None:
                 os.pwrite(file, bytes(len(gap)), start + after)
 
 
-def open_database(name: Path | str, **options: Any) -> sqlite3.Connection:
-    db: sqlite3.Connection = sqlite3.connect(
-        name, isolation_level=None, check_same_thread=False, **options
-    )
+def open_database(name: Path | str, wait_seconds: float) -> sqlite3.Connection:
+    # Cached statements hold on to the texts that they wrote last.
+    options: Json = {"check_same_thread": False, "cached_statements": 16, "isolation_level": None}
+    db: sqlite3.Connection = sqlite3.connect(name, wait_seconds, **options)
     db.text_factory = lambda raw: raw.decode(errors="replace")  # checksums find what is damaged
     return db
 
@@ -1859,11 +1863,6 @@ class Store:
     def __init__(self, path: Path | None, history_bytes: float = math.inf) -> None:
         self.path = path
         with contextlib.ExitStack() as opened:
-
-            def connect(**options: Any) -> sqlite3.Connection:
-                db = open_database(path or ":memory:", **options)
-                return opened.enter_context(contextlib.closing(db))
-
             if path is not None:
                 opened.callback(os.close, lock_folder(path))
                 self._log = path.with_name(f"{path.name}-wal")
@@ -1872,13 +1871,15 @@ class Store:
                 self._file = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
                 opened.callback(os.close, self._file)
                 path.chmod(0o600)
-            # Cached statements hold on to the texts that they wrote last.
-            self.db = self._reader = connect(timeout=1, cached_statements=16)
+            self.db = self._reader = open_database(path or ":memory:", 1)
+            opened.callback(self.db.close)
             prepare_database(self.db)
             last_row = self.read("SELECT ifnull(max(row), 0) FROM session")[0][0]
             self._new_row = itertools.count(last_row + 1)
             if path is not None:
-                self._reader, self._checkpointer = connect(timeout=0), connect(timeout=0)
+                self._reader, self._checkpointer = open_database(path, 0), open_database(path, 0)
+                opened.callback(self._reader.close)
+                opened.callback(self._checkpointer.close)
                 whole, _ = self._copy_log()
                 if whole >= 0 and any(ends for _, ends in frames[whole:]):
                     log.error("the database's log is damaged: what was said last is lost")
@@ -1890,8 +1891,8 @@ class Store:
         self._sessions: dict[int, Session] = {}  # with changes to write, by row
         self._rows: dict[tuple[str, str], tuple[str, Any]] = {}  # all else, the last of a kind
         self._held = Held(history_bytes, self._let_go)
-        self._writable = asyncio.Event()  # not while the log is emptied
-        self._writable.set()
+        self.writable = asyncio.Event()  # not while the log is emptied
+        self.writable.set()
         self._once_a_minute = RateLimitedLog()
         self._next_row = 0  # that expired() looks at
         self.failing = False
@@ -1924,7 +1925,7 @@ class Store:
 
     def flush(self) -> None:
         """Commit what is marked; on failure it stays marked, and serving goes on from memory."""
-        if not (self._sessions or self._rows) or not self._writable.is_set():
+        if not (self._sessions or self._rows) or not self.writable.is_set():
             return
         try:
             with self.db as db:
@@ -1941,18 +1942,15 @@ class Store:
             session.saved, session.unanswered = session.number, []
         self._sessions, self._rows, self.failing = {}, {}, False
 
-    def holds(self, session: Session | None = None) -> bool:
-        """Whether something waits to be committed while the log is emptied, here or of a session.
-
-        What acknowledges it waits too, for committed(): so "saved, then sent" holds.
-        """
-        if self._writable.is_set():
-            return False
-        return session.row in self._sessions if session else bool(self._sessions or self._rows)
-
     async def committed(self, session: Session | None = None) -> None:
-        while self.holds(session):
-            await self._writable.wait()
+        """Wait, while the log is emptied, for what is marked; of one session, or all of it.
+
+        What acknowledges a change waits here, so that "saved, then sent" holds.
+        """
+        while not self.writable.is_set() and (
+            session.row in self._sessions if session else self._sessions or self._rows
+        ):
+            await self.writable.wait()
 
     def _let_go(self, session: Session) -> None:
         """Take a session's messages out of the memory; what no disk has ends with that."""
@@ -2001,13 +1999,13 @@ class Store:
         run, emptied = asyncio.get_running_loop().run_in_executor, False
         try:
             _, copied = await run(self._thread, self._copy_log)
-            self._writable.clear()
+            self.writable.clear()
             emptied = await run(self._thread, self._empty_log, copied)
         except (sqlite3.Error, OSError) as error:
             self._complain(error)
         # Not emptied, a commit may reuse the log's start, and must order that on the disk.
         self.db.execute(f"PRAGMA synchronous = {'OFF' if emptied else 'NORMAL'}")
-        self._writable.set()
+        self.writable.set()
         self.flush()
 
     def _copy_log(self, first: int = 0) -> tuple[int, int]:
@@ -2038,7 +2036,7 @@ class Store:
     def close(self) -> None:
         """Commit what is marked, and let go of the database."""
         self._thread.shutdown()
-        self._writable.set()
+        self.writable.set()
         self.flush()
         self.db.execute("PRAGMA synchronous = NORMAL")
         with contextlib.suppress(sqlite3.Error, OSError):  # what is left is in the log
