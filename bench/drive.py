@@ -45,32 +45,39 @@ class Visitor:
         async with self._http.post(self._url + "/api/session/init", json={}) as response:
             response.raise_for_status()
             self._id = (await response.json())["sessionId"]
-        self.ws = await self._http.ws_connect(
-            f"{self._url}/?sessionId={self._id}", max_msg_size=0, autoping=True
-        )
+        await self._open(f"/?sessionId={self._id}")
         await self.ws.receive()  # session_joined
         self._reader = asyncio.create_task(self._read())
 
+    async def _open(self, path: str) -> None:
+        self.ws = await self._http.ws_connect(self._url + path, max_msg_size=0, autoping=True)
+
     async def _read(self) -> None:
         async for frame in self.ws:
-            if '"message_chunk"' in frame.data:
-                self._first = self._first or time.perf_counter()
-            elif not self._ended.done():
-                if '"message_done"' in frame.data:
-                    self._ended.set_result(frame.data)
-                else:
-                    self._ended.set_exception(RuntimeError(frame.data[:300]))
+            await self._hear(frame.data)
         if not self._ended.done():
             self._ended.cancel()
+
+    async def _hear(self, text: str) -> None:
+        if '"message_chunk"' in text:
+            self._first = self._first or time.perf_counter()
+        elif not self._ended.done():
+            if '"message_done"' in text:
+                self._ended.set_result(text)
+            else:
+                self._ended.set_exception(RuntimeError(text[:300]))
+
+    async def _send(self, message: str) -> None:
+        body = {"sessionId": self._id, "message": message, "pageContext": PAGE}
+        async with self._http.post(self._url + "/api/chat", data=orjson.dumps(body)) as response:
+            response.raise_for_status()
+            await response.read()
 
     async def ask(self, script: str) -> tuple[int, float, float]:
         """One turn: tokens, seconds to the answer of /api/chat, seconds to the first chunk."""
         self._first, self._ended = 0.0, asyncio.get_running_loop().create_future()
-        body = {"sessionId": self._id, "message": f"{script} please", "pageContext": PAGE}
         asked = time.perf_counter()
-        async with self._http.post(self._url + "/api/chat", data=orjson.dumps(body)) as response:
-            response.raise_for_status()
-            await response.read()
+        await self._send(f"{script} please")
         answered = time.perf_counter()
         async with asyncio.timeout(TURN_SECONDS):
             tokens = (await self._ended).count("tok")
@@ -87,9 +94,9 @@ class Visitor:
 class Crowd(contextlib.AsyncExitStack):
     """Connected visitors of one program; they leave with the end of the block."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, kind: type[Visitor] = Visitor) -> None:
         super().__init__()
-        self.program = program
+        self.program, self._kind = program, kind
         self.visitors: list[Visitor] = []
 
     async def __aenter__(self) -> Crowd:
@@ -110,7 +117,7 @@ class Crowd(contextlib.AsyncExitStack):
         """Connect visitors until there are count of them."""
         while (missing := count - len(self.visitors)) > 0:
             some = min(missing, CONNECTING_AT_ONCE)
-            more = [Visitor(self._http, self.program.url) for _ in range(some)]
+            more = [self._kind(self._http, self.program.url) for _ in range(some)]
             await asyncio.gather(*(visitor.connect() for visitor in more))
             self.visitors += more
         gc.collect()
@@ -126,11 +133,12 @@ class Crowd(contextlib.AsyncExitStack):
         heard = await asyncio.gather(*map(visit, self.visitors[:count]))
         return figures(self.program.cpu_seconds() - before, list(itertools.chain(*heard)))
 
-    async def go_steadily(self, seconds: float, per_minute: float, script: str) -> Figures:
+    async def go_steadily(
+        self, seconds: float, per_minute: float, script: str, ramp: float
+    ) -> Figures:
         """Each visitor asks per_minute questions, evenly spread; measured after a ramp."""
         loop = asyncio.get_running_loop()
-        gap, ramp = 60 / per_minute / len(self.visitors), min(3.0, seconds)
-        start = loop.time()
+        gap, start = 60 / per_minute / len(self.visitors), loop.time()
         turns: list[asyncio.Task[tuple[int, float, float]]] = []
 
         async def ask_until(end: float) -> None:

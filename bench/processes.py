@@ -69,12 +69,14 @@ def last_words(log: Path) -> str:
     return log.read_text(errors="replace")[-2000:]
 
 
-async def start(log: Path, port: int, script: Path, *arguments: str) -> Program:
-    """Start a Python program and return once it listens; what it writes goes to the log."""
+async def start(
+    log: Path, port: int, script: Path, *arguments: str, interpreter: str = sys.executable
+) -> Program:
+    """Start a program and return once it listens; what it writes goes to the log."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("LEFLUX_", "STATE_"))}
     with log.open("ab") as output:
         child = await asyncio.create_subprocess_exec(
-            *(sys.executable, str(script), *arguments),
+            *(interpreter, str(script), *arguments),
             stdout=output,
             stderr=output,
             env={**kept, "LEFLUX_PORT": str(port)},
@@ -95,11 +97,13 @@ async def start(log: Path, port: int, script: Path, *arguments: str) -> Program:
 
 
 @contextlib.asynccontextmanager
-async def running(log: Path, script: Path, *arguments: str) -> AsyncIterator[Program]:
+async def running(
+    log: Path, script: Path, *arguments: str, interpreter: str = sys.executable
+) -> AsyncIterator[Program]:
     """A program for the time of a block; "PORT" among the arguments becomes its port."""
     port = free_port()
     filled = [str(port) if one == "PORT" else one for one in arguments]
-    program = await start(log, port, script, *filled)
+    program = await start(log, port, script, *filled, interpreter=interpreter)
     try:
         yield program
     finally:

@@ -29,7 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import orjson
-from drive import PAGE, Crowd, Figures, Wire, longest_wait_ms, open_sessions, post_all
+from drive import PAGE, Crowd, Figures, Visitor, Wire, longest_wait_ms, open_sessions, post_all
 from processes import HERE, SERVER, Program, raise_file_limit, running, write_config
 
 FLOOR, PLAIN, STORED = "floor", "leflux, in memory", "leflux, with store"
@@ -48,10 +48,13 @@ class Size:
     chats: tuple[int, int, str] = (50, 10, "n=10,d=0.02")
     inits: int = 3000
     idle: int = 1000  # connected sessions whose memory is measured
-    crowds: tuple[int, ...] = (100, 500, 1000, 2500, 5000)
+    crowds: tuple[int, ...] = (100, 500, 1000, 2500, 5000, 10_000)
     crowd_seconds: float = 15
     crowd_per_minute: float = 1  # questions of each visitor
     crowd_script: str = "n=50,d=0.05"
+    streaming: int = 1000  # answers at once in the largest crowd
+    streaming_script: str = "n=100,d=0.1"
+    streaming_seconds: float = 10  # how long such an answer takes
     swept: int = 10_000
     swept_after_seconds: float = 40  # long enough to make them all
     probe_seconds: float = 6  # three sweeps
@@ -68,6 +71,9 @@ QUICK = Size(
     crowd_seconds=0.4,
     crowd_per_minute=60,
     crowd_script="n=5,d=0.02",
+    streaming=10,
+    streaming_script="n=5,d=0.02",
+    streaming_seconds=0.1,
     swept=100,
     swept_after_seconds=3,
     probe_seconds=0.3,
@@ -105,17 +111,19 @@ async def target(
         yield program
 
 
-async def measure_idle(program: Program, size: Size) -> Figures:
-    async with Crowd(program) as crowd:
+async def measure_idle(program: Program, size: Size, kind: type[Visitor] = Visitor) -> Figures:
+    async with Crowd(program, kind) as crowd:
         await crowd.grow(10)  # what it needs once is there then
         before = program.rss_kib()
         await crowd.grow(10 + size.idle)
         return {"idle_kib": (program.rss_kib() - before) / size.idle}
 
 
-async def measure_stream(name: str, program: Program, size: Size) -> Figures:
+async def measure_stream(
+    name: str, program: Program, size: Size, kind: type[Visitor] = Visitor
+) -> Figures:
     visitors, turns, script = getattr(size, name)
-    async with Crowd(program) as crowd:
+    async with Crowd(program, kind) as crowd:
         await crowd.grow(visitors)
         found = await crowd.stream(visitors, turns, script)
         return {f"{name}_{key}": value for key, value in found.items()}
@@ -140,14 +148,19 @@ async def measure_crowds(program: Program, size: Size) -> Figures:
     """A crowd that grows and asks steadily; at its largest most are idle and some stream."""
     found: Figures = {}
     async with Crowd(program) as crowd:
+
+        async def go(name: str, per_minute: float, script: str, ramp: float) -> None:
+            steady = await crowd.go_steadily(size.crowd_seconds, per_minute, script, ramp)
+            found[f"{name}_cpu"] = steady["cpu_percent"]
+            found[f"{name}_first"] = steady["first_ms_p95"]
+            found[f"{name}_rss"] = program.rss_kib() / 1024
+
         for count in size.crowds:
             await crowd.grow(count)
-            steady = await crowd.go_steadily(
-                size.crowd_seconds, size.crowd_per_minute, size.crowd_script
-            )
-            found[f"crowd_{count}_cpu"] = steady["cpu_percent"]
-            found[f"crowd_{count}_first"] = steady["first_ms_p95"]
-            found[f"crowd_{count}_rss"] = program.rss_kib() / 1024
+            ramp = min(3.0, size.crowd_seconds)
+            await go(f"crowd_{count}", size.crowd_per_minute, size.crowd_script, ramp)
+        per_minute = size.streaming / count * 60 / size.streaming_seconds
+        await go("streaming", per_minute, size.streaming_script, size.streaming_seconds)
         await crowd.grow(size.crowds[-1] + size.paced[0])
         for key, value in (await crowd.stream(*size.paced)).items():
             found[f"busy_{key}"] = value
@@ -221,9 +234,10 @@ def cell(found: Found, name: str, key: str, form: str) -> str:
     """The median of a figure, and its ratio to the floor's."""
     if key not in found[name]:
         return ""
-    value, floor = (statistics.median(found[one][key]) for one in (name, FLOOR))
-    shown = format(value, form)
-    return shown if name == FLOOR else f"{shown} ({value / max(floor, 1e-9):.2f})"
+    value = statistics.median(found[name][key])
+    if name == FLOOR or key not in found[FLOOR]:
+        return format(value, form)
+    return f"{value:{form}} ({value / max(statistics.median(found[FLOOR][key]), 1e-9):.2f})"
 
 
 def tables(found: Found, size: Size) -> str:
@@ -233,10 +247,12 @@ def tables(found: Found, size: Size) -> str:
         lines.append(f"| {title} | {' | '.join(cells)} |")
     lines += ["", "| visitors | CPU, % of a core | memory (MiB) | first chunk, p95 (ms) |"]
     lines.append("| --: | --: | --: | --: |")
-    for count in size.crowds:
+    crowds = [(f"{count:,}", f"crowd_{count}") for count in size.crowds]
+    crowds.append((f"{crowds[-1][0]}, {size.streaming:,} of them streaming", "streaming"))
+    for title, name in crowds:
         keys = (("cpu", ".1f"), ("rss", ".0f"), ("first", ".1f"))
-        cells = [cell(found, STORED, f"crowd_{count}_{key}", form) for key, form in keys]
-        lines.append(f"| {count:,} | {' | '.join(cells)} |")
+        cells = [cell(found, STORED, f"{name}_{key}", form) for key, form in keys]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -257,7 +273,7 @@ def main() -> None:
     size = QUICK if options.quick else Size()
     if options.rounds:
         size = dataclasses.replace(size, rounds=options.rounds)
-    needed = size.crowds[-1] + size.paced[0] + FILES_TO_SPARE
+    needed = size.crowds[-1] + 2 * size.streaming + FILES_TO_SPARE
     if raise_file_limit() < needed:
         sys.exit(f"The limit of open files is below {needed}: run `ulimit -Hn {needed}` as root.")
     with tempfile.TemporaryDirectory() as folder:

@@ -8,9 +8,11 @@ import re
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from attacks import ATTACKS
+from peers import PEER_ROWS, PICTURED
 from processes import HERE
 from questions import ask_all, measure
 from run import ROWS
@@ -45,7 +47,23 @@ async def test_quick_benchmark() -> None:
     for _, title, _ in ROWS:
         row = re.escape(f"| {title} |") + r" [\d.,]+ \|.*\| [\d.,]+ \([\d.]+\) \|"
         assert re.search(row, printed), title
-    assert printed.count("\n| 20 |") == 1
+    assert re.findall(r"^\| (\d+.*?) \|", printed, re.M) == ["20", "40", "40, 10 of them streaming"]
+
+
+async def test_quick_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table and a picture of what is installed; the peers that are not are named."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    printed = await run_script("peers.py", "--quick", "--svg", str(tmp_path / "a.svg"))
+    assert re.findall("^Left out: ([A-Z][a-z]+)", printed, re.M) == ["Express", "Chainlit"]
+    for _, title, _ in PEER_ROWS[:-1]:
+        row = re.escape(f"| {title} |") + r" [\d.]+ \| [\d.]+ \([\d.]+\) \|"
+        assert re.search(row, printed), title
+    drawn = ElementTree.parse(tmp_path / "a.svg")
+    bars = drawn.findall(".//{*}rect")
+    assert len(bars) == 2 * len(PICTURED)
+    assert {float(bar.attrib["width"]) for bar in bars} >= {360}
+    texts = [text.text for text in drawn.findall(".//{*}text")]
+    assert texts.count("floor") == texts.count("leflux, with store") == len(PICTURED)
 
 
 async def test_short_attacks() -> None:
