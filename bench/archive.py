@@ -1,9 +1,10 @@
-"""What many chats cost: 100,000 kept ones on the disk, 10,000 full ones in memory.
+"""What many chats cost: 100,000 kept ones on the disk, 10,000 full ones in memory; and a crawl.
 
-    python bench/archive.py [--kept 100000] [--sessions 10000]
+    python bench/archive.py [--kept 100000] [--sessions 10000] [--pages 500]
 
 Everything is written by the server's own functions. Owners' requests are timed while a task looks
-how long the event loop stands still. Prints a Markdown table. Takes some minutes and 3 GB of disk.
+how long the event loop stands still. The website to crawl is that of test_traps, half of it traps,
+read without the pauses between pages. Prints a Markdown table. Takes some minutes and 3 GB of disk.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from processes import SERVER, running
+from drive import Wire
+from processes import SERVER, Program, running
 
 import leflux_server as lf
 
@@ -155,9 +157,39 @@ async def memory_rows(folder: Path, count: int) -> list[str]:
     return [f"| an empty server, memory (MB) | {before:.0f} |", *rows]
 
 
-async def measure(kept: int, sessions: int) -> None:
+async def crawl_rows(folder: Path, pages: int) -> list[str]:
+    import conftest  # here, for what tests need would count above
+    import test_leflux_server as tests
+
+    website, waits, busy = tests.Website(), [0.0], [0.0]
+    website.other = tests.trap
+    async with conftest.listening(website.answer) as website.url:
+        table = tests.crawl_table(website, crawl_pages=pages)
+        begun = time.perf_counter()
+        async with conftest.program(folder, table, tests.FAST) as started:
+            program = Program(started.child, started.server.url, folder)
+            before = program.rss_kib()
+            async with Wire(program.url) as wire:
+                while '"running":true' in tests.crawl_row(folder):
+                    sent, worked = time.perf_counter(), program.busy_ms()
+                    await wire.call("GET", "/health")
+                    waits.append((time.perf_counter() - sent) * 1000)
+                    busy.append(program.busy_ms() - worked)
+                    await asyncio.sleep(0.01)
+            asked, seconds = len(website.requests), time.perf_counter() - begun
+            peak = tests.memory_kb(started.child.pid, "VmHWM") - before
+    kept, longest = len(tests.known_pages(folder)), f"{max(waits):.0f} ({max(busy):.0f})"
+    return [
+        f"| a crawl of {asked} requests, {kept} pages kept (s) | {seconds:.1f} |",
+        f"| … requests a second | {asked / seconds:.0f} |",
+        f"| … memory for it at its most (MB) | {peak / 1024:.0f} |",
+        f"| … longest wait for `/health` (its CPU time) (ms) | {longest} |",
+    ]
+
+
+async def measure(kept: int, sessions: int, pages: int) -> None:
     rows = ["| what | figure |", "| --- | ---: |"]
-    for part, count in ((kept_rows, kept), (memory_rows, sessions)):
+    for part, count in ((kept_rows, kept), (memory_rows, sessions), (crawl_rows, pages)):
         with tempfile.TemporaryDirectory() as folder:
             rows += await part(Path(folder), count)
     print("\n".join(rows))
@@ -169,8 +201,9 @@ def main() -> None:
     )
     parser.add_argument("--kept", type=int, default=100_000)
     parser.add_argument("--sessions", type=int, default=10_000)
+    parser.add_argument("--pages", type=int, default=500)
     options = parser.parse_args()
-    asyncio.run(measure(options.kept, options.sessions))
+    asyncio.run(measure(options.kept, options.sessions, options.pages))
 
 
 if __name__ == "__main__":
