@@ -137,6 +137,7 @@ class Crowd(contextlib.AsyncExitStack):
         self, seconds: float, per_minute: float, script: str, ramp: float
     ) -> Figures:
         """Each visitor asks per_minute questions, evenly spread; measured after a ramp."""
+        assert per_minute * (ramp + seconds) <= 60, "it must not ask while its answer comes"
         loop = asyncio.get_running_loop()
         gap, start = 60 / per_minute / len(self.visitors), loop.time()
         turns: list[asyncio.Task[tuple[int, float, float]]] = []

@@ -71,7 +71,7 @@ QUICK = Size(
     crowd_seconds=0.4,
     crowd_per_minute=60,
     crowd_script="n=5,d=0.02",
-    streaming=10,
+    streaming=5,
     streaming_script="n=5,d=0.02",
     streaming_seconds=0.1,
     swept=100,

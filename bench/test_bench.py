@@ -47,7 +47,7 @@ async def test_quick_benchmark() -> None:
     for _, title, _ in ROWS:
         row = re.escape(f"| {title} |") + r" [\d.,]+ \|.*\| [\d.,]+ \([\d.]+\) \|"
         assert re.search(row, printed), title
-    assert re.findall(r"^\| (\d+.*?) \|", printed, re.M) == ["20", "40", "40, 10 of them streaming"]
+    assert re.findall(r"^\| (\d+.*?) \|", printed, re.M) == ["20", "40", "40, 5 of them streaming"]
 
 
 async def test_quick_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
