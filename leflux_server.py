@@ -1862,6 +1862,7 @@ class Store:
 
     def __init__(self, path: Path | None, history_bytes: float = math.inf) -> None:
         self.path = path
+        self._clean: dict[bytes, int] = {}  # how many of the log's frames are copied, by its header
         with contextlib.ExitStack() as opened:
             if path is not None:
                 opened.callback(os.close, lock_folder(path))
@@ -1998,9 +1999,9 @@ class Store:
             return
         run, emptied = asyncio.get_running_loop().run_in_executor, False
         try:
-            _, copied = await run(self._thread, self._copy_log)
+            await run(self._thread, self._copy_log)
             self.writable.clear()
-            emptied = await run(self._thread, self._empty_log, copied)
+            emptied = await run(self._thread, self._empty_log)
         except (sqlite3.Error, OSError) as error:
             self._complain(error)
         # Not emptied, a commit may reuse the log's start, and must order that on the disk.
@@ -2008,20 +2009,24 @@ class Store:
         self.writable.set()
         self.flush()
 
-    def _copy_log(self, first: int = 0) -> tuple[int, int]:
+    def _copy_log(self) -> tuple[int, int]:
         """In the thread: copy the log into the file. Returns how many frames it has, and how many
-        are copied; pages before the first were. Until _empty_log, nobody reuses its start."""
+        are copied, with no gaps in their pages. Until _empty_log, nobody reuses what is not."""
         self._reader.rollback()  # of one that has failed
         self._reader.execute("BEGIN")
         self._reader.execute("SELECT max(row) FROM session").fetchone()
+        with self._log.open("rb") as file:
+            header = file.read(32)  # another one, once the log is begun anew
         _, frames, copied = self._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        first = self._clean.get(header, 0)
         changed = log_frames(self._log, first)[: max(0, copied - first)]
         zero_gaps(self._file, {page for page, _ in changed})
+        self._clean = {header: copied}
         return frames, copied
 
-    def _empty_log(self, first: int) -> bool:
+    def _empty_log(self) -> bool:
         """In the thread, while nobody commits; false if another program holds on to the log."""
-        frames, copied = self._copy_log(first)
+        frames, copied = self._copy_log()
         self._reader.rollback()
         sql = "PRAGMA wal_checkpoint(TRUNCATE)"
         return frames == copied and not self._checkpointer.execute(sql).fetchone()[0]

@@ -1146,12 +1146,12 @@ async def longest_stop() -> AsyncIterator[list[float]]:
 
 
 def slow_down(monkeypatch: Patch, seconds: float) -> None:
-    """Let each copy of the log take so much longer, as on a slow disk."""
+    """Let each copy of a log that is written take so much longer, as on a slow disk."""
     copy_log = lf.Store._copy_log
 
-    def slow(store: lf.Store, first: int = 0) -> tuple[int, int]:
-        time.sleep(0 if first else seconds)
-        return copy_log(store, first)
+    def slow(store: lf.Store) -> tuple[int, int]:
+        time.sleep(seconds if store.writable.is_set() else 0)
+        return copy_log(store)
 
     monkeypatch.setattr(lf.Store, "_copy_log", slow)
 
@@ -1189,7 +1189,7 @@ async def test_deleted_text_is_gone_while_others_chat(
         assert traces(tmp_path, "SECRET", leaving.id) == []
 
 
-@pytest.mark.parametrize("end", ["checkpoint", "close", "kill"])
+@pytest.mark.parametrize("end", ["checkpoint", "backup", "close", "kill"])
 async def test_deleted_text_leaves_no_copy_in_other_pages(end: str, tmp_path: Path) -> None:
     """However rows of all sizes move between pages: what is deleted is in none of them."""
     for seed in range(25):
@@ -1203,9 +1203,15 @@ async def test_deleted_text_leaves_no_copy_in_other_pages(end: str, tmp_path: Pa
             if number == 20:
                 await store.checkpoint()
         dice.shuffle(chats)
+        if end == "backup":  # when one ends, the log is copied, not emptied, and is used again
+            with reading(folder):
+                await store.checkpoint()
+            store._copy_log()
         for chat in chats[::2]:
             store.forget(chat)
             store.flush()
+        if end == "backup":
+            assert store._empty_log()
         if end == "checkpoint":
             await store.checkpoint()
             chats[1].remember("user", "Goes into the log with whatever its page holds")
@@ -1329,7 +1335,7 @@ async def test_checkpoint_that_fails_costs_no_commit(
 ) -> None:
     """Where the log cannot be brought into the file, messages are still committed to the log."""
 
-    def fail(_: lf.Store, first: int = 0) -> tuple[int, int]:
+    def fail(_: lf.Store) -> tuple[int, int]:
         raise sqlite3.OperationalError("disk I/O error")
 
     monkeypatch.setattr(lf, "SWEEP_SECONDS", 0.02)
@@ -1356,10 +1362,10 @@ async def test_commits_wait_for_an_emptied_log_and_the_loop_does_not(
     begun, empty_log = asyncio.Event(), lf.Store._empty_log
     loop = asyncio.get_running_loop()
 
-    def slow(store: lf.Store, first: int) -> bool:
+    def slow(store: lf.Store) -> bool:
         loop.call_soon_threadsafe(begun.set)
         time.sleep(1.5)
-        return empty_log(store, first)
+        return empty_log(store)
 
     async with longest_stop() as stops:
         model.scripts.append([sse(chunk("Half")), model.at_gate, *reply(" a reply")])
@@ -1556,10 +1562,10 @@ async def test_reader_that_stays_delays_only_the_emptying(
     copies = 0
     copy_log = server.app.store._copy_log
 
-    def counting(first: int = 0) -> tuple[int, int]:
+    def counting() -> tuple[int, int]:
         nonlocal copies
         copies += 1
-        return copy_log(first)
+        return copy_log()
 
     server.app.store._copy_log = counting  # type: ignore[method-assign]
     with reading(tmp_path):
