@@ -22,6 +22,7 @@ import html.parser
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -7448,46 +7449,44 @@ def expect_too_many(answer: Answer, most_seconds: int) -> None:
     assert answer.headers["Access-Control-Allow-Origin"] in ("*", ORIGIN)
 
 
+async def init_from(server: Server, address: str) -> Answer:
+    return await server.init(headers={"X-Forwarded-For": address})
+
+
 async def test_init_limit(server: Server) -> None:
     """An address gets 10 sessions a minute; one IPv6 /64 is one address."""
-
-    async def init(address: str) -> Answer:
-        return await server.init(headers={"X-Forwarded-For": address})
-
     for address, neighbour, stranger in (
         ("198.51.100.1", "198.51.100.1", "198.51.100.2"),
         ("2001:db8:1:2::1", "2001:db8:1:2:ffff::9", "2001:db8:1:3::1"),
         ("nonsense", "also nonsense", "198.51.100.3"),  # as if there were no header
     ):
-        assert [(await init(address)).status for _ in range(10)] == [200] * 10
-        expect_too_many(await init(address), 60)
-        expect_too_many(await init(neighbour), 60)
-        assert (await init(stranger)).status == 200
+        assert [(await init_from(server, address)).status for _ in range(10)] == [200] * 10
+        expect_too_many(await init_from(server, address), 60)
+        expect_too_many(await init_from(server, neighbour), 60)
+        assert (await init_from(server, stranger)).status == 200
 
 
 @with_config(server={"trusted_proxies": []}, limits={"init_per_minute": 1})
 async def test_forwarded_for_of_strangers(server: Server) -> None:
     """X-Forwarded-For counts from trusted proxies alone."""
-    assert (await server.init(headers={"X-Forwarded-For": "1.1.1.1"})).status == 200
-    expect_too_many(await server.init(headers={"X-Forwarded-For": "2.2.2.2"}), 60)
-
-
-@with_config(limits={"init_per_minute": 60, "chat_per_minute": 60})
-async def test_retry_after_is_true(server: Server) -> None:
-    """Who waits as long as Retry-After says is served."""
-    answers = [await server.init() for _ in range(61)]
-    assert [a.status for a in answers].count(429) >= 1
-    expect_too_many(answers[-1], 1)
-    await asyncio.sleep(answers[-1].body["details"]["retryAfterSeconds"])
-    assert (await server.init()).status == 200
+    assert (await init_from(server, "1.1.1.1")).status == 200
+    expect_too_many(await init_from(server, "2.2.2.2"), 60)
 
 
 @with_constants(SWEEP_SECONDS=0.01)
-async def test_empty_limiters_are_purged(serve: Serve) -> None:
-    """An address is remembered as long as its limiter is not empty."""
-    slow, fast = await serve(), await serve(limits={"init_per_minute": 6000})
-    assert (await slow.init()).status == (await fast.init()).status == 200
-    assert len(slow.app.buckets) == 1
+async def test_retry_after_is_true(serve: Serve) -> None:
+    """Who waits as long as Retry-After says is served. An address is remembered as long as its
+    limiter is not empty."""
+    slow, server = await serve(), await serve(limits={"init_per_minute": 60})
+    assert (await slow.init()).status == 200
+    answers = [await server.init() for _ in range(61)]
+    assert [a.status for a in answers].count(429) >= 1
+    expect_too_many(answers[-1], 1)
+    assert len(server.app.buckets) == 1
+    await asyncio.sleep(answers[-1].body["details"]["retryAfterSeconds"])
+    assert (await server.init()).status == 200
+    fast = await serve(limits={"init_per_minute": 6000})
+    assert (await fast.init()).status == 200
     await until(lambda: not fast.app.buckets)
     assert len(slow.app.buckets) == 1
 
@@ -7529,8 +7528,7 @@ async def test_one_network_closes_nobody_out(server: Server) -> None:
     """A /56 gets 4 times what a /64 gets, a /48 16 times; what is refused is not remembered."""
 
     async def inits(number: int, address: str) -> int:
-        headers = [{"X-Forwarded-For": address.format(n)} for n in range(number)]
-        answers = [await server.init(headers=header) for header in headers]
+        answers = [await init_from(server, address.format(n)) for n in range(number)]
         assert {answer.status for answer in answers} <= {200, 429}
         return sum(answer.status == 200 for answer in answers)
 
@@ -7573,30 +7571,23 @@ async def test_connections_of_an_address(server: Server, serve: Serve) -> None:
 
 
 async def test_client_message_id(server: Server, visitor: Visitor, model: FakeModel) -> None:
-    """The same id again, in the same session, returns the first answer and starts nothing."""
-    stranger = await server.visitor()
-    first = await visitor.chat("Hello", clientMessageId="one")
-    await visitor.turn()
+    """The same id again, in the same session, returns the first answer and starts nothing, nor does
+    it disturb the answer while it streams, also when both arrive at once."""
+    model.scripts.append([sse(chunk("Half")), model.at_gate, sse(chunk(" done"))])
+    same = [visitor.chat("Hello", clientMessageId="one") for _ in range(2)]
+    first, second = await asyncio.gather(*same)
+    await visitor.next()
+    assert await visitor.chat("Hello again", clientMessageId="one") == first == second
+    model.gate.release()
+    assert (await visitor.turn())[-1]["data"]["text"] == "Half done"
     assert await visitor.chat("Hello again", clientMessageId="one") == first
     assert await visitor.chat("Other", clientMessageId="two") != first
     await visitor.turn()
+    stranger = await server.visitor()
     assert await stranger.chat("Hello", clientMessageId="one") != first
     await stranger.turn()
     assert [text for role, text in await visitor.history() if role == "user"] == ["Hello", "Other"]
     assert len(model.requests) == 3
-
-
-async def test_client_message_id_of_a_running_turn(visitor: Visitor, model: FakeModel) -> None:
-    """A retry while the answer streams does not disturb it, also when both arrive at once."""
-    model.scripts.append([sse(chunk("Half")), model.at_gate, sse(chunk(" done"))])
-    first, second = await asyncio.gather(
-        visitor.chat(clientMessageId="one"), visitor.chat(clientMessageId="one")
-    )
-    await visitor.next()
-    assert await visitor.chat(clientMessageId="one") == first == second
-    model.gate.release()
-    assert (await visitor.turn())[-1]["data"]["text"] == "Half done"
-    assert len(model.requests) == 1
 
 
 async def test_message_ids_differ(server: Server) -> None:
@@ -7615,9 +7606,8 @@ async def test_message_ids_differ(server: Server) -> None:
 async def test_idle_session(limits: Json, serve: Serve) -> None:
     """After the idle time a session is not found, and the sweep frees it."""
     server = await serve(limits=limits)
-    idle_seconds = 60 * limits.get("idle_minutes", 30)
     visitor = await server.visitor()
-    visitor.age(idle_seconds - 5)
+    visitor.age(60 * limits.get("idle_minutes", 30) - 5)
     assert (await visitor.get()).status == 200
     visitor.age(5)
     assert (await visitor.get()).error == (404, "session_not_found")
@@ -7647,29 +7637,29 @@ EVENTS: list[tuple[str, Json, bool]] = [  # event, data, whether it counts as ac
     ("confirmation_response", {"confirmed": False}, True),
     ("update_context", {"context": PAGE}, False),
     ("stop", {}, False),
+    ("join_session", {}, False),
+    ("chat", {}, True),
 ]
 
 
 @pytest.mark.parametrize(("event", "data", "counts"), EVENTS)
 async def test_activity(event: str, data: Json, counts: bool, visitor: Visitor) -> None:
-    """Messages, results and confirmations are activity; a socket, GET and the rest are not."""
+    """Messages, results and confirmations are activity; a socket, GET and the rest are not. None
+    but a message has an answer of its own."""
     visitor.age(1000)
-    await visitor.send(event, **data)
-    await visitor.expect_open()  # an error, after which an event has surely been read
+    if event == "chat":
+        await visitor.ask()
+    elif event == "join_session":
+        await visitor.connect()
+    else:
+        await visitor.send(event, **data)
+        await visitor.ws.send_str("barrier")
+        answer = await visitor.next()  # by then the event has surely been read
+        assert answer["event"] == "error"
+        assert answer["data"]["message"].startswith("frame ")
     await visitor.get()
     visitor.age(900)
     assert (await visitor.get()).status == (200 if counts else 404)
-
-
-async def test_chat_is_activity(visitor: Visitor) -> None:
-    """A visitor who writes is not idle; one who only looks is."""
-    visitor.age(1000)
-    await visitor.ask()
-    visitor.age(1000)
-    assert (await visitor.get()).status == 200
-    await visitor.connect()
-    visitor.age(900)
-    assert (await visitor.get()).error == (404, "session_not_found")
 
 
 @with_config(limits={"idle_minutes": 0.02})
@@ -7705,7 +7695,8 @@ async def test_sweeping_many_sessions_holds_up_nobody() -> None:
 # ---------------------------------------------------------------------------------------------
 # Readers of foreign text: twice as much takes twice as long, whatever it is
 
-STREAMS: dict[str, Callable[[int], list[bytes]]] = {  # about n bytes each, as reads
+Reads = Callable[[int], list[bytes]]
+STREAMS: dict[str, Reads] = {  # about n bytes each
     "never-ending line": lambda n: [b"x"] * n,
     "never-ending data line": lambda n: [b"data: ", *[b"["] * n],
     "half JSON in one read": lambda n: [b"data: {\n" * (n // 8)],
@@ -7760,12 +7751,13 @@ WIDE = "\ufdfa"  # NFKC makes 18 characters of it
 PARTS = ("x", "<", "<think>", " ", "\\u00e9", "{", "\ud83d", "```")
 BEGUN = ("", "<think>", '{"message":"', '{"a":"')
 MARKDOWN = ("h", "a\n\n", "- a\n", "a\n===\n", "\n \n", " ", "| ", "-", "# a\n", "#", ". ", "1) ")
+JSONS = ('"', '\\"', '"\\"', "[", '[" ', "\\", "{[]}", 'a"b"')
+WISHES = ("a, my ", "a@", "+1 ((", "\u201c", "tell us ", "i am A", "a.a.", "click a ")
+SHOWS = ("\n", "a b", "A. ", "\u201ca\n", "# a\n", "0 ", "+1 ((", "a@a.")
+TRUSTED = (lf.network("127.0.0.1"),)
 PAGES: dict[str, Callable[[int], Json]] = {
     "text": lambda n: {"visibleText": "\u200b" * n},
-    "wide forms": lambda n: {
-        **elements(n // 2000, text="Go"),
-        "forms": [WIDE * 1000] * (n // 5000),
-    },
+    "wide forms": lambda n: elements(n // 2000, text="Go") | {"forms": [WIDE * 1000] * (n // 5000)},
     "forms": lambda n: {**elements(n // 2000, text="Go"), "forms": ["x del " * 200] * (n // 5000)},
     "wide names": lambda n: elements(n // 2000, text=WIDE * 300, name=WIDE * 300, label=WIDE * 300),
     "names": lambda n: elements(n // 2000, text="de " * 100, name="a-" * 150, label="delet " * 50),
@@ -7789,39 +7781,21 @@ READERS: dict[str, Reader] = {  # what reads it, and a text of about n bytes
     **{f"stream: {k}": (lambda reads: parse_stream(*reads), make) for k, make in STREAMS.items()},
     **{f"page: {name}": (read_page, make) for name, make in PAGES.items()},
     **{f"reply: {a}{b}": (read_reply, in_pieces(b, a)) for a in BEGUN for b in PARTS},
-    **{
-        f"document: {part!r}": (passages_of, repeated(part, f"# {'h' * 20_000}\n\n"))
-        for part in MARKDOWN
-    },
-    **{
-        f"JSON: {part}": (lambda text: lf.decode_json(text.encode()), repeated(part, "[" * 70))
-        for part in ('"', '\\"', '"\\"', "[", '[" ', "\\", "{[]}", 'a"b"')
-    },
-    **{
-        f"guide: {part}": (guide, repeated(part, share=0.05))
-        for part in ("a, my ", "a@", "+1 ((", "\u201c", "tell us ", "i am A", "a.a.", "click a ")
-    },
-    **{
-        f"guide's page: {part!r}": (functools.partial(guide, "?"), repeated(part, share=0.05))
-        for part in ("\n", "a b", "A. ", "\u201ca\n", "# a\n", "0 ", "+1 ((", "a@a.")
-    },
+    **{f"document: {p!r}": (passages_of, repeated(p, f"# {'h' * 20_000}\n\n")) for p in MARKDOWN},
+    **{f"JSON: {p}": (lambda s: lf.decode_json(s.encode()), repeated(p, "[" * 70)) for p in JSONS},
+    **{f"guide: {part}": (guide, repeated(part, share=0.05)) for part in WISHES},
+    **{f"guide's page: {p!r}": (lambda s: guide("?", s), repeated(p, share=0.05)) for p in SHOWS},
     "words": (lf.plain_words, repeated(WIDE + "aB1-. \u00ad\u0301")),
     "risks": (functools.partial(lf.is_named, "irreversible"), repeated("| cancel a ")),
     "secrets": (functools.partial(lf.is_named, "secret"), repeated("pass code ")),
     "origins": (lf.parse_origin, repeated("a.", "http://")),
     "hosts": (lf.allowed_host, repeated("\u00fc.")),
     "proxies": (
-        lambda line: lf.client_key("127.0.0.1", [line], (lf.network("127.0.0.1"),)),
-        repeated("127.0.0.1,", share=0.1),
+        lambda s: lf.client_key("127.0.0.1", [s], TRUSTED),
+        repeated("127.0.0.1,", "", 0.1),
     ),
-    "gzip": (
-        lambda raw: lf.inflated(raw, "gzip"),
-        lambda n: gzip.compress(os.urandom(n // 2)) + b"x" * n,
-    ),
-    "complaints": (
-        lambda text: lf.provider_error({"message": text}, 400),
-        repeated("context  length "),
-    ),
+    "gzip": (lambda b: lf.inflated(b, "gzip"), lambda n: gzip.compress(os.urandom(n)) + b"x" * n),
+    "complaints": (lambda s: lf.provider_error({"message": s}, 400), repeated("context  length ")),
     "patches": (
         lambda table: lf.check_table(table, lf.SITE_CONFIG_RULES, "", {}),
         lambda n: {f"key{number}": {} for number in range(n // 20)},
@@ -7867,25 +7841,17 @@ def sign_not(_: bytes) -> bytes:
 
 
 GOOD_CLAIMS: list[Json] = [
-    {},
-    {"sub": "x"},
-    {"sub": "ü" * 128},
-    {"exp": NOW + 1},
-    {"exp": NOW},
-    {"exp": NOW - 9},  # 10 s leeway
-    {"iat": NOW, "auth_time": NOW},
-    {"iat": NOW + 10, "auth_time": NOW + 10},
+    *({}, {"sub": "x"}, {"sub": "ü" * 128}, {"nbf": "later", "admin": True}),
+    *({"exp": NOW + seconds} for seconds in (1, 0, -9)),  # 10 s leeway
+    *({"iat": NOW + seconds, "auth_time": NOW + seconds} for seconds in (0, 10)),
     {"auth_time": NOW - 10**8},
-    {"email": "a@b.example", "email_verified": True},
-    {"email": 5, "email_verified": True},
-    {"nbf": "later", "admin": True},
+    *({"email": email, "email_verified": True} for email in ("a@b.example", 5)),
 ]
-EXPIRED_CLAIMS: list[Json] = [
-    {"exp": NOW - 10},
-    {"exp": NOW - 3600},
-    {"exp": 0},
-    {"exp": -(10**40)},
-]
+EXPIRED_CLAIMS: list[Json] = [{"exp": exp} for exp in (NOW - 10, NOW - 3600, 0, -(10**40))]
+NO_MOMENTS = (MISSING, None, float(NOW), NOW + 0.5, str(NOW), True, [NOW], {}, math.nan, math.inf)
+TOOLKIT = (
+    "https://identitytoolkit.googleapis.com/google.identity.identitytoolkit.v1.IdentityToolkit"
+)
 BAD_CLAIMS: list[Json] = [
     *({"aud": aud} for aud in ([PROJECT], [PROJECT, "other"], "other", "", None, MISSING, 5, True)),
     *({"aud": aud} for aud in ({PROJECT: 1}, PROJECT.upper(), f"{PROJECT} ", f"{PROJECT},other")),
@@ -7893,32 +7859,18 @@ BAD_CLAIMS: list[Json] = [
     *({"iss": iss} for iss in (MISSING, [ISSUER], ISSUER.replace("https", "http"), PROJECT)),
     {"iss": f"https://session.firebase.google.com/{PROJECT}"},  # a session cookie
     {"iss": "https://accounts.google.com"},  # a Google ID token
-    {  # a custom token, as a server makes it for its own users
-        "iss": "firebase-adminsdk@leflux-test.iam.gserviceaccount.com",
-        "sub": "firebase-adminsdk@leflux-test.iam.gserviceaccount.com",
-        "aud": "https://identitytoolkit.googleapis.com/google.identity.identitytoolkit.v1"
-        ".IdentityToolkit",
-        "uid": "olga",
-        "auth_time": MISSING,
-    },
+    dict.fromkeys(("iss", "sub"), "firebase-adminsdk@leflux-test.iam.gserviceaccount.com")
+    | {"aud": TOOLKIT, "uid": "olga", "auth_time": MISSING},  # a server's, for its own users
     *({"sub": sub} for sub in ("", "x" * 129, MISSING, None, 5, True, ["olga"], {"olga": 1})),
-    *(
-        {name: moment}
-        for name in ("exp", "iat", "auth_time")
-        for moment in (MISSING, None, float(NOW), NOW + 0.5, str(NOW + 60), True, [NOW], {})
-    ),
-    *({name: v} for name in ("exp", "iat", "auth_time") for v in (float("nan"), float("inf"))),
+    *({name: v} for name in ("exp", "iat", "auth_time") for v in NO_MOMENTS),
     *({name: v} for name in ("iat", "auth_time") for v in (NOW + 11, NOW + 3600, 10**40)),
     {"exp": NOW - 10, "aud": "other"},  # not even that it has expired is told
     {"exp": NOW - 10, "iat": "x"},
 ]
 OWN_KEY = {"kty": "RSA", "alg": "RS256", "use": "sig", "n": "AQAB", "e": "AQAB"}
 BAD_HEADERS: list[tuple[Json, Signer]] = [
-    *(
-        ({"alg": alg}, sign)
-        for alg in ("none", "None", "nOnE", "")
-        for sign in (sign_not, sign_rsa)
-    ),
+    *(({"alg": alg}, sign_rsa) for alg in ("none", "None", "nOnE", "")),
+    *(({"alg": alg}, sign_not) for alg in ("none", "None", "nOnE", "")),
     ({"alg": "HS256"}, sign_hmac),
     ({"alg": "RS512"}, functools.partial(sign_rsa, digest=hashes.SHA512())),
     ({"alg": "RS384"}, functools.partial(sign_rsa, digest=hashes.SHA384())),
@@ -7956,10 +7908,7 @@ def junk_tokens() -> list[str]:
         *(f"{header}.{payload}", f"{header}.{payload}.", f".{payload}.{signature}", token[::-1]),
         *(f"{header}..{signature}", f"{header}.{payload}.{signature[::-1]}"),
         f"{header}.{base64url(changed(CLAIMS, {'sub': 'root'}))}.{signature}",
-        *(
-            join_token(junk, claims)
-            for junk in (b"", b"[]", b"5", b"null", b'"RS256"', b"\xff", deep)
-        ),
+        *(join_token(junk, claims) for junk in (b"", b"[]", b"5", b"null", b'"a"', b"\xff", deep)),
         *(join_token(good, junk) for junk in (b"", b"[]", b"5", b"null", b"{", b"\xff\xfe", deep)),
         join_token(good, claims.replace(str(NOW + 3600).encode(), b"9" * 5000)),
         join_token(good.replace(b'"key-1"', b"9" * 5000), claims),
@@ -7981,60 +7930,28 @@ def test_good_tokens(claims: Json) -> None:
     assert verdict(make_token(claims, {"kid": "key-2"}, functools.partial(sign_rsa, number=2)))
 
 
-@pytest.mark.parametrize("claims", BAD_CLAIMS)
-def test_bad_claims(claims: Json) -> None:
-    """A token that is rightly signed is refused for any claim that is missing or not as it must
-    be."""
-    assert verdict(make_token(claims)) == "no: invalid"
-
-
-@pytest.mark.parametrize("claims", EXPIRED_CLAIMS)
-def test_expired_tokens(claims: Json) -> None:
-    """A token whose time is over, leeway included, has expired."""
-    assert verdict(make_token(claims)) == "no: expired"
-
-
-@pytest.mark.parametrize(("header", "sign"), BAD_HEADERS)
-def test_bad_headers_and_signatures(header: Json, sign: Signer) -> None:
-    """Only RS256 by a key that Google publishes counts, and nothing that the token brings along.
-    Without it not even "expired" is told."""
-    assert verdict(make_token({}, header, sign)) == "no: invalid"
-    assert verdict(make_token({"exp": 0}, header, sign)) == "no: invalid"
-
-
-@pytest.mark.parametrize("number", range(len(junk_tokens())))
-def test_junk_tokens(number: int) -> None:
-    """What is no token is refused like any other."""
-    assert verdict(junk_tokens()[number]) == "no: invalid"
-
-
 def test_token_in_time() -> None:
     """A token holds from 10 s before it was issued to 10 s after it has expired."""
-    token = make_token()
-    issued, expires = CLAIMS["iat"], CLAIMS["exp"]
-    for now, expected in (
-        (issued - 10.1, "no: invalid"),
-        (issued - 10, "olga"),
-        (expires + 9.9, "olga"),
-        (expires + 10, "no: expired"),
-    ):
-        assert verdict(token, now) == expected
+    moments = (CLAIMS["iat"] - 10.1, CLAIMS["iat"] - 10, CLAIMS["exp"] + 9.9, CLAIMS["exp"] + 10)
+    said = [verdict(make_token(), now) for now in moments]
+    assert said == ["no: invalid", "olga", "olga", "no: expired"]
+
+
+OLGA = "olga@example.com"
 
 
 @pytest.mark.parametrize(
-    ("claims", "email"),
+    ("address", "verified", "email"),
     [
-        ({"email": "Olga@Example.COM", "email_verified": True}, "olga@example.com"),
-        *(
-            ({"email": "olga@example.com", "email_verified": verified}, "")
-            for verified in (False, MISSING, None, 1, "true", [True])
-        ),
-        *(({"email": email, "email_verified": True}, "") for email in (MISSING, None, 5, "", [])),
+        ("Olga@Example.COM", True, OLGA),
+        *((OLGA, verified, "") for verified in (False, MISSING, None, 1, "true", [True])),
+        *((address, True, "") for address in (MISSING, None, 5, "", [])),
     ],
 )
-def test_email_of_a_token(claims: Json, email: str) -> None:
+def test_email_of_a_token(address: Any, verified: Any, email: str) -> None:
     """An e-mail address counts only when email_verified is true, and without case."""
-    caller = lf.verify_token(make_token(claims), public_keys(), PROJECT, NOW)
+    token = make_token({"email": address, "email_verified": verified})
+    caller = lf.verify_token(token, public_keys(), PROJECT, NOW)
     assert caller == lf.Caller("olga", email)
     assert caller.is_one_of(["olga"])
     assert not caller.is_one_of(["OLGA", "", "x"])
@@ -8102,12 +8019,10 @@ async def test_unknown_keys_are_looked_for_once_a_minute(
 ) -> None:
     """However many tokens name unknown keys: the keys are refetched at most once a minute."""
     await keys_in(cache)
-    for ahead, fetches in ((0, 2), (50, 2), (60, 3), (110, 3), (121, 4)):
-        clock.ahead = ahead
-        await asyncio.gather(*(keys_in(cache, f"unknown-{n}") for n in range(20)))
-        assert key_server.fetches == fetches, ahead
-    key_server.instead = cast(Any, status(500, {}))
-    for ahead, fetches in ((182, 5), (230, 5), (243, 6)):
+    moments = ((0, 2), (50, 2), (60, 3), (110, 3), (121, 4), (182, 5), (230, 5), (243, 6))
+    for ahead, fetches in moments:
+        if ahead == 182:
+            key_server.instead = cast(Any, status(500, {}))
         clock.ahead = ahead
         await asyncio.gather(*(keys_in(cache, f"unknown-{n}") for n in range(20)))
         assert await keys_in(cache) == {"key-1"}
@@ -8160,40 +8075,32 @@ async def test_no_keys_at_all(
 
 STRANGERS = [name for name in PEOPLE if "owner" not in name.split() and "admin" not in name.split()]
 STRANGERS += ["other owner", "unverified owner", "unverified admin", "half verified admin"]
-
-
-ADMIN_ROWS: list[tuple[str, str, Any]] = [
-    ("GET", "", None),
-    ("POST", "", {"name": "New", "host": "new.example"}),
-    ("GET", "/shop", None),
-    ("PATCH", "/shop", {"name": "New"}),
-    ("PATCH", "/shop/config", {"greeting": "New"}),
-    ("DELETE", "/shop", None),
-    ("GET", "/shop/sessions", None),
-    ("GET", "/shop/sessions/x", None),
-    ("DELETE", "/shop/sessions/x", None),
-    ("GET", "/shop/activity", None),
-    ("GET", "/shop/messages", None),
-    ("POST", "/shop/messages/test", None),
-    ("DELETE", "/shop/messages/x", None),
-    ("GET", "/shop/crawl", None),
-    ("POST", "/shop/crawl", None),
-    ("DELETE", "/shop/crawl", None),
-    ("GET", "/shop/pages", None),
+ADMIN_PATHS = """GET|POST|GET /shop|PATCH /shop|PATCH /shop/config|DELETE /shop|GET /shop/sessions
+    GET /shop/sessions/x|DELETE /shop/sessions/x|GET /shop/activity|GET /shop/messages
+    POST /shop/messages/test|DELETE /shop/messages/x|GET /shop/crawl|POST /shop/crawl
+    DELETE /shop/crawl|GET /shop/pages"""
+NEW: Json = {"name": "New", "host": "new.example"}
+ADMIN_BODIES: Json = {
+    "POST": NEW,
+    "PATCH/shop": {"name": "New"},
+    "PATCH/shop/config": {"greeting": "New"},
+}
+ADMIN_ROWS: list[tuple[str, str, Any]] = [  # method, path and body of every endpoint
+    (method, path, ADMIN_BODIES.get(method + path))
+    for method, _, path in (one.strip().partition(" ") for one in re.split("[|\n]", ADMIN_PATHS))
 ]
 
 
 def test_no_admin_endpoint_is_forgotten() -> None:
     """The table above, which says what strangers may not do, has every route of the admin API."""
-    prefix, known = "/api/admin/sites", set()
-    for method, path, _ in ADMIN_ROWS:
-        known.add((method, prefix + path.replace("shop", "{}").replace("/x", "/{}")))
+    known = {(m, p.replace("shop", "{}").replace("/x", "/{}")) for m, p, _ in ADMIN_ROWS}
     routes = {
         (route.method, re.sub(r"\{[a-z_]+\}", "{}", route.resource.canonical))
         for route in lf.make_app(make_config()).router.routes()
         if route.resource is not None and route.method not in ("HEAD", "OPTIONS")
     }
-    assert {route for route in routes if route[1].startswith(prefix)} == known
+    prefix = "/api/admin/sites"
+    assert {(m, p.removeprefix(prefix)) for m, p in routes if p.startswith(prefix)} == known
 
 
 async def test_no_project_no_admin(serve: Serve) -> None:
@@ -8239,43 +8146,50 @@ async def test_one_fetch_for_many_first_requests(admin: Server, key_server: KeyS
     assert key_server.fetches == 1
 
 
-def expect_unauthorized(answer: Answer, text: str = "The sign-in token is invalid.") -> None:
-    assert answer.error == (401, "unauthorized"), answer.raw
-    assert answer.headers["WWW-Authenticate"] == 'Bearer error="invalid_token"'
-    assert answer.body["message"] == text
-    assert answer.body["details"] == {}
-
-
-async def test_bad_tokens_over_http(admin: Server, key_server: KeyServer, clock: Clock) -> None:
-    """Whatever is wrong with a token: 401 unauthorized, and no hint beyond expired or invalid."""
+async def test_bad_tokens(admin: Server, key_server: KeyServer, clock: Clock, caplog: Log) -> None:
+    """Whatever is wrong with a token: 401 unauthorized, and no hint beyond expired or invalid; not
+    even "expired" if it is not rightly signed. Neither tokens nor who sent them are in the log."""
     clock.stopped_at = NOW
-    tokens = [make_token(claims) for claims in BAD_CLAIMS]
     key_server.certificates = {"key-1": certificate(1), "key-2": certificate(2)}
-    tokens += [make_token({}, header, sign) for header, sign in BAD_HEADERS]
-    assert len(tokens) > 100
-    for token in tokens:
+    expired = [make_token(claims) for claims in EXPIRED_CLAIMS]
+    tokens = [make_token(claims) for claims in BAD_CLAIMS]
+    tokens += [
+        make_token(c, header, sign) for header, sign in BAD_HEADERS for c in ({}, {"exp": 0})
+    ]
+    assert len(tokens) > 150
+    for token in (*expired, *tokens):
         headers = {"Authorization": f"Bearer {token}"}
         answer = await admin.call("GET", "/api/admin/sites", headers=headers)
-        expect_unauthorized(answer)
-    for claims in EXPIRED_CLAIMS:
-        headers = {"Authorization": f"Bearer {make_token(claims)}"}
-        answer = await admin.call("GET", "/api/admin/sites", headers=headers)
-        expect_unauthorized(answer, "The sign-in token is expired.")
+        assert answer.error == (401, "unauthorized"), answer.raw
+        assert answer.headers["WWW-Authenticate"] == 'Bearer error="invalid_token"'
+        kind = "expired" if token in expired else "invalid"
+        assert answer.body["message"] == f"The sign-in token is {kind}."
+        assert answer.body["details"] == {}
     assert key_server.fetches <= 2
-    assert (await admin.manage("GET")).status == 200
+    for scheme in ("Bearer", "bearer", "BEARER"):  # not case-sensitive (RFC 9110, 11.1)
+        headers = {"Authorization": f"{scheme} {make_token()}"}
+        assert (await admin.call("GET", "/api/admin/sites", headers=headers)).status == 200
+    for who in ("owner by mail", "unverified owner"):
+        await admin.manage("GET", "/shop", who=who)
+    logged = " ".join(record.getMessage() for record in caplog.records)
+    assert not re.search("eyJ|xample", logged)
 
 
-async def test_junk_over_http(admin: Server) -> None:
+async def test_junk_over_http(admin: Server, caplog: Log) -> None:
     """Junk in the place of a token, 8 KB and any bytes included, is 401 and never 500."""
     token = make_token().encode()
-    # HTTP itself refuses a control character, and takes spaces off the end.
-    junk = [one for one in junk_tokens() if one not in ("\x7f", f"{make_token()} ")]
-    lines = [b"Bearer " + one.encode("utf-8", "surrogatepass") for one in junk]
+    untold = ("\x7f", f"{make_token()} ")  # to HTTP: it refuses the one, and takes off the space
+    assert {verdict(one) for one in untold} == {"no: invalid"}
+    lines = [
+        b"Bearer " + one.encode("utf-8", "surrogatepass")
+        for one in junk_tokens()
+        if one not in untold
+    ]
     lines += [b"Bearer " + one for one in (b"\xff.\x80.\xe9", b"\xc3\x28" * 9, token + b"\xff")]
     lines += [b"Bearer " + b"\xff" * 8192, b"", b"Bearer", b"Bearer\t" + token, token]
     lines += [b"Basic " + token, b"Token " + token, b"Bearer: " + token, b"Bearer=" + token]
     lines += [b"Bearer " + token + b"," + token, b"Bearer " + token + b", Bearer " + token]
-    heads = [b"Authorization: " + line + b"\r\n" for line in lines]
+    heads = [b"Authorization: " + line + b"\r\n" for line in (*lines, b"Bearer junk.junk.junk")]
     good = b"Authorization: Bearer " + token + b"\r\n"
     heads += [b"", good + good, good + b"authorization: Bearer x\r\n", good + heads[-1]]
     for head in heads:
@@ -8284,25 +8198,7 @@ async def test_junk_over_http(admin: Server) -> None:
         assert (code, body["error"]) == (401, "unauthorized"), head[:80]
         assert 'WWW-Authenticate: Bearer error="invalid_token"' in answer
         assert body["message"] == "The sign-in token is invalid."
-
-
-async def test_scheme_in_any_case(admin: Server) -> None:
-    """The name of the scheme is not case-sensitive (RFC 9110, 11.1)."""
-    for scheme in ("Bearer", "bearer", "BEARER"):
-        headers = {"Authorization": f"{scheme} {make_token()}"}
-        assert (await admin.call("GET", "/api/admin/sites", headers=headers)).status == 200
-
-
-async def test_tokens_are_not_logged(admin: Server, caplog: Log) -> None:
-    """Neither tokens nor who sent them are in the log."""
-    for who in ("owner by mail", "unverified owner"):
-        await admin.manage("GET", "/shop", who=who)
-    for token in (make_token({"exp": 0}), make_token({}, {"kid": "unknown"}), "junk.junk.junk"):
-        await admin.call("GET", "/api/admin/sites", headers={"Authorization": f"Bearer {token}"})
-    logged = " ".join(record.getMessage() for record in caplog.records)
-    assert "eyJ" not in logged
-    assert "junk" not in logged
-    assert "xample" not in logged
+    assert "junk" not in " ".join(record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.parametrize("who", STRANGERS)
@@ -8313,17 +8209,14 @@ async def test_strangers(who: str, admin: Server) -> None:
     own = [{"id": "other", "name": "Other", "allowedHosts": ["other.example"]}]
     expected = {"sites": own if who == "other owner" else []}
     assert (await admin.manage("GET", who=who)).body == expected
-    new = {"name": "New", "host": "new.example"}
-    assert (await admin.manage("POST", "", new, who)).error == (403, "forbidden")
-    assert (await admin.manage("POST", "", {}, who)).error == (403, "forbidden")
+    for new in (NEW, {}):
+        assert (await admin.manage("POST", "", new, who)).error == (403, "forbidden")
     before = await admin.details()
     for method, path, body in [*ADMIN_ROWS[2:], ("PATCH", "/shop", {"name": 5})]:
-        answers = [
-            await admin.manage(
-                method, path.replace("shop", name).replace("x", visitor.id), body, who
-            )
-            for name in ("shop", "none", "a%20b", "SHOP")
-        ]
+        answers = []
+        for name in ("shop", "none", "a%20b", "SHOP"):
+            place = path.replace("shop", name).replace("x", visitor.id)
+            answers.append(await admin.manage(method, place, body, who))
         for answer in answers:
             assert answer.error == (403, "forbidden")
             assert answer.raw == answers[0].raw
@@ -8346,8 +8239,7 @@ async def test_owners_and_admins(who: str, admin: Server) -> None:
     assert answer.error == ((404, "not_found") if is_admin else (403, "forbidden"))
     answer = await admin.manage("PATCH", "/shop", {"instructions": who}, who)
     assert answer.body == {**MANAGED_SITE, "instructions": who}
-    new = {"name": "New", "host": "new.example"}
-    assert (await admin.manage("POST", "", new, who)).status == (201 if is_admin else 403)
+    assert (await admin.manage("POST", "", NEW, who)).status == (201 if is_admin else 403)
 
 
 async def test_owners_are_named_by_admins(admin: Server) -> None:
@@ -8356,9 +8248,9 @@ async def test_owners_are_named_by_admins(admin: Server) -> None:
         answer = await admin.manage("PATCH", "/shop", body)
         assert answer.error == (403, "forbidden")
     assert await admin.details() == MANAGED_SITE
-    change = {"owners": ["eve", "New@Example.com"]}
-    answer = await admin.manage("PATCH", "/shop", change, "admin")
-    assert answer.body["owners"] == ["eve", "New@Example.com"]
+    owners = ["eve", "New@Example.com"]
+    answer = await admin.manage("PATCH", "/shop", {"owners": owners}, "admin")
+    assert answer.body["owners"] == owners
     assert (await admin.manage("GET", "/shop", who="stranger")).status == 200
     assert (await admin.manage("GET", "/shop")).error == (403, "forbidden")
     assert (await admin.manage("GET")).body == {"sites": []}
@@ -8367,43 +8259,35 @@ async def test_owners_are_named_by_admins(admin: Server) -> None:
     assert (await admin.manage("GET", "/shop")).status == 200
 
 
-@pytest.mark.parametrize(("method", "path", "body"), ADMIN_ROWS)
-async def test_admin_preflight(method: str, path: str, body: Any, admin: Server) -> None:
+async def test_admin_preflight(admin: Server) -> None:
     """A browser may call the admin API from anywhere: its preflight needs no token and allows
     Authorization; the answers, 401 too, can be read."""
-    path = f"/api/admin/sites{path}"
-    dashboard = "https://dashboard.example"
-    headers = {
-        "Access-Control-Request-Method": method,
-        "Access-Control-Request-Headers": "authorization,content-type",
-    }
-    answer = await admin.call("OPTIONS", path, origin=dashboard, headers=headers)
-    assert answer.status == 200
-    assert answer.headers["Access-Control-Allow-Origin"] in ("*", dashboard)
-    assert method in answer.headers["Access-Control-Allow-Methods"]
-    allowed = answer.headers["Access-Control-Allow-Headers"].lower()
-    assert "authorization" in allowed
-    assert "content-type" in allowed
-    for more in (bearer("admin"), {}):
-        answer = await admin.call(method, path, body, origin=dashboard, headers=more)
+    dashboard, asked = "https://dashboard.example", "authorization,content-type"
+    for method, path, body in ADMIN_ROWS:
+        path = f"/api/admin/sites{path}"
+        headers = {"Access-Control-Request-Method": method, "Access-Control-Request-Headers": asked}
+        answer = await admin.call("OPTIONS", path, origin=dashboard, headers=headers)
+        assert answer.status == 200
         assert answer.headers["Access-Control-Allow-Origin"] in ("*", dashboard)
-        assert (answer.status == 401) == (more == {})
+        assert method in answer.headers["Access-Control-Allow-Methods"]
+        allowed = answer.headers["Access-Control-Allow-Headers"].lower()
+        assert "authorization" in allowed
+        assert "content-type" in allowed
+        for more in (bearer("admin"), {}):
+            answer = await admin.call(method, path, body, origin=dashboard, headers=more)
+            assert answer.headers["Access-Control-Allow-Origin"] in ("*", dashboard)
+            assert (answer.status == 401) == (more == {})
 
 
 async def test_admin_methods(admin: Server) -> None:
-    """Other methods and paths are refused in the one shape of all errors."""
-    for method, path, error in (
-        ("PUT", "/shop", (405, "method_not_allowed")),
-        ("DELETE", "", (405, "method_not_allowed")),
-        ("POST", "/shop/config", (405, "method_not_allowed")),
-        ("GET", "/shop/nothing", (404, "not_found")),
-    ):
-        assert (await admin.manage(method, path)).error == error
-    for body in (b"[]", b"5", b"{", b"", b'{"name": NaN}'):
+    """Other methods, paths and bodies are refused in the one shape of all errors."""
+    for wrong in ("PUT /shop", "DELETE ", "POST /shop/config"):
+        assert (await admin.manage(*wrong.split(" "))).error == (405, "method_not_allowed")
+    assert (await admin.manage("GET", "/shop/nothing")).error == (404, "not_found")
+    for data in (b"[]", b"5", b"{", b"", b'{"name": NaN}'):
         for method, path in (("POST", ""), ("PATCH", "/shop"), ("PATCH", "/shop/config")):
-            answer = await admin.call(
-                method, f"/api/admin/sites{path}", data=body, headers=bearer("admin")
-            )
+            path = f"/api/admin/sites{path}"
+            answer = await admin.call(method, path, data=data, headers=bearer("admin"))
             assert answer.error == (400, "invalid_message")
 
 
@@ -9842,16 +9726,6 @@ async def test_frames_before_joining(server: Server, visitor: Visitor) -> None:
     await visitor.send("join_session")
     assert (await visitor.next())["event"] == "session_joined"
     assert await read_close(joined) == (["session_taken_over"], 4409)
-
-
-@pytest.mark.parametrize(("event", "data", "_"), EVENTS)
-async def test_good_frames(event: str, data: Json, _: bool, visitor: Visitor) -> None:
-    """The client's events are taken without an answer of their own."""
-    await visitor.send(event, **data)
-    await visitor.ws.send_str("barrier")
-    answer = await visitor.next()
-    assert answer["event"] == "error"
-    assert answer["data"]["message"].startswith("frame ")
 
 
 async def test_largest_frame(visitor: Visitor) -> None:
