@@ -7848,7 +7848,18 @@ GOOD_CLAIMS: list[Json] = [
     *({"email": email, "email_verified": True} for email in ("a@b.example", 5)),
 ]
 EXPIRED_CLAIMS: list[Json] = [{"exp": exp} for exp in (NOW - 10, NOW - 3600, 0, -(10**40))]
-NO_MOMENTS = (MISSING, None, float(NOW), NOW + 0.5, str(NOW), True, [NOW], {}, math.nan, math.inf)
+NO_MOMENTS: tuple[Any, ...] = (
+    MISSING,
+    None,
+    float(NOW),
+    NOW + 0.5,
+    str(NOW),
+    True,
+    [NOW],
+    {},
+    math.nan,
+    math.inf,
+)
 TOOLKIT = (
     "https://identitytoolkit.googleapis.com/google.identity.identitytoolkit.v1.IdentityToolkit"
 )
@@ -8324,35 +8335,28 @@ def test_merge_patch(target: Any, patch: Any, result: Any) -> None:
 
 SNIPPETS = [{"question": "Do you sell zebras?", "text": "Only striped ones."}, {"text": "Hi"}]
 SMALL, CHIPS = {"size": "sm", "offsetX": 12.5}, [{"text": "Hi"}]
+SMALL_LAUNCHER = {**MANAGED_CONFIG["launcher"], **SMALL}
+TAKEN_AS_THEY_ARE: list[Json] = [
+    *({}, {"name": "New"}, {"name": "x" * 80, "instructions": ""}, {"instructions": "Be short."}),
+    *({"refusal": "No."}, {"restrictions": ["submit", "type"]}, {"paused": True}),
+    {"crawl": "http://acme.com", "crawlPages": 7, "crawlHours": 0.5},
+    *({"notifyUrl": "https://x.example/a?b"}, {"snippets": SNIPPETS}, {"allowedHosts": []}),
+]
 CHANGES: list[tuple[str, Json, Json]] = [  # below /shop, the patch, what is different then
-    ("", {}, {}),
-    ("", {"name": "New"}, {"name": "New"}),
-    ("", {"name": "x" * 80, "instructions": ""}, {"name": "x" * 80, "instructions": ""}),
-    ("", {"instructions": "Be short."}, {"instructions": "Be short."}),
-    ("", {"refusal": "No."}, {"refusal": "No."}),
-    (
-        "",
-        {"crawl": "http://acme.com", "crawlPages": 7, "crawlHours": 0.5},
-        {"crawl": "http://acme.com", "crawlPages": 7, "crawlHours": 0.5},
-    ),
-    ("", {"restrictions": ["submit", "type"]}, {"restrictions": ["submit", "type"]}),
-    ("", {"notifyUrl": "https://x.example/a?b"}, {"notifyUrl": "https://x.example/a?b"}),
-    ("", {"paused": True}, {"paused": True}),
-    ("", {"snippets": SNIPPETS}, {"snippets": SNIPPETS}),
+    *(("", patch, patch) for patch in TAKEN_AS_THEY_ARE),
     (
         "",
         {"allowedHosts": ["New.Example.", "[2001:DB8::0:1]:80", "bücher.example"]},
         {"allowedHosts": ["new.example", "[2001:db8::1]:80", "xn--bcher-kva.example"]},
     ),
-    ("", {"allowedHosts": []}, {"allowedHosts": []}),
     ("", {"name": None, "instructions": None, "allowedHosts": None}, {}),
     ("/config", {}, {}),
-    ("/config", {"greeting": "New"}, {"config": {"greeting": "New"}}),
-    ("/config", {"greeting": ""}, {"config": {"greeting": "Hi! How can I help?"}}),
+    ("/config", {"greeting": "New"}, {"greeting": "New"}),
+    ("/config", {"greeting": ""}, {"greeting": "Hi! How can I help?"}),
     (
         "/config",
         {"launcher": SMALL, "quickChips": CHIPS},
-        {"config": {"launcher": {**MANAGED_CONFIG["launcher"], **SMALL}, "quickChips": CHIPS}},
+        {"launcher": SMALL_LAUNCHER, "quickChips": CHIPS},
     ),
     ("/config", {"launcher": {}, "nudge": None, "greeting": None}, {}),
 ]
@@ -8364,12 +8368,11 @@ async def test_patch(path: str, patch: Json, different: Json, admin: Server) -> 
     who = "admin" if "allowedHosts" in patch else "owner"
     answer = await admin.manage("PATCH", f"/shop{path}", patch, who)
     assert answer.status == 200, answer.raw
-    config = {**MANAGED_CONFIG, **different.get("config", {})}
-    assert answer.body == {**MANAGED_SITE, **different, "config": config}
+    different = {"config": {**MANAGED_CONFIG, **different}} if path else different
+    assert answer.body == {**MANAGED_SITE, **different}
     assert (await admin.manage("GET", "/shop")).body == answer.body
     assert (await admin.details("other"))["config"]["greeting"] == "Hi! How can I help?"
-    everything = dict.fromkeys(patch)
-    answer = await admin.manage("PATCH", f"/shop{path}", everything)
+    answer = await admin.manage("PATCH", f"/shop{path}", dict.fromkeys(patch))
     assert answer.body == MANAGED_SITE
 
 
@@ -8396,44 +8399,28 @@ async def test_null_takes_back_to_the_file(admin: Server) -> None:
 
 BAD_HOSTS = "com co.uk github.io *.acme.com https://x.example x.example/a".split()
 BAD_VALUES: dict[str, list[Any]] = {  # of a site
-    "name": ["", 5, "x" * 81],
-    "refusal": ["", "x" * 501],
-    "restrictions": [["fly"], "type"],
-    "owners": ["olga", [""]],
-    "notifyUrl": [
-        "x.example/a",
-        "ftp://x.example",
-        "https://u:p@x.example",
-        "https://x.example/ a",
-    ],
-    "paused": ["yes", 1],
+    **{"name": ["", 5, "x" * 81], "refusal": ["", "x" * 501], "restrictions": [["fly"], "type"]},
+    **{"owners": ["olga", [""]], "paused": ["yes", 1], "nonsense": [1, None], "id": ["other"]},
+    "notifyUrl": "x.example/a|ftp://x.example|https://u:p@x.example|https://x.example/ a".split(
+        "|"
+    ),
     "crawl": ["acme.com", "ftp://acme.com", 5, "https://acme.com:0"],
     "snippets": [
         *(["x"], [{"question": "x"}], [{"text": ""}], [{"text": "x" * 2001}]),
         *([{"text": "x", "url": "x"}], [{"text": "x"}] * 201, {"text": "x"}),
     ],
-    "crawlPages": [0, 1.5, 10_001, "5"],
-    "crawlHours": [-1, "24", True],
-    "nonsense": [1, None],
-    "id": ["other"],
-    "knowledge": [["/etc/passwd"]],
-    "config": [{"greeting": "x"}],
-    "allowed_hosts": [["x.example"]],
-    "usage": [{"messagesToday": 0}],
+    **{"crawlPages": [0, 1.5, 10_001, "5"], "crawlHours": [-1, "24", True]},
+    **{"knowledge": [["/etc/passwd"]], "config": [{"greeting": "x"}]},
+    **{"allowed_hosts": [["x.example"]], "usage": [{"messagesToday": 0}]},
     "allowedHosts": [
         *(["good.example", host] for host in BAD_HOSTS),
         *([""], [5], "x.example", [None], ["x.example:0"], ["user@x.example"], 5),
     ],
 }
-BAD_CONFIG_VALUES: dict[str, list[Any]] = {  # of its config
-    "greeting": [5, "x" * 241],
-    "launcher": ["pill"],
-    "launcher.nonsense": [1],
-    "logoUrl": ["javascript:alert(1)"],
-    "typography.bodyFont": ["x;}"],
-    "quickChips": [[{"text": "x" * 31}], [{"text": "x"}] * 6, [None]],
-    "nonsense": [None],
-    "name": ["New"],
+BAD_CONFIGS: dict[str, list[Any]] = {  # of its config
+    **{"greeting": [5, "x" * 241], "launcher": ["pill"], "launcher.nonsense": [1]},
+    **{"logoUrl": ["javascript:alert(1)"], "typography.bodyFont": ["x;}"], "name": ["New"]},
+    **{"quickChips": [[{"text": "x" * 31}], [{"text": "x"}] * 6, [None]], "nonsense": [None]},
 }
 BAD_CHANGES: list[tuple[str, Json, set[str]]] = [  # the patch, the fields that are wrong in it
     ("", {"name": 5, "instructions": "good"}, {"name"}),
@@ -8441,28 +8428,23 @@ BAD_CHANGES: list[tuple[str, Json, set[str]]] = [  # the patch, the fields that 
     ("/config", {"greeting": "x" * 241, "layout": "floating"}, {"greeting"}),
     ("/config", {"layout": "round", "primaryColor": "url(x)"}, {"layout", "primaryColor"}),
     ("/config", {"launcher": {"size": "xl", "glow": 1}}, {"launcher.size", "launcher.glow"}),
-    *(
-        (path, placed(field, value), {field})
-        for path, table in (("", BAD_VALUES), ("/config", BAD_CONFIG_VALUES))
-        for field, values in table.items()
-        for value in values
-    ),
+    *(("", placed(name, v), {name}) for name, values in BAD_VALUES.items() for v in values),
+    *(("/config", placed(name, v), {name}) for name, values in BAD_CONFIGS.items() for v in values),
 ]
 
 
 @pytest.mark.parametrize(("path", "patch", "wrong"), BAD_CHANGES)
 async def test_bad_patch(
-    path: str, patch: Json, wrong: set[str], serve: Serve, key_server: KeyServer, tmp_path: Path
+    path: str, patch: Json, wrong: set[str], archive: Server, tmp_path: Path
 ) -> None:
     """A patch is validated whole: any bad field is 400 invalid_config with what is wrong with each
     of them, and nothing is saved."""
-    server = await serve(**office(key_server, server=on_disk(tmp_path)))
-    answer = await server.manage("PATCH", f"/shop{path}", patch, "admin")
+    answer = await archive.manage("PATCH", f"/shop{path}", patch, "admin")
     assert answer.error == (400, "invalid_config")
     errors = answer.body["details"]["errors"]
     assert errors.keys() == wrong
     assert all(isinstance(text, str) and text for text in errors.values())
-    assert await server.details() == MANAGED_SITE
+    assert await archive.details() == MANAGED_SITE
     assert query(tmp_path, "SELECT * FROM site") == []
 
 
@@ -8478,13 +8460,12 @@ async def test_changes_hold_at_once(admin: Server, model: FakeModel) -> None:
     change = {"instructions": "Be terse.", "name": "Renamed", "restrictions": ["navigate"]}
     assert (await admin.manage("PATCH", "/shop", change)).status == 200
     await admin.manage("PATCH", "/shop/config", {"greeting": "New"})
-    assert (await visitor.get()).body["siteConfig"]["greeting"] == "New"
-    assert (await admin.init()).body["siteConfig"]["greeting"] == "New"
+    for answer in (await visitor.get(), await admin.init()):
+        assert answer.body["siteConfig"]["greeting"] == "New"
     model.scripts.extend([navigate] * 3)
     assert (await visitor.ask())["data"]["text"] == lf.ENGLISH("not_possible")
-    assert "Be terse." in model.prompt()
-    assert "Renamed" in model.prompt()
-    assert "Be kind." not in model.prompt()
+    for text, there in {"Be terse.": True, "Renamed": True, "Be kind.": False}.items():
+        assert (text in model.prompt()) == there
     await admin.manage("PATCH", "/shop", {"restrictions": None})
     model.scripts.append(navigate)
     await visitor.chat()
@@ -8493,61 +8474,70 @@ async def test_changes_hold_at_once(admin: Server, model: FakeModel) -> None:
 
 @with_config(limits={"site_messages_per_day": 2})
 async def test_refusal_and_counts_hold_at_once(admin: Server, model: FakeModel) -> None:
-    """Owners see what is used, and visitors the refusal that the owner has just written."""
+    """Owners see what is used, and visitors the refusal that the owner has just written; a paused
+    site's visitors get it at once and until it is taken back."""
     visitor = await admin.visitor()
-    for number in range(2):
+
+    async def expect_refusal(text: str) -> None:
+        answer = await visitor.post()
+        assert (*answer.error, answer.body["message"]) == (*BUDGET_SPENT, text)
+
+    for number, paused in enumerate((True, None)):
         model.scripts.append(using(100 + number))
         await visitor.ask()
+        answer = await admin.manage("PATCH", "/shop", {"paused": paused})
+        assert answer.body["paused"] is bool(paused)
+        if paused:
+            await expect_refusal(REFUSAL)
+            await admin.manage("PATCH", "/shop", {"paused": None})
     answer = await admin.manage("GET", "/shop")
     assert answer.body["usage"] == {"messagesToday": 2, "tokensToday": 201}
     assert (await admin.details("other"))["usage"] == {"messagesToday": 0, "tokensToday": 0}
-    assert (await visitor.post()).body["message"] == REFUSAL
+    await expect_refusal(REFUSAL)
     await admin.manage("PATCH", "/shop", {"refusal": "Come back later."})
-    assert (await visitor.post()).body["message"] == "Come back later."
-    assert (await visitor.post()).error == BUDGET_SPENT
+    await expect_refusal("Come back later.")
 
 
 async def test_allowed_hosts_hold_at_once(admin: Server) -> None:
     """An origin is accepted, or no longer accepted, as soon as allowedHosts says so."""
-    visitor = await admin.visitor()
-    new = "https://new.example"
-    assert (await admin.init(origin=new)).error == (403, "host_not_registered")
+    visitor, new = await admin.visitor(), "https://new.example"
+    unknown = (403, "host_not_registered")
+    assert (await admin.init(origin=new)).error == unknown
     hosts = ["new.example", "acme.com:8443"]
     assert (await admin.manage("PATCH", "/shop", {"allowedHosts": hosts}, "admin")).status == 200
     assert (await admin.init(origin=new)).status == 200
     assert (await admin.init(origin=f"{ORIGIN}:8443")).status == 200
-    assert (await admin.init()).error == (403, "host_not_registered")
-    assert (await visitor.get()).error == (403, "host_not_registered")
-    assert (await visitor.post()).error == (403, "host_not_registered")
+    for refused in (admin.init, visitor.get, visitor.post):
+        assert (await refused()).error == unknown
     with pytest.raises(aiohttp.WSServerHandshakeError):
         await admin.socket(f"/?sessionId={visitor.id}")
     visitor.origin = new  # the session is still its site's
     assert (await visitor.get()).status == 200
     await admin.manage("PATCH", "/shop", {"allowedHosts": None})
     assert (await admin.init()).status == 200
-    assert (await admin.init(origin=new)).error == (403, "host_not_registered")
+    assert (await admin.init(origin=new)).error == unknown
 
 
 async def test_hosts_of_others(admin: Server) -> None:
     """A host that another site has is refused with 409 host_taken, until it is free."""
+
+    async def hosts(*entries: str, site: str = "shop", who: str = "owner", **more: str) -> Answer:
+        patch = {"allowedHosts": [*entries] or None, **more}
+        return await admin.manage("PATCH", f"/{site}", patch, who)
+
     taken = (409, "host_taken")
-    for hosts in (["other.example"], ["x.example", "OTHER.example."]):
-        answer = await admin.manage("PATCH", "/shop", {"allowedHosts": hosts, "name": "New"})
-        assert answer.error == taken
+    assert (await hosts("other.example", name="New")).error == taken
+    assert (await hosts("x.example", "OTHER.example.", name="New")).error == taken
     for host in ("other.example", "www.acme.com", "acme.com", "localhost"):
         answer = await admin.manage("POST", "", {"name": "New", "host": host}, "admin")
         assert answer.error == taken
     assert await admin.details() == MANAGED_SITE
     assert (await admin.init(origin="https://x.example")).status == 403
-    moved = {"allowedHosts": ["acme.com"]}
-    assert (await admin.manage("PATCH", "/shop", moved)).status == 200
-    answer = await admin.manage("PATCH", "/other", {"allowedHosts": ["localhost"]}, "admin")
-    assert answer.status == 200
-    # Back to the file's value is no way around it.
-    assert (await admin.manage("PATCH", "/shop", {"allowedHosts": None})).error == taken
+    assert (await hosts("acme.com")).status == 200
+    assert (await hosts("localhost", site="other", who="admin")).status == 200
+    assert (await hosts()).error == taken  # back to the file's value is no way around it
     assert (await admin.manage("PATCH", "/shop", {"name": "New"})).status == 200
-    subdomain = {"allowedHosts": ["acme.com", "shop.other.example"]}
-    assert (await admin.manage("PATCH", "/shop", subdomain, "admin")).status == 200
+    assert (await hosts("acme.com", "shop.other.example", who="admin")).status == 200
 
 
 async def test_changes_are_kept(key_server: KeyServer, tmp_path: Path) -> None:
@@ -8560,13 +8550,12 @@ async def test_changes_are_kept(key_server: KeyServer, tmp_path: Path) -> None:
         snapshot(tmp_path / "one", tmp_path / "two")
         await server.manage("PATCH", "/shop", {"name": None}, "admin")
         snapshot(tmp_path / "one", tmp_path / "three")
+    launcher = {**MANAGED_CONFIG["launcher"], "size": "sm"}
+    expected = {**MANAGED_SITE, **changes, "config": {**MANAGED_CONFIG, "launcher": launcher}}
     for folder, name in (("one", "Acme Shop"), ("two", "New"), ("three", "Acme Shop")):
         config = make_config(**office(key_server, server=on_disk(tmp_path / folder)))
         async with running(config) as server:
-            launcher = {**MANAGED_CONFIG["launcher"], "size": "sm"}
-            new_config = {**MANAGED_CONFIG, "launcher": launcher}
-            expected = {**MANAGED_SITE, **changes, "name": name, "config": new_config}
-            assert await server.details() == expected
+            assert await server.details() == expected | {"name": name}
             assert (await server.init(origin="https://new.example")).status == 200
             assert (await server.init()).status == 403
             assert (await server.manage("GET", "/shop", who="stranger")).status == 200
@@ -8595,8 +8584,7 @@ async def test_edits_of_the_file(key_server: KeyServer, tmp_path: Path) -> None:
         assert answer.body["config"]["launcher"]["size"] == "md"
     tables["sites"] = [FOREIGN]  # a site that is taken out of the file is gone
     async with running(make_config(**tables)) as server:
-        answer = await server.manage("GET", "/shop", who="admin")
-        assert answer.error == (404, "not_found")
+        assert (await server.manage("GET", "/shop", who="admin")).error == (404, "not_found")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8604,38 +8592,30 @@ async def test_edits_of_the_file(key_server: KeyServer, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "allowed_hosts"),
-    [
-        ("new.example", ["new.example", "www.new.example"]),
-        ("www.new.example", ["www.new.example", "new.example"]),
-        ("WWW.New.Example.", ["www.new.example", "new.example"]),
-        ("shop.new.co.uk", ["shop.new.co.uk", "www.shop.new.co.uk"]),
-        ("new.example:8443", ["new.example:8443", "www.new.example:8443"]),
-        ("bücher.example", ["xn--bcher-kva.example", "www.xn--bcher-kva.example"]),
-        ("10.0.0.1", ["10.0.0.1"]),
-        ("[2001:DB8::1]:80", ["[2001:db8::1]:80"]),
-        ("me.github.io", ["me.github.io", "www.me.github.io"]),
-        ("[::]", ["[::]"]),
+    "hosts",
+    [  # what is asked for, as it is written in the answer, and the form beside it
+        "new.example new.example www.new.example",
+        "www.new.example www.new.example new.example",
+        "WWW.New.Example. www.new.example new.example",
+        "shop.new.co.uk shop.new.co.uk www.shop.new.co.uk",
+        "new.example:8443 new.example:8443 www.new.example:8443",
+        "bücher.example xn--bcher-kva.example www.xn--bcher-kva.example",
+        "10.0.0.1 10.0.0.1",
+        "[2001:DB8::1]:80 [2001:db8::1]:80",
+        "me.github.io me.github.io www.me.github.io",
+        "[::] [::]",
     ],
 )
-async def test_made_sites_get_both_forms(
-    host: str, allowed_hosts: list[str], admin: Server
-) -> None:
+async def test_made_sites_get_both_forms(hosts: str, admin: Server) -> None:
     """A site made for acme.com or www.acme.com gets both forms, and serves at once."""
+    host, *allowed_hosts = hosts.split()
     answer = await admin.manage("POST", "", {"name": "New", "host": host}, "admin")
     assert answer.status == 201
     site_id = answer.body["id"]
-    assert sorted(answer.body.pop("allowedHosts")) == sorted(allowed_hosts)
-    expected = {
-        "id": site_id,
-        "name": "New",
-        "owners": [],
-        "instructions": "",
-        "refusal": lf.Site().refusal,
-        "restrictions": [],
-        "config": lf.SITE_CONFIG_DEFAULTS,
-        "usage": {"messagesToday": 0, "tokensToday": 0},
-    }
+    assert sorted(answer.body["allowedHosts"]) == sorted(allowed_hosts)
+    expected = {"id": site_id, "name": "New", "owners": [], "instructions": "", "restrictions": []}
+    expected |= {"refusal": lf.Site().refusal, "config": lf.SITE_CONFIG_DEFAULTS}
+    expected |= {"usage": {"messagesToday": 0, "tokensToday": 0}}
     assert expected.items() <= answer.body.items()
     for entry in allowed_hosts:
         assert (await admin.init(origin=f"https://{entry}")).status == 200
@@ -8653,11 +8633,11 @@ NO_HOSTS += ["a b", "\uff58.example", "1.2.3", "x..example", ".".join(["a" * 62]
         ({}, {"name", "host"}),
         ({"name": "New"}, {"host"}),
         ({"host": "new.example"}, {"name"}),
-        ({"name": "", "host": "new.example"}, {"name"}),
+        ({**NEW, "name": ""}, {"name"}),
         ({"name": "x" * 81, "host": 5}, {"name", "host"}),
         ({"name": None, "host": None}, {"name", "host"}),
-        ({"name": "New", "host": "new.example", "id": "x"}, {"id"}),
-        ({"name": "New", "host": "new.example", "owners": []}, {"owners"}),
+        ({**NEW, "id": "x"}, {"id"}),
+        ({**NEW, "owners": []}, {"owners"}),
         *(({"name": "New", "host": host}, {"host"}) for host in (*NO_HOSTS, "", ["x.example"])),
     ],
 )
@@ -8669,58 +8649,46 @@ async def test_sites_that_cannot_be_made(body: Json, wrong: set[str], admin: Ser
     assert len(admin.app.sites) == 2
 
 
-async def test_a_file_that_takes_a_made_sites_id(key_server: KeyServer, tmp_path: Path) -> None:
-    """From then on it is a site of config.toml: it is not deleted, and patches go over the file."""
-    state = office(key_server, server=on_disk(tmp_path))
-    async with running(make_config(**state)) as server:
-        made = await server.manage("POST", "", {"name": "New", "host": "new.example"}, "admin")
-        path = f"/{made.body['id']}"
-    site = {"id": made.body["id"], "name": "Filed", "allowed_hosts": ["filed.example"]}
-    async with running(make_config(**{**state, "sites": [site]})) as server:
-        assert (await server.manage("DELETE", path, who="admin")).error == (409, "invalid_config")
-        changed = await server.manage("PATCH", path, {"refusal": "No."}, "admin")
-        assert changed.body["allowedHosts"] == ["filed.example"]
-        assert (changed.body["name"], changed.body["refusal"]) == ("Filed", "No.")
-
-
 async def test_made_sites_are_kept_and_changed(key_server: KeyServer, tmp_path: Path) -> None:
-    """A made site is changed like any other, has an id of its own, and survives a restart."""
-    config = make_config(**office(key_server, server=on_disk(tmp_path)))
+    """A made site is changed like any other, has an id of its own, and survives a restart. Once the
+    file takes its id it is a site of the file: it is not deleted, and patches go over the file."""
+    state = office(key_server, server=on_disk(tmp_path))
+    config, ids = make_config(**state), {"shop", "other"}
     async with running(config) as server:
-        ids = set()
-        for host in ("new.example", "new-example.com", "new.example:81"):
+        for host in ("new-example.com", "new.example:81", "new.example"):
             answer = await server.manage("POST", "", {"name": "New", "host": host}, "admin")
             assert answer.status == 201, answer.raw
             ids.add(answer.body["id"])
-        assert len(ids | {"shop", "other"}) == 5
-        site_id = next(
-            s.id for s in server.app.sites.values() if ("new.example", None) in s.allowed_hosts
-        )
+        assert len(ids) == 5
+        path = f"/{answer.body['id']}"
         change = {"owners": ["eve"], "name": "Eve's"}
-        assert (await server.manage("PATCH", f"/{site_id}", change, "admin")).status == 200
-        path = f"/{site_id}/config"
-        answer = await server.manage("PATCH", path, {"layout": "side-panel"}, "stranger")
-        before = answer.body
+        assert (await server.manage("PATCH", path, change, "admin")).status == 200
+        panel = {"layout": "side-panel"}
+        before = (await server.manage("PATCH", f"{path}/config", panel, "stranger")).body
         assert (before["name"], before["config"]["layout"]) == ("Eve's", "side-panel")
         visitor = await server.visitor("https://www.new.example")
         await visitor.ask()
-    async with running(config) as visitor.server:
-        assert {*visitor.server.app.sites} == {"shop", "other", *ids}
+    async with running(config) as server:
+        assert {*server.app.sites} == ids
+        visitor.server = server
         assert (await visitor.get()).body["messageCount"] == 2
-        after = (await visitor.server.manage("GET", f"/{site_id}", who="stranger")).body
-        usage = {"messagesToday": 1, "tokensToday": 0}
-        assert after == {**before, "usage": usage}
-        null = {"name": None, "owners": None}
-        answer = await visitor.server.manage("PATCH", f"/{site_id}", null, "admin")
+        after = (await server.manage("GET", path, who="stranger")).body
+        assert after == {**before, "usage": {"messagesToday": 1, "tokensToday": 0}}
+        answer = await server.manage("PATCH", path, {"name": None, "owners": None}, "admin")
         assert (answer.body["name"], answer.body["owners"]) == ("New", [])
+    site = {"id": path[1:], "name": "Filed", "allowed_hosts": ["filed.example"]}
+    async with running(make_config(**{**state, "sites": [site]})) as server:
+        assert (await server.manage("DELETE", path, who="admin")).error == (409, "invalid_config")
+        filed = (await server.manage("PATCH", path, {"refusal": "No."}, "admin")).body
+        assert filed["allowedHosts"] == ["filed.example"]
+        assert (filed["name"], filed["refusal"]) == ("Filed", "No.")
 
 
 async def test_deleted_sites(key_server: KeyServer, model: FakeModel, tmp_path: Path) -> None:
     """DELETE removes a made site, its sessions and its changes, at once and for good."""
     config = make_config(model, **office(key_server, server=on_disk(tmp_path)))
-    new = {"name": "New", "host": "new.example"}
     async with running(config) as server:
-        site_id = (await server.manage("POST", "", new, "admin")).body["id"]
+        site_id = (await server.manage("POST", "", NEW, "admin")).body["id"]
         change = {"owners": ["olga"], "instructions": "Changed"}
         await server.manage("PATCH", f"/{site_id}", change, "admin")
         await server.manage("PATCH", f"/{site_id}/config", {"greeting": "Changed"})
@@ -8741,13 +8709,12 @@ async def test_deleted_sites(key_server: KeyServer, model: FakeModel, tmp_path: 
         assert (await server.manage("GET", f"/{site_id}")).error == (403, "forbidden")
         assert query(tmp_path, "SELECT id FROM site") == []
         assert [*server.app.sessions] == [staying.id]
-    async with running(config) as server:
-        assert {*server.app.sites} == {"shop", "other"}
-        answer = await server.manage("POST", "", new, "admin")
+    async with running(config) as visitor.server:
+        assert {*visitor.server.app.sites} == {"shop", "other"}
+        answer = await visitor.server.manage("POST", "", NEW, "admin")
         assert (answer.body["id"], answer.body["instructions"]) == (site_id, "")
         assert answer.body["usage"] == {"messagesToday": 0, "tokensToday": 0}
         assert answer.body["config"] == lf.SITE_CONFIG_DEFAULTS
-        visitor.server = server
         assert (await visitor.get()).error == (404, "session_not_found")
 
 
@@ -8765,45 +8732,64 @@ async def test_sites_of_the_file_are_not_deleted(admin: Server) -> None:
 # Admin: sessions
 
 
+async def visitor_from(server: Server, page: str) -> Visitor:
+    """A new session that begins on a page, without a socket."""
+    answer = await server.call("POST", "/api/session/init", {"pageUrl": page})
+    return Visitor(server, answer.body["sessionId"])
+
+
+async def sweep_now(server: Server, *idle: Visitor) -> None:
+    """Sweep, after an hour for these."""
+    for visitor in idle:
+        visitor.age(3600)
+    await lf.sweep(server.app, time.monotonic())
+
+
+def text_of(history: list[Json]) -> list[tuple[str, str]]:
+    return [(one["role"], one["content"]) for one in history]
+
+
+async def chats(server: Server, query_string: str = "", site: str = "shop") -> list[Json]:
+    """The chats that a site's people see."""
+    answer = await server.manage("GET", f"/{site}/sessions{query_string}", who="admin")
+    assert answer.status == 200, answer.raw
+    assert answer.body.keys() == {"sessions"}
+    return cast(list[Json], answer.body["sessions"])
+
+
+async def chat_ids(server: Server, query_string: str = "", site: str = "shop") -> list[str]:
+    return [chat["sessionId"] for chat in await chats(server, query_string, site)]
+
+
 async def test_sessions_of_a_site(admin: Server, clock: Clock) -> None:
     """Owners see the live sessions of their site, newest first."""
     origin = clock.stopped_at = float(NOW)
     visitors = []
     for number in range(4):
         clock.stopped_at = origin + number
-        body = {"pageUrl": f"{ORIGIN}/{number}"}
-        answer = await admin.call("POST", "/api/session/init", body)
-        visitors.append(Visitor(admin, answer.body["sessionId"]))
+        visitors.append(await visitor_from(admin, f"{ORIGIN}/{number}"))
     foreign = await admin.visitor("https://other.example")
     await visitors[1].connect()
     await visitors[1].ask()
     visitors[0].age(3600)
     visitors[2].age(60)
-    listed = (await admin.manage("GET", "/shop/sessions")).body
-    assert listed.keys() == {"sessions"}
-    ids = [session["sessionId"] for session in listed["sessions"]]
-    assert ids == [visitor.id for visitor in visitors[:0:-1]]
-    for session, number in zip(listed["sessions"], (3, 2, 1), strict=True):
+    for session, number in zip(await chats(admin), (3, 2, 1), strict=True):
         created = datetime.fromtimestamp(origin + number, UTC)
         assert datetime.fromisoformat(session.pop("createdAt")) == created
         active = datetime.fromisoformat(session.pop("lastActivity")).timestamp()
         assert abs(active - (origin + 3 - 60 * (number == 2))) < PATIENCE_SECONDS
-        count = 2 if number == 1 else 0
-        expected = {"messageCount": count, "pageUrl": f"{ORIGIN}/{number}", "live": True}
-        assert session == {"sessionId": visitors[number].id, **expected}
-    listed = (await admin.manage("GET", "/other/sessions", who="other owner")).body
-    assert [session["sessionId"] for session in listed["sessions"]] == [foreign.id]
+        expected = {"messageCount": 2 * (number == 1), "pageUrl": f"{ORIGIN}/{number}"}
+        assert session == {"sessionId": visitors[number].id, "live": True, **expected}
+    assert await chat_ids(admin, site="other") == [foreign.id]
 
 
 @with_config(limits={"init_per_minute": 10_000})
 async def test_limit_of_the_list(admin: Server) -> None:
     """?limit= says how many sessions are listed, at most 200."""
     ids = [(await admin.init()).body["sessionId"] for _ in range(210)]
-    for query_string, count in (("?limit=1", 1), ("?limit=200", 200), ("?limit=17", 17)):
-        answer = await admin.manage("GET", f"/shop/sessions{query_string}")
-        found = [session["sessionId"] for session in answer.body["sessions"]]
-        assert found == ids[: -count - 1 : -1]
-    assert 1 <= len((await admin.manage("GET", "/shop/sessions")).body["sessions"]) <= 200
+    for count in (1, 200, 17):
+        assert await chat_ids(admin, f"?limit={count}") == ids[: -count - 1 : -1]
+    assert 1 <= len(await chats(admin)) <= 200
     for limit in ("0", "201", "-1", "x", "1.5", "", "9" * 30, "%D9%A1"):
         answer = await admin.manage("GET", f"/shop/sessions?limit={limit}")
         assert answer.error == (400, "invalid_message")
@@ -8816,30 +8802,14 @@ async def test_session_of_a_site(admin: Server, model: FakeModel) -> None:
     await visitor.ask("The question")
     before = visitor.session.last_active
     answer = await admin.manage("GET", f"/shop/sessions/{visitor.id}")
-    listed = (await admin.manage("GET", "/shop/sessions")).body["sessions"][0]
-    assert answer.body.keys() == {*listed, "history"}
-    assert {**answer.body, "lastActivity": ""} == {
-        **listed,
-        "lastActivity": "",
-        "history": [
-            {"role": "user", "content": "The question"},
-            {"role": "assistant", "content": "The reply"},
-        ],
-    }
+    history = answer.body.pop("history")
+    assert text_of(history) == [("user", "The question"), ("assistant", "The reply")]
+    (listed,) = await chats(admin)
+    assert answer.body == listed | {"lastActivity": answer.body["lastActivity"]}
     assert visitor.session.last_active == before  # a look is no activity
     for session_id in (foreign.id, "none", f"{visitor.id}0"):
         answer = await admin.manage("GET", f"/shop/sessions/{session_id}")
         assert answer.error == (404, "session_not_found")
-
-
-def text_of(history: list[Json]) -> list[tuple[str, str]]:
-    return [(one["role"], one["content"]) for one in history]
-
-
-async def chat_ids(server: Server, query_string: str = "") -> list[str]:
-    answer = await server.manage("GET", f"/shop/sessions{query_string}")
-    assert answer.status == 200, answer.raw
-    return [session["sessionId"] for session in answer.body["sessions"]]
 
 
 async def test_kept_chats(archive: Server, clock: Clock) -> None:
@@ -8850,24 +8820,20 @@ async def test_kept_chats(archive: Server, clock: Clock) -> None:
     for number, visitor in enumerate(visitors):
         visitor.session.created_at = origin + number + 0.123456
         await visitor.ask(f"Question {number}")
-        visitor.age(3600 if number else 0)
-    await lf.sweep(archive.app, time.monotonic())
+    await sweep_now(archive, *visitors[1:])
     assert (await visitors[2].get()).error == (404, "session_not_found")
-    listed = (await archive.manage("GET", "/shop/sessions")).body["sessions"]
+    listed = await chats(archive)
     ids = [visitor.id for visitor in reversed(visitors)]
     assert [session["sessionId"] for session in listed] == ids
     assert [session["live"] for session in listed] == [False, False, True]
     answer = await archive.manage("GET", f"/shop/sessions/{visitors[2].id}")
     assert text_of(answer.body.pop("history")) == [("user", "Question 2"), ("assistant", "ok")]
     assert answer.body == listed[0]
-    paged = []
     before = "9999-01-01T00:00:00Z"
-    for _ in ids:
-        path = f"/shop/sessions?limit=1&before={before}"
-        (chat,) = (await archive.manage("GET", path)).body["sessions"]
-        paged.append(chat["sessionId"])
+    for session_id in ids:
+        (chat,) = await chats(archive, f"?limit=1&before={before}")
+        assert chat["sessionId"] == session_id
         before = chat["createdAt"]  # its + becomes a space
-    assert paged == ids
     assert await chat_ids(archive, f"?before={before}") == []
     for wrong in ("x", "12", "", "2026-13-01"):
         answer = await archive.manage("GET", f"/shop/sessions?before={wrong}")
@@ -8876,88 +8842,60 @@ async def test_kept_chats(archive: Server, clock: Clock) -> None:
     assert answer.error == (404, "session_not_found")
 
 
-SAID = ("Is the Äpfel-Box vegan?", "咖啡价格是多少", "ราคาเท่าไหร่", "vegan shipping")
-
-
-@pytest.mark.parametrize(
-    ("words", "found"),
-    [
-        ("ÄPFEL", {0}),
-        ("vegan", {0, 3}),
-        ("shipping vegan", {3}),
-        ("veg", set()),
-        ("价格", {1}),
-        ("ราคา", {2}),
-        ("ok", {0, 1, 2, 3}),
-        ("!!", set()),
-        ("vegan nothing", set()),
-        ("%", set()),
-    ],
-)
-async def test_search(words: str, found: set[int], archive: Server) -> None:
+async def test_search(archive: Server) -> None:
     """?q= finds the chats, live or not, that hold all its words, in any script and case."""
-    visitors = [await archive.visitor() for _ in SAID]
-    for visitor, said in zip(visitors, SAID, strict=True):
-        await visitor.ask(said)
-    visitors[3].age(3600)
-    await lf.sweep(archive.app, time.monotonic())
-    ids = await chat_ids(archive, f"?q={words}")
-    assert set(ids) == {visitors[number].id for number in found}
+    said = ("Is the Äpfel-Box vegan?", "咖啡价格是多少", "ราคาเท่าไหร่", "vegan shipping")
+    visitors = [await archive.visitor() for _ in said]
+    for visitor, text in zip(visitors, said, strict=True):
+        await visitor.ask(text)
+    await sweep_now(archive, visitors[3])
+    for words, found in {
+        **{"ÄPFEL": {0}, "vegan": {0, 3}, "shipping vegan": {3}, "veg": set[int](), "价格": {1}},
+        **{"ราคา": {2}, "ok": {0, 1, 2, 3}, "!!": set(), "vegan nothing": set(), "%": set()},
+    }.items():
+        ids = await chat_ids(archive, f"?q={words}")
+        assert set(ids) == {visitors[number].id for number in found}, words
 
 
 async def test_owner_sees_what_the_agent_did(archive: Server, model: FakeModel) -> None:
     """An owner's history holds each step with its outcome, and each answer to a question; the
     visitor's does not."""
-    visitor = await archive.visitor()
-    steps = [{"action": "click", "elementId": 1}, {"action": "click", "elementId": 1}]
-    model.scripts.append(act("", {"type": "execute_generic_sequence", "steps": steps}))
-    model.scripts.append(act("Sure?", {**CLICK, "elementId": 2}))
-    await visitor.chat("Do it", pageContext=SHOWN)
-    plan = (await visitor.turn())[-1]["data"]["actions"][0]
+    page = OpenPage(await archive.visitor(), model, SHOWN)
+    plan = await page.ask("Do it", steps(*[step("click", 1)] * 2), ("Sure?", click(2)))
     results = [{"success": True}, {"success": False, "error": "it is covered"}]
-    result = {"success": False, "completedSteps": 1, "results": results}
-    await visitor.send("sequence_complete", actionId=plan["id"], result=result)
-    await visitor.send("continue_task", context=SHOWN)
-    question = (await visitor.turn())[-1]["data"]["message"]
-    await visitor.send("confirmation_response", confirmed=False)
-    await visitor.turn()
-    for idle in (0, 3600):
-        visitor.age(idle)
-        await lf.sweep(archive.app, time.monotonic())
-        body = (await archive.manage("GET", f"/shop/sessions/{visitor.id}")).body
+    asked = await page.done(plan, success=False, completedSteps=1, results=results)
+    await page.answer(False)
+    for idle in ([], [page.visitor]):
+        await sweep_now(archive, *idle)
+        body = (await archive.manage("GET", f"/shop/sessions/{page.visitor.id}")).body
         actions = [text for role, text in text_of(body["history"]) if role == "action"]
         assert actions == [
             "click Next: done",
             "click Next: failed: it is covered",
-            f"{question}\ndeclined by the visitor",
+            f"{asked['data']['message']}\ndeclined by the visitor",
         ]
         others = [one for one in body["history"] if one["role"] != "action"]
         assert body["messageCount"] == len(others) == 3
-        if not idle:
-            assert text_of(others) == await visitor.history()
+        assert idle or text_of(others) == await page.visitor.history()
 
 
 @pytest.mark.parametrize("by_visitor", [False, True])
-@pytest.mark.parametrize("idle", [0, 3600])
+@pytest.mark.parametrize("live", [True, False])
 async def test_erasing_a_chat(
-    idle: float, by_visitor: bool, archive: Server, tmp_path: Path
+    live: bool, by_visitor: bool, archive: Server, tmp_path: Path
 ) -> None:
     """DELETE by its visitor or its site's owner erases a chat for good, be it live or not."""
     visitor, other = await archive.visitor(), await archive.visitor()
     await visitor.ask("SECRET")
     await other.ask("Hello")
-    visitor.age(idle)
-    await lf.sweep(archive.app, time.monotonic())
+    await sweep_now(archive, *([] if live else [visitor]))
     path = f"/sessions/{visitor.id}"
     assert (await archive.manage("DELETE", f"/other{path}", who="other owner")).status == 404
     assert (await archive.manage("DELETE", f"/shop{path}", who="other owner")).status == 403
     foreign = Visitor(archive, visitor.id, "https://other.example")
     assert (await foreign.delete()).error == (404, "session_not_found")
-    erase = (
-        visitor.delete
-        if by_visitor
-        else functools.partial(archive.manage, "DELETE", f"/shop{path}")
-    )
+    by_owner = functools.partial(archive.manage, "DELETE", f"/shop{path}")
+    erase = visitor.delete if by_visitor else by_owner
     assert (await erase()).body == {"deleted": True}
     assert (await erase()).error == (404, "session_not_found")
     assert (await visitor.get()).error == (404, "session_not_found")
@@ -8966,38 +8904,37 @@ async def test_erasing_a_chat(
 
 
 @with_config(limits={"keep_days": 2})
-async def test_kept_chats_are_deleted_in_the_end(
-    archive: Server, model: FakeModel, tmp_path: Path
-) -> None:
+async def test_kept_chats_are_deleted_in_the_end(archive: Server, tmp_path: Path) -> None:
     """The sweep deletes what is older than keep_days, and no chat that is live."""
     visitors = [await archive.visitor() for _ in range(3)]
     for visitor in visitors:
         await visitor.ask("Hello")
-    for visitor in visitors[:2]:
-        visitor.age(3600)
-    await lf.sweep(archive.app, time.monotonic())
+    await sweep_now(archive, *visitors[:2])
     for visitor, days in zip(visitors, (2, 1.9, 40), strict=True):  # or the clock jumped, for one
         set_back(tmp_path, visitor.id, days * 86400)
-    await lf.sweep(archive.app, time.monotonic())
+    await sweep_now(archive)
     assert set(await chat_ids(archive)) == {visitors[1].id, visitors[2].id}
     assert {row[0] for row in query(tmp_path, "SELECT session FROM message")} == {2, 3}
 
 
 @with_constants(SWEEP_SECONDS=1000)
-async def test_kept_chats_go_with_their_site(archive: Server, tmp_path: Path) -> None:
-    """Once a site is deleted no chat of it is on the disk, live or kept; those of others are."""
-    new = {"name": "New", "host": "new.example"}
-    assert (await archive.manage("POST", "", new, "admin")).status == 201
+async def test_kept_chats_go_with_their_site(
+    archive: Server, model: FakeModel, tmp_path: Path
+) -> None:
+    """Once a site is deleted no chat of it is on the disk, live or kept, nor a message to its
+    owner; those of others are."""
+    assert (await archive.manage("POST", "", NEW, "admin")).status == 201
     visitors = [await archive.visitor("https://new.example") for _ in range(7)]
     visitors.append(await archive.visitor())
     for visitor in visitors:
         await visitor.ask("Hello")
-    for visitor in visitors[:6]:
-        visitor.age(3600)
-    await lf.sweep(archive.app, time.monotonic())
+    for visitor in visitors[6:]:
+        assert (await write_to_owner(visitor, model))["event"] == "task_complete"
+    await sweep_now(archive, *visitors[:6])
     assert (await archive.manage("DELETE", "/new-example", who="admin")).status == 200
-    for table in ("session", "message"):
+    for table in ("session", "message", "letter"):
         assert query(tmp_path, f"SELECT DISTINCT site FROM {table}") == [("shop",)]
+    assert [letter.site_id for letter in archive.app.letters.values()] == ["shop"]
 
 
 async def test_activity_of_a_site(archive: Server, model: FakeModel, tmp_path: Path) -> None:
@@ -9005,9 +8942,8 @@ async def test_activity_of_a_site(archive: Server, model: FakeModel, tmp_path: P
     asked = ("When do you open?", "when do you open", "Do you ship?", "Who are you?")
     visitors = []
     for number, question in enumerate(asked):
-        body = {"pageUrl": f"{ORIGIN}/{'shop' if number < 3 else 'about'}?n={number}#top"}
-        answer = await archive.call("POST", "/api/session/init", body)
-        visitors.append(Visitor(archive, answer.body["sessionId"]))
+        page = f"{ORIGIN}/{'shop' if number < 3 else 'about'}?n={number}#top"
+        visitors.append(await visitor_from(archive, page))
         await visitors[-1].connect()
         unknown = {"message": "I do not know.", "answered": number != 2, "action": None}
         model.scripts.append([sse(chunk(json.dumps(unknown)), "[DONE]")])
@@ -9015,33 +8951,27 @@ async def test_activity_of_a_site(archive: Server, model: FakeModel, tmp_path: P
     for kind in ("task_complete", "abort_workflow"):
         model.scripts.append(act("", {"type": kind, "summary": "x", "reason": "y"}))
         await visitors[3].ask("Do it", pageContext=SHOWN)
-    visitors[2].age(3600)
-    await lf.sweep(archive.app, time.monotonic())
+    await sweep_now(archive, visitors[2])
     body = (await archive.manage("GET", "/shop/activity?days=7")).body
     assert body.keys() == {"days", "questions", "unanswered", "pages"}
-    today = datetime.now(UTC).date()
-    assert [day["day"] for day in body["days"]] == [
-        str(today - timedelta(n)) for n in range(6, -1, -1)
-    ]
+    week = [str(datetime.now(UTC).date() - timedelta(n)) for n in range(6, -1, -1)]
+    assert [day["day"] for day in body["days"]] == week
     used = body["days"][-1]
     assert used.pop("tokens") > 0
     expected = {"chats": 4, "messages": 6, "tasksDone": 1, "tasksFailed": 1, "unanswered": 1}
-    assert used == {"day": str(today), **expected}
-    assert body["days"][0] == {
-        "day": str(today - timedelta(6)),
-        **dict.fromkeys(expected, 0),
-        "tokens": 0,
-    }
-    questions = {one["text"]: one["count"] for one in body["questions"]}
-    assert questions == {"when do you open": 2, "Do it": 2, "Do you ship?": 1, "Who are you?": 1}
-    assert [one["count"] for one in body["questions"]] == [2, 2, 1, 1]
+    assert used == {"day": week[-1], **expected}
+    assert body["days"][0] == {"day": week[0], **dict.fromkeys((*expected, "tokens"), 0)}
+    questions = [(one["text"], one["count"]) for one in body["questions"]]
+    once = [("Do you ship?", 1), ("Who are you?", 1)]
+    assert (sorted(questions[:2]), sorted(questions[2:])) == (
+        [("Do it", 2), ("when do you open", 2)],
+        once,
+    )
     assert datetime.fromisoformat(body["questions"][0]["lastAsked"]).tzinfo is not None
     (missing,) = body["unanswered"]
     assert (missing["text"], missing["sessionId"]) == ("Do you ship?", visitors[2].id)
-    assert body["pages"] == [
-        {"url": f"{ORIGIN}/shop", "chats": 3},
-        {"url": f"{ORIGIN}/about", "chats": 1},
-    ]
+    pages = [(page["url"].removeprefix(ORIGIN), page["chats"]) for page in body["pages"]]
+    assert pages == [("/shop", 3), ("/about", 1)]
     assert (await visitors[0].delete()).status == 200
     set_back(tmp_path, visitors[2].id, 3 * 86400)
     body = (await archive.manage("GET", "/shop/activity?days=3")).body
@@ -9056,44 +8986,33 @@ async def test_activity_of_a_site(archive: Server, model: FakeModel, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("host", "refused"),
+    ("refused", "hosts"),
     [
-        ("other.example", "host_taken"),
-        ("other.example:443", "host_taken"),
-        ("deep.other.example", "host_taken"),
-        ("b.shop.acme.com", "host_taken"),  # shop.acme.com:8443 is another site's
-        ("shop.acme.com", "host_taken"),
-        ("b.shop.acme.com:8443", "host_taken"),
-        ("google.com", "forbidden"),
-        ("edu.pl", "forbidden"),
-        ("com:8443", "invalid_config"),
-        ("notacme.com", "forbidden"),
-        ("acme.com.evil.example", "forbidden"),
-        ("new.acme.com", ""),
-        ("acme.com:8443", ""),
-        ("a.b.acme.com:1", ""),
-        ("localhost:3000", ""),
-        ("b.ported.example:8443", ""),
-        ("b.ported.example", "forbidden"),
-        ("ported.example:1", "forbidden"),
+        ("host_taken", "other.example other.example:443 deep.other.example shop.acme.com"),
+        ("host_taken", "b.shop.acme.com b.shop.acme.com:8443"),  # shop.acme.com:8443 is another's
+        ("forbidden", "google.com edu.pl notacme.com acme.com.evil.example"),
+        ("forbidden", "b.ported.example ported.example:1"),
+        ("invalid_config", "com:8443"),
+        ("", "new.acme.com acme.com:8443 a.b.acme.com:1 localhost:3000 b.ported.example:8443"),
     ],
 )
-async def test_hosts_that_owners_add(host: str, refused: str, admin: Server) -> None:
+async def test_hosts_that_owners_add(refused: str, hosts: str, admin: Server) -> None:
     """Only below a host that they have, and not below another site's, on whatever port; all else
     is for admins to give."""
     mine = ["acme.com", "localhost", "ported.example:8443"]
-    theirs = ["other.example", "shop.acme.com:8443"]
-    for site, hosts in (("shop", mine), ("other", theirs)):
-        change = {"allowedHosts": hosts}
-        assert (await admin.manage("PATCH", f"/{site}", change, "admin")).status == 200
-    change = {"allowedHosts": [*mine, host]}
-    answer = await admin.manage("PATCH", "/shop", change)
-    assert (answer.error[1] if answer.status != 200 else "") == refused
-    assert (await admin.manage("PATCH", "/shop", {"name": "New"})).status == 200
-    if refused == "forbidden":
-        assert answer.status == 403
+    theirs = {"allowedHosts": ["other.example", "shop.acme.com:8443"]}
+    assert (await admin.manage("PATCH", "/other", theirs, "admin")).status == 200
+    for host in hosts.split():
+        change = {"allowedHosts": mine}
         assert (await admin.manage("PATCH", "/shop", change, "admin")).status == 200
-        assert (await admin.manage("PATCH", "/shop", {"allowedHosts": None})).status == 200
+        change = {"allowedHosts": [*mine, host]}
+        answer = await admin.manage("PATCH", "/shop", change)
+        assert (answer.error[1] if answer.status != 200 else "") == refused, host
+        assert (await admin.manage("PATCH", "/shop", {"name": "New"})).status == 200
+        if refused == "forbidden":
+            assert answer.status == 403
+            assert (await admin.manage("PATCH", "/shop", change, "admin")).status == 200
+            assert (await admin.manage("PATCH", "/shop", {"allowedHosts": None})).status == 200
 
 
 # ---------------------------------------------------------------------------------------------
@@ -9133,113 +9052,95 @@ async def write_to_owner(visitor: Visitor, model: FakeModel) -> Json:
     return await visitor.next()
 
 
-def hooked(hook: Hook) -> Json:
-    return {**MANAGED, "notify_url": hook.url}
-
-
 @with_constants(SWEEP_SECONDS=0.01)
 async def test_message_to_the_owner(
     serve: Serve, model: FakeModel, key_server: KeyServer, hook: Hook
 ) -> None:
     """The visitor sees and confirms the whole text; then it is kept, posted, and the owner's to
-    delete."""
-    server = await serve(model, **office(key_server, sites=[hooked(hook), FOREIGN]))
-    visitor = await server.visitor()
-    model.scripts.append(act("", {"type": "contact_owner", **LETTER}))
-    asked = (await visitor.ask("Tell them", pageContext=SHOWN))["data"]
-    text = "Please call me.\nIt is urgent.\n\nAda, ada@example.com"
-    assert asked["message"] == f"Shall I send this to Acme Shop?\n\n{text}"
-    assert (await server.manage("GET", "/shop/messages")).body == {"messages": []}
-    for _ in range(2):  # it counts once
-        await visitor.send("confirmation_response", confirmed=True)
-    end = await visitor.next()
+    delete. Nothing is kept of what is not confirmed."""
+    shop = {**MANAGED, "notify_url": hook.url}
+    server = await serve(model, **office(key_server, sites=[shop, FOREIGN]))
+    page = OpenPage(await server.visitor(), model, SHOWN)
+
+    async def kept(site: str = "shop") -> list[Json]:
+        messages = (await server.manage("GET", f"/{site}/messages", who="admin")).body["messages"]
+        return cast(list[Json], messages)
+
+    for confirmed in (False, True):
+        asked = (await page.ask("Tell them", {"type": "contact_owner", **LETTER}))["data"]
+        text = "Please call me.\nIt is urgent.\n\nAda, ada@example.com"
+        assert asked["message"] == f"Shall I send this to Acme Shop?\n\n{text}"
+        assert await kept() == []
+        if confirmed:  # it counts once
+            await page.visitor.send("confirmation_response", confirmed=True)
+        end = await page.answer(confirmed)
+        if not confirmed:
+            assert end["data"]["text"] == lf.ENGLISH("not_confirmed")
+            assert server.app.letters == {}
     said = "Your message is on its way to Acme Shop."
-    assert (end["event"], end["data"]) == ("task_complete", {"summary": said, "message": said})
+    assert told(end) == ("task_complete", {"summary": said, "message": said})
     await until(lambda: hook.got)
     await until(lambda: all(letter.body["delivered"] for letter in server.app.letters.values()))
-    (kept,) = (await server.manage("GET", "/shop/messages")).body["messages"]
-    shared = {**LETTER, "pageUrl": SHOWN["url"], "createdAt": kept["createdAt"]}
-    assert kept == {**shared, "id": kept["id"], "sessionId": visitor.id, "delivered": True}
+    (letter,) = await kept()
+    shared = {**LETTER, "pageUrl": SHOWN["url"], "createdAt": letter["createdAt"]}
+    new = {"id": letter["id"], "sessionId": page.visitor.id, "delivered": True}
+    assert letter == {**shared, **new}
     line = "Ada (ada@example.com) on Acme Shop: Please call me. It is urgent."
     head = {"event": "message", "site": "shop"}
     assert hook.got == [{**head, **shared, "text": line, "content": line}]
-    assert (await server.manage("GET", "/other/messages", who="admin")).body == {"messages": []}
-    answer = await server.manage("DELETE", f"/other/messages/{kept['id']}", who="admin")
+    assert await kept("other") == []
+    answer = await server.manage("DELETE", f"/other/messages/{letter['id']}", who="admin")
     assert answer.error == (404, "not_found")
-    path = f"/shop/messages/{kept['id']}"
+    path = f"/shop/messages/{letter['id']}"
     assert (await server.manage("DELETE", path)).body == {"deleted": True}
     assert (await server.manage("DELETE", path)).error == (404, "not_found")
-    assert (await server.manage("GET", "/shop/messages")).body == {"messages": []}
-
-
-async def test_message_to_the_owner_without_consent(
-    server: Server, visitor: Visitor, model: FakeModel
-) -> None:
-    """Nothing is kept of what the visitor does not confirm."""
-    model.scripts.append(act("", {"type": "contact_owner", **LETTER}))
-    await visitor.ask("Tell them")
-    await visitor.send("confirmation_response", confirmed=False)
-    assert (await visitor.next())["data"]["text"] == lf.ENGLISH("not_confirmed")
-    assert server.app.letters == {}
+    assert await kept() == []
 
 
 @pytest.mark.parametrize(
     "fields", [{"email": ""}, {"email": "ada at home"}, {"message": " "}, {"message": None}]
 )
-async def test_unfinished_messages_to_the_owner(
-    fields: Json, visitor: Visitor, model: FakeModel
-) -> None:
+async def test_unfinished_messages_to_the_owner(fields: Json, page: OpenPage) -> None:
     """The model is told what is missing, and asks for it."""
-    model.scripts.append(act("", {"type": "contact_owner", **LETTER, **fields}))
-    model.scripts.append(act("", {"type": "ask_user", "question": "Your address?"}))
-    assert (await visitor.ask())["data"]["text"] == "Your address?"
-    assert "ask the visitor for it" in model.prompt()
+    asks = {"type": "ask_user", "question": "Your address?"}
+    end = await page.ask("Go", {"type": "contact_owner", **LETTER, **fields}, asks)
+    assert end["data"]["text"] == "Your address?"
+    assert "ask the visitor for it" in page.model.prompt()
 
 
 @with_config(limits={"idle_minutes": 120})
-async def test_limit_of_messages_to_the_owner(
+@with_constants(MAX_LETTERS=5)
+async def test_limits_of_messages_to_the_owner(
     server: Server, visitor: Visitor, model: FakeModel, clock: Clock
 ) -> None:
-    """Three an hour and session; others have their own."""
-    for _ in range(3):
-        assert (await write_to_owner(visitor, model))["event"] == "task_complete"
-    assert (await write_to_owner(visitor, model))["data"]["text"] == lf.ENGLISH("too_many_letters")
-    assert (await write_to_owner(await server.visitor(), model))["event"] == "task_complete"
+    """Three an hour and session; others have their own. What is kept for a site is bounded."""
+    other = await server.visitor()
+    for writer, event in ((visitor, "task_complete"),) * 3 + (
+        (visitor, "message"),
+        (other, "task_complete"),
+    ):
+        end = await write_to_owner(writer, model)
+        assert end["event"] == event
+        assert event != "message" or end["data"]["text"] == lf.ENGLISH("too_many_letters")
     clock.ahead = 3601
     assert (await write_to_owner(visitor, model))["event"] == "task_complete"
-
-
-@with_constants(MAX_LETTERS=2)
-async def test_full_box_of_messages_to_the_owner(server: Server, model: FakeModel) -> None:
-    """What is kept for a site is bounded."""
-    ends = [await write_to_owner(await server.visitor(), model) for _ in range(3)]
-    assert [end["event"] for end in ends] == ["task_complete", "task_complete", "message"]
-
-
-async def test_messages_to_the_owner_go_with_their_site(admin: Server, model: FakeModel) -> None:
-    """A site that is deleted leaves none behind; the others' stay."""
-    new = {"name": "New", "host": "new.example"}
-    assert (await admin.manage("POST", "", new, "admin")).status == 201
-    for origin in ("https://new.example", ORIGIN):
-        await write_to_owner(await admin.visitor(origin), model)
-    assert (await admin.manage("DELETE", "/new-example", who="admin")).status == 200
-    assert [letter.site_id for letter in admin.app.letters.values()] == ["shop"]
+    assert (await write_to_owner(visitor, model))["event"] == "message"
 
 
 def test_messages_to_the_owner_ring_for_nobody() -> None:
     """What chat programs take for a call to all of a team is defused."""
-    for text in ("@everyone", "<!channel>", "<@U123>", "<@&99>", "<#C1>", "@here!"):
-        assert lf.MENTION.search(text)
-    for text in ("ada@example.com", "a < b", "@ada"):
-        assert not lf.MENTION.search(text)
+    texts = ("@everyone", "<!channel>", "<@U123>", "<@&99>", "<#C1>", "@here!")
+    assert all(lf.MENTION.search(text) for text in texts)
+    assert not any(lf.MENTION.search(text) for text in ("ada@example.com", "a < b", "@ada"))
 
 
 @with_constants(SWEEP_SECONDS=0.01)
 async def test_messages_are_posted_until_they_are_taken(
-    serve: Serve, model: FakeModel, hook: Hook, tmp_path: Path, clock: Clock, caplog: Log
+    model: FakeModel, hook: Hook, tmp_path: Path, clock: Clock, caplog: Log
 ) -> None:
     """Again after 1, 5 and 30 minutes and at the next start; no redirect is followed."""
-    config = make_config(model, sites=[hooked(hook)], server=on_disk(tmp_path))
+    site = {**MANAGED, "notify_url": hook.url}
+    config = make_config(model, sites=[site], server=on_disk(tmp_path))
     hook.statuses.extend([500, 302, 404, 503])
     async with running(config) as server:
         await write_to_owner(await server.visitor(), model)
@@ -9257,8 +9158,7 @@ async def test_messages_are_posted_until_they_are_taken(
             (kept,) = server.app.letters.values()
             await until(functools.partial(kept.body.__getitem__, "delivered"))
     assert hook.got == hook.got[:1] * 5
-    assert "s3cret" not in caplog.text
-    assert "call me" not in caplog.text
+    assert not re.search("s3cret|call me", caplog.text)
 
 
 async def test_test_of_the_notify_url(admin: Server, hook: Hook) -> None:
@@ -9268,25 +9168,13 @@ async def test_test_of_the_notify_url(admin: Server, hook: Hook) -> None:
     assert answer.error == (400, "invalid_config")
     assert answer.body["details"]["errors"].keys() == {"notifyUrl"}
     assert (await admin.manage("PATCH", "/shop", {"notifyUrl": hook.url})).status == 200
-    failed = {"delivered": False, "reason": "ClientConnectorError"}
-    assert (await admin.manage("POST", path)).body == failed
-    assert hook.got == []
-    admin.app.public_http = admin.app.http
     hook.statuses.append(410)
-    assert (await admin.manage("POST", path)).body == {"delivered": False, "reason": "HTTP 410"}
-    assert (await admin.manage("POST", path)).body == {"delivered": True, "reason": ""}
+    for reason in ("ClientConnectorError", "HTTP 410", ""):
+        answer = await admin.manage("POST", path)
+        assert answer.body == {"delivered": not reason, "reason": reason}
+        assert bool(hook.got) == (reason != "ClientConnectorError")
+        admin.app.public_http = admin.app.http
     assert hook.got[0]["event"] == "test"
-
-
-async def test_pause(admin: Server) -> None:
-    """A paused site's visitors get the refusal, at once and until it is taken back."""
-    visitor = await admin.visitor()
-    await visitor.ask()
-    assert (await admin.manage("PATCH", "/shop", {"paused": True})).body["paused"]
-    answer = await visitor.post()
-    assert (*answer.error, answer.body["message"]) == (*BUDGET_SPENT, REFUSAL)
-    await admin.manage("PATCH", "/shop", {"paused": None})
-    await visitor.ask()
 
 
 async def test_the_guide_passes_messages_on(serve: Serve) -> None:
@@ -9295,10 +9183,10 @@ async def test_the_guide_passes_messages_on(serve: Serve) -> None:
     visitor = await server.visitor()
     said = ["I want to talk to a human", "Hello, do you repair mugs?", "Ada", "none", "a@b.example"]
     heard = [(await visitor.ask(one))["data"] for one in said]
-    questions = ["your message", "your name", "your e-mail address", "your e-mail address"]
-    assert [one["text"] for one in heard[:-1]] == [
-        lf.ENGLISH("guide_ask", what=one) for one in questions
-    ]
+    for one, what in zip(
+        heard, ("message", "name", "e-mail address", "e-mail address"), strict=False
+    ):
+        assert one["text"] == lf.ENGLISH("guide_ask", what=f"your {what}")
     assert "Hello, do you repair mugs?\n\nAda, a@b.example" in heard[-1]["message"]
     await visitor.send("confirmation_response", confirmed=True)
     assert (await visitor.next())["event"] == "task_complete"
@@ -9315,7 +9203,6 @@ def test_files_that_may_not_be_read(tmp_path: Path, monkeypatch: Patch, capsys: 
     (tmp_path / "config.toml").write_text("")
     (tmp_path / "leflux.db").touch()
     monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))
-
     denied = PermissionError(13, "Permission denied", "/state/leflux.db")
 
     def find_person(*_: object) -> None:
@@ -9354,13 +9241,13 @@ async def test_export_and_erase(tmp_path: Path) -> None:
         assert await tell("--erase", "ada@example.com") == "erased: 0 chat(s), 0 message(s)\n"
         await running.stop()
     assert traces(tmp_path, "Zanzibar") == []
-    async with program(tmp_path, "[limits]\nidle_minutes = 0.001") as running:
+    async with program(tmp_path, "[limits]\nidle_minutes = 0.05") as running:
         late = await running.server.visitor()
         await late.ask("I am late@example.com from Oslo")
         later = await running.server.visitor()
         await later.ask("I am later@example.com from Bergen")
-        await asyncio.sleep(0.2)
-        assert (await late.get()).error == (404, "session_not_found")
+        while (await late.get()).status == 200:  # noqa: ASYNC110 (nothing says when it is over)
+            await asyncio.sleep(0.1)
         assert json.loads(await tell("--export", late.id))["chats"][0]["sessionId"] == late.id
         told = await asyncio.gather(*(tell("--erase", one.id) for one in (late, later)))
         assert told == ["erased: 1 chat(s), 0 message(s)\n"] * 2
