@@ -2460,8 +2460,9 @@ def said_topics(word: str) -> tuple[str, ...]:
 
 def topical_words(text: str) -> tuple[list[str], list[str]]:
     """Return a text's different words, signs of topics with them, and the topics that each says."""
-    words = WORD.findall(spaced(SIGNS.sub(lambda sign: f"{sign[0]} x{sign.lastgroup} ", text)))
-    return list(dict.fromkeys(words)), [name for word in words for name in said_topics(word)]
+    found = WORD.findall(spaced(SIGNS.sub(lambda sign: f"{sign[0]} x{sign.lastgroup} ", text)))
+    words = list(dict.fromkeys(found))
+    return words, [name for word in words for name in said_topics(word)]
 
 
 def indexed(text: str) -> str:
@@ -2506,11 +2507,15 @@ def best_of(question: str, texts: Sequence[str], share: float) -> list[int]:
         there, about_it = topical_words(text)
         total, signs = 0.0, 0
         for word, subjects in wanted:
-            shares = [
-                1.0 if other in word else alike(one, other)[0] for one in word for other in there
-            ]
+            parts = {
+                True: 0.0,
+                False: 0.0,
+            }  # the start of a compound may be one word, its end another
+            for one, other in itertools.product(word, there):
+                share, start = (1.0, True) if one == other else alike(one, other)
+                parts[start] = max(parts[start], share)
             on_topic = sum(about_it.count(one.name) for one in subjects)
-            total += max([*shares, (0.8 if word else 1) * (on_topic > 0)])
+            total += max(min(sum(parts.values()), 1), (0.8 if word else 1) * (on_topic > 0))
             signs += min(on_topic, 2)
         best = max(best, (total / max(1, len(wanted)), signs, -len(there), at))
     return [best[-1]] if best[-1] >= 0 else []
@@ -2570,7 +2575,7 @@ def split_sections(sections: Iterable[tuple[str, str]]) -> Iterator[tuple[str, s
         yield from ((heading[-120:].strip(": "), piece) for piece in pieces if piece)
 
 
-KNOWLEDGE_VERSION = 5  # of the schema, of indexed(), and of the topics in widget/words
+KNOWLEDGE_VERSION = 6  # of the schema, of indexed(), and of the topics in widget/words
 KNOWLEDGE_SCHEMA = """
     CREATE TABLE site (number INTEGER PRIMARY KEY, id TEXT UNIQUE);
     CREATE TABLE page (

@@ -4876,6 +4876,8 @@ def test_guide_on_any_page(context: Json) -> None:
         ("Opening hours\nContact", "what are your opening hours", ""),  # no text below
         ("Pricing\nHome Pricing", "what about pricing plans", ""),  # menus
         ("Visits\nBy day. By night. By train. By bike, in spring.", "visits by bike", "By bike"),
+        ("We hire out paddle boards.", "do you rent paddleboards?", "boards"),
+        ("Open Friday to May.", "Are you open in December?", "Friday"),
         ("What we do\nCrowns\nImplants\nBridges", "do you do implants?", "What we do: Implants"),
     ],
 )
