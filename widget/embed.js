@@ -841,7 +841,7 @@ button { font: inherit; color: inherit; background: none; border: 1px solid tran
   cursor: pointer; border-radius: var(--radius, .8em); }
 button:disabled { opacity: .5; cursor: default; }
 a { color: var(--accent-ink); }
-:is(:focus-visible, .confirm button:focus) { outline: 2px solid var(--accent-ink); outline-offset: 2px; }
+:focus-visible, .confirm button:focus { outline: 2px solid var(--accent-ink); outline-offset: 2px; }
 svg { width: 1.25em; height: 1.25em; flex: none; display: block; fill: none; stroke: currentColor; stroke-width: 2;
   stroke-linecap: round; stroke-linejoin: round; }
 .quiet { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }

@@ -517,6 +517,7 @@ async def test_keyboard_and_focus(visit: Visit, serve: Serve) -> None:
     await page.keyboard.press("Enter")
     await expect(dialog).to_be_visible()
     await expect(page.get_by_role("textbox", name="Your message")).to_be_focused()
+    assert await style(part(page, "textarea"), "outlineStyle") == ["none"]  # the form has the ring
     await page.keyboard.type("j/? k")
     await page.keyboard.press("Control+a")
     await page.keyboard.press("Escape")
