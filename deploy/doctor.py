@@ -42,7 +42,7 @@ REQUEST_SECONDS = 10  # for one request to the server
 KNOCK_SECONDS = 5  # to connect, TLS included, and again for a first answer
 MODEL_SECONDS = 45  # for the model's whole answer
 MAX_SITES = 5  # that a chat is opened for: init_per_minute counts them
-CERTIFICATE_DAYS = 14  # certbot renews 30 days before the end
+CERTIFICATE_PART = 0.15  # of its time; certbot and Caddy renew when a third is left
 FORGED_ADDRESS = "203.0.113.77"  # nobody's (RFC 5737)
 QUESTION = (
     'Answer with this JSON and nothing else: {"message": "ok", "answered": true, "action": null}'
@@ -387,13 +387,19 @@ async def connect(url: str, **options: Any) -> asyncio.StreamWriter:
     return writer
 
 
+def certificate_words(certificate: Mapping[str, str], now: float) -> str:
+    """Say how long a certificate is valid; raise Failure if it should have been renewed."""
+    begins, ends = (ssl.cert_time_to_seconds(certificate[f"not{at}"]) for at in ("Before", "After"))
+    hours = int((ends - now) / 3600)
+    left = f"{hours // 24} day(s)" if hours >= 48 else f"{hours} hour(s)"
+    if ends - now < (ends - begins) * CERTIFICATE_PART:
+        raise Failure(f"it ends in {left}. Renew it, and see why that did not happen")
+    return f"valid for {left} more"
+
+
 async def check_certificate(url: str) -> str:
     writer = await connect(url, ssl=True)
-    ends = ssl.cert_time_to_seconds(writer.get_extra_info("peercert")["notAfter"])
-    days = int((ends - time.time()) / 86400)
-    if days < CERTIFICATE_DAYS:
-        raise Failure(f"it ends in {days} day(s). Renew it, and see why that did not happen")
-    return f"valid for {days} more days"
+    return certificate_words(writer.get_extra_info("peercert"), time.time())
 
 
 def address_words(own: str, seen: str, forgeable: bool, proxies: Sequence[lf.Network]) -> str:

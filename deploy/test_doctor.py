@@ -11,6 +11,7 @@ import os
 import re
 import ssl
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -29,6 +30,7 @@ from multidict import CIMultiDict
 import leflux_server as lf
 from conftest import (
     DAMAGES,
+    NOW,
     OTHER,
     PATIENCE_SECONDS,
     SHOP,
@@ -593,8 +595,32 @@ async def test_doctor_looks_at_tls(
     for what, words in failures.items():
         assert words in findings.lines[what.replace("url", url)]
     if not failures:
-        assert findings.lines["certificate"] == "ok valid for 89 more days"
+        assert findings.lines["certificate"] == "ok valid for 89 day(s) more"
         assert "over wss://localhost:" in findings.lines["site shop"]
+
+
+@pytest.mark.parametrize(
+    ("days", "left", "words"),
+    [
+        (90, 20, "valid for 20 day(s) more"),
+        (90, 13, "it ends in 13 day(s)"),
+        (6, 2, "valid for 2 day(s) more"),
+        (0.5, 0.25, "valid for 6 hour(s) more"),
+        (0.5, 0.05, "it ends in 1 hour(s)"),
+    ],
+)
+def test_certificates_that_live_long_or_short(days: float, left: float, words: str) -> None:
+    """It should have been renewed when less than a seventh of its time is left."""
+    times = {"notBefore": (left - days) * 86400, "notAfter": left * 86400}
+    written = {
+        name: time.strftime("%b %d %H:%M:%S %Y GMT", time.gmtime(NOW + seconds))
+        for name, seconds in times.items()
+    }
+    if words.startswith("valid"):
+        assert doctor.certificate_words(written, NOW) == words
+    else:
+        with pytest.raises(doctor.Failure, match=re.escape(words)):
+            doctor.certificate_words(written, NOW)
 
 
 GATEWAY: Json = {"": (502, {})}
