@@ -258,10 +258,11 @@ def tables(found: Found, size: Size) -> str:
 
 def machine() -> str:
     found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    [own] = re.findall(r'^__version__ = "(.+)"', SERVER.read_text(), re.M)
     return (
         f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores,"
         f" {platform.system()} {platform.release()}, Python {platform.python_version()},"
-        f" aiohttp {version('aiohttp')}, {time.strftime('%Y-%m-%d')}"
+        f" aiohttp {version('aiohttp')}, leflux {own}, {time.strftime('%Y-%m-%d')}"
     )
 
 
