@@ -4492,12 +4492,13 @@ class ChatModel:
         async with asyncio.timeout_at(deadline):
             response = await self._open(prompt)
         async with response, asyncio.timeout_at(deadline) as timer:
-            reader, data = EventReader(), b"."
-            whole = response.content_type == "application/json"  # it does not stream
-            at_least = MAX_SSE_LINE_BYTES if whole else 1
+            reader, data, whole = EventReader(), b".", None
             while data:
                 # Who iterates awaits nothing between two pieces, so the timer stops only this.
-                data = await read_some(response.content, at_least)
+                data = await read_some(response.content, 1)
+                if whole is None and (start := data.lstrip()[:1]):
+                    whole = start == b"{"  # one JSON body, whatever its Content-Type
+                    data += await read_some(response.content, MAX_SSE_LINE_BYTES) if whole else b""
                 signs = completion.signs
                 events = [parse_json(data)] if whole else reader.feed(data or b"\n\n")
                 said, problem = read_events(events, completion)
@@ -4987,15 +4988,17 @@ async def stream_reply(turn: Turn) -> Json | None:
     """Stream what the backend says; return its reply object, None for plain text."""
     reader, length, recent = ReplyReader(), 0, ""
     async with contextlib.aclosing(turn.app.backend.reply(turn)) as pieces:
-        async for piece in pieces:
-            if delta := reader.feed(piece[: MAX_REPLY_CHARS - length]):
-                emit_chunk(turn, delta)
-            recent = (recent + piece)[-3000:]
-            before, length = length, length + len(piece)
-            if length > MAX_REPLY_CHARS:
-                raise ModelError("the reply is too long")
-            if length // 200 > before // 200 and is_looping(recent):
-                raise ModelError("the reply repeats itself")
+        async for burst in pieces:
+            for start in range(0, len(burst), 1000):
+                piece = burst[start : start + 1000]
+                if delta := reader.feed(piece[: MAX_REPLY_CHARS - length]):
+                    emit_chunk(turn, delta)
+                recent = (recent + piece)[-3000:]
+                before, length = length, length + len(piece)
+                if length > MAX_REPLY_CHARS:
+                    raise ModelError("the reply is too long")
+                if length // 200 > before // 200 and is_looping(recent):
+                    raise ModelError("the reply repeats itself")
     rest, reply = reader.finish()
     if rest:
         emit_chunk(turn, rest)
@@ -5613,7 +5616,8 @@ def caller_site(request: web.Request) -> tuple[Site, str]:
         if not site and app.config.server.demo:
             # The demo, on whatever address this server is opened by.
             own_origin = parse_origin(f"{scheme}://{request.headers.get('Host', '')}")
-            site = app.sites.get("demo") if caller == own_origin else None
+            own = request.headers.get("Origin", scheme).lower().partition(":")[0] == scheme
+            site = app.sites.get("demo") if own and caller == own_origin else None
         if site is not None:
             return site, host
     app.once_a_minute(logging.INFO, host, "a page of %s asked, which no site has", host or "?")

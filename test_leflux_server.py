@@ -4498,17 +4498,18 @@ async def test_streams_without_text(
     assert len(model.requests) == 1
 
 
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
 @pytest.mark.parametrize("indent", [None, 2])
 async def test_answer_that_does_not_stream(
-    indent: int | None, server: Server, visitor: Visitor, model: FakeModel
+    indent: int | None, kind: str, server: Server, visitor: Visitor, model: FakeModel
 ) -> None:
     """One JSON body is an answer, too, also one that arrives in pieces; an error in it is one."""
     answer = {"choices": [{"message": {"content": "Hi"}}], "usage": {"total_tokens": 9}}
 
     async def whole(request: web.Request, body: Any = answer) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        response = web.StreamResponse(headers={"Content-Type": kind})
         await response.prepare(request)
-        for byte in json.dumps(body, indent=indent).encode():
+        for byte in (" " + json.dumps(body, indent=indent)).encode():
             await response.write(b"%c" % byte)
         return response
 
@@ -4518,6 +4519,16 @@ async def test_answer_that_does_not_stream(
     expect_end(await visitor.ask(), "Hi")
     assert used(server) == (18, 0)
     assert len(model.requests) == 3
+
+
+async def test_a_stream_that_says_it_is_json(visitor: Visitor, model: FakeModel) -> None:
+    """What a response is counts, not what its Content-Type says."""
+
+    async def stream(request: web.Request) -> web.Response:
+        return web.Response(body=HELLO, content_type="application/json")
+
+    model.scripts.append(stream)
+    expect_end(await visitor.ask(), "Hello world")
 
 
 @pytest.mark.parametrize(
@@ -4552,23 +4563,29 @@ async def breath(_: web.Request) -> None:
     await asyncio.sleep(0.001)
 
 
-@pytest.mark.parametrize("piece", [3, 200])
+@pytest.mark.parametrize(("piece", "pause"), [(3, [breath]), (200, [breath]), (3, [])])
 @pytest.mark.parametrize("unit", ["I am sorry. ", "We sell coffee and tea in many sizes. "])
 @pytest.mark.parametrize("form", ["plain", "json"])
 async def test_a_reply_that_repeats_itself(
-    piece: int, unit: str, form: str, visitor: Visitor, model: FakeModel, caplog: Log
+    piece: int,
+    pause: list[Any],
+    unit: str,
+    form: str,
+    visitor: Visitor,
+    model: FakeModel,
+    caplog: Log,
 ) -> None:
     """A reply that says its last 200 characters three times in a row is stopped."""
     text = "Hello. " + unit * (20_000 // len(unit))
     raw = text if form == "plain" else json.dumps({"message": text})
     pieces = [raw[i : i + piece] for i in range(0, len(raw), piece)]
-    model.scripts.append([step for one in pieces for step in (sse(chunk(one)), breath)])
+    model.scripts.append([step for one in pieces for step in (sse(chunk(one)), *pause)])
     end = await visitor.ask()
     assert end["event"] == "message_done"
     assert end["data"]["text"].endswith(CUT_SHORT)
     assert len(end["data"]["text"]) < 2500
     assert "repeats itself" in warnings(caplog)
-    await until(lambda: model.hung_up)
+    await until(lambda: model.hung_up or not pause)
 
 
 async def test_a_list_does_not_repeat_itself(visitor: Visitor, model: FakeModel) -> None:
@@ -6871,6 +6888,15 @@ async def test_init(server: Server) -> None:
 
 
 HTTPS = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "b.example:444"}
+
+
+async def test_the_demo_on_any_address(serve: Serve) -> None:
+    """With server.demo, an Origin of the request's own scheme and Host is the demo's."""
+    server = await serve(sites=[{"id": "demo", "name": "Demo", "allowed_hosts": []}])
+    host = "192.0.2.7:3002"
+    for scheme, expected in (("http", 200), ("https", 403), ("ftp", 403)):
+        answer = await server.init(origin=f"{scheme}://{host}", headers={"Host": host})
+        assert answer.status == expected
 
 
 @pytest.mark.parametrize(
