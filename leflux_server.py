@@ -1862,6 +1862,8 @@ class Store:
 
     def __init__(self, path: Path | None, history_bytes: float = math.inf) -> None:
         self.path = path
+        self.writable = asyncio.Event()  # not while the log is emptied
+        self.writable.set()
         self._clean: dict[bytes, int] = {}  # how many of the log's frames are copied, by its header
         with contextlib.ExitStack() as opened:
             if path is not None:
@@ -1892,8 +1894,6 @@ class Store:
         self._sessions: dict[int, Session] = {}  # with changes to write, by row
         self._rows: dict[tuple[str, str], tuple[str, Any]] = {}  # all else, the last of a kind
         self._held = Held(history_bytes, self._let_go)
-        self.writable = asyncio.Event()  # not while the log is emptied
-        self.writable.set()
         self._once_a_minute = RateLimitedLog()
         self._next_row = 0  # that expired() looks at
         self.failing = False
@@ -2002,6 +2002,8 @@ class Store:
             await run(self._thread, self._copy_log)
             self.writable.clear()
             emptied = await run(self._thread, self._empty_log)
+        except FileNotFoundError:
+            pass  # the log vanished with the file
         except (sqlite3.Error, OSError) as error:
             self._complain(error)
         # Not emptied, a commit may reuse the log's start, and must order that on the disk.
