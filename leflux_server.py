@@ -1690,7 +1690,7 @@ def lock_folder(path: Path) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(lock)
-        raise ConfigError("it is in use by another leflux") from None
+        raise ConfigError("it is in use by another leflux; stop that one first") from None
     return lock
 
 
