@@ -633,6 +633,11 @@ with_config = pytest.mark.config  # @with_config(limits={...}): tables for the s
 with_constants = pytest.mark.constants  # @with_constants(PING_SECONDS=0.1): in the server's file
 
 
+def cases(names: str, *rows: Any) -> pytest.MarkDecorator:
+    """The cases of a test: the names of its columns ("given, expected"), and their rows."""
+    return pytest.mark.parametrize(names, rows)
+
+
 def marked(request: pytest.FixtureRequest, name: str) -> Json:
     """What a mark of the test says."""
     mark = request.node.get_closest_marker(name)
@@ -663,6 +668,15 @@ async def server(request: pytest.FixtureRequest, serve: Serve, model: FakeModel)
 @pytest.fixture
 async def visitor(server: Server) -> Visitor:
     """A visitor of that server, on a page of the shop, with an open socket."""
+    return await server.visitor()
+
+
+@pytest.fixture
+async def keeper(
+    request: pytest.FixtureRequest, serve: Serve, model: FakeModel, tmp_path: Path
+) -> Visitor:
+    """A visitor of a server with a fake model that keeps its state in tmp_path."""
+    server = await serve(model, server=on_disk(tmp_path), **marked(request, "config"))
     return await server.visitor()
 
 
@@ -857,8 +871,12 @@ def names(frames: list[Json]) -> list[str]:
     return [frame["event"] for frame in frames]
 
 
-def errors_in(caplog: Log) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+def errors_in(caplog: Log, *, clear: bool = False) -> list[str]:
+    """The errors in the log, which may begin anew with that."""
+    errors = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+    if clear:
+        caplog.clear()
+    return errors
 
 
 class Clock:

@@ -94,6 +94,7 @@ from conftest import (
     act,
     base64url,
     bearer,
+    cases,
     certificate,
     changed,
     chunk,
@@ -226,37 +227,33 @@ def test_origin(origin: str, site: str | None) -> None:
 SAME = ("Sec-Fetch-Site", "same-origin")
 
 
-@pytest.mark.parametrize(
-    ("method", "headers", "site"),
-    [
-        ("GET", [SAME, ("Host", "acme.com")], "acme"),
-        ("GET", [SAME, ("Host", "www.ACME.com:8080")], "acme"),
-        ("GET", [SAME, ("Host", "plain.example")], "ports"),
-        ("GET", [SAME, ("Host", "tls.example")], None),  # the request came by http
-        ("GET", [SAME, ("Host", "evil.example")], None),
-        ("GET", [SAME, ("Host", "user@acme.com")], None),
-        ("GET", [SAME, ("Host", "acme.com"), ("Host", "acme.com")], None),
-        ("GET", [SAME], None),
-        ("GET", [SAME, SAME, ("Host", "acme.com")], None),
-        ("GET", [("Host", "acme.com")], None),
-        ("GET", [("Sec-Fetch-Site", "same-site"), ("Host", "acme.com")], None),
-        ("GET", [("Sec-Fetch-Site", "cross-site"), ("Host", "acme.com")], None),
-        ("GET", [("Sec-Fetch-Site", "none"), ("Host", "acme.com")], None),
-        ("POST", [SAME, ("Host", "acme.com")], None),
-        ("DELETE", [SAME, ("Host", "acme.com")], None),
-        ("GET", [("Origin", "null"), SAME, ("Host", "acme.com")], None),
-        ("GET", [("Origin", ""), SAME, ("Host", "acme.com")], None),
-        ("GET", [("Origin", "https://evil.example"), SAME, ("Host", "acme.com")], None),
-        ("GET", [("Origin", ORIGIN), ("Origin", ORIGIN), SAME, ("Host", "acme.com")], None),
-        ("POST", [("Origin", ORIGIN), ("Origin", ORIGIN)], None),
-        ("POST", [("Origin", ORIGIN), ("origin", "https://b.acme.com")], None),
-        ("POST", [("Referer", "https://acme.com/"), ("Host", "acme.com")], None),
-        ("POST", [], None),
-    ],
+@cases(
+    "method, headers, site",
+    ("GET", [SAME, ("Host", "acme.com")], "acme"),
+    ("GET", [SAME, ("Host", "www.ACME.com:8080")], "acme"),
+    ("GET", [SAME, ("Host", "plain.example")], "ports"),
+    ("GET", [SAME, ("Host", "tls.example")], None),  # the request came by http
+    ("GET", [SAME, ("Host", "evil.example")], None),
+    ("GET", [SAME, ("Host", "user@acme.com")], None),
+    ("GET", [SAME, ("Host", "acme.com"), ("Host", "acme.com")], None),
+    ("GET", [SAME], None),
+    ("GET", [SAME, SAME, ("Host", "acme.com")], None),
+    ("GET", [("Host", "acme.com")], None),
+    ("GET", [("Sec-Fetch-Site", "same-site"), ("Host", "acme.com")], None),
+    ("GET", [("Sec-Fetch-Site", "cross-site"), ("Host", "acme.com")], None),
+    ("GET", [("Sec-Fetch-Site", "none"), ("Host", "acme.com")], None),
+    ("POST", [SAME, ("Host", "acme.com")], None),
+    ("DELETE", [SAME, ("Host", "acme.com")], None),
+    ("GET", [("Origin", "null"), SAME, ("Host", "acme.com")], None),
+    ("GET", [("Origin", ""), SAME, ("Host", "acme.com")], None),
+    ("GET", [("Origin", "https://evil.example"), SAME, ("Host", "acme.com")], None),
+    ("GET", [("Origin", ORIGIN), ("Origin", ORIGIN), SAME, ("Host", "acme.com")], None),
+    ("POST", [("Origin", ORIGIN), ("Origin", ORIGIN)], None),
+    ("POST", [("Origin", ORIGIN), ("origin", "https://b.acme.com")], None),
+    ("POST", [("Referer", "https://acme.com/"), ("Host", "acme.com")], None),
+    ("POST", [], None),
 )
-def test_caller_without_one_origin(
-    method: str, headers: list[tuple[str, str]], site: str | None
-) -> None:
+def test_not_one_origin(method: str, headers: list[tuple[str, str]], site: str | None) -> None:
     """Only a same-origin GET may come without Origin; doubled headers belong to no site."""
     assert site_of(method, headers) == site
 
@@ -282,55 +279,53 @@ def placed(path: str, value: Any) -> Any:
     return value
 
 
-@pytest.mark.parametrize(
-    ("path", "good", "bad"),
-    [
-        ("layout", ["floating", "bottom-bar", "side-panel"], ["top", "Floating", 5, True]),
-        (
-            "primaryColor",
-            ["#fff", "#A855F7", "#a855f780", "red", "RebeccaPurple", "rgb(1, 2, 3)", "hwb(1 2 3)"],
-            [*"#ff #12345 #ggg url(x) red;x rgb(url(x)) rgb(1,2,3);".split(), "red\n", 5],
-        ),
-        ("greeting", ["x" * 240], ["x" * 241, 5]),
-        ("position", ["bottom-right", "bottom-left", "top-right", "top-left"], ["left", 5]),
-        ("siteName", ["Acme"], [5, ["x"]]),
-        (
-            "logoUrl",
-            ["https://acme.com/l.png", "HTTP://acme.com/l", "/l.png", "l.png", "//cdn.com/l.png"],
-            [
-                *"javascript:x JaVaScRiPt:x data:image/png,x https: https:///x ftp://x/y".split(),
-                *("java\nscript:x", " https://x.y", "\\\\x", 5),
-            ],
-        ),
-        ("typography.headingFont", ["Inter, sans-serif"], ["x;y", "a{", "}", "<b", "x>", 5]),
-        ("typography.bodyFont", ["'Open Sans'"], ["x;y", "a\nb"]),
-        ("typography.headingWeight", ["bold", 700, "700"], ["7;0", True]),
-        ("typography.buttonRadius", ["8px", "50%", 8], ["8px}", [8]]),
-        ("launcher.hidden", [True, False], ["true", 1]),
-        ("launcher.shape", ["circle", "squircle", "pill"], ["square", 1]),
-        ("launcher.size", ["sm", "md", "lg"], ["xl", 1]),
-        ("launcher.icon", ["chat", "sparkle", "question", "lightning", "cursor"], ["x", 1]),
-        ("launcher.position", ["top-left"], ["middle"]),
-        ("launcher.offsetX", [0, 500, 1.5], [-1, 501, "5", True, float("nan")]),
-        ("launcher.offsetY", [0, 500], [-0.5, 500.5]),
-        ("launcher.glow", [True, False], ["on"]),
-        ("nudge.enabled", [True, False], [1]),
-        ("nudge.message", ["x" * 140], ["x" * 141]),
-        ("nudge.style", ["bubble", "card", "minimal"], ["box"]),
-        ("nudge.delay", [0, 3000], [-1, "3000"]),
-        ("nudge.dismissable", [True, False], [0]),
-        (
-            "quickChips",
-            [[{"text": "x" * 30, "payload": "y" * 280}] * 5],
-            [
-                [{"text": "x", "payload": "y"}] * 6,
-                [{"text": "x" * 31, "payload": "y"}],
-                [{"text": "x", "payload": "y" * 281}],
-                [{"text": "x", "payload": "y", "more": 1}],
-                *([{"payload": "y"}], [{"text": ""}], ["x"], {}),
-            ],
-        ),
-    ],
+@cases(
+    "path, good, bad",
+    ("layout", ["floating", "bottom-bar", "side-panel"], ["top", "Floating", 5, True]),
+    (
+        "primaryColor",
+        ["#fff", "#A855F7", "#a855f780", "red", "RebeccaPurple", "rgb(1, 2, 3)", "hwb(1 2 3)"],
+        [*"#ff #12345 #ggg url(x) red;x rgb(url(x)) rgb(1,2,3);".split(), "red\n", 5],
+    ),
+    ("greeting", ["x" * 240], ["x" * 241, 5]),
+    ("position", ["bottom-right", "bottom-left", "top-right", "top-left"], ["left", 5]),
+    ("siteName", ["Acme"], [5, ["x"]]),
+    (
+        "logoUrl",
+        ["https://acme.com/l.png", "HTTP://acme.com/l", "/l.png", "l.png", "//cdn.com/l.png"],
+        [
+            *"javascript:x JaVaScRiPt:x data:image/png,x https: https:///x ftp://x/y".split(),
+            *("java\nscript:x", " https://x.y", "\\\\x", 5),
+        ],
+    ),
+    ("typography.headingFont", ["Inter, sans-serif"], ["x;y", "a{", "}", "<b", "x>", 5]),
+    ("typography.bodyFont", ["'Open Sans'"], ["x;y", "a\nb"]),
+    ("typography.headingWeight", ["bold", 700, "700"], ["7;0", True]),
+    ("typography.buttonRadius", ["8px", "50%", 8], ["8px}", [8]]),
+    ("launcher.hidden", [True, False], ["true", 1]),
+    ("launcher.shape", ["circle", "squircle", "pill"], ["square", 1]),
+    ("launcher.size", ["sm", "md", "lg"], ["xl", 1]),
+    ("launcher.icon", ["chat", "sparkle", "question", "lightning", "cursor"], ["x", 1]),
+    ("launcher.position", ["top-left"], ["middle"]),
+    ("launcher.offsetX", [0, 500, 1.5], [-1, 501, "5", True, float("nan")]),
+    ("launcher.offsetY", [0, 500], [-0.5, 500.5]),
+    ("launcher.glow", [True, False], ["on"]),
+    ("nudge.enabled", [True, False], [1]),
+    ("nudge.message", ["x" * 140], ["x" * 141]),
+    ("nudge.style", ["bubble", "card", "minimal"], ["box"]),
+    ("nudge.delay", [0, 3000], [-1, "3000"]),
+    ("nudge.dismissable", [True, False], [0]),
+    (
+        "quickChips",
+        [[{"text": "x" * 30, "payload": "y" * 280}] * 5],
+        [
+            [{"text": "x", "payload": "y"}] * 6,
+            [{"text": "x" * 31, "payload": "y"}],
+            [{"text": "x", "payload": "y" * 281}],
+            [{"text": "x", "payload": "y", "more": 1}],
+            *([{"payload": "y"}], [{"text": ""}], ["x"], {}),
+        ],
+    ),
 )
 def test_site_config_rules(path: str, good: list[Any], bad: list[Any]) -> None:
     """Each field of siteConfig takes what its rule says, and only that."""
@@ -527,26 +522,24 @@ def test_unknown_keys(key: str) -> None:
         assert line_about(key, value) == f"{key} is not a known key{hint}"
 
 
-@pytest.mark.parametrize(
-    ("sites", "line"),
-    [
-        ([{"name": "Shop", "allowed_hosts": []}], "sites[Shop].id is missing"),
-        ([{"allowed_hosts": []}], "sites[0].id is missing"),
-        ([SHOP, {"id": "b"}], "sites[b].name is missing"),
-        ([{**SHOP, "id": "my shop"}], "sites[my shop].id must be 1 to 64 letters, digits, - or _"),
-        (
-            [SHOP, OTHER, {**OTHER, "id": "shop"}],
-            "sites[shop].id is used twice; each site needs its own",
-        ),
-        (
-            [
-                {**SHOP, "allowed_hosts": ["acme.com", "Acme.com."]},
-                OTHER | {"allowed_hosts": ["ACME.com"]},
-            ],
-            "sites[other].allowed_hosts has acme.com, which sites[shop] has already",
-        ),
-        ([SHOP, 5], "sites item 2 must be an object, not 5"),
-    ],
+@cases(
+    "sites, line",
+    ([{"name": "Shop", "allowed_hosts": []}], "sites[Shop].id is missing"),
+    ([{"allowed_hosts": []}], "sites[0].id is missing"),
+    ([SHOP, {"id": "b"}], "sites[b].name is missing"),
+    ([{**SHOP, "id": "my shop"}], "sites[my shop].id must be 1 to 64 letters, digits, - or _"),
+    (
+        [SHOP, OTHER, {**OTHER, "id": "shop"}],
+        "sites[shop].id is used twice; each site needs its own",
+    ),
+    (
+        [
+            {**SHOP, "allowed_hosts": ["acme.com", "Acme.com."]},
+            OTHER | {"allowed_hosts": ["ACME.com"]},
+        ],
+        "sites[other].allowed_hosts has acme.com, which sites[shop] has already",
+    ),
+    ([SHOP, 5], "sites item 2 must be an object, not 5"),
 )
 def test_bad_sites(sites: list[Any], line: str) -> None:
     """Sites need an id and a name; ids and hosts, however they are written, belong to one site."""
@@ -623,34 +616,32 @@ ASCII = "must be printable ASCII without spaces"
 A_PORT = "must be a whole number from 0 to 65,535, not "
 
 
-@pytest.mark.parametrize(
-    ("content", "environ", "line"),
-    [
-        (None, {}, "{}: the file does not exist"),
-        (..., {}, f"{NOT_READ}Is a directory"),
-        (b"\xff\xfe[\x00", {}, f"{NOT_READ}it is not UTF-8 text"),
-        *((wrong, {}, "{} is not TOML: ") for wrong in (b"[server", b"[server]\na = 0.0.0.0")),
-        (b"a = True", {}, '{} is not TOML: this is no value; put text in "straight quotes" '),
-        (b"[a.b]\n[a.b]", {}, "{} is not TOML: [a.b] stands twice; "),
-        (
-            b"[limits]\n[limits]",
-            {},
-            "{} is not TOML: [limits] stands twice; put its lines under the first one ",
-        ),
-        (b"[server]\nport = 1e400", {}, f"{{}}: server.port {A_PORT}Infinity"),
-        (
-            b"[llm]\nbase_url = 'http://localhost/v1/chat/completions/'",
-            {},
-            '{}: llm.base_url must end before /chat/completions; write "http://localhost/v1"',
-        ),
-        (b"", {"LEFLUX_PORT": "http"}, f'LEFLUX_PORT {A_PORT}"http"'),
-        (b"", {"LEFLUX_PORT": "65536"}, f"LEFLUX_PORT {A_PORT}65536"),
-        (b"", {"LEFLUX_HOST": "a b"}, "LEFLUX_HOST must be an address such as 127.0.0.1"),
-        *(
-            (b"", {"LEFLUX_LLM_API_KEY": key}, f"{{}}: LEFLUX_LLM_API_KEY {ASCII}")
-            for key in ("sk bad", "sk-bad\nkey")
-        ),
-    ],
+@cases(
+    "content, environ, line",
+    (None, {}, "{}: the file does not exist"),
+    (..., {}, f"{NOT_READ}Is a directory"),
+    (b"\xff\xfe[\x00", {}, f"{NOT_READ}it is not UTF-8 text"),
+    *((wrong, {}, "{} is not TOML: ") for wrong in (b"[server", b"[server]\na = 0.0.0.0")),
+    (b"a = True", {}, '{} is not TOML: this is no value; put text in "straight quotes" '),
+    (b"[a.b]\n[a.b]", {}, "{} is not TOML: [a.b] stands twice; "),
+    (
+        b"[limits]\n[limits]",
+        {},
+        "{} is not TOML: [limits] stands twice; put its lines under the first one ",
+    ),
+    (b"[server]\nport = 1e400", {}, f"{{}}: server.port {A_PORT}Infinity"),
+    (
+        b"[llm]\nbase_url = 'http://localhost/v1/chat/completions/'",
+        {},
+        '{}: llm.base_url must end before /chat/completions; write "http://localhost/v1"',
+    ),
+    (b"", {"LEFLUX_PORT": "http"}, f'LEFLUX_PORT {A_PORT}"http"'),
+    (b"", {"LEFLUX_PORT": "65536"}, f"LEFLUX_PORT {A_PORT}65536"),
+    (b"", {"LEFLUX_HOST": "a b"}, "LEFLUX_HOST must be an address such as 127.0.0.1"),
+    *(
+        (b"", {"LEFLUX_LLM_API_KEY": key}, f"{{}}: LEFLUX_LLM_API_KEY {ASCII}")
+        for key in ("sk bad", "sk-bad\nkey")
+    ),
 )
 def test_lines_about_files(content: Any, environ: Json, line: str, tmp_path: Path) -> None:
     """What cannot be read is named with the reason; the environment is not the file's fault."""
@@ -695,35 +686,31 @@ async def test_check_validates_and_exits(tmp_path: Path) -> None:
 B_SITE = {"id": "b", "name": "B", "allowed_hosts": ["b.example"]}
 
 
-@pytest.mark.parametrize(
-    ("sites", "key", "doubts"),
-    [
-        ([], "", ["there are no [[sites]], so nobody can chat"]),
-        (
-            [{"id": "a", "name": "A"}, B_SITE],
-            '"sk-1"',
-            [
-                "sites[a] has no allowed_hosts, so nobody can chat there",
-                "$LEFLUX_LLM_API_KEY is in quotes, which become part of the key",
-            ],
-        ),
-        ([B_SITE], "sk-1", []),
-    ],
+@cases(
+    "sites, key, doubts",
+    ([], "", ["there are no [[sites]], so nobody can chat"]),
+    (
+        [{"id": "a", "name": "A"}, B_SITE],
+        '"sk-1"',
+        [
+            "sites[a] has no allowed_hosts, so nobody can chat there",
+            "$LEFLUX_LLM_API_KEY is in quotes, which become part of the key",
+        ],
+    ),
+    ([B_SITE], "sk-1", []),
 )
 def test_doubts(sites: list[Json], key: str, doubts: list[str]) -> None:
     """--check says what is legal and surely not meant."""
     assert lf.doubts(lf.parse_config({"sites": sites}, {"LEFLUX_LLM_API_KEY": key})) == doubts
 
 
-@pytest.mark.parametrize(
-    ("tokens", "share", "said"),
-    [
-        (None, None, None),
-        (0, None, None),
-        (100_000, 1, None),
-        (5000, 1, "5,000"),
-        (50_000, 0.1, "5,000"),
-    ],
+@cases(
+    "tokens, share, said",
+    (None, None, None),
+    (0, None, None),
+    (100_000, 1, None),
+    (5000, 1, "5,000"),
+    (50_000, 0.1, "5,000"),
 )
 def test_a_budget_too_small_for_one_call(tokens: Any, share: Any, said: str | None) -> None:
     """--check says of a budget, or of an address's share of it, that no call may fit into it."""
@@ -738,15 +725,13 @@ def test_a_budget_too_small_for_one_call(tokens: Any, share: Any, said: str | No
 # JSON in: strict, bounded
 
 
-@pytest.mark.parametrize(
-    ("raw", "good"),
-    [
-        *(("[" * 64 + "]" * 64, True), ("[" * 65 + "]" * 65, False)),
-        *(('{"a":' * 64 + "1" + "}" * 64, True), ('{"a":' * 65 + "1" + "}" * 65, False)),
-        *(("[" + "[]," * 500 + "[]]", True), ('["' + "[{" * 500 + '"]', True)),
-        *((bad, False) for bad in ("[" * 100_000, "[NaN]", "[Infinity]", "[1e999]", "")),
-        *((bad, False) for bad in ('["\\ud800"]', "['a']", "[1,]")),
-    ],
+@cases(
+    "raw, good",
+    *(("[" * 64 + "]" * 64, True), ("[" * 65 + "]" * 65, False)),
+    *(('{"a":' * 64 + "1" + "}" * 64, True), ('{"a":' * 65 + "1" + "}" * 65, False)),
+    *(("[" + "[]," * 500 + "[]]", True), ('["' + "[{" * 500 + '"]', True)),
+    *((bad, False) for bad in ("[" * 100_000, "[NaN]", "[Infinity]", "[1e999]", "")),
+    *((bad, False) for bad in ('["\\ud800"]', "['a']", "[1,]")),
 )
 def test_decode_json(raw: str, good: bool) -> None:
     """NaN, numbers out of range and nesting beyond 64 are no JSON."""
@@ -757,13 +742,11 @@ def test_decode_json(raw: str, good: bool) -> None:
             lf.decode_json(raw.encode())
 
 
-@pytest.mark.parametrize(
-    ("raw", "good"),
-    [
-        (b"[" + b",".join([b"[]"] * 4999) + b"]", True),
-        (b"[" + b",".join([b"[]"] * 5000) + b"]", False),
-        (json.dumps(["[" * 20_000, '{"' * 9_000, "\\"] + [[]] * 99).encode(), True),
-    ],
+@cases(
+    "raw, good",
+    (b"[" + b",".join([b"[]"] * 4999) + b"]", True),
+    (b"[" + b",".join([b"[]"] * 5000) + b"]", False),
+    (json.dumps(["[" * 20_000, '{"' * 9_000, "\\"] + [[]] * 99).encode(), True),
 )
 def test_brackets_are_counted(raw: bytes, good: bool) -> None:
     """At most 10,000 of them, those in strings aside."""
@@ -790,33 +773,31 @@ def test_kept_events_take_no_more_memory_than_they_need() -> None:
 PROXIES = ["127.0.0.1", "10.0.0.0/8", "::1", "fd00::/8"]
 
 
-@pytest.mark.parametrize(
-    ("peer", "forwarded", "client"),
-    [
-        ("203.0.113.5", [], "203.0.113.5"),
-        ("203.0.113.5", ["198.51.100.1"], "203.0.113.5"),  # a stranger proves nothing
-        ("127.0.0.1", [], "127.0.0.1"),
-        ("127.0.0.1", ["198.51.100.1"], "198.51.100.1"),
-        ("127.0.0.1", ["1.1.1.1, 198.51.100.1"], "198.51.100.1"),
-        ("127.0.0.1", ["1.1.1.1, 198.51.100.1, 10.1.2.3"], "198.51.100.1"),
-        ("127.0.0.1", ["1.1.1.1", "198.51.100.1,10.1.2.3", "127.0.0.1"], "198.51.100.1"),
-        ("10.9.9.9", ["198.51.100.1"], "198.51.100.1"),
-        ("127.0.0.1", ["10.1.2.3"], "127.0.0.1"),  # only proxies: the peer
-        ("127.0.0.1", ["nonsense"], "127.0.0.1"),
-        ("127.0.0.1", ["198.51.100.1, nonsense"], "127.0.0.1"),
-        ("127.0.0.1", [""], "127.0.0.1"),
-        ("127.0.0.1", ["198.51.100.1,"], "127.0.0.1"),
-        ("127.0.0.1", ["198.51.100.1:5000"], "127.0.0.1"),
-        ("127.0.0.1", ["1.2.3.4.5"], "127.0.0.1"),
-        ("127.0.0.1", ["\udcff"], "127.0.0.1"),
-        ("::1", ["2001:db8:1:2:3:4:5:6"], "2001:db8:1:2::"),
-        ("::1", ["2001:DB8:1:2:ffff::"], "2001:db8:1:2::"),
-        ("2001:db8:1:2:3:4:5:6", ["9.9.9.9"], "2001:db8:1:2::"),
-        ("2001:db8:1:3::1", [], "2001:db8:1:3::"),
-        ("fd00::1", ["9.9.9.9"], "9.9.9.9"),
-        ("::ffff:203.0.113.5", [], "203.0.113.5"),
-        ("::ffff:127.0.0.1", ["::ffff:198.51.100.1"], "198.51.100.1"),
-    ],
+@cases(
+    "peer, forwarded, client",
+    ("203.0.113.5", [], "203.0.113.5"),
+    ("203.0.113.5", ["198.51.100.1"], "203.0.113.5"),  # a stranger proves nothing
+    ("127.0.0.1", [], "127.0.0.1"),
+    ("127.0.0.1", ["198.51.100.1"], "198.51.100.1"),
+    ("127.0.0.1", ["1.1.1.1, 198.51.100.1"], "198.51.100.1"),
+    ("127.0.0.1", ["1.1.1.1, 198.51.100.1, 10.1.2.3"], "198.51.100.1"),
+    ("127.0.0.1", ["1.1.1.1", "198.51.100.1,10.1.2.3", "127.0.0.1"], "198.51.100.1"),
+    ("10.9.9.9", ["198.51.100.1"], "198.51.100.1"),
+    ("127.0.0.1", ["10.1.2.3"], "127.0.0.1"),  # only proxies: the peer
+    ("127.0.0.1", ["nonsense"], "127.0.0.1"),
+    ("127.0.0.1", ["198.51.100.1, nonsense"], "127.0.0.1"),
+    ("127.0.0.1", [""], "127.0.0.1"),
+    ("127.0.0.1", ["198.51.100.1,"], "127.0.0.1"),
+    ("127.0.0.1", ["198.51.100.1:5000"], "127.0.0.1"),
+    ("127.0.0.1", ["1.2.3.4.5"], "127.0.0.1"),
+    ("127.0.0.1", ["\udcff"], "127.0.0.1"),
+    ("::1", ["2001:db8:1:2:3:4:5:6"], "2001:db8:1:2::"),
+    ("::1", ["2001:DB8:1:2:ffff::"], "2001:db8:1:2::"),
+    ("2001:db8:1:2:3:4:5:6", ["9.9.9.9"], "2001:db8:1:2::"),
+    ("2001:db8:1:3::1", [], "2001:db8:1:3::"),
+    ("fd00::1", ["9.9.9.9"], "9.9.9.9"),
+    ("::ffff:203.0.113.5", [], "203.0.113.5"),
+    ("::ffff:127.0.0.1", ["::ffff:198.51.100.1"], "198.51.100.1"),
 )
 def test_client_address(peer: str, forwarded: list[str], client: str) -> None:
     """A client is the peer, or what trusted proxies say; IPv6 counts per /64."""
@@ -841,23 +822,23 @@ FILES = ("leflux", "knowledge")  # .db, in the state folder
 
 async def test_state_is_private(serve: Serve, tmp_path: Path) -> None:
     """The database and the files beside it are readable for their owner alone, a new folder too."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    files = [f"{name}.db{end}" for name in FILES for end in ("", "-wal", "-shm")]
     umask = os.umask(0)
     try:
-        for folder in (tmp_path / "new", tmp_path / "old"):
-            if folder.name == "old":
-                folder.mkdir()
-                (folder / "leflux.db").touch(0o666)
+        old.mkdir()
+        (old / "leflux.db").touch(0o666)
+        for folder in (old, new):
             server = await serve(server=on_disk(folder))
             await (await server.visitor()).ask()
             modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()}
-            files = [f"{name}.db{end}" for name in FILES for end in ("", "-wal", "-shm")]
             assert modes == dict.fromkeys(files, 0o600)
-        assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o700
+        assert stat.S_IMODE(new.stat().st_mode) == 0o700
     finally:
         os.umask(umask)
 
 
-async def test_database_format(serve: Serve, tmp_path: Path) -> None:
+async def test_database_format(tmp_path: Path) -> None:
     """State lives in state_dir/leflux.db, relative to the configuration, in WAL, with a version."""
     async with running(make_config(None, tmp_path, server={"state_dir": "a/b"})) as server:
         await (await server.visitor()).ask()
@@ -867,193 +848,128 @@ async def test_database_format(serve: Serve, tmp_path: Path) -> None:
         assert lf.SCHEMA_VERSION > 0
 
 
-async def test_sessions_are_kept_from_their_first_message_on(serve: Serve, tmp_path: Path) -> None:
+async def test_sessions_are_kept_from_a_message_on(keeper: Visitor, tmp_path: Path) -> None:
     """A session that nobody has said anything in is not on disk."""
-    server = await serve(server=on_disk(tmp_path))
-    silent, other = await server.visitor(), await server.visitor()
-    await other.ask()
-    assert query(tmp_path, "SELECT json_extract(state, '$.id') FROM session") == [(other.id,)]
+    silent = await keeper.server.visitor()
+    await keeper.ask()
+    kept = query(tmp_path, "SELECT json_extract(state, '$.id') FROM session")
+    assert kept == [(keeper.id,)]
     assert not traces(tmp_path, silent.id)
 
 
-async def test_a_message_is_kept_before_it_is_acknowledged(
-    serve: Serve, model: FakeModel, tmp_path: Path
-) -> None:
+async def test_messages_are_kept_first(keeper: Visitor, model: FakeModel, tmp_path: Path) -> None:
     """A message is on disk when /api/chat answers, and before the model hears of it."""
-    server = await serve(model, server=on_disk(tmp_path))
-    visitor = await server.visitor()
     heard: list[Any] = []
 
     async def note_what_is_kept(_: web.Request) -> None:
-        heard.extend(kept_messages(tmp_path, visitor.id))
+        heard.extend(kept_messages(tmp_path, keeper.id))
 
     model.scripts.append([note_what_is_kept, model.at_gate, *reply("ok")])
-    await visitor.chat(clientMessageId="one")
-    assert kept_messages(tmp_path, visitor.id) == [("user", "Hello")]
+    await keeper.chat(clientMessageId="one")
+    assert kept_messages(tmp_path, keeper.id) == [("user", "Hello")]
     await until(lambda: heard)
     assert heard == [("user", "Hello")]
     model.gate.release()
-    await visitor.turn()
+    await keeper.turn()
 
 
-FAQ = {"items": [{"q": "Q", "a": "A"}]}
+ENDED = {"type": "task_complete", "summary": "It"}
+FAQ = {
+    "type": "render_ui_block",
+    "block_type": "faq_list",
+    "data": {"items": [{"q": "Q", "a": "A"}]},
+}
 LAST_EVENTS = [  # the ends of a turn, and what of them the history keeps
     ("message_done", reply("The reply"), "The reply"),
     ("message", act("", {"type": "ask_user", "question": "The reply"}), "The reply"),
     ("message", act("The reply", {"type": "abort_workflow", "reason": "no"}), "The reply\n\nno"),
-    (
-        "task_complete",
-        act("The reply", {"type": "task_complete", "summary": "It"}),
-        "The reply\n\nIt",
-    ),
+    ("task_complete", act("The reply", ENDED), "The reply\n\nIt"),
     ("confirmation_required", act("The reply", {**CLICK, "elementId": 2}), "The reply"),
-    (
-        "ui_block",
-        act("The reply", {"type": "render_ui_block", "block_type": "faq_list", "data": FAQ}),
-        "The reply",
-    ),
+    ("ui_block", act("The reply", FAQ), "The reply"),
 ]
 
 
-@pytest.mark.parametrize(("event", "script", "shown"), LAST_EVENTS)
+@pytest.mark.parametrize("last", LAST_EVENTS)
 async def test_reply_is_on_disk_before_its_end_is_sent(
-    event: str,
-    script: list[bytes],
-    shown: str,
-    serve: Serve,
+    last: tuple[str, Script, str],
+    keeper: Visitor,
     model: FakeModel,
     monkeypatch: Patch,
     tmp_path: Path,
 ) -> None:
     """What ends a turn is committed before its first event is handed to the socket."""
-    server = await serve(model, server=on_disk(tmp_path))
-    visitor = await server.visitor()
+    event, script, shown = last
     next_frame, kept_at_end = lf.Connection.next_frame, list[int]()
 
     def frame_and_what_is_kept(connection: lf.Connection) -> bytes | None:
         frame = next_frame(connection)
         if frame is not None and json.loads(frame)["event"] in TURN_ENDS:
-            kept_at_end.append(len(kept_messages(tmp_path, visitor.id)))
+            kept_at_end.append(len(kept_messages(tmp_path, keeper.id)))
         return frame
 
     monkeypatch.setattr(lf.Connection, "next_frame", frame_and_what_is_kept)
     model.scripts.append(script)
-    await visitor.chat(pageContext=SHOWN)
-    assert (await visitor.turn())[-1]["event"] == event
-    assert kept_at_end
+    assert (await keeper.ask(pageContext=SHOWN))["event"] == event
     assert set(kept_at_end) == {2}
-    kept = kept_messages(tmp_path, visitor.id)
-    assert kept[1][0] == "assistant"
-    assert kept[1][1].startswith(shown)
-    assert kept == await visitor.history()
+    _, (role, said) = kept = kept_messages(tmp_path, keeper.id)
+    assert role == "assistant"
+    assert said.startswith(shown)
+    assert kept == await keeper.history()
+
+
+async def leave(visitor: Visitor, how: str) -> None:
+    if how == "delete":
+        assert (await visitor.delete()).body == {"deleted": True}
+    else:
+        visitor.age(3600)
 
 
 @pytest.mark.parametrize("how", ["delete", "idle"])
-async def test_gone_sessions_leave_no_byte(
-    how: str, serve: Serve, model: FakeModel, tmp_path: Path
-) -> None:
+@with_config(limits={"keep_days": 0})
+async def test_gone_sessions(how: str, keeper: Visitor, model: FakeModel, tmp_path: Path) -> None:
     """What is deleted, or idle and not to be kept, is in no file of the state any more."""
-    server = await serve(model, server=on_disk(tmp_path), limits={"keep_days": 0})
-    leaving, staying = await server.visitor(), await server.visitor()
-    for visitor, mark in ((leaving, "SECRET"), (staying, "STAYING")):
+    server, leaving = keeper.server, await keeper.server.visitor()
+    for visitor, mark in ((leaving, "SECRET"), (keeper, "STAYING")):
         for length in (0, 4900):
             model.scripts.append(reply(f"{mark}-answer" * (1 + length // 10)))
             await visitor.ask(f"{mark}-question {'x' * length}", clientMessageId=f"{mark}{length}")
-    assert traces(tmp_path, "SECRET-q")
-    assert traces(tmp_path, "SECRET-a")
-    assert traces(tmp_path, leaving.id)
-    if how == "delete":
-        answer = await leaving.delete()
-        assert answer.body == {"deleted": True}
-    else:
-        leaving.age(3600)
+    assert all(traces(tmp_path, secret) for secret in ("SECRET-q", "SECRET-a", leaving.id))
+    await leave(leaving, how)
+    if how == "idle":
         await lf.sweep(server.app, time.monotonic())
     assert kept_messages(tmp_path, leaving.id) == []
     async with asyncio.timeout(5):
         await until(lambda: not traces(tmp_path, "SECRET", leaving.id))
     assert (await leaving.get()).status == 404
-    assert len(kept_messages(tmp_path, staying.id)) == 4
+    assert len(kept_messages(tmp_path, keeper.id)) == 4
 
 
-async def test_delete_during_a_turn_leaves_no_byte(
-    serve: Serve, model: FakeModel, tmp_path: Path
-) -> None:
+async def test_delete_during_a_turn(keeper: Visitor, model: FakeModel, tmp_path: Path) -> None:
     """A session that is deleted while the model speaks is not written after all."""
-    server = await serve(model, server=on_disk(tmp_path))
-    visitor = await server.visitor()
     model.scripts.append([sse(chunk("SECRET")), model.at_gate, *reply("SECRET")])
-    await visitor.chat("SECRET")
-    await visitor.next()
-    assert (await visitor.delete()).body == {"deleted": True}
+    await keeper.chat("SECRET")
+    await keeper.next()
+    await leave(keeper, "delete")
     model.gate.release()
-    await until(lambda: not traces(tmp_path, "SECRET", visitor.id))
+    await until(lambda: not traces(tmp_path, "SECRET", keeper.id))
     await asyncio.sleep(0.1)
-    assert traces(tmp_path, "SECRET", visitor.id) == []
+    assert traces(tmp_path, "SECRET", keeper.id) == []
 
 
-async def test_deletion_is_finished_when_a_backup_has_ended(
-    serve: Serve, model: FakeModel, tmp_path: Path
-) -> None:
-    """A reader that holds on to the old log delays the overwriting, and no more than that."""
-    server = await serve(model, server=on_disk(tmp_path))
-    visitor = await server.visitor()
-    await visitor.ask("SECRET")
-    reader = sqlite3.connect(tmp_path / "leflux.db", isolation_level=None)
-    reader.execute("BEGIN")
-    reader.execute("SELECT * FROM message").fetchall()
-    assert (await visitor.delete()).status == 200
-    assert kept_messages(tmp_path, visitor.id) == []
-    reader.close()
-    await until(lambda: not traces(tmp_path, "SECRET", visitor.id))
-
-
-@with_constants(SWEEP_SECONDS=0.05)
-async def test_locked_database(serve: Serve, model: FakeModel, tmp_path: Path, caplog: Log) -> None:
-    """While the database is locked serving goes on, one error a minute is logged, and all is
-    written once it is free."""
-    server = await serve(model, server=on_disk(tmp_path))
-    visitor, leaving = await server.visitor(), await server.visitor()
-    await visitor.ask("Before")
-    await leaving.ask("SECRET")
-    with locked(tmp_path):
-        assert (await visitor.ask("One"))["data"]["text"] == "ok"
-        assert (await visitor.ask("Two"))["data"]["text"] == "ok"
-        assert (await leaving.delete()).status == 200
-        await asyncio.sleep(0.3)  # some tries
-        assert len(errors_in(caplog)) == 1
-        server.app.store._once_a_minute = lf.RateLimitedLog()  # a minute later
-        await until(lambda: len(errors_in(caplog)) > 1)
-        assert len(errors_in(caplog)) == 2
-        assert len(kept_messages(tmp_path, visitor.id)) == 2
-    await until(lambda: len(kept_messages(tmp_path, visitor.id)) == 6)
-    assert kept_messages(tmp_path, visitor.id) == await visitor.history()
-    await until(lambda: not traces(tmp_path, "SECRET", leaving.id))
-    assert all("\n" not in line for line in errors_in(caplog))
-    caplog.clear()
-    assert not server.app.store.failing
-    await visitor.ask("After")
-    assert kept_messages(tmp_path, visitor.id) == await visitor.history()
-
-
-async def test_full_disk(serve: Serve, model: FakeModel, tmp_path: Path, caplog: Log) -> None:
+async def test_full_disk(keeper: Visitor, tmp_path: Path, caplog: Log) -> None:
     """A disk that fills up degrades to memory; what is said meanwhile is written later on."""
-    server = await serve(model, server=on_disk(tmp_path))
-    visitor = await server.visitor()
-    await visitor.ask("Before")
-    database = server.app.store.db
+    await keeper.ask("Before")
+    database = keeper.server.app.store.db
     database.execute("PRAGMA max_page_count = 1")  # that is: as many as there are
     for number in range(8):
-        assert (await visitor.ask(f"{number} " + "x" * 4000))["data"]["text"] == "ok"
-    assert len(errors_in(caplog)) == 1
-    caplog.clear()
+        assert (await keeper.ask(f"{number} " + "x" * 4000))["data"]["text"] == "ok"
+    assert len(errors_in(caplog, clear=True)) == 1
     database.execute("PRAGMA max_page_count = 1000000")
-    await until(lambda: len(kept_messages(tmp_path, visitor.id)) == 18)
-    assert kept_messages(tmp_path, visitor.id) == await visitor.history()
+    await until(lambda: len(kept_messages(tmp_path, keeper.id)) == 18)
+    assert kept_messages(tmp_path, keeper.id) == await keeper.history()
 
 
-async def test_stop_right_after_the_disk_is_back(
-    model: FakeModel, tmp_path: Path, caplog: Log
-) -> None:
+async def test_stop_when_the_disk_is_back(model: FakeModel, tmp_path: Path, caplog: Log) -> None:
     """What a failing disk kept in memory is flushed at the end, if the disk takes it again."""
     async with running(make_config(model, server=on_disk(tmp_path))) as server:
         visitor = await server.visitor()
@@ -1061,8 +977,7 @@ async def test_stop_right_after_the_disk_is_back(
             await visitor.ask("Hello")  # that fails; the next try is two seconds away
         assert server.app.store.failing
         history = await visitor.history()
-    assert len(errors_in(caplog)) == 1
-    caplog.clear()
+    assert len(errors_in(caplog, clear=True)) == 1
     assert kept_messages(tmp_path, visitor.id) == history
     assert len(history) == 2
 
@@ -1087,9 +1002,7 @@ async def test_long_conversations(counts: Sequence[int], serve: Serve, tmp_path:
             assert len(rows) == min(session.message_count, lf.MAX_HISTORY)
 
 
-async def test_without_a_state_dir_nothing_is_written(
-    serve: Serve, tmp_path: Path, monkeypatch: Patch
-) -> None:
+async def test_without_a_state_dir_nothing_is_written(tmp_path: Path, monkeypatch: Patch) -> None:
     """state_dir = "" keeps everything in memory."""
     monkeypatch.chdir(tmp_path)
     async with running(make_config(None, tmp_path)) as server:
@@ -1109,10 +1022,7 @@ async def test_state_directory_of_systemd(tmp_path: Path) -> None:
     assert files_in(tmp_path) == {"config.toml", "first"}
 
 
-CROWDED: Json = {"limits": {"init_per_minute": 1000, "chat_per_minute": 100_000}}
-
-
-GONE_SECONDS = 5
+CROWD: Json = {"init_per_minute": 1000, "chat_per_minute": 100_000}
 
 
 @contextlib.asynccontextmanager
@@ -1128,6 +1038,14 @@ async def chatting(server: Server, count: int) -> AsyncIterator[None]:
         yield
         for one in talks:
             one.cancel()
+
+
+@contextlib.contextmanager
+def taking(low: float, high: float) -> Iterator[None]:
+    """The block takes between so many seconds."""
+    started = time.monotonic()
+    yield
+    assert low <= time.monotonic() - started < high
 
 
 @contextlib.asynccontextmanager
@@ -1166,28 +1084,22 @@ def reading(folder: Path) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("slow", [0, 0.03])
-@pytest.mark.parametrize("how", ["delete", "idle"])
+@pytest.mark.parametrize("way", ["delete", "idle", "slow delete", "slow idle"])
+@with_config(limits={**CROWD, "keep_days": 0})
 async def test_deleted_text_is_gone_while_others_chat(
-    how: str, slow: float, serve: Serve, model: FakeModel, tmp_path: Path, monkeypatch: Patch
+    way: str, keeper: Visitor, model: FakeModel, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """What is deleted or idle is in no file of the state 5 s later, however much is written."""
-    slow_down(monkeypatch, slow)
-    limits = {**CROWDED["limits"], "keep_days": 0}
-    server = await serve(model, server=on_disk(tmp_path), limits=limits)
-    leaving = await server.visitor()
+    slow_down(monkeypatch, 0.03 if way.startswith("slow") else 0)
     for number in range(3):
         model.scripts.append(reply(f"SECRET-answer {number}" * 100))
-        await leaving.ask(f"SECRET-question {number}" * 100, clientMessageId=f"SECRET-{number}")
-    async with chatting(server, 6):
+        await keeper.ask(f"SECRET-question {number}" * 100, clientMessageId=f"SECRET-{number}")
+    async with chatting(keeper.server, 6):
         await asyncio.sleep(1)
         assert traces(tmp_path, "SECRET")
-        if how == "delete":
-            assert (await leaving.delete()).status == 200
-        else:
-            leaving.age(3600)
-        await asyncio.sleep(GONE_SECONDS)
-        assert traces(tmp_path, "SECRET", leaving.id) == []
+        await leave(keeper, way.removeprefix("slow "))
+        await asyncio.sleep(5)
+        assert traces(tmp_path, "SECRET", keeper.id) == []
 
 
 @pytest.mark.parametrize("end", ["checkpoint", "backup", "close", "kill"])
@@ -1249,27 +1161,23 @@ async def test_copies_from_before_are_gone_after_a_start(vacuum: str, tmp_path: 
         assert db.execute("PRAGMA auto_vacuum").fetchone() == (0,)
 
 
-async def test_log_is_bounded_while_all_chat(
-    serve: Serve, model: FakeModel, tmp_path: Path
-) -> None:
+@with_config(limits=CROWD)
+async def test_log_is_bounded_while_all_chat(keeper: Visitor, tmp_path: Path) -> None:
     """The log does not grow with what is said: it is emptied again and again."""
-    server = await serve(model, server=on_disk(tmp_path), **CROWDED)
     sizes = []
-    async with chatting(server, 6):
+    async with chatting(keeper.server, 6):
         for _ in range(700):
             await asyncio.sleep(0.01)
             sizes.append((tmp_path / "leflux.db-wal").stat().st_size)
-    shrunk = sum(after < before for before, after in itertools.pairwise(sizes))
-    assert shrunk >= 2
+    assert sum(after < before for before, after in itertools.pairwise(sizes)) >= 2
 
 
+@with_constants(SWEEP_SECONDS=3600)
 async def test_stream_flows_during_a_slow_checkpoint(
-    serve: Serve, model: FakeModel, tmp_path: Path, monkeypatch: Patch
+    keeper: Visitor, model: FakeModel, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """While 50 MB of the log go to a slow disk a reply streams on, and messages are committed."""
-    monkeypatch.setattr(lf, "SWEEP_SECONDS", 3600)
-    server = await serve(model, server=on_disk(tmp_path))
-    visitor, other = await server.visitor(), await server.visitor()
+    server, other = keeper.server, await keeper.server.visitor()
     fillers = [await server.visitor(connect=False) for _ in range(5)]
     for number in range(60):
         session = fillers[number % 5].session
@@ -1283,12 +1191,12 @@ async def test_stream_flows_during_a_slow_checkpoint(
 
     deltas = [step for n in range(250) for step in (sse(chunk(f"{n} ")), pause)]
     model.scripts.append([*deltas, sse("[DONE]")])
-    await visitor.chat()
-    await visitor.next()
+    await keeper.chat()
+    await keeper.next()
     checkpoint = asyncio.create_task(server.app.store.checkpoint())
     arrivals = [time.monotonic()]
     async with longest_stop() as stops:
-        while (await visitor.next())["event"] == "message_chunk":
+        while (await keeper.next())["event"] == "message_chunk":
             arrivals.append(time.monotonic())
             if len(arrivals) == 100:
                 assert not checkpoint.done()
@@ -1301,65 +1209,61 @@ async def test_stream_flows_during_a_slow_checkpoint(
     assert (tmp_path / "leflux.db-wal").stat().st_size == 0
 
 
-async def test_locked_for_a_second(
-    serve: Serve, model: FakeModel, tmp_path: Path, caplog: Log
-) -> None:
-    """While another program locks the database serving goes on, nobody waits, one error line is
-    logged, and everything is on disk afterwards."""
-    server = await serve(model, server=on_disk(tmp_path))
-    visitor, leaving = await server.visitor(), await server.visitor()
+@with_constants(SWEEP_SECONDS=0.05)
+async def test_locked_database(keeper: Visitor, tmp_path: Path, caplog: Log) -> None:
+    """Nobody waits for the lock, one error a minute is logged, and all is written afterwards."""
+    server, leaving = keeper.server, await keeper.server.visitor()
+    await keeper.ask("Before")
     await leaving.ask("SECRET")
     async with longest_stop() as stops:
         with locked(tmp_path):
-            until_free = time.monotonic() + 1
-            number = 0
-            while time.monotonic() < until_free:
-                assert (await visitor.ask(f"Message {number}"))["data"]["text"] == "ok"
-                number += 1
+            for number in range(12):
+                assert (await keeper.ask(f"Message {number}"))["data"]["text"] == "ok"
                 await asyncio.sleep(0.05)
-            assert (await leaving.delete()).status == 200
-            assert kept_messages(tmp_path, visitor.id) == []
+            await leave(leaving, "delete")
+            await asyncio.sleep(0.3)  # some tries
+            (line,) = errors_in(caplog)
+            assert "database is locked" in line
+            server.app.store._once_a_minute = lf.RateLimitedLog()  # a minute later
+            await until(lambda: len(errors_in(caplog)) > 1)
+            assert len(kept_messages(tmp_path, keeper.id)) == 2
     assert stops[0] < 0.5  # nobody waits for the lock
-    assert number > 3
-    assert len(errors_in(caplog)) == 1
-    assert "database is locked" in errors_in(caplog)[0]
-    caplog.clear()
-    await until(lambda: len(kept_messages(tmp_path, visitor.id)) == 2 * number)
-    assert kept_messages(tmp_path, visitor.id) == await visitor.history()
-    await visitor.ask("After")
-    assert kept_messages(tmp_path, visitor.id) == await visitor.history()
+    await until(lambda: len(kept_messages(tmp_path, keeper.id)) == 2 + 2 * 12)
     await until(lambda: not traces(tmp_path, "SECRET", leaving.id))
+    errors = errors_in(caplog, clear=True)
+    assert len(errors) == 2
+    assert "\n" not in "".join(errors)
+    assert not server.app.store.failing
+    await keeper.ask("After")
+    assert kept_messages(tmp_path, keeper.id) == await keeper.history()
 
 
+@with_constants(SWEEP_SECONDS=0.02)
 async def test_checkpoint_that_fails_costs_no_commit(
-    serve: Serve, model: FakeModel, tmp_path: Path, monkeypatch: Patch, caplog: Log
+    keeper: Visitor, tmp_path: Path, monkeypatch: Patch, caplog: Log
 ) -> None:
     """Where the log cannot be brought into the file, messages are still committed to the log."""
 
     def fail(_: lf.Store) -> tuple[int, int]:
         raise sqlite3.OperationalError("disk I/O error")
 
-    monkeypatch.setattr(lf, "SWEEP_SECONDS", 0.02)
-    server = await serve(model, server=on_disk(tmp_path))
     monkeypatch.setattr(lf.Store, "_copy_log", fail)
-    visitor = await server.visitor()
-    await visitor.ask("First")
+    await keeper.ask("First")
     await until(lambda: errors_in(caplog))
     for number in range(20):
-        assert (await visitor.post(f"Message {number}")).status == 200
-        assert kept_messages(tmp_path, visitor.id)[-1][1] in (f"Message {number}", "ok")
-        await visitor.turn()
-    assert len(errors_in(caplog)) == 1
-    caplog.clear()
+        await keeper.chat(f"Message {number}")
+        assert kept_messages(tmp_path, keeper.id)[-1][1] in (f"Message {number}", "ok")
+        await keeper.turn()
+    assert len(errors_in(caplog, clear=True)) == 1
 
 
+@with_config(limits=CROWD)
 async def test_commits_wait_for_an_emptied_log_and_the_loop_does_not(
-    serve: Serve, model: FakeModel, tmp_path: Path, monkeypatch: Patch
+    keeper: Visitor, model: FakeModel, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    """While the log is emptied on a slow disk, what would be acknowledged waits until it is
-    committed; nothing else does."""
-    server = await serve(model, server=on_disk(tmp_path), **CROWDED)
-    visitor, other = await server.visitor(), await server.visitor()
+    """While the log is emptied slowly, what is to be acknowledged waits; nothing else does."""
+    visitor, server = keeper, keeper.server
+    other = await server.visitor()
     begun, empty_log = asyncio.Event(), lf.Store._empty_log
     loop = asyncio.get_running_loop()
 
@@ -1377,80 +1281,69 @@ async def test_commits_wait_for_an_emptied_log_and_the_loop_does_not(
         monkeypatch.setattr(lf.Store, "_empty_log", empty_log)
         model.gate.release()
         posted = asyncio.create_task(other.post("Meanwhile"))
-        before = time.monotonic()
-        assert (await server.call("GET", "/health")).status == 200
-        assert (await visitor.get()).status == 200
-        assert time.monotonic() - before < 1
-        end = (await visitor.turn())[-1]
-        assert (await posted).status == 200
-        assert time.monotonic() - before > 1
-        assert end["event"] == "message_done"
+        with taking(1, 9):
+            with taking(0, 1):
+                assert (await server.call("GET", "/health")).status == 200
+                assert (await visitor.get()).status == 200
+            assert (await visitor.turn())[-1]["event"] == "message_done"
+            assert (await posted).status == 200
         assert len(kept_messages(tmp_path, visitor.id)) == 2
         assert kept_messages(tmp_path, other.id)[0] == ("user", "Meanwhile")
     assert stops[0] < 0.5
 
 
-async def test_state_folder_that_vanishes(
-    serve: Serve, model: FakeModel, tmp_path: Path, monkeypatch: Patch, caplog: Log
-) -> None:
+@with_constants(SWEEP_SECONDS=0.02)
+async def test_state_folder_that_vanishes(keeper: Visitor, tmp_path: Path, caplog: Log) -> None:
     """An error a minute says so; serving goes on, and so does the keeping when it is back."""
-    monkeypatch.setattr(lf, "SWEEP_SECONDS", 0.02)
-    server = await serve(model, server=on_disk(tmp_path / "state"))
-    visitor = await server.visitor()
-    await visitor.ask("Before")
-    (tmp_path / "state").rename(tmp_path / "away")
+    await keeper.ask("Before")
+    away = tmp_path.with_name("away")
+    shutil.move(tmp_path, away)
     await until(lambda: errors_in(caplog))
-    assert (await visitor.ask("Meanwhile"))["data"]["text"] == "ok"
+    assert (await keeper.ask("Meanwhile"))["data"]["text"] == "ok"
     await asyncio.sleep(0.1)
-    (line,) = errors_in(caplog)
+    (line,) = errors_in(caplog, clear=True)
     assert "has vanished" in line
-    caplog.clear()
-    (tmp_path / "away").rename(tmp_path / "state")
-    await visitor.ask("After")
-    assert kept_messages(tmp_path / "state", visitor.id) == await visitor.history()
+    shutil.move(away, tmp_path)
+    await keeper.ask("After")
+    assert kept_messages(tmp_path, keeper.id) == await keeper.history()
 
 
 DAMAGED_ROWS = "damaged rows of the database are left out"
 
 
-@pytest.mark.parametrize("what", ["message", "session", "not UTF-8"])
-async def test_damaged_rows(what: str, model: FakeModel, tmp_path: Path, caplog: Log) -> None:
+@cases(
+    "old, new",
+    (b'"host":"acme.com"', b'"host":"acne.com"'),  # a session's
+    *((b"SECRET", b"SECRES"), ("ö".encode(), b"\xff\xb6")),  # a message's
+)
+async def test_damaged_rows(
+    old: bytes, new: bytes, model: FakeModel, tmp_path: Path, caplog: Log
+) -> None:
     """A row that a flipped byte has changed is left out, and a line in the log says so."""
     async with running(make_config(model, server=on_disk(tmp_path))) as server:
         visitor = await server.visitor()
         await visitor.ask("First")
         await visitor.ask("Größe SECRET")
-    raw = (tmp_path / "leflux.db").read_bytes()
-    if what == "session":
-        raw = raw.replace(b'"host":"acme.com"', b'"host":"acne.com"')
-    elif what == "message":
-        raw = raw.replace(b"SECRET", b"SECRES")
-    else:
-        raw = raw.replace("ö".encode(), b"\xff\xb6")
-    (tmp_path / "leflux.db").write_bytes(raw)
-    async with running(make_config(model, server=on_disk(tmp_path))) as server:
-        visitor.server = server
-        answer = await visitor.get()
-        if what == "session":
-            assert answer.error == (404, "session_not_found")
+    path = tmp_path / "leflux.db"
+    path.write_bytes(path.read_bytes().replace(old, new))
+    async with running(make_config(model, server=on_disk(tmp_path))) as visitor.server:
+        if b"host" in old:
+            assert (await visitor.get()).error == (404, "session_not_found")
         else:
-            first, *others = await visitor.history()
-            assert first == ("user", "First")
-            assert others == [("assistant", "ok"), ("assistant", "ok")]
+            ok = ("assistant", "ok")
+            assert await visitor.history() == [("user", "First"), ok, ok]
             await visitor.connect(visitor.session.next_seq)
             await visitor.ask("Third")
             assert len(await visitor.history()) == 5
-        assert errors_in(caplog) == [f"{DAMAGED_ROWS}: 1"]
-    caplog.clear()
+        assert errors_in(caplog, clear=True) == [f"{DAMAGED_ROWS}: 1"]
 
 
 @pytest.mark.parametrize("place", [0, 16, 32 + 8, 32 + 24 + 100])  # header, its salt, a frame's
+@with_constants(SWEEP_SECONDS=3600)
 async def test_damaged_log(
-    place: int, serve: Serve, model: FakeModel, tmp_path: Path, caplog: Log, monkeypatch: Patch
+    place: int, serve: Serve, model: FakeModel, tmp_path: Path, caplog: Log
 ) -> None:
-    """If a crash leaves a log that is damaged, the start says that something is lost; if what it
-    leaves is whole, it does not."""
-    monkeypatch.setattr(lf, "SWEEP_SECONDS", 3600)
+    """If a crash leaves a damaged log, the start says that something is lost, else it does not."""
     server = await serve(model, server=on_disk(tmp_path / "state"))
     visitor = await server.visitor()
     await visitor.ask("Hello")
@@ -1465,8 +1358,7 @@ async def test_damaged_log(
         async with running(make_config(server=on_disk(copy))) as restarted:
             assert (visitor.id in restarted.app.sessions) is not damaged
         assert len(errors_in(caplog)) == damaged
-    assert "log is damaged" in errors_in(caplog)[0]
-    caplog.clear()
+    assert "log is damaged" in errors_in(caplog, clear=True)[0]
 
 
 @with_config(limits={"history_mb": 1, "chat_per_minute": 1000, "init_per_minute": 1000})
@@ -1495,9 +1387,8 @@ async def test_histories_have_a_bound_in_memory(
     seq = first.session.next_seq
     assert len(first.session.events) <= 2
     history = await first.history()
-    assert [text[:2].strip() for role, text in history if role == "user"] == [
-        str(n) for n in range(40)
-    ]
+    said = [text.partition(" ")[0] for role, text in history if role == "user"]
+    assert said == [str(n) for n in range(40)]
     await first.ask("Go on")
     assert first.frames[-2]["seq"] == seq
     assert "39 xxx" in model.prompt()
@@ -1534,9 +1425,7 @@ async def test_pages_have_a_bound_in_memory(server: Server, model: FakeModel) ->
     assert "ééé" in model.prompt()
 
 
-async def test_cancelled_turns_leave_nothing_in_memory(
-    server: Server, visitor: Visitor, model: FakeModel
-) -> None:
+async def test_cancelled_turns_leave_nothing_in_memory(visitor: Visitor, model: FakeModel) -> None:
     """Turns that are cancelled again and again are gone at once, not when gc runs."""
     model.scripts.extend([[sse(chunk("Half")), forever]] * 20)
     gc.collect()
@@ -1552,39 +1441,32 @@ async def test_cancelled_turns_leave_nothing_in_memory(
         gc.enable()
 
 
-async def test_reader_that_stays_delays_only_the_emptying(
-    serve: Serve, model: FakeModel, tmp_path: Path
-) -> None:
-    """While a backup reads an old state, messages are committed and the loop does not spin; when
-    it has ended, the log is emptied."""
-    server = await serve(model, server=on_disk(tmp_path), **CROWDED)
-    visitor = await server.visitor()
-    await visitor.ask("SECRET")
-    copies = 0
-    copy_log = server.app.store._copy_log
+@with_config(limits=CROWD)
+async def test_reader_delays_emptying(keeper: Visitor, tmp_path: Path, monkeypatch: Patch) -> None:
+    """While a backup reads, messages are committed and nothing spins; then the log is emptied."""
+    await keeper.ask("SECRET")
+    copies, copy_log = list[lf.Store](), lf.Store._copy_log
 
-    def counting() -> tuple[int, int]:
-        nonlocal copies
-        copies += 1
-        return copy_log()
+    def counting(store: lf.Store) -> tuple[int, int]:
+        copies.append(store)
+        return copy_log(store)
 
-    server.app.store._copy_log = counting  # type: ignore[method-assign]
+    monkeypatch.setattr(lf.Store, "_copy_log", counting)
     with reading(tmp_path):
-        assert (await visitor.delete()).status == 200
-        other = await server.visitor()
+        await leave(keeper, "delete")
+        assert kept_messages(tmp_path, keeper.id) == []
+        other = await keeper.server.visitor()
         until_end = time.monotonic() + 5
         while time.monotonic() < until_end:
             await other.ask("Hello")
             await asyncio.sleep(0.1)
         assert kept_messages(tmp_path, other.id) == await other.history()
-        assert copies < 20
-    await until(lambda: not traces(tmp_path, "SECRET", visitor.id))
+        assert len(copies) < 20
+    await until(lambda: not traces(tmp_path, "SECRET", keeper.id))
 
 
 @pytest.mark.parametrize("turn", [1, 2])
-async def test_kill_right_after_the_acknowledgement(
-    turn: int, tmp_path: Path, model: FakeModel
-) -> None:
+async def test_kill_after_the_acknowledgement(turn: int, tmp_path: Path, model: FakeModel) -> None:
     """What /api/chat has acknowledged survives kill -9 in the same moment."""
     more = f'[llm]\nbase_url = "{model.url}"\n'
     for number in range(3):
@@ -1603,42 +1485,42 @@ async def test_kill_right_after_the_acknowledgement(
         assert kept_messages(folder, visitor.id)[-1] == ("user", "Is this kept?")
         async with program(folder, more) as run:
             visitor.server = run.server
-            history = await visitor.history()
-            assert ("user", "Is this kept?") in history
-            assert history[-1] == ("assistant", lf.ENGLISH("restarted"))
+            cut_off = ("assistant", lf.ENGLISH("restarted"))
+            assert (await visitor.history())[-2:] == [("user", "Is this kept?"), cut_off]
             again = await visitor.post("Is this kept?", clientMessageId="one")
-            assert again.body == json.loads(answer.raw)
+            assert again.body == answer.body
 
 
 # ---------------------------------------------------------------------------------------------
 # Store: what stops the start
 
 
+async def start_refused(folder: Path, *shell: str) -> str:
+    """Start a server on a folder; it ends with a code that is not 0, and this one line."""
+    config = folder.with_suffix(".toml")
+    config.write_text('[[sites]]\nid = "shop"\nname = "Shop"\n')
+    command = (*shell, sys.executable, str(lf.__file__), "--config", str(config))
+    environ = {**os.environ, "LEFLUX_PORT": "0", "STATE_DIRECTORY": str(folder)}
+    pipe = asyncio.subprocess.PIPE
+    child = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, env=environ)
+    out, err = await asyncio.wait_for(child.communicate(), PATIENCE_SECONDS)
+    assert child.returncode not in (0, 1, None), err
+    assert (out, err.count(b"\n")) == (b"", 1), err
+    assert str(folder / "leflux.db").encode() in err
+    return err.decode()
+
+
 async def test_unusable_databases_stop_the_start(kept: Path, tmp_path: Path) -> None:
-    """A damaged, newer or unusable database stops the start with one clear line, and is left
-    alone."""
-    (tmp_path / "c.toml").write_text('[[sites]]\nid = "shop"\nname = "Shop"\n')
-
-    async def start(folder: Path) -> tuple[int, str, str]:
-        config = ("--config", str(tmp_path / "c.toml"))
-        return await run_program(*config, LEFLUX_PORT="0", STATE_DIRECTORY=str(folder))
-
-    folders = []
-    for number, name in enumerate(DAMAGES):
-        folders.append(tmp_path / str(number))
-        shutil.copytree(kept, folders[-1])
-        damage(folders[-1], name)
-    newer = folders[DAMAGES.index("PRAGMA user_version = 99")]
-    untouched = (newer / "leflux.db").read_bytes()
-    for half in (0, 1):  # not all of them at once
-        chosen = range(half, len(folders), 2)
-        results = await asyncio.gather(*(start(folders[n]) for n in chosen))
-        for number, (code, out, err) in zip(chosen, results, strict=True):
-            assert code not in (0, 1), (DAMAGES[number], err)
-            assert out == ""
-            assert err.count("\n") == 1, (DAMAGES[number], err)
-            assert str(folders[number] / "leflux.db") in err
-    assert (newer / "leflux.db").read_bytes() == untouched
+    """A damaged, newer or unusable database stops the start with one line, and is left alone."""
+    folders = [tmp_path / str(number) for number in range(len(DAMAGES))]
+    for folder, name in zip(folders, DAMAGES, strict=True):
+        shutil.copytree(kept, folder)
+        damage(folder, name)
+    newer = folders[DAMAGES.index("PRAGMA user_version = 99")] / "leflux.db"
+    untouched = newer.read_bytes()
+    for few in (folders[::2], folders[1::2]):  # not all of them at once
+        await asyncio.gather(*map(start_refused, few))
+    assert newer.read_bytes() == untouched
 
 
 async def test_locked_database_stops_the_start(kept: Path) -> None:
@@ -1650,25 +1532,10 @@ async def test_locked_database_stops_the_start(kept: Path) -> None:
         assert len(server.app.sessions) == 4
 
 
-@pytest.mark.parametrize("old", [False, True])
-async def test_disk_that_takes_nothing_stops_the_start(
-    old: bool, kept: Path, tmp_path: Path
-) -> None:
+async def test_disk_that_takes_nothing_stops_the_start(kept: Path, tmp_path: Path) -> None:
     """Where nothing can be written, the start ends with one line and a code that is not 0."""
-    folder = kept if old else tmp_path / "new"
-    (tmp_path / "c.toml").write_text('[[sites]]\nid = "shop"\nname = "Shop"\n')
-    command = 'ulimit -f 0; exec "$0" "$@"'
-    child = await asyncio.create_subprocess_exec(
-        *("sh", "-c", command, sys.executable, lf.__file__, "--config", str(tmp_path / "c.toml")),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "LEFLUX_PORT": "0", "STATE_DIRECTORY": str(folder)},
-    )
-    out, err = await asyncio.wait_for(child.communicate(), PATIENCE_SECONDS)
-    assert child.returncode not in (0, 1, None)
-    assert out == b""
-    assert err.count(b"\n") == 1, err
-    assert str(folder / "leflux.db").encode() in err
+    for folder in (kept, tmp_path / "new"):
+        await start_refused(folder, "sh", "-c", 'ulimit -f 0; exec "$0" "$@"')
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
@@ -1686,10 +1553,8 @@ async def test_damage_anywhere(kept: Path, tmp_path: Path, caplog: Log) -> None:
     """Wherever bytes of the file are wrong: it starts and serves, or stops with one line."""
     whole = (kept / "leflux.db").read_bytes()
     dice = random.Random(8)
-    folder = tmp_path / "damaged"
-    folder.mkdir()
-    config, started = make_config(server=on_disk(folder)), 0
-    refused: list[str] = []
+    (folder := tmp_path / "damaged").mkdir()
+    config, started, refused = make_config(server=on_disk(folder)), 0, list[str]()
     for number in range(60):
         length = dice.choice([1, 16, 400])
         # Every other time in the file's header and its schema, where it matters most.
@@ -1704,8 +1569,8 @@ async def test_damage_anywhere(kept: Path, tmp_path: Path, caplog: Log) -> None:
             refused.append(str(error))
         for path in folder.iterdir():
             path.unlink()
-    assert {line.rpartition(":")[0] for line in errors_in(caplog)} <= {DAMAGED_ROWS}
-    caplog.clear()
+    errors = errors_in(caplog, clear=True)
+    assert {line.rpartition(":")[0] for line in errors} <= {DAMAGED_ROWS}
     assert started
     assert refused
     assert not [line for line in refused if "\n" in line or str(folder / "leflux.db") not in line]
@@ -1729,8 +1594,7 @@ STRANGE_TEXT = 'Grüße 👋🏽 \x00 \x7f "q" \\ \u2028 </script> {"a": [null, 
 
 
 async def test_session_goes_on_after_a_restart(model: FakeModel, tmp_path: Path) -> None:
-    """A session goes on where it was: same id, history, page and next seq, and what was asked
-    before is answered as before."""
+    """Same id, history, page and next seq; what was asked before is answered as before."""
     config = make_config(model, server=on_disk(tmp_path))
     async with running(config) as server:
         visitor = await server.visitor()
@@ -1745,18 +1609,16 @@ async def test_session_goes_on_after_a_restart(model: FakeModel, tmp_path: Path)
         after = await visitor.get()
         assert after.raw == before.raw
         assert after.body["history"][1] == {"role": "assistant", "content": STRANGE_TEXT}
-        session = visitor.session
-        assert session.created_at == created
+        assert visitor.session.created_at == created
         joined = await visitor.connect(last_seq)
-        assert joined["restored"] is True
-        assert joined["history"] == before.body["history"]
+        assert (joined["restored"], joined["history"]) == (True, before.body["history"])
         assert await visitor.chat("Again", clientMessageId="one") == first_id
         assert len(model.requests) == asked
         assert (await visitor.ask("New", clientMessageId="two"))["event"] == "message_done"
         assert visitor.frames[-2]["seq"] == last_seq + 1
         assert "Q Grüße" in model.prompt()
-        stats = (await visitor.server.call("GET", "/api/stats")).body
-        assert stats["activeSessions"] == 1
+        stats = await visitor.server.call("GET", "/api/stats")
+        assert stats.body["activeSessions"] == 1
 
 
 def set_back(folder: Path, session_id: str, seconds: float) -> None:
@@ -1777,8 +1639,7 @@ def set_back(folder: Path, session_id: str, seconds: float) -> None:
 
 
 async def test_idle_sessions_do_not_come_back(tmp_path: Path) -> None:
-    """After a restart a session older than the idle limit is not found, and off the disk when it
-    is not to be kept."""
+    """A session older than the idle limit is not found, and off the disk if not to be kept."""
     config = make_config(server=on_disk(tmp_path), limits={"keep_days": 0})
     async with running(config) as server:
         old, young = await server.visitor(), await server.visitor()
@@ -1801,13 +1662,10 @@ async def test_database_of_version_1(tmp_path: Path) -> None:
         db.executescript(
             """
             CREATE TABLE session (id TEXT PRIMARY KEY, state TEXT NOT NULL) WITHOUT ROWID;
-            CREATE TABLE message (
-                session TEXT, number INTEGER, body TEXT NOT NULL, PRIMARY KEY (session, number)
-            ) WITHOUT ROWID;
-            CREATE TABLE usage (
-                site TEXT, day TEXT, messages INTEGER NOT NULL, tokens INTEGER NOT NULL,
-                PRIMARY KEY (site, day)
-            ) WITHOUT ROWID;
+            CREATE TABLE message (session TEXT, number INTEGER, body TEXT NOT NULL,
+                PRIMARY KEY (session, number)) WITHOUT ROWID;
+            CREATE TABLE usage (site TEXT, day TEXT, messages INTEGER NOT NULL,
+                tokens INTEGER NOT NULL, PRIMARY KEY (site, day)) WITHOUT ROWID;
             CREATE TABLE site (id TEXT PRIMARY KEY, base BLOB, patch BLOB NOT NULL) WITHOUT ROWID;
             INSERT INTO session VALUES ('old', '{}');
             INSERT INTO usage VALUES ('shop', '2999-01-01', 5, 70);
@@ -1832,22 +1690,16 @@ async def test_sessions_of_sites_that_are_gone(tmp_path: Path) -> None:
         await until(lambda: not traces(tmp_path, "SECRET", visitor.id))
 
 
-@pytest.mark.parametrize(
-    ("event", "script", "shown"), [end for end in LAST_EVENTS if end[0][0] != "c"]
-)
-async def test_missed_end_of_a_turn(
-    event: str, script: list[bytes], shown: str, model: FakeModel, tmp_path: Path
-) -> None:
-    """A client that missed the last event of a finished turn in a crash gets it with lastSeq, and
-    one that has seen it does not get it again."""
+@pytest.mark.parametrize("last", [end for end in LAST_EVENTS if end[0][0] != "c"])
+async def test_missed_end_of_a_turn(last: Any, model: FakeModel, tmp_path: Path) -> None:
+    """Who missed the last event of a finished turn in a crash gets it with lastSeq, nobody else."""
     server_of = [make_config(model, server=on_disk(tmp_path / n)) for n in ("one", "two")]
     async with running(server_of[0]) as server:
         visitor = await server.visitor()
-        model.scripts.append(script)
+        model.scripts.append(last[1])
         await visitor.chat(pageContext=SHOWN)
-        ends = [frame for frame in await visitor.turn() if frame["event"] in TURN_ENDS]
-        end = ends[-1]
-        assert end["event"] == event
+        *_, end = ends = [frame for frame in await visitor.turn() if frame["event"] in TURN_ENDS]
+        assert end["event"] == last[0]
         snapshot(tmp_path / "one", tmp_path / "two")
     async with running(server_of[1]) as visitor.server:
         for last_seq, missed in ((None, ends), (0, ends), (end["seq"] - 1, [end])):
@@ -1870,19 +1722,13 @@ async def test_kill_cuts_off_turns_and_tasks(tmp_path: Path, model: FakeModel) -
     async with program(tmp_path, more) as run:
         for name in ("silent", "streaming", "acting", "acted", "confirming", "going on"):
             visitor = cut[name] = await run.server.visitor()
-            if name in ("silent", "streaming"):
-                model.scripts.append([begun, forever] if name == "streaming" else [forever])
-            else:
-                element = 2 if name == "confirming" else 1
-                model.scripts.append(act("Going", {**CLICK, "elementId": element}))
+            element = 2 if name == "confirming" else 1
+            scripts: dict[str, Script] = {"silent": [forever], "streaming": [begun, forever]}
+            model.scripts.append(scripts.get(name, act("Going", {**CLICK, "elementId": element})))
             await visitor.chat("Do it", pageContext=SHOWN)
             if name == "silent":
                 continue
-            last = await visitor.next()
-            while last["event"] not in ("action_plan", "confirmation_required"):
-                if name == "streaming":
-                    break
-                last = await visitor.next()
+            last = await visitor.next() if name == "streaming" else (await visitor.turn())[-1]
             if name in ("acted", "going on"):
                 plan = last["data"]["actions"][0]
                 result = {"success": True}
@@ -1890,8 +1736,8 @@ async def test_kill_cuts_off_turns_and_tasks(tmp_path: Path, model: FakeModel) -
             if name == "going on":
                 model.scripts.append([begun, begun, forever])
                 await visitor.send("continue_task", context=SHOWN)
-                last = await visitor.next()
-            if name != "going on":
+                await visitor.next()
+            else:
                 await visitor.expect_open()
         await run.stop(signal.SIGKILL)
     for _ in range(2):  # and once more, before anybody has come back
@@ -1931,40 +1777,34 @@ class Echo(deque[Any]):
             await response.prepare(request)
             for start in range(0, len(said), 8):
                 await response.write(sse(chunk(said[start : start + 8])))
-            await response.write(sse("[DONE]"))
+            await response.write(DONE)
             return response
 
         return answer
 
 
-@dataclasses.dataclass
 class Talker:
     """A visitor who talks as fast as possible, and keeps book."""
 
-    name: str
-    visitor: Visitor | None = None
-    tried: int = 0
-    acknowledged: list[str] = dataclasses.field(default_factory=list)
-    heard: list[str] = dataclasses.field(default_factory=list)
-    last_seq: int = 0
+    def __init__(self, number: int) -> None:
+        self.name, self.visitor = f"talker {number}", cast(Visitor, None)
+        self.tried = self.last_seq = 0
+        self.acknowledged: list[str] = []
+        self.heard: list[str] = []
 
     async def talk(self, server: Server) -> None:
         """Talk until the server dies."""
         with contextlib.suppress(aiohttp.ClientError, ConnectionError):
-            if self.visitor is None:
-                visitor = await server.visitor(connect=False)
-            else:
-                visitor = self.visitor
-                visitor.server = server
-            path = f"/?sessionId={visitor.id}&lastSeq={self.last_seq}"
-            visitor.ws = await server.socket(path)
+            visitor = self.visitor or await server.visitor(connect=False)
+            visitor.server = server
+            ws = await server.socket(f"/?sessionId={visitor.id}&lastSeq={self.last_seq}")
             while True:
                 self.tried += 1
                 text = f"{self.name} says {self.tried}"
                 assert (await visitor.post(text)).status == 200
                 self.visitor = visitor
                 self.acknowledged.append(text)
-                if not await self.hear(visitor.ws, f"re: {text}"):
+                if not await self.hear(ws, f"re: {text}"):
                     return
                 self.heard.append(f"re: {text}")
 
@@ -1981,15 +1821,13 @@ class Talker:
 
     async def check(self, server: Server) -> None:
         """Nothing that was acknowledged or heard is lost, out of order or there twice."""
-        if self.visitor is None:
+        if not self.visitor:
             return
         self.visitor.server = server
         history = await self.visitor.history()
         for role, expected in (("user", self.acknowledged), ("assistant", self.heard)):
-            kept = [text for one, text in history if one == role]
-            assert len(set(kept) - {lf.ENGLISH("restarted")}) == len(
-                [t for t in kept if t != lf.ENGLISH("restarted")]
-            )
+            kept = [t for one, t in history if one == role and t != lf.ENGLISH("restarted")]
+            assert len(set(kept)) == len(kept)
             assert [text for text in kept if text in expected] == expected
 
 
@@ -2000,19 +1838,19 @@ async def test_kill_under_load(tmp_path: Path, model: FakeModel) -> None:
     more = f'[llm]\nbase_url = "{model.url}"\n[limits]\n{limits}\nsite_tokens_per_day = 0\n'
     model.scripts = Echo()
     dice, kills = random.Random(4), 8
-    talkers = [Talker(f"talker {number}") for number in range(6)]
+    talkers = [Talker(number) for number in range(6)]
+
+    def far(enough: int, talks: list[asyncio.Task[None]]) -> bool:
+        said = sum(len(t.acknowledged) for t in talkers)
+        return said >= enough or any(talk.done() for talk in talks)
+
     for kill in range(kills):
         async with program(tmp_path, more) as run:
             for talker in talkers:
                 await talker.check(run.server)
             talks = [asyncio.create_task(talker.talk(run.server)) for talker in talkers]
             enough = sum(len(t.acknowledged) for t in talkers) + dice.randrange(10, 120)
-            await until(
-                lambda enough=enough, talks=talks: (  # type: ignore[misc]
-                    sum(len(t.acknowledged) for t in talkers) >= enough
-                    or any(talk.done() for talk in talks)
-                )
-            )
+            await until(functools.partial(far, enough, talks))
             await run.stop(signal.SIGKILL)
             await asyncio.gather(*talks)
         copy = snapshot(tmp_path, tmp_path / f"killed-{kill}")
@@ -2045,10 +1883,8 @@ async def test_shutdown_flushes_everything(tmp_path: Path, model: FakeModel) -> 
         assert (await run.end())[0] == 0
     assert files_in(tmp_path) == {"config.toml", "leflux.db", "knowledge.db"}
     assert kept_messages(tmp_path, done.id) == [("user", "Short"), ("assistant", "ok")]
-    assert kept_messages(tmp_path, streaming.id) == [
-        ("user", "Long"),
-        ("assistant", f"Half{CUT_SHORT}"),
-    ]
+    cut = kept_messages(tmp_path, streaming.id)
+    assert cut == [("user", "Long"), ("assistant", f"Half{CUT_SHORT}")]
     assert kept_messages(tmp_path, confirming.id)[-1] == ("assistant", lf.ENGLISH("interrupted"))
     assert [end["event"] for end in ends] == ["message_done", "message_done", "message"]
     async with program(tmp_path, more) as run:
@@ -2081,19 +1917,16 @@ def frugal(**limits: float) -> tuple[lf.AppState, lf.Site]:
 
 def used(server: Server, site_id: str = "shop") -> tuple[int, int]:
     """The tokens a site has spent, and those set aside."""
-    now = cast(Any, lf).time.time()  # as the server sees it
-    usage = lf.usage_today(server.app, site_id, now)
+    usage = lf.usage_today(server.app, site_id, cast(Any, lf).time.time())  # as the server sees it
     return usage.tokens, usage.reserved
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "same_day"),
-    [
-        ("2026-02-28T00:00:00+00:00", "2026-02-28T23:59:59.999+00:00", True),
-        ("2026-02-28T23:59:59.999+00:00", "2026-03-01T00:00:00+00:00", False),
-        ("2026-02-28T23:00:00-05:00", "2026-03-01T10:00:00+00:00", True),
-        ("2026-02-28T10:00:00+00:00", "2026-03-28T10:00:00+00:00", False),
-    ],
+@cases(
+    "first, second, same_day",
+    ("2026-02-28T00:00:00+00:00", "2026-02-28T23:59:59.999+00:00", True),
+    ("2026-02-28T23:59:59.999+00:00", "2026-03-01T00:00:00+00:00", False),
+    ("2026-02-28T23:00:00-05:00", "2026-03-01T10:00:00+00:00", True),
+    ("2026-02-28T10:00:00+00:00", "2026-03-28T10:00:00+00:00", False),
 )
 def test_budgets_are_for_a_utc_day(first: str, second: str, same_day: bool) -> None:
     """Messages and tokens are counted in UTC days; a new day begins with nothing used."""
@@ -2109,19 +1942,17 @@ def test_budgets_are_for_a_utc_day(first: str, second: str, same_day: bool) -> N
         lf.admit(app, site, "", 2, 100, later)
 
 
-@pytest.mark.parametrize(
-    ("limits", "used", "wanted", "fits"),
-    [  # limits, used and wanted: (messages, tokens)
-        ((0, 0), (10**9, 10**9), (1, 10**9), True),
-        ((3, 0), (2, 10**9), (1, 10**9), True),
-        ((3, 0), (3, 0), (1, 0), False),
-        ((3, 0), (3, 0), (0, 10), True),  # the next call for a message that is counted
-        ((0, 100), (10**9, 60), (1, 40), True),
-        ((0, 100), (0, 60), (1, 41), False),
-        ((0, 100), (0, 160), (0, 1), False),
-        ((3, 100), (2, 60), (1, 41), False),
-        ((3, 100), (3, 10), (1, 10), False),
-    ],
+@cases(
+    "limits, used, wanted, fits",  # limits, used and wanted: (messages, tokens)
+    ((0, 0), (10**9, 10**9), (1, 10**9), True),
+    ((3, 0), (2, 10**9), (1, 10**9), True),
+    ((3, 0), (3, 0), (1, 0), False),
+    ((3, 0), (3, 0), (0, 10), True),  # the next call for a message that is counted
+    ((0, 100), (10**9, 60), (1, 40), True),
+    ((0, 100), (0, 60), (1, 41), False),
+    ((0, 100), (0, 160), (0, 1), False),
+    ((3, 100), (2, 60), (1, 41), False),
+    ((3, 100), (3, 10), (1, 10), False),
 )
 def test_budget_that_is_left(
     limits: tuple[int, int], used: tuple[int, int], wanted: tuple[int, int], fits: bool
@@ -2176,8 +2007,7 @@ async def test_messages_per_day(server: Server, model: FakeModel, clock: Clock) 
 
 @with_config(limits={"site_messages_per_day": 8, "address_share": 0.25, "init_per_minute": 100})
 async def test_an_address_has_its_share(server: Server, model: FakeModel) -> None:
-    """One address (IPv6: /48) may use a part of a site's day, its tokens as well; a restart of the
-    chat does not help, another address does."""
+    """One address (IPv6: /48) may use a part of a site's day, however often it starts anew."""
 
     async def say(address: str) -> Answer:
         visitor = await server.visitor(connect=False)
@@ -2219,9 +2049,7 @@ async def test_addresses_are_forgotten(serve: Serve) -> None:
 
 @pytest.mark.parametrize(("per_minute", "ends"), [(1, "message"), (600, "message_done")])
 @with_constants(MODEL_CALL_WAIT_SECONDS=0.3)
-async def test_calls_of_a_session(
-    per_minute: int, ends: str, serve: Serve, model: FakeModel
-) -> None:
+async def test_session_calls(per_minute: int, ends: str, serve: Serve, model: FakeModel) -> None:
     """Each call to the model counts for its session: over the limit a task waits, and ends visibly
     if that takes too long; another session goes on."""
     server = await serve(model, limits={"model_calls_per_minute": per_minute})
@@ -2239,7 +2067,7 @@ async def test_calls_of_a_session(
 
 
 @with_config(limits={"site_messages_per_day": 2, "chat_per_minute": 1})
-async def test_refused_requests_cost_nothing(server: Server, visitor: Visitor) -> None:
+async def test_refused_requests_cost_nothing(visitor: Visitor) -> None:
     """Only a message that is taken counts: none that is invalid, too fast or from a stranger."""
     assert (await visitor.post("")).status == 400
     assert (await visitor.post("x", pageContext=5)).status == 400
@@ -2248,13 +2076,11 @@ async def test_refused_requests_cost_nothing(server: Server, visitor: Visitor) -
     visitor.origin = ORIGIN
     await visitor.ask()
     assert (await visitor.post()).error == (429, "rate_limit_exceeded")
-    assert lf.usage_today(server.app, "shop", time.time()).messages == 1
+    assert lf.usage_today(visitor.server.app, "shop", time.time()).messages == 1
 
 
 @pytest.mark.parametrize("limit", [0, 1_000_000])
-async def test_tokens_are_settled_with_reported_usage(
-    limit: int, serve: Serve, model: FakeModel
-) -> None:
+async def test_tokens_are_settled_with_usage(limit: int, serve: Serve, model: FakeModel) -> None:
     """Tokens are set aside before a call, if there is a limit, and settled with its usage after."""
     server = await serve(model, limits={"site_tokens_per_day": limit})
     visitor = await server.visitor()
@@ -2274,9 +2100,7 @@ async def test_tokens_are_settled_with_reported_usage(
     assert used(server) == (1123, 0)
 
 
-async def test_tokens_are_estimated_where_none_are_reported(
-    server: Server, visitor: Visitor, model: FakeModel
-) -> None:
+async def test_tokens_are_estimated(visitor: Visitor, model: FakeModel) -> None:
     """Without usage 4 characters count as a token, of what was asked and what was said."""
     expected = 0
     scripts: list[Script] = [reply("x" * 4000), [sse(chunk("x" * 400)), cut_wire]]
@@ -2285,28 +2109,13 @@ async def test_tokens_are_estimated_where_none_are_reported(
         await visitor.ask("y" * 4000)
         expected += sum(len(m["content"]) for m in model.requests[-1]["messages"]) // 4
     expected += 4400 // 4
-    spent, reserved = used(server)
-    assert expected <= spent <= expected + 20  # and the JSON around the text
-    assert reserved == 0
-
-
-@with_config(limits={"site_tokens_per_day": 10_000})
-async def test_calls_that_fail_cost_nothing(
-    server: Server, visitor: Visitor, model: FakeModel
-) -> None:
-    """A call that a provider has refused is settled with nothing."""
-    model.scripts.append(status(401, {"error": {"message": "no"}}))
-    model.scripts.extend([status(500, {}, Retry_After="0")] * 3)
-    for _ in range(2):
-        assert (await visitor.ask())["data"]["isError"] is True
-    assert used(server) == (0, 0)
+    assert used(visitor.server)[0] in range(expected, expected + 21)  # and the JSON around the text
+    assert used(visitor.server)[1] == 0
 
 
 @pytest.mark.parametrize("said", ["", "x" * 400])
 @with_config(limits={"site_tokens_per_day": 100_000})
-async def test_call_that_is_stopped(
-    said: str, server: Server, visitor: Visitor, model: FakeModel
-) -> None:
+async def test_call_that_is_stopped(said: str, visitor: Visitor, model: FakeModel) -> None:
     """A call that is stopped halfway pays for its prompt and what was said, and holds nothing."""
     model.scripts.append([sse(chunk(said)), forever])
     await visitor.chat()
@@ -2315,17 +2124,15 @@ async def test_call_that_is_stopped(
         await visitor.next()
     await visitor.send("stop")
     await visitor.turn()
-    await until(lambda: not used(server)[1])
+    await until(lambda: not used(visitor.server)[1])
     prompt = sum(len(m["content"]) for m in model.requests[0]["messages"]) // 4
-    assert used(server) == (prompt + len(said) // 4, 0)
+    assert used(visitor.server) == (prompt + len(said) // 4, 0)
 
 
 @pytest.mark.parametrize("how", ["message", "delete", "stop"])
-async def test_call_that_never_began(
-    how: str, server: Server, visitor: Visitor, model: FakeModel
-) -> None:
+async def test_call_that_never_began(how: str, visitor: Visitor, model: FakeModel) -> None:
     """What was set aside for a call that is cancelled before it begins is given back."""
-    app, session = server.app, visitor.session
+    app, session = visitor.server.app, visitor.session
     usage, *_ = charge = lf.admit(app, app.sites["shop"], "", 1, 500, NOON)
     release = functools.partial(lf.settle_tokens, app, app.sites["shop"], charge, 500, 0)
     lf.start_task(app, session, lf.Task("One", release=release))
@@ -2343,16 +2150,14 @@ async def test_call_that_never_began(
 
 
 @pytest.mark.parametrize("limits", [{"site_messages_per_day": 7}, {"site_tokens_per_day": 20_000}])
-async def test_parallel_requests_stay_within_the_budget(
-    limits: Json, serve: Serve, model: FakeModel
-) -> None:
+async def test_parallel_requests_in_a_budget(limits: Json, serve: Serve, model: FakeModel) -> None:
     """However many requests come at once: no more is admitted than the budget holds."""
     server = await serve(model, limits={**limits, "init_per_minute": 1000})
     visitors = [await server.visitor(connect=False) for _ in range(40)]
     model.scripts.extend([[model.at_gate, *using(1500)]] * 40)
     answers = await asyncio.gather(*(visitor.post() for visitor in visitors))
     taken = [answer for answer in answers if answer.status == 200]
-    assert all(a.status == 200 or a.error == BUDGET_SPENT for a in answers)
+    assert {a.error for a in answers if a not in taken} == {BUDGET_SPENT}
     if "site_messages_per_day" in limits:
         assert len(taken) == 7
     else:
@@ -2366,24 +2171,20 @@ async def test_parallel_requests_stay_within_the_budget(
 
 
 @with_config(limits={"site_tokens_per_day": 20_000}, sites=[FRUGAL])
-async def test_budget_runs_out_in_the_middle_of_a_task(
-    server: Server, visitor: Visitor, model: FakeModel
-) -> None:
+async def test_budget_runs_out_in_the_middle_of_a_task(visitor: Visitor, model: FakeModel) -> None:
     """A task whose next call does not fit the budget any more ends with the refusal."""
     script = act("Going", CLICK)
     usage = {"choices": [], "usage": {"total_tokens": 19_500}}
     model.scripts.append([script[0].replace(b"data: [DONE]", sse(usage).strip())])
     await visitor.chat(pageContext=SHOWN)
-    while (frame := await visitor.next())["event"] != "action_plan":
-        pass
-    plan = frame["data"]["actions"][0]
+    plan = (await visitor.turn())[-1]["data"]["actions"][0]
     await visitor.send("action_complete", actionId=plan["id"], result={"success": True})
     await visitor.send("continue_task", context=SHOWN)
     end = (await visitor.turn())[-1]
     assert (end["event"], end["data"]) == ("message", {"text": REFUSAL})
     assert len(model.requests) == 1
     assert (await visitor.history())[-1] == ("assistant", REFUSAL)
-    assert used(server) == (19_500, 0)
+    assert used(visitor.server) == (19_500, 0)
     assert (await visitor.post()).error == BUDGET_SPENT
     assert visitor.session.task is None
 
@@ -2399,9 +2200,7 @@ async def test_offline_guide_costs_no_tokens(serve: Serve) -> None:
     assert used(server) == (0, 0)
 
 
-async def test_usage_is_kept_across_restarts(
-    model: FakeModel, clock: Clock, tmp_path: Path
-) -> None:
+async def test_usage_outlives_restarts(model: FakeModel, clock: Clock, tmp_path: Path) -> None:
     """Usage is kept across restarts; a crash counts what was set aside as spent."""
     clock.stopped_at = NOON
     limits = {"site_messages_per_day": 3, "site_tokens_per_day": 50_000}
@@ -2424,8 +2223,7 @@ async def test_usage_is_kept_across_restarts(
     copy = make_config(model, server=on_disk(crashed), limits=limits)
     for config_now, spent in ((config, 5001), (copy, 5000 + reserved)):
         async with running(config_now) as server:
-            assert used(server)[0] >= spent
-            assert (used(server)[0] == spent) or config_now is copy
+            assert used(server)[0] == spent or (config_now is copy and used(server)[0] > spent)
             visitor = await server.visitor()
             await visitor.ask()
             assert (await visitor.post()).error == BUDGET_SPENT
@@ -2452,16 +2250,12 @@ def test_clock_that_jumps() -> None:
 
 
 @pytest.mark.parametrize("total", [2**64 - 1, 10**400, float("inf"), -5, "many", None])
-async def test_absurd_usage_harms_nobody(
-    total: Any, serve: Serve, model: FakeModel, tmp_path: Path
-) -> None:
+async def test_absurd_usage_harms_nobody(total: Any, keeper: Visitor, model: FakeModel) -> None:
     """Whatever number a provider reports, turns end, chats are answered and kept."""
-    server = await serve(model, server={"state_dir": str(tmp_path)})
-    visitor = await server.visitor()
     for _ in range(2):
         model.scripts.append([sse(chunk("Hi"), {"usage": {"total_tokens": total}}, "[DONE]")])
-        assert (await visitor.ask())["data"]["text"] == "Hi"
-    assert len(await visitor.history()) == 4
+        assert (await keeper.ask())["data"]["text"] == "Hi"
+    assert len(await keeper.history()) == 4
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2499,15 +2293,13 @@ def ranked(question: str, *documents: str) -> list[str]:
     return [f"{one.heading}\n{one.text}".strip() for one in found.passages]
 
 
-@pytest.mark.parametrize(
-    ("question", "best"),
-    [
-        ("When do you open?", "nine in the morning"),
-        ("How do I get a REFUND for returned goods?", "thirty days"),
-        ("what does a parcel to norway cost", "12 euros"),
-        ("returning things", "thirty days"),  # stems
-        ('open" OR "x NEAR(a b) AND * col:open ^open -', "nine in the morning"),
-    ],
+@cases(
+    "question, best",
+    ("When do you open?", "nine in the morning"),
+    ("How do I get a REFUND for returned goods?", "thirty days"),
+    ("what does a parcel to norway cost", "12 euros"),
+    ("returning things", "thirty days"),  # stems
+    ('open" OR "x NEAR(a b) AND * col:open ^open -', "nine in the morning"),
 )
 def test_knowledge_ranking(question: str, best: str) -> None:
     """The passage that answers a question comes first, under its heading."""
@@ -2537,45 +2329,41 @@ def test_knowledge_is_split_into_passages() -> None:
     assert everything.count("x") == 3000
 
 
-@pytest.mark.parametrize(
-    ("document", "passages"),
-    [
-        (
-            "# Dogs\n\nWe like all.\n- small dogs\n- big\n  dogs\n",
-            ["We like all.", "small dogs", "big dogs"],
-        ),
-        ("# Dogs\n1. Sit\n2) Stay", ["Sit", "Stay"]),
-        ("# Dogs\n| breed | age |\n|---|--:|\n| pug | 3 |", ["breed | age", "pug | 3"]),
-        ("Dogs\n====\nAll are welcome.", ["All are welcome."]),
-        ("Dogs\n----\r\nAll are\r\nwelcome.", ["All are welcome."]),
-        ("Dogs\n\nAll are welcome.\n\nAt any time.", ["All are welcome.", "At any time."]),
-        ("Dogs:\nAll are welcome.", ["All are welcome."]),
-        ("**Dogs**\n\n- welcome\n\n---\n", ["welcome"]),
-    ],
+@cases(
+    "document, passages",
+    (
+        "# Dogs\n\nWe like all.\n- small dogs\n- big\n  dogs\n",
+        ["We like all.", "small dogs", "big dogs"],
+    ),
+    ("# Dogs\n1. Sit\n2) Stay", ["Sit", "Stay"]),
+    ("# Dogs\n| breed | age |\n|---|--:|\n| pug | 3 |", ["breed | age", "pug | 3"]),
+    ("Dogs\n====\nAll are welcome.", ["All are welcome."]),
+    ("Dogs\n----\r\nAll are\r\nwelcome.", ["All are welcome."]),
+    ("Dogs\n\nAll are welcome.\n\nAt any time.", ["All are welcome.", "At any time."]),
+    ("Dogs:\nAll are welcome.", ["All are welcome."]),
+    ("**Dogs**\n\n- welcome\n\n---\n", ["welcome"]),
 )
 def test_headings_and_lists(document: str, passages: list[str]) -> None:
     """Headings of any style stand over their text; items and rows are lines of a passage."""
     assert passages_of(document) == ["\n".join(["Dogs", *passages])]
 
 
-@pytest.mark.parametrize(
-    ("document", "passages"),
-    [
-        (
-            "# Care\n## Lavender\nCut it.\n# Tours\nOn Sundays.",
-            ["Care: Lavender\nCut it.", "Tours\nOn Sundays."],
-        ),
-        ("## Sit\nNow.\n## Stay\n### Long\nOh.", ["Sit\nNow.", "Stay: Long\nOh."]),
-        ("Dogs?\nYes.\n\nCats?\nNo.", ["Dogs?\nYes.", "Cats?\nNo."]),
-        ("# Fees\n##\n### Late\n20", ["Fees: Late\n20"]),  # an empty heading is none
-        ("What we do\n\nCrowns\n\nImplants", ["What we do\nCrowns\nImplants"]),
-        ("We are a small shop in the\nold town.", ["We are a small shop in the old town."]),
-        (
-            "Open till 9\n\nDr. May is in. Mr. Bo is out.",
-            ["Open till 9\nDr. May is in. Mr. Bo is out."],
-        ),
-        ("# Nothing below", []),
-    ],
+@cases(
+    "document, passages",
+    (
+        "# Care\n## Lavender\nCut it.\n# Tours\nOn Sundays.",
+        ["Care: Lavender\nCut it.", "Tours\nOn Sundays."],
+    ),
+    ("## Sit\nNow.\n## Stay\n### Long\nOh.", ["Sit\nNow.", "Stay: Long\nOh."]),
+    ("Dogs?\nYes.\n\nCats?\nNo.", ["Dogs?\nYes.", "Cats?\nNo."]),
+    ("# Fees\n##\n### Late\n20", ["Fees: Late\n20"]),  # an empty heading is none
+    ("What we do\n\nCrowns\n\nImplants", ["What we do\nCrowns\nImplants"]),
+    ("We are a small shop in the\nold town.", ["We are a small shop in the old town."]),
+    (
+        "Open till 9\n\nDr. May is in. Mr. Bo is out.",
+        ["Open till 9\nDr. May is in. Mr. Bo is out."],
+    ),
+    ("# Nothing below", []),
 )
 def test_what_is_a_heading(document: str, passages: list[str]) -> None:
     """A short line above a text; not the beginning of a sentence, a number, or the last line."""
@@ -2590,15 +2378,13 @@ def test_ranking_counts_different_words_first() -> None:
     assert ranked("a b c " * 2000 + "plan", *texts) == []  # words 33 and on do not count
 
 
-@pytest.mark.parametrize(
-    ("question", "text"),
-    [
-        ("сколько стоит доставка", "Доставка по городу бесплатна."),
-        ("¿Dónde está la MONTAÑA?", "La montana mágica"),
-        ("営業時間", "営業時間 9:00"),
-        ("متى تفتحون؟", "الساعات من التاسعة"),
-        ("ÖFFNUNGSZEITEN", "Öffnungszeiten: täglich"),
-    ],
+@cases(
+    "question, text",
+    ("сколько стоит доставка", "Доставка по городу бесплатна."),
+    ("¿Dónde está la MONTAÑA?", "La montana mágica"),
+    ("営業時間", "営業時間 9:00"),
+    ("متى تفتحون؟", "الساعات من التاسعة"),
+    ("ÖFFNUNGSZEITEN", "Öffnungszeiten: täglich"),
 )
 def test_knowledge_in_other_scripts(question: str, text: str) -> None:
     """Words are found in any script, with or without their accents."""
@@ -2671,9 +2457,7 @@ BUILDERS = [  # page of bench/pages, title, facts as "heading | text", contacts,
 
 
 @pytest.mark.parametrize(("name", "title", "facts", "contacts", "noise"), BUILDERS)
-def test_pages_of_site_builders(
-    name: str, title: str, facts: str, contacts: str, noise: str
-) -> None:
+def test_site_builders(name: str, title: str, facts: str, contacts: str, noise: str) -> None:
     """The facts of a page are found under their headings, without what stands around them."""
     raw = (lf.HERE / "bench" / "pages" / f"{name}.html").read_bytes()
     found = lf.read_page(raw, "https://acme.com/page", {}, start=True)
@@ -2685,27 +2469,17 @@ def test_pages_of_site_builders(
         heading, _, parts = fact.partition("| ")
         assert [part for part in parts.split(" / ") if part not in texts[heading.strip()]] == []
     assert " / ".join(page.contacts) == contacts
-    assert [
-        word for word in noise.split() if word.replace("_", " ") in "".join(texts.values())
-    ] == []
+    everything = "".join(texts.values())
+    assert [word for word in noise.split() if word.replace("_", " ") in everything] == []
     assert re.fullmatch(r"https://[\w.-]+\.example/[\w/-]+", page.url)
     assert found.indexed
 
 
 def test_telephone_numbers() -> None:
     """Telephone numbers are found however they are written, and dates are none."""
-    numbers = [
-        "040 / 555 01 23",
-        "040/5550123",
-        "(040) 555-0123",
-        "+49 40 / 555 01 23",
-        "0117 555 0123",
-    ]
-    for text in (
-        "; ".join(numbers),
-        "; ".join(["01/02/2024", *numbers, "since 1/2/1999, 02/2024"]),
-    ):
-        assert [one[0] for one in lf.CONTACT.finditer(text)] == numbers
+    numbers = "040 / 555 01 23; 040/5550123; (040) 555-0123; +49 40 / 555 01 23; 0117 555 0123"
+    for text in (numbers, f"01/02/2024; {numbers}; since 1/2/1999, 02/2024"):
+        assert "; ".join(one[0] for one in lf.CONTACT.finditer(text)) == numbers
 
 
 BROKEN_PAGES: list[tuple[str, list[str]]] = [  # a page's body, and the texts with their headings
@@ -2747,21 +2521,19 @@ def test_broken_pages(body: str, texts: list[str]) -> None:
     ] == texts
 
 
-@pytest.mark.parametrize(
-    ("raw", "header", "text"),
-    [
-        ("größer".encode(), "", "größer"),
-        ("größer".encode(), "text/html; charset=iso-8859-1", "größer"),  # it is no Latin-1
-        ("größer €".encode("cp1252"), "text/html; charset=utf-8", "größer €"),
-        ("größer €".encode("cp1252"), "text/html; charset=ISO-8859-1", "größer €"),
-        ("日本語".encode("shift_jis"), 'text/html; charset="Shift_JIS"', "日本語"),
-        (b"<meta charset=euc-jp>" + "日本語".encode("euc_jp"), "text/html", "日本語"),
-        ("привет".encode("koi8-r"), "text/html;charset=KOI8-R", "привет"),
-        ("größer".encode("utf-16"), "", "größer"),
-        ("größer \u2028 größer".encode() + b"\xff", "", "größer größer\ufffd"),
-        ("größer".encode("cp1252"), "text/html; charset=punycode", "größer"),
-        ("größer".encode("cp1252"), "text/html; charset=rot13", "größer"),
-    ],
+@cases(
+    "raw, header, text",
+    ("größer".encode(), "", "größer"),
+    ("größer".encode(), "text/html; charset=iso-8859-1", "größer"),  # it is no Latin-1
+    ("größer €".encode("cp1252"), "text/html; charset=utf-8", "größer €"),
+    ("größer €".encode("cp1252"), "text/html; charset=ISO-8859-1", "größer €"),
+    ("日本語".encode("shift_jis"), 'text/html; charset="Shift_JIS"', "日本語"),
+    (b"<meta charset=euc-jp>" + "日本語".encode("euc_jp"), "text/html", "日本語"),
+    ("привет".encode("koi8-r"), "text/html;charset=KOI8-R", "привет"),
+    ("größer".encode("utf-16"), "", "größer"),
+    ("größer \u2028 größer".encode() + b"\xff", "", "größer größer\ufffd"),
+    ("größer".encode("cp1252"), "text/html; charset=punycode", "größer"),
+    ("größer".encode("cp1252"), "text/html; charset=rot13", "größer"),
 )
 def test_charsets(raw: bytes, header: str, text: str) -> None:
     """A page is read in the charset that it has, whatever it says."""
@@ -2774,24 +2546,22 @@ def linked_data(data: Any) -> list[tuple[str, str]]:
     return list(lf.read_page(f"{body}</script>".encode(), "https://acme.com/", {}).page.sections)
 
 
-@pytest.mark.parametrize(
-    ("data", "facts"),
-    [
-        ({"name": "Acme", "@type": "WebSite"}, []),
-        ({"name": "Acme", "telephone": "1", "openingHours": ["Mo 9-5", "Tu 9-6"]},
-         [("Acme", "Telephone: 1. Opening hours: Mo 9-5; Tu 9-6.")]),
-        ({"name": "Mug", "offers": {"lowPrice": 5, "highPrice": "9", "priceCurrency": "EUR"}},
-         [("Mug", "Price: 5-9 EUR.")]),
-        ({"name": "Mug", "offers": [{"price": 0}, {"name": "Set", "price": 8.5}]},
-         [("Mug", "Price: 0; Set 8.5.")]),
-        ({"@graph": [{"mainEntity": {"name": "Why?", "acceptedAnswer": [{"text": "<p>So."}]}}]},
-         [("Why?", "So.")]),
-        ({"name": "Acme", "address": "1", "contactPoint": {"telephone": "2", "email": "a@b.c"}},
-         [("Acme", "Address: 1. Contact: 2 a@b.c.")]),
-        ("{'not': json}", []),
-        ("[" * 100_000, []),
-        ([[["x", None, 1e300, {"offers": None, "name": [{}]}]]], []),
-    ],
+@cases(
+    "data, facts",
+    ({"name": "Acme", "@type": "WebSite"}, []),
+    ({"name": "Acme", "telephone": "1", "openingHours": ["Mo 9-5", "Tu 9-6"]},
+     [("Acme", "Telephone: 1. Opening hours: Mo 9-5; Tu 9-6.")]),
+    ({"name": "Mug", "offers": {"lowPrice": 5, "highPrice": "9", "priceCurrency": "EUR"}},
+     [("Mug", "Price: 5-9 EUR.")]),
+    ({"name": "Mug", "offers": [{"price": 0}, {"name": "Set", "price": 8.5}]},
+     [("Mug", "Price: 0; Set 8.5.")]),
+    ({"@graph": [{"mainEntity": {"name": "Why?", "acceptedAnswer": [{"text": "<p>So."}]}}]},
+     [("Why?", "So.")]),
+    ({"name": "Acme", "address": "1", "contactPoint": {"telephone": "2", "email": "a@b.c"}},
+     [("Acme", "Address: 1. Contact: 2 a@b.c.")]),
+    ("{'not': json}", []),
+    ("[" * 100_000, []),
+    ([[["x", None, 1e300, {"offers": None, "name": [{}]}]]], []),
 )  # fmt: skip
 def test_linked_data(data: Any, facts: list[tuple[str, str]]) -> None:
     """What JSON-LD says of products, organisations and questions becomes readable."""
@@ -2820,26 +2590,24 @@ def test_hostile_pages_cost_little(part: str) -> None:
     assert twice < max(0.1, 3.5 * once)
 
 
-@pytest.mark.parametrize(
-    ("link", "url"),
-    [
-        ("", "https://acme.com/a/b?x=1"),
-        ("#part", "https://acme.com/a/b?x=1"),
-        ("c", "https://acme.com/a/c"),
-        ("../../c/", "https://acme.com/c/"),
-        ("HTTPS://ACME.COM:443", "https://acme.com/"),
-        ("//acme.com:8443/?", "https://acme.com:8443/"),
-        ("/?b=2&a=1&utm_source=x&fbclid=y&UTM_ID=z", "https://acme.com/?a=1&b=2"),
-        ("/größe 1?ä", "https://acme.com/gr%C3%B6%C3%9Fe%201?%C3%A4"),
-        ("/gr%C3%B6?a[]=1", "https://acme.com/gr%C3%B6?a[]=1"),
-        ("http://bücher.example/", "http://xn--bcher-kva.example/"),
-        (" /x\n", "https://acme.com/x"),
-        ("mailto:a@b.c", ""),
-        ("javascript:void(0)", ""),
-        ("https://user@acme.com/", ""),
-        ("http://[::1", ""),
-        ("x" * 2001, ""),
-    ],
+@cases(
+    "link, url",
+    ("", "https://acme.com/a/b?x=1"),
+    ("#part", "https://acme.com/a/b?x=1"),
+    ("c", "https://acme.com/a/c"),
+    ("../../c/", "https://acme.com/c/"),
+    ("HTTPS://ACME.COM:443", "https://acme.com/"),
+    ("//acme.com:8443/?", "https://acme.com:8443/"),
+    ("/?b=2&a=1&utm_source=x&fbclid=y&UTM_ID=z", "https://acme.com/?a=1&b=2"),
+    ("/größe 1?ä", "https://acme.com/gr%C3%B6%C3%9Fe%201?%C3%A4"),
+    ("/gr%C3%B6?a[]=1", "https://acme.com/gr%C3%B6?a[]=1"),
+    ("http://bücher.example/", "http://xn--bcher-kva.example/"),
+    (" /x\n", "https://acme.com/x"),
+    ("mailto:a@b.c", ""),
+    ("javascript:void(0)", ""),
+    ("https://user@acme.com/", ""),
+    ("http://[::1", ""),
+    ("x" * 2001, ""),
 )
 def test_normal_urls(link: str, url: str) -> None:
     """URLs are compared without fragment, tracking and default port, with a sorted query."""
@@ -2868,10 +2636,8 @@ PAGE_CONTEXT: Json = {
     "indexedElements": SHOP_ELEMENTS,
 }
 NAME_FIELD = {"name": "name", "type": "text"}
-ASK_NAME: Json = {
-    **{"type": "ask_user", "question": "Your name?"},
-    **{"field_name": "name", "field_type": "text"},
-}
+ASK_NAME: Json = {"type": "ask_user", "question": "Your name?"}
+ASK_NAME |= {"field_name": "name", "field_type": "text"}
 
 
 def page_of(context: Json = PAGE_CONTEXT, **site: Any) -> lf.Page:
@@ -2910,55 +2676,40 @@ def typing(element: Json, value: Any = "x") -> tuple[Json, lf.Page]:
     return steps(step("type", 1, inputData=value)), page
 
 
-@pytest.mark.parametrize(
-    ("raw", "clean"),
-    [
-        (None, {"type": "none"}),
-        ({"type": "none"}, {"type": "none"}),
-        (click(1), {"type": "click_element", "elementId": 1, "description": "click Pricing"}),
-        (
-            click(1, description="Open prices"),
-            {"type": "click_element", "elementId": 1, "description": "Open prices"},
-        ),
-        (
-            {"type": "navigate", "url": "about?x=1#y"},
-            {
-                "type": "navigate",
-                "url": "https://acme.com/shop/about?x=1#y",
-                "description": "go to https://acme.com/shop/about?x=1#y",
-            },
-        ),
-        *[(ASK_NAME,) * 2],
-        *[({"type": "task_complete", "summary": "All done"},) * 2],
-        *[({"type": "abort_workflow", "reason": "No shop here"},) * 2],
-    ],
+@cases(
+    "raw, changes",
+    *((None, {"type": "none"}), ({"type": "none"}, {}), (ASK_NAME, {})),
+    (click(1), {"description": "click Pricing"}),
+    (click(1, description="Open prices"), {}),
+    (
+        {"type": "navigate", "url": "about?x=1#y"},
+        {
+            "url": f"{ORIGIN}/shop/about?x=1#y",
+            "description": f"go to {ORIGIN}/shop/about?x=1#y",
+        },
+    ),
+    ({"type": "task_complete", "summary": "All done"}, {}),
+    ({"type": "abort_workflow", "reason": "No shop here"}, {}),
 )
-def test_a_valid_action_comes_out_clean(raw: Any, clean: Json) -> None:
+def test_a_valid_action_comes_out_clean(raw: Any, changes: Json) -> None:
     """check_action returns only known fields, URLs resolved, descriptions filled in."""
-    assert checked(raw) == clean
+    assert checked(raw) == {**(raw or {}), **changes}
 
 
 def test_a_sequence_keeps_every_kind_of_step() -> None:
     """click, type, select, scroll_to, navigate and wait; `steps` or `actions`; wait <= 10 s."""
-    items = [
-        step("click", 2),
-        step("type", 3, inputData="Ada", url="ignored"),
-        step("select", 4, inputData="Pro"),
-        step("scroll_to", 1),
-        step("navigate", url="/x"),
-        step("wait", waitDuration=60_000.5),
-    ]
+    kept = [step("click", 2), step("select", 4, inputData="Pro"), step("scroll_to", 1)]
+    typed = step("type", 3, inputData="Ada")
+    items = [*kept, {**typed, "url": "ignored"}, step("navigate", url="/x")]
+    items.append(step("wait", waitDuration=60_000.5))
     expected = [
-        {"action": "click", "elementId": 2},
-        {"action": "type", "elementId": 3, "inputData": "Ada"},
-        {"action": "select", "elementId": 4, "inputData": "Pro"},
-        {"action": "scroll_to", "elementId": 1},
-        {"action": "navigate", "url": "https://acme.com/x"},
-        {"action": "wait", "waitDuration": 10_000},
+        *kept,
+        typed,
+        step("navigate", url=f"{ORIGIN}/x"),
+        step("wait", waitDuration=10_000),
     ]
     for name in ("steps", "actions"):
-        raw = {"type": "execute_generic_sequence", name: items}
-        plan = checked(raw)
+        plan = checked({"type": "execute_generic_sequence", name: items})
         assert plan["isSequence"] is True
         assert all(isinstance(one.pop("description"), str) for one in plan["actions"])
         assert plan["actions"] == expected
@@ -2973,15 +2724,8 @@ def confirming(pending: Any, **more: Any) -> Json:
 
 
 BAD_STEPS = (
-    *(
-        "click",
-        step("dance", 2),
-        step("press", 3),
-        step("press", 3, key="F5"),
-        step(["click"], 2),
-        step("click", 99),
-        step("click", 5),
-    ),
+    *("click", step("dance", 2), step(["click"], 2), step("click", 99), step("click", 5)),
+    *(step("press", 3), step("press", 3, key="F5")),
     *(step("type", 3), step("type", 3, inputData=5), step("type", 3, inputData=None)),
     *(step("select", 4, inputData=["Pro"]), step("type", 6, inputData="hunter2"), step("wait")),
     *(step("wait", waitDuration=long) for long in (-1, True, "5", float("nan"), float("inf"))),
@@ -2989,28 +2733,26 @@ BAD_STEPS = (
 )
 
 
-@pytest.mark.parametrize(
+@cases(
     "raw",
-    [
-        *("click", [], 7, {}, {"type": "run_script"}, {"type": None}, {"type": ["none"]}),
-        *(click(number) for number in (99, 5, 9, True, 1.0, "1", None, [1], 10**30)),
-        click(1, description=5),
-        *(steps(step("click", 2), bad) for bad in BAD_STEPS),
-        *(steps(bad) for bad in BAD_STEPS),
-        *(steps(), steps(*[step("click", 2)] * 51), steps(*[step("wait", waitDuration=1)] * 5000)),
-        steps(step("navigate", url="/x"), step("click", 2)),
-        {"type": "execute_generic_sequence"},
-        {"type": "execute_generic_sequence", "steps": {"0": step("click", 1)}},
-        {"type": "ask_user", "question": 5},
-        {"type": "task_complete", "summary": []},
-        {"type": "abort_workflow", "reason": {}},
-        {"type": "confirmation_required", "message": "Sure?"},
-        *(confirming("click"), confirming(click(99)), confirming(click(2), confirm_label=1)),
-        *(confirming({"type": kind}) for kind in ("task_complete", "confirmation_required")),
-        *(block("iframe", {"items": [{"title": "x"}]}), block(["faq_list"], {"items": [1]})),
-        *(block("faq_list", "x"), block("faq_list", {}), block("faq_list", {"items": []})),
-        *(block("faq_list", {"items": [item]}) for item in ([["deep"]], {"q": ""}, {"x": "y"}, 5)),
-    ],
+    *("click", [], 7, {}, {"type": "run_script"}, {"type": None}, {"type": ["none"]}),
+    *(click(number) for number in (99, 5, 9, True, 1.0, "1", None, [1], 10**30)),
+    click(1, description=5),
+    *(steps(step("click", 2), bad) for bad in BAD_STEPS),
+    *(steps(bad) for bad in BAD_STEPS),
+    *(steps(), steps(*[step("click", 2)] * 51), steps(*[step("wait", waitDuration=1)] * 5000)),
+    steps(step("navigate", url="/x"), step("click", 2)),
+    {"type": "execute_generic_sequence"},
+    {"type": "execute_generic_sequence", "steps": {"0": step("click", 1)}},
+    {"type": "ask_user", "question": 5},
+    {"type": "task_complete", "summary": []},
+    {"type": "abort_workflow", "reason": {}},
+    {"type": "confirmation_required", "message": "Sure?"},
+    *(confirming("click"), confirming(click(99)), confirming(click(2), confirm_label=1)),
+    *(confirming({"type": kind}) for kind in ("task_complete", "confirmation_required")),
+    *(block("iframe", {"items": [{"title": "x"}]}), block(["faq_list"], {"items": [1]})),
+    *(block("faq_list", "x"), block("faq_list", {}), block("faq_list", {"items": []})),
+    *(block("faq_list", {"items": [item]}) for item in ([["deep"]], {"q": ""}, {"x": "y"}, 5)),
 )
 def test_an_invalid_action_is_refused_whole(raw: Any) -> None:
     """Unknown kinds, wrong types, elements that are not there: one bad part drops it all."""
@@ -3018,26 +2760,22 @@ def test_an_invalid_action_is_refused_whole(raw: Any) -> None:
         lf.check_action(raw, page_of())
 
 
-@pytest.mark.parametrize(
+@cases(
     "url",
-    [
-        *"https://evil.example/ HTTPS://EVIL.example //evil.example/x ///evil.example/x".split(),
-        *"https:evil.example https:/evil.example https:///evil.example".split(),
-        *"\\\\evil.example /\\evil.example https://acme.com\\@evil.example/".split(),
-        *"https://acme.com@evil.example/ https://user:pw@acme.com/".split(),
-        *"https://acme.com.evil.example/ https://evilacme.com/ https://other.example/".split(),
-        *(
-            "javascript:alert(1)",
-            "JaVaScRiPt:alert(1)",
-            "java\tscript:alert(1)",
-            "java\nscript:alert(1)",
-        ),
-        *(" javascript:alert(1)", "\x01javascript:alert(1)", "data:text/html,<script>"),
-        *"vbscript:msgbox(1) file:///etc/passwd ftp://acme.com/ blob:https://acme.com/1".split(),
-        *"view-source:https://acme.com/ mailto:a@acme.com https://acme.com:99999/".split(),
-        *"https://[acme.com]/ https://\u0430cme.com/ https://acme.com%2eevil.example/".split(),
-        *("/a b", "/a\tb", "", "/" + "x" * 2000, None, 5, ["/x"]),
-    ],
+    *"https://evil.example/ HTTPS://EVIL.example //evil.example/x ///evil.example/x".split(),
+    *"https:evil.example https:/evil.example https:///evil.example".split(),
+    *"\\\\evil.example /\\evil.example https://acme.com\\@evil.example/".split(),
+    *"https://acme.com@evil.example/ https://user:pw@acme.com/".split(),
+    *"https://acme.com.evil.example/ https://evilacme.com/ https://other.example/".split(),
+    *(
+        f"{script}script:alert(1)"
+        for script in ("java", "JaVa", "java\t", "java\n", " java", "\x01java")
+    ),
+    "data:text/html,<script>",
+    *"vbscript:msgbox(1) file:///etc/passwd ftp://acme.com/ blob:https://acme.com/1".split(),
+    *"view-source:https://acme.com/ mailto:a@acme.com https://acme.com:99999/".split(),
+    *"https://[acme.com]/ https://\u0430cme.com/ https://acme.com%2eevil.example/".split(),
+    *("/a b", "/a\tb", "", "/" + "x" * 2000, None, 5, ["/x"]),
 )
 def test_a_url_that_leaves_the_site_is_refused(url: Any) -> None:
     """Only http(s) of a host of the same site, however it is written."""
@@ -3046,18 +2784,16 @@ def test_a_url_that_leaves_the_site_is_refused(url: Any) -> None:
             lf.check_action(raw, page_of())
 
 
-@pytest.mark.parametrize(
-    ("url", "whole"),
-    [
-        ("/", "https://acme.com/"),
-        ("?page=2", "https://acme.com/shop/?page=2"),
-        ("../cart", "https://acme.com/cart"),
-        ("#top", "https://acme.com/shop/#top"),
-        ("//www.acme.com/x", "https://www.acme.com/x"),
-        ("http://acme.com:8080/x", "http://acme.com:8080/x"),
-        ("/a:b", "https://acme.com/a:b"),
-        ("/search?u=https://evil.example", "https://acme.com/search?u=https://evil.example"),
-    ],
+@cases(
+    "url, whole",
+    ("/", "https://acme.com/"),
+    ("?page=2", "https://acme.com/shop/?page=2"),
+    ("../cart", "https://acme.com/cart"),
+    ("#top", "https://acme.com/shop/#top"),
+    ("//www.acme.com/x", "https://www.acme.com/x"),
+    ("http://acme.com:8080/x", "http://acme.com:8080/x"),
+    ("/a:b", "https://acme.com/a:b"),
+    ("/search?u=https://evil.example", "https://acme.com/search?u=https://evil.example"),
 )
 def test_a_url_of_the_site_is_resolved_against_the_page(url: str, whole: str) -> None:
     """Relative and absolute URLs of the site's own hosts."""
@@ -3110,16 +2846,14 @@ def test_ordinary_fields_may_be_filled(label: str) -> None:
     assert checked(raw, page)["actions"][0]["inputData"] == "x"
 
 
-@pytest.mark.parametrize(
-    ("restriction", "raw"),
-    [
-        ("navigate", {"type": "navigate", "url": "/x"}),
-        ("navigate", steps(step("navigate", url="/x"))),
-        ("navigate", click(1)),
-        ("type", steps(step("type", 3, inputData="x"))),
-        ("submit", click(7)),
-        ("submit", steps(step("click", 2), step("click", 7))),
-    ],
+@cases(
+    "restriction, raw",
+    ("navigate", {"type": "navigate", "url": "/x"}),
+    ("navigate", steps(step("navigate", url="/x"))),
+    ("navigate", click(1)),
+    ("type", steps(step("type", 3, inputData="x"))),
+    ("submit", click(7)),
+    ("submit", steps(step("click", 2), step("click", 7))),
 )
 def test_what_the_owner_forbids_does_not_run(restriction: str, raw: Json) -> None:
     """The site's restrictions: navigate, type, submit; without them the same may run."""
@@ -3129,29 +2863,23 @@ def test_what_the_owner_forbids_does_not_run(restriction: str, raw: Json) -> Non
     assert checked(click(2), page_of(restrictions=[restriction]))["elementId"] == 2
 
 
-@pytest.mark.parametrize(
-    ("element", "risky"),
-    [
-        *(
-            ({"text": text}, True)
-            for text in ("Delete", "Remove item", "BUY NOW", "Pay", "Purchase")
-        ),
-        *(({"text": text}, True) for text in ("Place order", "Send message", "Transfer money")),
-        *(({"text": text}, True) for text in ("Unsubscribe", "Cancel subscription", "Deletes all")),
-        *(
-            ({"text": text}, True)
-            for text in ("Cancel my order", "Place your order", "De\u200blete", "De\U000e0041lete")
-        ),
-        ({"text": "🗑", "ariaLabel": "Delete this"}, True),
-        ({"text": "X", "name": "delete_btn"}, True),
-        ({"name": "DELETEAccount"}, True),
-        ({"type": "submit", "value": "Send"}, True),
-        ({"type": "submit", "text": "OK", "parent": "Delete your account?"}, True),
-        *(({"text": text}, False) for text in ("Cancel", "Close", "Show more", "My orders")),
-        *(({"text": text}, False) for text in ("Payments explained", "Borderless")),
-        ({"text": "Cancel", "ariaLabel": "Cancel", "name": "cancel"}, False),
-        ({"type": "submit", "text": "Search", "parent": "Find a shop"}, False),
-    ],
+RISKY = """Delete/Remove item/BUY NOW/Pay/Purchase/Place order/Send message/Transfer money
+Unsubscribe/Cancel subscription/Deletes all/Cancel my order/Place your order"""
+HARMLESS = "Cancel/Close/Show more/My orders/Payments explained/Borderless"
+
+
+@cases(
+    "element, risky",
+    *(({"text": text}, True) for text in re.split("[/\n]", RISKY)),
+    *(({"text": text}, True) for text in ("De\u200blete", "De\U000e0041lete")),
+    *(({"text": text}, False) for text in HARMLESS.split("/")),
+    ({"text": "🗑", "ariaLabel": "Delete this"}, True),
+    ({"text": "X", "name": "delete_btn"}, True),
+    ({"name": "DELETEAccount"}, True),
+    ({"type": "submit", "value": "Send"}, True),
+    ({"type": "submit", "text": "OK", "parent": "Delete your account?"}, True),
+    ({"text": "Cancel", "ariaLabel": "Cancel", "name": "cancel"}, False),
+    ({"type": "submit", "text": "Search", "parent": "Find a shop"}, False),
 )
 def test_a_click_that_cannot_be_taken_back_is_known(element: Json, risky: bool) -> None:
     """delete, remove, buy, pay, purchase, order, send, transfer, unsubscribe, cancel what; each
@@ -3185,51 +2913,44 @@ ROLES = {"type": "select", "label": "Role", "options": ["Reader", "Delete user"]
 SEND = {"type": "submit", "text": "Send", "parent": "Write"}
 
 
-@pytest.mark.parametrize(
-    ("elements", "raw", "asked"),
-    [
-        # Boxes, radios and options: what may be chosen counts, and is in the question.
-        ([{**BOX, "label": "Delete my account now"}], "true", ["Delete my account now: true"]),
-        ([{**RADIO, "label": "Pay 500 EUR now"}], "on", ["Pay 500 EUR now: on"]),
-        ([ROLES], "delete user", ["Role: delete user"]),
-        ([ROLES], "3", ["Role: 3"]),  # a value that the page keeps to itself
-        ([ROLES], "Reader", []),
-        ([ROLES], step("press", 1, key="ArrowDown"), ["Role"]),
-        ([ROLES], step("press", 1, key="Escape"), []),
-        # Where a link leads, by whatever way.
-        ([{**LINK, "text": "Ada", "href": "/users/5/delete"}], None, ["Ada"]),
-        ([{**LINK, "text": "Ada", "href": "/?do=%64eleteUser"}], None, ["Ada"]),
-        ([{**LINK, "text": "Ada", "href": "/users/5"}], None, []),
-        ([{**LINK, "text": "Ada", "href": "/shop/#/account/remove"}], None, ["Ada"]),
-        *(
-            ([{**LINK, "text": "A", "href": f"{of}:x"}], None, ["A"])
-            for of in ("mailto", "javascript")
-        ),
-        ([], step("navigate", url="/users/5/delete?sure=1"), ["/users/5/delete"]),
-        ([], step("navigate", url="/users/5"), []),
-        # Names: a title, a heading, none at all.
-        ([{"text": "Go", "title": "Erase everything"}], None, ["Go"]),
-        ([{"type": "submit", "text": "OK", "heading": "Close your account"}], None, ["OK"]),
-        ([{"text": "\u200b"}], step("double_click", 1), ["\u200b"]),
-        ([{"text": ""}], step("hover", 1), []),
-        *(([{"text": blank}], None, [blank]) for blank in ("\u2800", "\u3164")),
-        *(([{"text": text}], None, [text]) for text in ("De\ufe0flete", "D\u20ddelete")),
-        # A button of a dialog that says so, but for those that only close it.
-        ([{"text": "OK", "inModal": True, "parent": "Delete account?"}], None, ["OK"]),
-        ([{"text": "Abbrechen", "inModal": True, "parent": "Delete account?"}], None, []),
-        ([{"text": "إلغاء", "type": "submit", "parent": "Delete account?"}], None, []),
-        ([{"text": "No", "title": "Delete", "type": "submit"}], None, ["No"]),
-        # Enter in a field is its form's submit.
-        ([{"label": "Name", "type": "text", "parent": "Write"}, SEND], "Enter", ["Send"]),
-        ([{"label": "Find", "type": "search", "parent": "Find"}, SEND], "Enter", ["Send"]),
-        ([{"text": "Next"}, SEND], "Enter", []),
-        ([{"label": "Say", "type": "textarea"}], "Enter", ["Say"]),
-        ([{"label": "Find", "type": "search"}], "Enter", []),
-    ],
+@cases(
+    "elements, raw, asked",
+    # Boxes, radios and options: what may be chosen counts, and is in the question.
+    ([{**BOX, "label": "Delete my account now"}], "true", ["Delete my account now: true"]),
+    ([{**RADIO, "label": "Pay 500 EUR now"}], "on", ["Pay 500 EUR now: on"]),
+    ([ROLES], "delete user", ["Role: delete user"]),
+    ([ROLES], "3", ["Role: 3"]),  # a value that the page keeps to itself
+    ([ROLES], "Reader", []),
+    ([ROLES], step("press", 1, key="ArrowDown"), ["Role"]),
+    ([ROLES], step("press", 1, key="Escape"), []),
+    # Where a link leads, by whatever way.
+    ([{**LINK, "text": "Ada", "href": "/users/5/delete"}], None, ["Ada"]),
+    ([{**LINK, "text": "Ada", "href": "/?do=%64eleteUser"}], None, ["Ada"]),
+    ([{**LINK, "text": "Ada", "href": "/users/5"}], None, []),
+    ([{**LINK, "text": "Ada", "href": "/shop/#/account/remove"}], None, ["Ada"]),
+    *(([{**LINK, "text": "A", "href": f"{of}:x"}], None, ["A"]) for of in ("mailto", "javascript")),
+    ([], step("navigate", url="/users/5/delete?sure=1"), ["/users/5/delete"]),
+    ([], step("navigate", url="/users/5"), []),
+    # Names: a title, a heading, none at all.
+    ([{"text": "Go", "title": "Erase everything"}], None, ["Go"]),
+    ([{"type": "submit", "text": "OK", "heading": "Close your account"}], None, ["OK"]),
+    ([{"text": "\u200b"}], step("double_click", 1), ["\u200b"]),
+    ([{"text": ""}], step("hover", 1), []),
+    *(([{"text": blank}], None, [blank]) for blank in ("\u2800", "\u3164")),
+    *(([{"text": text}], None, [text]) for text in ("De\ufe0flete", "D\u20ddelete")),
+    # A button of a dialog that says so, but for those that only close it.
+    ([{"text": "OK", "inModal": True, "parent": "Delete account?"}], None, ["OK"]),
+    ([{"text": "Abbrechen", "inModal": True, "parent": "Delete account?"}], None, []),
+    ([{"text": "إلغاء", "type": "submit", "parent": "Delete account?"}], None, []),
+    ([{"text": "No", "title": "Delete", "type": "submit"}], None, ["No"]),
+    # Enter in a field is its form's submit.
+    ([{"label": "Name", "type": "text", "parent": "Write"}, SEND], "Enter", ["Send"]),
+    ([{"label": "Find", "type": "search", "parent": "Find"}, SEND], "Enter", ["Send"]),
+    ([{"text": "Next"}, SEND], "Enter", []),
+    ([{"label": "Say", "type": "textarea"}], "Enter", ["Say"]),
+    ([{"label": "Find", "type": "search"}], "Enter", []),
 )
-def test_whatever_sets_something_off_is_asked_about(
-    elements: list[Json], raw: Any, asked: list[str]
-) -> None:
+def test_what_sets_something_off_is_asked(elements: list[Json], raw: Any, asked: list[str]) -> None:
     """Every kind of step that sets something off, and every way to say what it does."""
     if isinstance(raw, str):
         press = step("press", 1, key="Enter")
@@ -3248,12 +2969,10 @@ def test_a_form_speaks_for_its_submits() -> None:
 AWAY = "https://evil.example/steal"
 
 
-@pytest.mark.parametrize(
+@cases(
     "raw",
-    [
-        *(click(1), steps(step("double_click", 1)), steps(step("press", 1, key="Enter"))),
-        *(steps(step("press", 2, key="Enter")), steps(step("select", 1, inputData="x"))),
-    ],
+    *(click(1), steps(step("double_click", 1)), steps(step("press", 1, key="Enter"))),
+    *(steps(step("press", 2, key="Enter")), steps(step("select", 1, inputData="x"))),
 )
 @pytest.mark.parametrize("kind", ["button", "submit", "link", "iframe"])
 def test_nothing_leads_to_another_website(raw: Json, kind: str) -> None:
@@ -3266,37 +2985,25 @@ def test_nothing_leads_to_another_website(raw: Json, kind: str) -> None:
         lf.check_action(raw, page_of({**PAGE_CONTEXT, "indexedElements": elements}))
 
 
-@pytest.mark.parametrize(
-    ("restriction", "element", "what", "allowed"),
-    [
-        *(
-            ("submit", {"text": text}, click(1), False)
-            for text in ("Abschicken", "Valider", "送信")
-        ),
-        *(("submit", {"type": kind}, click(1), False) for kind in ("image", "submit")),
-        *(
-            ("submit", {"text": text}, click(1), text == "Blog post")
-            for text in ("Post", "Blog post")
-        ),
-        ("submit", {"type": "text", "label": "x"}, step("press", 1, key="Enter"), False),
-        ("submit", {"type": "text", "label": "x"}, step("press", 1, key="Tab"), True),
-        ("navigate", {"type": "submit", "href": "/found"}, click(1), True),
-        ("navigate", {"text": "x", "href": "/found"}, click(1), False),
-        ("navigate", {"text": "x", "href": "https://acme.com/shop/#a"}, click(1), True),
-        *(
-            ("type", box | {"label": "x"}, step("select", 1, inputData="on"), False)
-            for box in (BOX, ROLES)
-        ),
-        ("type", {"type": "number", "label": "x"}, step("press", 1, key="ArrowUp"), False),
-        ("type", {"type": "text", "label": "x"}, step("press", 1, key="Backspace"), False),
-        ("", {"type": "select", "label": "Expiry month"}, step("select", 1, inputData="5"), False),
-        ("", {"type": "text", "label": "Passwort"}, step("press", 1, key="Backspace"), False),
-        ("", RADIO | {"label": "Basic"}, step("press", 1, key="ArrowDown"), False),
-    ],
+@cases(
+    "restriction, element, what, allowed",
+    *(("submit", {"text": one}, click(1), False) for one in "Abschicken Valider 送信 Post".split()),
+    *(("submit", {"type": kind}, click(1), False) for kind in ("image", "submit")),
+    ("submit", {"text": "Blog post"}, click(1), True),
+    ("submit", {"type": "text", "label": "x"}, step("press", 1, key="Enter"), False),
+    ("submit", {"type": "text", "label": "x"}, step("press", 1, key="Tab"), True),
+    ("navigate", {"type": "submit", "href": "/found"}, click(1), True),
+    ("navigate", {"text": "x", "href": "/found"}, click(1), False),
+    ("navigate", {"text": "x", "href": "https://acme.com/shop/#a"}, click(1), True),
+    ("type", BOX | {"label": "x"}, step("select", 1, inputData="on"), False),
+    ("type", ROLES | {"label": "x"}, step("select", 1, inputData="on"), False),
+    ("type", {"type": "number", "label": "x"}, step("press", 1, key="ArrowUp"), False),
+    ("type", {"type": "text", "label": "x"}, step("press", 1, key="Backspace"), False),
+    ("", {"type": "select", "label": "Expiry month"}, step("select", 1, inputData="5"), False),
+    ("", {"type": "text", "label": "Passwort"}, step("press", 1, key="Backspace"), False),
+    ("", RADIO | {"label": "Basic"}, step("press", 1, key="ArrowDown"), False),
 )
-def test_every_step_passes_every_gate(
-    restriction: str, element: Json, what: Json, allowed: bool
-) -> None:
+def test_every_step_is_checked(restriction: str, element: Json, what: Json, allowed: bool) -> None:
     """`select` and keys are clicks and typing; names of submits of all languages count."""
     context = {**PAGE_CONTEXT, "indexedElements": [{"id": 1, "type": "button", **element}]}
     page = page_of(context, restrictions=[restriction] if restriction else [])
@@ -3337,9 +3044,7 @@ BLOCKS: dict[str, Json] = {
     },
     "feature_grid": {"features": [{"icon": "bolt", "title": "Fast", "body": "Very."}]},
     "faq_list": {"items": [{"q": "Why?", "a": "So."}]},
-    "link_cards": {
-        "cards": [{"title": "Docs", "description": "All", "url": "https://x.example/", "icon": "a"}]
-    },
+    "link_cards": {"cards": [{"title": "Docs", "description": "All", "url": "/a", "icon": "a"}]},
 }
 
 
@@ -3362,13 +3067,11 @@ def test_a_block_is_cut_to_its_limits() -> None:
     assert shown == [{"name": "x" * 280, "price": "9.5", "features": ["y" * 280] * 8}] * 8
 
 
-@pytest.mark.parametrize(
-    ("url", "stays"),
-    [
-        *((url, True) for url in ("/a", "?b", "https://acme.com/a", "http://other.example/x")),
-        *((url, False) for url in ("javascript:alert(1)", "data:text/html,x", "mailto:a@b.c", 5)),
-        *((url, False) for url in ("java\tscript:x", "https://[", "https://a@evil.example/", "")),
-    ],
+@cases(
+    "url, stays",
+    *((url, True) for url in ("/a", "?b", "https://acme.com/a", "http://other.example/x")),
+    *((url, False) for url in ("javascript:alert(1)", "data:text/html,x", "mailto:a@b.c", 5)),
+    *((url, False) for url in ("java\tscript:x", "https://[", "https://a@evil.example/", "")),
 )
 def test_a_bad_link_costs_the_link_alone(url: Any, stays: bool) -> None:
     """http(s) of any website stays as it was written; the item and the block stay in any case."""
@@ -3383,8 +3086,7 @@ def test_the_vocabulary_comes_from_one_list() -> None:
     names = [o["properties"]["type"]["enum"][0] for o in options if "properties" in o]
     assert names == list(lf.ACTIONS)
     assert list(lf.REPLY_SCHEMA["schema"]["properties"]) == ["message", "answered", "action"]
-    for name in names:
-        assert f"- {name} {{" in lf.ACTION_HELP
+    assert all(f"- {name} {{" in lf.ACTION_HELP for name in names)
 
 
 words = st.sampled_from(
@@ -3396,36 +3098,22 @@ junk = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=4,
 )
-element_ids = st.integers(0, 8) | junk
+element_ids, anything = st.integers(0, 8) | junk, words | junk
 raw_steps = st.fixed_dictionaries(
     {"action": st.sampled_from(lf.STEP_KINDS) | junk},
-    optional={
-        "elementId": element_ids,
-        "inputData": words | junk,
-        "url": words | junk,
-        "waitDuration": st.integers(-5, 20_000) | junk,
-        "description": words | junk,
-    },
+    optional=dict.fromkeys(["inputData", "url", "description"], anything)
+    | {"elementId": element_ids, "waitDuration": st.integers(-5, 20_000) | junk},
 )
 raw_plans = st.fixed_dictionaries(
     {"type": st.sampled_from(lf.PLAN_TYPES) | junk},
-    optional={
-        "elementId": element_ids,
-        "url": words | junk,
-        "steps": st.lists(raw_steps, max_size=4) | junk,
-        "actions": st.lists(raw_steps, max_size=4) | junk,
-        "description": words | junk,
-    },
+    optional=dict.fromkeys(["steps", "actions"], st.lists(raw_steps, max_size=4) | junk)
+    | {"elementId": element_ids, "url": anything, "description": anything},
 )
 raw_elements = st.fixed_dictionaries(
     {"id": st.integers(0, 8), "type": st.sampled_from(["link", "button", "input", "password"])},
-    optional={
-        "text": words,
-        "label": words,
-        "href": words,
-        "disabled": st.booleans(),
-        "autocomplete": st.sampled_from(["name", "cc-number", "one-time-code"]),
-    },
+    optional=dict.fromkeys(["text", "label", "href"], words)
+    | {"disabled": st.booleans()}
+    | {"autocomplete": st.sampled_from(["name", "cc-number", "one-time-code"])},
 )
 
 
@@ -3435,9 +3123,7 @@ raw_elements = st.fixed_dictionaries(
     elements=st.lists(raw_elements, max_size=6),
     restrictions=st.lists(st.sampled_from(["navigate", "type", "submit"]), max_size=2),
 )
-def test_nothing_that_fails_validation_is_ever_planned(
-    raw: Any, elements: list[Json], restrictions: list[str]
-) -> None:
+def test_what_is_planned_is_valid(raw: Any, elements: list[Json], restrictions: list[str]) -> None:
     """For any action on any page: refused, or every step of it is allowed."""
     context = {**PAGE_CONTEXT, "indexedElements": elements}
     page = page_of(context, restrictions=restrictions)
@@ -3452,18 +3138,17 @@ def test_nothing_that_fails_validation_is_ever_planned(
     single = {**plan, "action": lf.SINGLE_STEPS.get(plan["type"])}
     for one in plan.get("actions", [single]):
         assert one["action"] in lf.STEP_KINDS
-        if "elementId" in one:
-            element = by_id[one["elementId"]]
-            assert not element.get("disabled")
-            assert one["action"] != "type" or not lf.is_sensitive(element)
-            assert one["action"] != "type" or isinstance(one["inputData"], str)
-            assert not str(element.get("href", "")).startswith("https://evil") or (
-                one["action"] != "click"
-            )
+        element = by_id[one["elementId"]] if "elementId" in one else {}
+        assert not element.get("disabled")
+        if one["action"] == "type":
+            assert not lf.is_sensitive(element)
+            assert isinstance(one["inputData"], str)
+            assert "type" not in restrictions
+        if one["action"] == "click":
+            assert not str(element.get("href", "")).startswith("https://evil")
         if "url" in one:
             assert one["url"].startswith("https://acme.com/")
             assert "navigate" not in restrictions
-        assert one["action"] != "type" or "type" not in restrictions
         assert 0 <= one.get("waitDuration", 0) <= 10_000
 
 
@@ -3494,10 +3179,8 @@ def test_a_language_is_whole(tag: str) -> None:
             assert tag == "en" or part == "widget" or text != english[part][key] or len(text) < 5
     for entry in [*words["irreversible"], *words["secret"]]:
         assert lf.plain_words(entry.lstrip("-+").strip("*")).strip()
-    texts = [words["server"][key] for key in ("confirm_click", "not_confirmed")]
-    assert texts == [
-        lf.say(f"{tag}-XX", key, what="{what}") for key in ("confirm_click", "not_confirmed")
-    ]
+    for key in ("confirm_click", "not_confirmed"):
+        assert words["server"][key] == lf.say(f"{tag}-XX", key, what="{what}")
 
 
 def test_the_default_refusal_is_a_sentence_of_the_server() -> None:
@@ -3506,12 +3189,9 @@ def test_the_default_refusal_is_a_sentence_of_the_server() -> None:
 
 def test_languages_fall_back(monkeypatch: Patch, tmp_path: Path) -> None:
     """To their main language, to English key by key; without English nothing starts."""
-    assert [
-        lf.shipped_language(tag) for tag in ("de_AT", "PT-br", "zh-Hant-TW", "xx", "", "../en")
-    ] == [
-        *("de", "pt", "zh"),
-        *("", "", ""),
-    ]
+    for tag, shipped in {"de_AT": "de", "PT-br": "pt", "zh-Hant-TW": "zh"}.items():
+        assert lf.shipped_language(tag) == shipped
+    assert not any(map(lf.shipped_language, ("xx", "", "../en")))
     assert lf.say("xx", "yes") == "Yes"
     folder = tmp_path / "widget" / "words"
     folder.mkdir(parents=True)
@@ -3524,21 +3204,15 @@ def test_languages_fall_back(monkeypatch: Patch, tmp_path: Path) -> None:
     assert [lf.say("de", key) for key in ("yes", "no")] == ["Ja", "No"]
 
 
-@pytest.mark.parametrize(
-    ("fixed", "init", "shown", "tag"),
-    [
-        (None, "fr-CA", "", "fr"),
-        ("auto", "fr", "de", "de"),
-        ("ja", "fr", "de", "ja"),
-        (None, "xx", "", "en"),
-        (None, "", "", "en"),
-    ],
+@cases(
+    "fixed, init, shown, tag",
+    *((None, "fr-CA", "", "fr"), ("auto", "fr", "de", "de"), ("ja", "fr", "de", "ja")),
+    *((None, "xx", "", "en"), (None, "", "", "en")),
 )
 async def test_the_server_speaks_the_visitors_language(
     fixed: str | None, init: str, shown: str, tag: str, model: FakeModel, tmp_path: Path
 ) -> None:
-    """siteConfig.language, else what the page reports: in questions, ends of tasks, the history,
-    and after a restart."""
+    """siteConfig.language, else what the page reports; in the history and after a restart too."""
     site = {**SHOP, "config": {"language": fixed} if fixed else {}}
     config = make_config(model, sites=[site], server=on_disk(tmp_path))
     async with running(config) as server:
@@ -3557,9 +3231,8 @@ async def test_the_server_speaks_the_visitors_language(
         model.scripts.append(status(401, {}))
         end = await visitor.ask()
         assert end["data"]["text"].startswith(lf.say(tag, "no_answer"))
-        server.app.config = dataclasses.replace(
-            config, limits=dataclasses.replace(config.limits, site_messages_per_day=1)
-        )
+        limits = dataclasses.replace(config.limits, site_messages_per_day=1)
+        server.app.config = dataclasses.replace(config, limits=limits)
         answer = await visitor.post()
         assert (answer.error[0], answer.body["message"]) == (429, lf.say(tag, "refusal"))
 
@@ -3576,16 +3249,14 @@ async def test_words_of_the_widget(server: Server, monkeypatch: Patch) -> None:
         assert (await server.call("GET", f"/words/{tag}.json")).error == (404, "not_found")
 
 
-@pytest.mark.parametrize(
-    ("config", "field"),
-    [
-        ({"language": "klingon-is-a-very-long-tag-of-more-than-35"}, "language"),
-        ({"language": "d e"}, "language"),
-        ({"words": {"title": 5}}, "words"),
-        ({"words": ["title"]}, "words"),
-        ({"words": {f"k{n}": "x" for n in range(201)}}, "words"),
-        ({"limits": {"elements": 5}}, "limits"),
-    ],
+@cases(
+    "config, field",
+    ({"language": "klingon-is-a-very-long-tag-of-more-than-35"}, "language"),
+    ({"language": "d e"}, "language"),
+    ({"words": {"title": 5}}, "words"),
+    ({"words": ["title"]}, "words"),
+    ({"words": {f"k{n}": "x" for n in range(201)}}, "words"),
+    ({"limits": {"elements": 5}}, "limits"),
 )
 def test_languages_in_the_site_config(config: Json, field: str) -> None:
     with pytest.raises(lf.ConfigError, match=field):
@@ -3734,14 +3405,6 @@ def test_stream_with_long_lines() -> None:
     assert parse_stream(*reads)[0] == "Hello"
 
 
-@contextlib.contextmanager
-def taking(low: float, high: float) -> Iterator[None]:
-    """The block takes between so many seconds."""
-    started = time.monotonic()
-    yield
-    assert low <= time.monotonic() - started < high
-
-
 def expect_end(end: Json, text: str, cut_short: bool = False) -> None:
     """Check the event that ends a turn: the whole text, or a message that says sorry."""
     if text:
@@ -3754,9 +3417,7 @@ def expect_end(end: Json, text: str, cut_short: bool = False) -> None:
 
 
 @QUIRK_TABLE
-async def test_stream_reaches_the_visitor(
-    quirk: Quirk, visitor: Visitor, model: FakeModel, caplog: Log
-) -> None:
+async def test_stream_quirks(quirk: Quirk, visitor: Visitor, model: FakeModel, caplog: Log) -> None:
     """Every quirk of a provider's stream ends visibly, and its own texts stay with us."""
     model.scripts.append([quirk.raw])
     await visitor.chat()
@@ -3846,37 +3507,46 @@ async def test_refused_parameter_that_is_old_news(server: Server, model: FakeMod
     assert model.requests[-1]["response_format"] == {"type": "json_object"}
 
 
-def refusing(code: int, **headers: str) -> Script:
-    return status(code, {"error": {"message": "SECRET"}}, **headers)
+def refusing(code: int, said: str = "SECRET", **headers: str) -> Script:
+    return status(code, {"error": {"message": said}}, **headers)
 
 
 BUSY, *BROKEN = (refusing(code, Retry_After="0") for code in (429, 500, 503))
+THROTTLED = refusing(429, "Too many tokens, please wait", Retry_After="0")
 
 
-@pytest.mark.parametrize(
-    ("scripts", "text", "calls"),
-    [
-        ([BUSY, reply("Hi")], "Hi", 2),
-        ([*BROKEN, reply("Hi")], "Hi", 3),
-        ([BUSY, BUSY, BUSY, reply("never")], "", 3),
-        *(([refusing(code)], "", 1) for code in (400, 401, 404)),
-        ([status(404, "SECRET")], "", 1),
-        ([status(307, {}, Location="/v1/chat/completions")], "", 1),  # nobody else gets the key
-        ([[sse(BOOM)]], "", 1),
-    ],
+@cases(
+    "scripts, text, calls",
+    ([BUSY, reply("Hi")], "Hi", 2),
+    ([*BROKEN, reply("Hi")], "Hi", 3),
+    ([BUSY, BUSY, BUSY, reply("never")], "", 3),
+    *(([refusing(code)], "", 1) for code in (400, 401, 404)),
+    ([status(404, "SECRET")], "", 1),
+    ([status(307, {}, Location="/v1/chat/completions")], "", 1),  # nobody else gets the key
+    ([[sse(BOOM)]], "", 1),
+    # They are not about the length of the prompt, or about a parameter, whatever they name.
+    *(([THROTTLED] * 3, "", 3), ([refusing(401, "no key")], "", 1)),
+    *(([refusing(code, "temperature")], "", 1) for code in (401, 403, 404)),
+    *(([refusing(code, "temperature", Retry_After="0")], "ok", 2) for code in (429, 502, 503)),
 )
+@with_config(limits=MUCH)
 async def test_retries(
     scripts: list[Script], text: str, calls: int, visitor: Visitor, model: FakeModel, caplog: Log
 ) -> None:
-    """429 and 5xx are retried twice; what a provider says reaches neither visitor nor log."""
+    """429 and 5xx are retried twice; what a provider says is not shown; failures cost nothing."""
     model.scripts.extend(scripts)
     with taking(0, 0.45):  # Retry-After: 0 is less than our backoff
-        expect_end(await visitor.ask(), text)
+        expect_end(end := await visitor.ask(), text)
+    assert lf.ENGLISH("too_long") not in end["data"]["text"]
     assert len(model.requests) == calls
     assert "SECRET" not in json.dumps(visitor.frames) + caplog.text
     failures = sum(1 for script in scripts if callable(script))
     logged = [r for r in caplog.records if re.search(r"HTTP [345]\d\d", r.getMessage())]
     assert len(logged) >= min(failures, calls)  # but the status is
+    assert text or used(visitor.server) == (0, 0)
+    model.scripts.clear()
+    expect_end(await visitor.ask(), "ok")
+    assert model.requests[-1].keys() == model.requests[0].keys()
 
 
 async def test_retry_honours_retry_after(visitor: Visitor, model: FakeModel) -> None:
@@ -3886,19 +3556,14 @@ async def test_retry_honours_retry_after(visitor: Visitor, model: FakeModel) -> 
         expect_end(await visitor.ask(), "ok")
 
 
-@pytest.mark.parametrize(
-    ("header", "seconds"),
-    [
-        *((None, None), ("3", 3), (" 3 ", 3), ("\u0663", 3), ("0", 0), ("0.5", 0.5), ("11", 10)),
-        *(("86400", 10), ("-5", 0), ("-inf", None), ("nan", None), ("1e400", None), ("∞", None)),
-        *(("soon", None), ("", None), ("Wed, 21 Oct 2015 07:28:00 GMT", 0)),
-        *(
-            (f"{day} Oct 2015 07:28:00 -0000", at)
-            for day, at in (("Wed, 21", 0), ("Wed, 99", None))
-        ),
-        ("Mon, 01 Jan 0001 00:00:00 -0000", 0),
-        ("Wed, 21 Oct 2015 07:28:00 +" + "9" * 50, None),
-    ],
+@cases(
+    "header, seconds",
+    *((None, None), ("3", 3), (" 3 ", 3), ("\u0663", 3), ("0", 0), ("0.5", 0.5), ("11", 10)),
+    *(("86400", 10), ("-5", 0), ("-inf", None), ("nan", None), ("1e400", None), ("∞", None)),
+    *(("soon", None), ("", None), ("Wed, 21 Oct 2015 07:28:00 GMT", 0)),
+    *((f"{day} Oct 2015 07:28:00 -0000", at) for day, at in (("Wed, 21", 0), ("Wed, 99", None))),
+    ("Mon, 01 Jan 0001 00:00:00 -0000", 0),
+    ("Wed, 21 Oct 2015 07:28:00 +" + "9" * 50, None),
 )
 def test_retry_after(header: str | None, seconds: float | None) -> None:
     """Retry-After is honoured up to 10 s, as a number or as a date; what is odd counts as none."""
@@ -4006,9 +3671,7 @@ async def test_stream_that_is_paused(count: int, visitor: Visitor, model: FakeMo
     expect_end(await visitor.ask(), "one two")
 
 
-async def test_a_connection_to_the_model_serves_many_turns(
-    visitor: Visitor, model: FakeModel
-) -> None:
+async def test_a_connection_serves_many_turns(visitor: Visitor, model: FakeModel) -> None:
     """A whole stream gives its connection back, also if its end comes a little after [DONE]."""
     peers = set()
 
@@ -4075,14 +3738,12 @@ def sees(model: FakeModel, number: int, *words: str) -> list[bool]:
 
 @pytest.mark.parametrize("wording", OVERFLOWS)
 @with_config(limits=MUCH)
-async def test_context_overflow(
-    wording: str, server: Server, visitor: Visitor, model: FakeModel, caplog: Log
-) -> None:
+async def test_overflow(wording: str, visitor: Visitor, model: FakeModel, caplog: Log) -> None:
     """What is too long is asked again with half the history, none, and a quarter of the page; then
     the visitor is told to start over. There is no pause between them, none costs anything."""
     for number in range(4):
         await visitor.ask(f"question-{number}")
-    spent, calls = used(server)[0], len(model.requests)
+    spent, calls = used(visitor.server)[0], len(model.requests)
     page = {"url": "https://acme.com/", "visibleText": "Begin " + "lorem ipsum " * 200 + "End"}
     model.scripts.extend([OVERFLOWS[wording]] * 4)
     with taking(0, 3):
@@ -4100,25 +3761,11 @@ async def test_context_overflow(
     sizes = [len(model.prompt(calls + n)) for n in range(4)]
     assert sizes == sorted(sizes, reverse=True)
     assert model.requests[-1].keys() == model.requests[0].keys()  # no parameter was blamed
-    assert used(server) == (spent, 0)
+    assert used(visitor.server) == (spent, 0)
     assert "the prompt is too long" in warnings(caplog)
     model.scripts.append(OVERFLOWS[wording])
     expect_end(await visitor.ask("again"), "ok")  # what is short enough is answered
     assert len(model.requests) == calls + 6
-
-
-@pytest.mark.parametrize(
-    ("code", "message", "calls"),
-    [(429, "Too many tokens, please wait", 3), (401, "no key", 1)],
-)
-async def test_what_is_no_overflow(
-    code: int, message: str, calls: int, visitor: Visitor, model: FakeModel
-) -> None:
-    """A throttled call is tried again later, with all of the conversation."""
-    model.scripts += [status(code, {"error": {"message": message}}, Retry_After="0")] * 3
-    text = (await visitor.ask())["data"]["text"]
-    assert lf.ENGLISH("too_long") not in text
-    assert len(model.requests) == calls
 
 
 async def test_a_page_that_speaks_of_context_windows(visitor: Visitor, model: FakeModel) -> None:
@@ -4133,25 +3780,23 @@ async def test_a_page_that_speaks_of_context_windows(visitor: Visitor, model: Fa
 EXTRA = {"frequency_penalty": 0.5, "reasoning_effort": "low", "top-k": 3, "logit_bias": {"5": -100}}
 
 
-@pytest.mark.parametrize(
-    ("complaints", "expected"),
-    [
-        ([complaint("Input should be 'text' or 'json_object'", 500)],
-         {"response_format": {"type": "json_object"}}),
-        ([complaint("Input should be 'text' or 'json_object'", 500),
-          complaint("json_object is not supported", 500)], {"response_format": None}),
-        ([complaint("stream_options", 500)], {"stream_options": None}),
-        ([complaint("include_usage?", 422)], {"stream_options": None}),
-        ([complaint("unknown field: frequency_penalty")], {"frequency_penalty": None}),
-        ([complaint("reasoning_effort is for others", 422)], {"reasoning_effort": None}),
-        ([complaint("Unknown parameter: 'top-k'.", 500)], {"top-k": None}),
-        ([complaint("max_tokens: use max_completion_tokens", 500)],
-         {"max_tokens": None, "max_completion_tokens": 1024}),
-        ([complaint(name) for name in "logit_bias temperature max_tokens max_completion_tokens"
-          " json_schema json_object".split()],
-         dict.fromkeys("logit_bias temperature max_tokens max_completion_tokens"
-                       " response_format".split())),
-    ],
+@cases(
+    "complaints, expected",
+    ([complaint("Input should be 'text' or 'json_object'", 500)],
+     {"response_format": {"type": "json_object"}}),
+    ([complaint("Input should be 'text' or 'json_object'", 500),
+      complaint("json_object is not supported", 500)], {"response_format": None}),
+    ([complaint("stream_options", 500)], {"stream_options": None}),
+    ([complaint("include_usage?", 422)], {"stream_options": None}),
+    ([complaint("unknown field: frequency_penalty")], {"frequency_penalty": None}),
+    ([complaint("reasoning_effort is for others", 422)], {"reasoning_effort": None}),
+    ([complaint("Unknown parameter: 'top-k'.", 500)], {"top-k": None}),
+    ([complaint("max_tokens: use max_completion_tokens", 500)],
+     {"max_tokens": None, "max_completion_tokens": 1024}),
+    ([complaint(name) for name in "logit_bias temperature max_tokens max_completion_tokens"
+      " json_schema json_object".split()],
+     dict.fromkeys("logit_bias temperature max_tokens max_completion_tokens"
+                   " response_format".split())),
 )  # fmt: skip
 @with_config(llm={"extra": EXTRA, "max_tokens": 1024})
 async def test_refused_parameters(
@@ -4185,9 +3830,7 @@ async def test_extra_comes_before_what_is_asked_for(visitor: Visitor, model: Fak
     assert (model.requests[0]["temperature"], model.requests[0]["seed"]) == (1, 5)
 
 
-async def test_500_that_names_nothing_is_retried_later(
-    visitor: Visitor, model: FakeModel, caplog: Log
-) -> None:
+async def test_500_that_names_nothing(visitor: Visitor, model: FakeModel, caplog: Log) -> None:
     """Only a 500 that names a parameter is about it."""
     model.scripts.append(complaint("SECRET internal failure", 500))
     with taking(0.45, 9):
@@ -4195,18 +3838,6 @@ async def test_500_that_names_nothing_is_retried_later(
     assert model.requests[0].keys() == model.requests[1].keys()
     assert "HTTP 500 (invalid_request_error) (attempt 1)" in caplog.text
     assert "SECRET" not in caplog.text
-
-
-@pytest.mark.parametrize("code", [401, 403, 404, 429, 502, 503])
-async def test_other_statuses_are_not_about_parameters(
-    code: int, visitor: Visitor, model: FakeModel
-) -> None:
-    """A parameter that such an answer names stays."""
-    body = {"error": {"message": "temperature"}}
-    model.scripts.append(status(code, body, Retry_After="0"))
-    expect_end(await visitor.ask(), "ok" if code in (429, 502, 503) else "")
-    expect_end(await visitor.ask(), "ok")
-    assert model.requests[-1].keys() == model.requests[0].keys()
 
 
 async def close_after(request: web.Request) -> None:
@@ -4277,9 +3908,7 @@ async def test_many_stale_connections(serve: Serve, caplog: Log) -> None:
         assert not warnings(caplog)
 
 
-async def test_server_that_closes_after_each_stream(
-    visitor: Visitor, model: FakeModel, caplog: Log
-) -> None:
+async def test_server_that_closes_always(visitor: Visitor, model: FakeModel, caplog: Log) -> None:
     """llama-server says keep-alive and closes: that costs no attempt, whenever it happens."""
     for pause in (0, 0.01, 0.03, 0.1):
         model.scripts += [[*reply("Hi"), close_after]] * 3  # a request may be read and not answered
@@ -4352,28 +3981,26 @@ NO_LIFE = [b": keep-alive\n\n", b"\n\n", sse({"choices": []}), sse("ping"), sse(
 NO_LIFE += [sse({"choices": [{"delta": {"reasoning": "", "reasoning_content": None}}]})]
 
 
-@pytest.mark.parametrize(
-    ("first", "later", "script", "text", "low", "high"),
-    [
-        # Text that keeps coming moves the deadline.
-        (0.2, 0.2, dripping(NO_LIFE[0], *"0123456789", times=1), "0123456789", 0, 9),
-        # Reasoning does so too, before the text and in its middle; keep-alive comments do not.
-        *(
-            (0.8, 0.8, dripping(sse(life), "He", "llo"), "Hello", 1.8, 9)
-            for life in (THOUGHT, *({"choices": [{"delta": delta}]} for delta in LIFE))
-        ),
-        *(
-            (0.5, 0.5, [sse(chunk(said)), *[sign, pause] * 100], said + "...", 0.45, 2)
-            for said in ("", "Half")
-            for sign in NO_LIFE
-        ),
-        # Who has begun to think has first_text_seconds for the first text all the same.
-        (1, 0.2, [sse(THOUGHT), *[pause] * 6, sse(chunk("Hi"))], "Hi", 0, 9),
-        # After the first text the next must come in NEXT_TEXT_SECONDS.
-        (5, 0.3, [sse(chunk("Hi")), forever], "Hi...", 0.25, 2),
-        # A server that accepts and says nothing at all is a time-out, too.
-        (0.4, 9, silent, "...", 0.35, 2),
-    ],
+@cases(
+    "first, later, script, text, low, high",
+    # Text that keeps coming moves the deadline.
+    (0.2, 0.2, dripping(NO_LIFE[0], *"0123456789", times=1), "0123456789", 0, 9),
+    # Reasoning does so too, before the text and in its middle; keep-alive comments do not.
+    *(
+        (0.8, 0.8, dripping(sse(life), "He", "llo"), "Hello", 1.8, 9)
+        for life in (THOUGHT, *({"choices": [{"delta": delta}]} for delta in LIFE))
+    ),
+    *(
+        (0.5, 0.5, [sse(chunk(said)), *[sign, pause] * 100], said + "...", 0.45, 2)
+        for said in ("", "Half")
+        for sign in NO_LIFE
+    ),
+    # Who has begun to think has first_text_seconds for the first text all the same.
+    (1, 0.2, [sse(THOUGHT), *[pause] * 6, sse(chunk("Hi"))], "Hi", 0, 9),
+    # After the first text the next must come in NEXT_TEXT_SECONDS.
+    (5, 0.3, [sse(chunk("Hi")), forever], "Hi...", 0.25, 2),
+    # A server that accepts and says nothing at all is a time-out, too.
+    (0.4, 9, silent, "...", 0.35, 2),
 )
 async def test_time_outs(
     *,
@@ -4415,9 +4042,7 @@ async def test_no_call_lasts_for_ever(visitor: Visitor, model: FakeModel) -> Non
 
 @with_config(limits=MUCH)
 @with_constants(READ_OUT_SECONDS=0.5)
-async def test_silence_after_a_finish_reason(
-    server: Server, visitor: Visitor, model: FakeModel, caplog: Log
-) -> None:
+async def test_silence_after_finish_reason(visitor: Visitor, model: FakeModel, caplog: Log) -> None:
     """LiteLLM's usage 47 s late: the answer is whole after 2 s, with its action."""
     action = {"type": "ask_user", "field": {"name": "size", "label": "Size", "type": "text"}}
     script = act("Sure", action)[0].replace(sse("[DONE]"), b"")
@@ -4432,18 +4057,16 @@ async def test_silence_after_a_finish_reason(
         assert frames[-1]["event"] == "message"
         assert frames[-1]["data"]["isQuestion"] is True  # its action runs
     assert not warnings(caplog)
-    assert used(server)[1] == 0
+    assert used(visitor.server)[1] == 0
 
 
 @with_config(limits=MUCH)
-async def test_usage_after_a_finish_reason_counts(
-    server: Server, visitor: Visitor, model: FakeModel
-) -> None:
+async def test_usage_after_a_finish_reason_counts(visitor: Visitor, model: FakeModel) -> None:
     """Usage within the 2 s after a finish_reason is what the call cost."""
     model.scripts.append([sse(chunk("Hi"), END), *[pause] * 5, sse(USAGE_EVENT), forever])
     with taking(1.8, 4):
         expect_end(await visitor.ask(), "Hi")
-    assert used(server) == (7, 0)
+    assert used(visitor.server) == (7, 0)
 
 
 ENDINGS: dict[str, list[Step]] = {
@@ -4455,9 +4078,7 @@ ENDINGS: dict[str, list[Step]] = {
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-async def test_whatever_comes_after_a_finish_reason(
-    ending: str, visitor: Visitor, model: FakeModel, caplog: Log
-) -> None:
+async def test_finish_reason(ending: str, visitor: Visitor, model: FakeModel, caplog: Log) -> None:
     """After a finish_reason a stream is whole, whatever comes then."""
     model.scripts.append([sse(chunk("Hi"), END), *ENDINGS[ending]])
     expect_end(await visitor.ask(), "Hi")
@@ -4465,19 +4086,17 @@ async def test_whatever_comes_after_a_finish_reason(
     assert not warnings(caplog)
 
 
-@pytest.mark.parametrize(
-    ("script", "reason", "tokens"),
-    [
-        *(([empty], "an empty stream", 0) for empty in (b"", DONE, sse(END, "[DONE]"),
-          sse(chunk(""), chunk(None), "[DONE]"), b"<html>SECRET</html>")),
-        ([sse(THOUGHT, THOUGHT, "[DONE]")], "only reasoning", 0),
-        ([sse(THOUGHT, END), pause, cut_wire], "only reasoning", 0),
-        ([sse({"choices": [{"delta": {"reasoning": "x"}, "finish_reason": "length"}]})],
-         "only reasoning", 0),
-        ([sse(THOUGHT, END, USAGE_EVENT, "[DONE]")], "only reasoning", 7),  # it is billed
-        *(([sse(chunk(text), "[DONE]")], "no message", None) for text in ("{}", " \n",
-          '{"action": null}', '{"message": ""}', "<think>SECRET</think>")),
-    ],
+@cases(
+    "script, reason, tokens",
+    *(([empty], "an empty stream", 0) for empty in (b"", DONE, sse(END, "[DONE]"),
+      sse(chunk(""), chunk(None), "[DONE]"), b"<html>SECRET</html>")),
+    ([sse(THOUGHT, THOUGHT, "[DONE]")], "only reasoning", 0),
+    ([sse(THOUGHT, END), pause, cut_wire], "only reasoning", 0),
+    ([sse({"choices": [{"delta": {"reasoning": "x"}, "finish_reason": "length"}]})],
+     "only reasoning", 0),
+    ([sse(THOUGHT, END, USAGE_EVENT, "[DONE]")], "only reasoning", 7),  # it is billed
+    *(([sse(chunk(text), "[DONE]")], "no message", None) for text in ("{}", " \n",
+      '{"action": null}', '{"message": ""}', "<think>SECRET</think>")),
 )  # fmt: skip
 @with_config(limits=MUCH)
 async def test_streams_without_text(
@@ -4500,8 +4119,8 @@ async def test_streams_without_text(
 
 @pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
 @pytest.mark.parametrize("indent", [None, 2])
-async def test_answer_that_does_not_stream(
-    indent: int | None, kind: str, server: Server, visitor: Visitor, model: FakeModel
+async def test_answer_in_one_body(
+    indent: int | None, kind: str, visitor: Visitor, model: FakeModel
 ) -> None:
     """One JSON body is an answer, too, also one that arrives in pieces; an error in it is one."""
     answer = {"choices": [{"message": {"content": "Hi"}}], "usage": {"total_tokens": 9}}
@@ -4517,7 +4136,7 @@ async def test_answer_that_does_not_stream(
     expect_end(await visitor.ask(), "Hi")
     expect_end(await visitor.ask(), "")
     expect_end(await visitor.ask(), "Hi")
-    assert used(server) == (18, 0)
+    assert used(visitor.server) == (18, 0)
     assert len(model.requests) == 3
 
 
@@ -4540,9 +4159,7 @@ async def test_a_stream_that_says_it_is_json(visitor: Visitor, model: FakeModel)
     ],
     ids=["401", "404", "error in the stream", "empty", "302", "503", "a web page"],
 )
-async def test_the_guide_helps_out(
-    broken: Script, visitor: Visitor, model: FakeModel, caplog: Log
-) -> None:
+async def test_guide_helps(broken: Script, visitor: Visitor, model: FakeModel, caplog: Log) -> None:
     """If the model cannot be had, the message holds what the guide finds for the question."""
     shown = "Returns\nYou can return everything within 30 days, free of charge.\n"
     page = {"url": "https://acme.com/returns", "visibleText": shown, "indexedElements": []}
@@ -4595,16 +4212,14 @@ async def test_a_list_does_not_repeat_itself(visitor: Visitor, model: FakeModel)
     expect_end(await visitor.ask(), text)
 
 
-async def test_a_deleted_site_in_the_middle_of_a_call(
-    server: Server, visitor: Visitor, model: FakeModel
-) -> None:
+async def test_a_deleted_site_in_the_middle_of_a_call(visitor: Visitor, model: FakeModel) -> None:
     """A call of a site that goes away ends without a traceback, and holds nothing."""
     model.scripts.append([sse(chunk("Hi")), forever])
     await visitor.chat()
     await visitor.next()
-    usage = lf.usage_today(server.app, "shop", time.time())
-    del server.app.sites["shop"]
-    lf.drop_session(server.app, visitor.session)
+    usage = lf.usage_today(visitor.server.app, "shop", time.time())
+    del visitor.server.app.sites["shop"]
+    lf.drop_session(visitor.server.app, visitor.session)
     await until(lambda: model.hung_up)
     await until(lambda: usage.reserved == 0)
 
@@ -4622,8 +4237,7 @@ def test_public_addresses() -> None:
 
 
 async def test_public_client(model: FakeModel) -> None:
-    """It reaches no address of this machine, by number, by name or by a name that resolves to it;
-    the app's other client does."""
+    """It reaches no address of this machine, by number or name; the app's other client does."""
     port = model.url.split(":")[2].partition("/")[0]
     async with lf.new_client(public=True) as public, lf.new_client() as other:
         for host in ("127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "2130706433", "0"):
@@ -4642,84 +4256,61 @@ def quoted(text: str, ensure_ascii: bool = True) -> str:
     return json.dumps({"message": text}, ensure_ascii=ensure_ascii)
 
 
-@pytest.mark.parametrize(
-    ("raw", "text"),
-    [
-        (quoted("Hello"), "Hello"),
-        ('  \n{ "message" : "Hello" } ', "Hello"),
-        (quoted(SPICY), SPICY),
-        (quoted(SPICY, ensure_ascii=False), SPICY),
-        (r'{"message":"\/ \b\f\n\r\t \" \\ \u00e9"}', '/ \b\f\n\r\t " \\ é'),
-        (r'{"message":"\\u0041 \\\" \\"}', '\\u0041 \\" \\'),
-        (r'{"message":"\ud83d\ude00\uD83D\uDE00"}', "😀😀"),
-        (r'{"message":"a\ud83d b"}', "a\ufffd b"),
-        (r'{"message":"a\ude00b\ud83d"}', "a\ufffdb\ufffd"),
-        (r'{"message":"\ud83d\ud83d\ude00"}', "\ufffd😀"),
-        ('{"message":"two\nlines"}', "two\nlines"),
-        ('{"message":""}', ""),
-        ("{}", ""),
-        # Any key order, and only the top-level message.
-        ('{"action":null,"message":"Hi"}', "Hi"),
-        ('{"message":"Hi","action":null}', "Hi"),
-        ('{"message":"Hi","message":"no"}', "Hi"),
-        ('{"a":{"message":"no","b":["message","no"]},"message":"Hi"}', "Hi"),
-        ('{"a":[{"message":"no"}],"message":"Hi","z":{"message":"no"}}', "Hi"),
-        ('{"a":"message","message":"Hi"}', "Hi"),
-        ('{"a":["message"],"message":"Hi"}', "Hi"),
-        (r'{"a":"\"message\":\"no\"","message":"Hi"}', "Hi"),
-        (r'{"a\"":"\\","message":"Hi"}', "Hi"),
-        (r'{"mess\u0061ge":"Hi"}', "Hi"),
-        ('{"a":1.5e3,"b":true,"message":"Hi"}', "Hi"),
-        ('{"a":{"b":{"message":"no"}}}', ""),
-        # What one key wraps is the reply.
-        ('{"reply":{"message":"Hi","action":null}}', "Hi"),
-        ('{"answer":"Hi"}', "Hi"),
-        (r'{"message":"it\'s \u00zz \x ok"}', "it's \ufffd00zz x ok"),
-        ('{"xmessage":"no","Message":"no"}', ""),
-        ('{"message":null}', ""),
-        ('{"message":5,"a":"no"}', ""),
-        ('{"message":["no"]}', ""),
-        ('{"message":{"message":"no"}}', ""),
-        ('{"message":"Hi"} and {"message":"no"}', "Hi"),
-        # Fences.
-        ('```json\n{"message":"Hi"}\n```', "Hi"),
-        ('```\n{"message":"Hi"}```', "Hi"),
-        ('\n```JSON {"message":"Hi"}\n```\n', "Hi"),
-        ("```python\nprint(1)\n```", "```python\nprint(1)\n```"),
-        ("``double`` ticks", "``double`` ticks"),
-        ("`", "`"),
-        # Plain text is the message.
-        ("Hello there!", "Hello there!"),
-        ("  Hello", "Hello"),
-        ('He said "message": no', 'He said "message": no'),
-        ("[1] is a footnote", "[1] is a footnote"),
-        ("{name}, hello", "{name}, hello"),
-        ("{'message': 'no'}", "{'message': 'no'}"),
-        ('{"a", "b"} is a set', '{"a", "b"} is a set'),
-        ("{", "{"),
-        ("", ""),
-        ("Grüße 👋🏽", "Grüße 👋🏽"),
-        # Thoughts are never shown.
-        ("<think>secret</think>Hi", "Hi"),
-        ('<think>{"message":"secret"}</think>{"message":"Hi"}', "Hi"),
-        ("<think>a</think>\n\nHi <think>b</think>there", "Hi there"),
-        ("<THINK>secret</Think>Hi", "Hi"),
-        ("<think>secret", ""),
-        ("<think>a < b </thin </think>Hi", "Hi"),
-        ('{"message":"a<think>secret</think>b"}', "ab"),
-        ("1 < 2 <b> <t", "1 < 2 <b> <t"),
-        ("<", "<"),
-        # Cut short.
-        ('{"message": "Hel', "Hel"),
-        ('{"message": "Hel\\', "Hel"),
-        ('{"message": "Hel\\u00', "Hel"),
-        ('{"message": "Hel\\ud83d', "Hel\ufffd"),
-        ('{"message": "Hel\\ud83d\\u', "Hel\ufffd"),
-        ('{"mess', ""),
-        ('{"message"', ""),
-        ('{"message":', ""),
-        ('{"message":"', ""),
-    ],
+@cases(
+    "raw, text",
+    *((quoted("Hello"), "Hello"), ('  \n{ "message" : "Hello" } ', "Hello")),
+    *((quoted(SPICY), SPICY), (quoted(SPICY, ensure_ascii=False), SPICY)),
+    (r'{"message":"\/ \b\f\n\r\t \" \\ \u00e9"}', '/ \b\f\n\r\t " \\ é'),
+    (r'{"message":"\\u0041 \\\" \\"}', '\\u0041 \\" \\'),
+    (r'{"message":"\ud83d\ude00\uD83D\uDE00"}', "😀😀"),
+    (r'{"message":"a\ud83d b"}', "a\ufffd b"),
+    (r'{"message":"a\ude00b\ud83d"}', "a\ufffdb\ufffd"),
+    (r'{"message":"\ud83d\ud83d\ude00"}', "\ufffd😀"),
+    (r'{"message":"it\'s \u00zz \x ok"}', "it's \ufffd00zz x ok"),
+    ('{"message":"two\nlines"}', "two\nlines"),
+    *(
+        (raw, "Hi")
+        for raw in (
+            # Any key order, and only the top-level message.
+            *('{"action":null,"message":"Hi"}', '{"message":"Hi","action":null}'),
+            *('{"message":"Hi","message":"no"}', '{"message":"Hi"} and {"message":"no"}'),
+            '{"a":{"message":"no","b":["message","no"]},"message":"Hi"}',
+            '{"a":[{"message":"no"}],"message":"Hi","z":{"message":"no"}}',
+            *('{"a":"message","message":"Hi"}', '{"a":["message"],"message":"Hi"}'),
+            *(r'{"a":"\"message\":\"no\"","message":"Hi"}', r'{"a\"":"\\","message":"Hi"}'),
+            *(r'{"mess\u0061ge":"Hi"}', '{"a":1.5e3,"b":true,"message":"Hi"}'),
+            # What one key wraps is the reply.
+            *('{"reply":{"message":"Hi","action":null}}', '{"answer":"Hi"}'),
+            # Fences, and thoughts, which are never shown.
+            *('```json\n{"message":"Hi"}\n```', '```\n{"message":"Hi"}```'),
+            *('\n```JSON {"message":"Hi"}\n```\n', "<think>secret</think>Hi"),
+            *("<THINK>secret</Think>Hi", "<think>a < b </thin </think>Hi"),
+            '<think>{"message":"secret"}</think>{"message":"Hi"}',
+        )
+    ),
+    ("<think>a</think>\n\nHi <think>b</think>there", "Hi there"),
+    ('{"message":"a<think>secret</think>b"}', "ab"),
+    *(
+        (nothing, "")
+        for nothing in (
+            *("", "{}", '{"message":""}', '{"a":{"b":{"message":"no"}}}', '{"message":null}'),
+            *('{"xmessage":"no","Message":"no"}', '{"message":5,"a":"no"}', '{"message":["no"]}'),
+            *('{"message":{"message":"no"}}', "<think>secret"),
+            *('{"mess', '{"message"', '{"message":', '{"message":"'),  # cut short
+        )
+    ),
+    *(
+        (plain, plain)  # plain text is the message
+        for plain in (
+            *("```python\nprint(1)\n```", "``double`` ticks", "`", "Hello there!", "Grüße 👋🏽"),
+            *('He said "message": no', "[1] is a footnote", "{name}, hello", "{", "<"),
+            *("{'message': 'no'}", '{"a", "b"} is a set', "1 < 2 <b> <t"),
+        )
+    ),
+    ("  Hello", "Hello"),
+    # Cut short.
+    *(('{"message": "Hel', "Hel"), ('{"message": "Hel\\', "Hel"), ('{"message": "Hel\\u00', "Hel")),
+    *(('{"message": "Hel\\ud83d', "Hel\ufffd"), ('{"message": "Hel\\ud83d\\u', "Hel\ufffd")),
 )
 def test_reply_cut_anywhere(raw: str, text: str) -> None:
     """The message of a reply is the same, in one piece or cut at any character."""
@@ -4754,15 +4345,13 @@ def test_reply_of_any_text(text: str, ascii_only: bool, cuts: list[int]) -> None
     assert reply_object == {"a": {"message": text}, "message": text}
 
 
-@pytest.mark.parametrize(
-    ("raw", "text", "unfinished"),
-    [
-        ('{"answered":true,"message":"The Pro plan costs $49 a', "The Pro plan costs $49 a", True),
-        ('{"message":"The caf\\u00', "The caf", True),
-        ('{"message":"Hi","action":{"type":"nav', "Hi", True),
-        ('{"message":"Hi","n":' + "1" * 5000 + "}", "Hi", False),
-        ('{"message":"Hi"}', "Hi", False),
-    ],
+@cases(
+    "raw, text, unfinished",
+    ('{"answered":true,"message":"The Pro plan costs $49 a', "The Pro plan costs $49 a", True),
+    ('{"message":"The caf\\u00', "The caf", True),
+    ('{"message":"Hi","action":{"type":"nav', "Hi", True),
+    ('{"message":"Hi","n":' + "1" * 5000 + "}", "Hi", False),
+    ('{"message":"Hi"}', "Hi", False),
 )
 def test_reply_that_is_cut(raw: str, text: str, unfinished: bool) -> None:
     """What a reply that breaks off has said stays said, and it counts as unfinished."""
@@ -4778,11 +4367,8 @@ def test_reply_streams_as_it_arrives() -> None:
     pieces = ['{"mess', 'age": "Hel', "lo \\u00e", "9 wor", 'ld", "action"', ": null}"]
     assert [reader.feed(piece) for piece in pieces] == ["", "Hel", "lo ", "é wor", "ld", ""]
     reader = lf.ReplyReader()
-    assert [reader.feed(piece) for piece in ("Hel", "lo <t", "o> you")] == [
-        "Hel",
-        "lo ",
-        "<to> you",
-    ]
+    pieces = ["Hel", "lo <t", "o> you"]
+    assert [reader.feed(piece) for piece in pieces] == ["Hel", "lo ", "<to> you"]
 
 
 def test_reply_object() -> None:
@@ -4817,22 +4403,19 @@ def first_reply(message: str, page: Json = PAGE, found: lf.Found | None = None) 
     return lf.guide_reply(lf.Task(message), context, found or lf.Found(), [])
 
 
-@pytest.mark.parametrize(
-    ("question", "expected"),
-    [
-        ("How much is the Pro plan?", ["20 euros a month"]),
-        ("do you ship worldwide", ["We ship worldwide."]),
-        ("Where can I book a demo?", ["you can use “Book a demo”"]),
-        ("pricing please", ["you can use “Pricing”"]),
-        ("When do you open?", ["nine in the morning"]),
-        ("xyzzy", ["do not know", "other words"]),
-        ("", ["do not know"]),
-        ('"; DROP TABLE passage; --', ["do not know"]),
-    ],
+@cases(
+    "question, expected",
+    ("How much is the Pro plan?", ["20 euros a month"]),
+    ("do you ship worldwide", ["We ship worldwide."]),
+    ("Where can I book a demo?", ["you can use “Book a demo”"]),
+    ("pricing please", ["you can use “Pricing”"]),
+    ("When do you open?", ["nine in the morning"]),
+    ("xyzzy", ["do not know", "other words"]),
+    ("", ["do not know"]),
+    ('"; DROP TABLE passage; --', ["do not know"]),
 )
 def test_guide(question: str, expected: list[str]) -> None:
-    """The guide quotes the passage that answers, names the element that was asked for, or says that
-    it does not know."""
+    """It quotes the passage that answers, names the element asked for, or does not know."""
     found = known(GUIDEBOOK, question=question)
     answer = first_reply(question, found=found)
     assert first_reply(question, found=found) == answer  # deterministic
@@ -4842,8 +4425,7 @@ def test_guide(question: str, expected: list[str]) -> None:
 
 
 def test_the_guide_names_the_page_and_goes_there() -> None:
-    """What a page of the website says is quoted with its title and URL; asked to, it goes there,
-    be it linked here or not."""
+    """A page is quoted with its title and URL; asked to, the guide goes there, linked or not."""
     url = "https://acme.com/returns"
     pages = [("https://acme.com/", "Acme"), (url, "Returns")]
     found = lf.Found([lf.Passage("Returns", url, "", "Send it back in thirty days.")], pages)
@@ -4869,15 +4451,13 @@ def test_the_guide_quotes_statements() -> None:
     assert [word in said for word in ("20 euros", "nothing", "cheap")] == [True, False, False]
 
 
-@pytest.mark.parametrize(
+@cases(
     "context",
-    [
-        {},
-        {"visibleText": "", "indexedElements": []},
-        {"visibleText": "\x00 ? ! . …" * 50, "indexedElements": [{}, {"id": 1}]},
-        {"indexedElements": [{"text": '"' * 300}, {"value": "*"}]},
-        {"visibleText": "pro " * 1000},
-    ],
+    {},
+    {"visibleText": "", "indexedElements": []},
+    {"visibleText": "\x00 ? ! . …" * 50, "indexedElements": [{}, {"id": 1}]},
+    {"indexedElements": [{"text": '"' * 300}, {"value": "*"}]},
+    {"visibleText": "pro " * 1000},
 )
 def test_guide_on_any_page(context: Json) -> None:
     """Whatever the page, there is an answer."""
@@ -4885,18 +4465,16 @@ def test_guide_on_any_page(context: Json) -> None:
         assert first_reply(question, context)["message"].strip()
 
 
-@pytest.mark.parametrize(
-    ("shown", "question", "expected"),
-    [
-        ("Choose. Starter costs $19 a month. Pro costs $49 a month.", "what does Pro cost?", "$49"),
-        ("Home Pricing\nCoffee\nOur coffee: peach.", "Can I return coffee I don't like?", ""),
-        ("Opening hours\nContact", "what are your opening hours", ""),  # no text below
-        ("Pricing\nHome Pricing", "what about pricing plans", ""),  # menus
-        ("Visits\nBy day. By night. By train. By bike, in spring.", "visits by bike", "By bike"),
-        ("We hire out paddle boards.", "do you rent paddleboards?", "boards"),
-        ("Open Friday to May.", "Are you open in December?", "Friday"),
-        ("What we do\nCrowns\nImplants\nBridges", "do you do implants?", "What we do: Implants"),
-    ],
+@cases(
+    "shown, question, expected",
+    ("Choose. Starter costs $19 a month. Pro costs $49 a month.", "what does Pro cost?", "$49"),
+    ("Home Pricing\nCoffee\nOur coffee: peach.", "Can I return coffee I don't like?", ""),
+    ("Opening hours\nContact", "what are your opening hours", ""),  # no text below
+    ("Pricing\nHome Pricing", "what about pricing plans", ""),  # menus
+    ("Visits\nBy day. By night. By train. By bike, in spring.", "visits by bike", "By bike"),
+    ("We hire out paddle boards.", "do you rent paddleboards?", "boards"),
+    ("Open Friday to May.", "Are you open in December?", "Friday"),
+    ("What we do\nCrowns\nImplants\nBridges", "do you do implants?", "What we do: Implants"),
 )
 def test_the_guide_quotes_what_fits(shown: str, question: str, expected: str) -> None:
     """By how many different words it holds; one word of two is too few, a heading is no answer."""
