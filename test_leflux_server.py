@@ -2929,7 +2929,7 @@ SEND = {"type": "submit", "text": "Send", "parent": "Write"}
     ([{**LINK, "text": "Ada", "href": "/users/5"}], None, []),
     ([{**LINK, "text": "Ada", "href": "/shop/#/account/remove"}], None, ["Ada"]),
     *(([{**LINK, "text": "A", "href": f"{of}:x"}], None, ["A"]) for of in ("mailto", "javascript")),
-    ([], step("navigate", url="/users/5/delete?sure=1"), ["/users/5/delete"]),
+    ([], step("navigate", url="/users/5/delete?sure=1"), ["/users/5/delete?sure=1"]),
     ([], step("navigate", url="/users/5"), []),
     # Names: a title, a heading, none at all.
     ([{"text": "Go", "title": "Erase everything"}], None, ["Go"]),
