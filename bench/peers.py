@@ -31,7 +31,7 @@ from pathlib import Path
 import orjson
 import run
 from drive import Visitor
-from processes import HERE, SERVER, Program, running
+from processes import HERE, SERVER, Program, raise_file_limit, running
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leflux" / "peers"
 PICTURED = ("paced_cpu_us_per_token", "burst_cpu_us_per_token", "idle_kib")
@@ -174,14 +174,6 @@ async def measure(size: run.Size, work: Path, peers: list[Peer]) -> run.Found:
     return found
 
 
-def table(found: run.Found) -> str:
-    lines = [f"| | {' | '.join(found)} |", "| --- |" + " --: |" * len(found)]
-    for key, title, form in PEER_ROWS:
-        cells = [run.cell(found, name, key, form) for name in found]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 PICTURE = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 {height}" role="img">
 <title>{title}</title>
 <style>
@@ -226,9 +218,11 @@ def main() -> None:
     size = run.QUICK if options.quick else run.Size()
     size = dataclasses.replace(size, rounds=options.rounds or size.rounds)
     peers = list(available(fetch=not options.quick))
+    raise_file_limit()
     with tempfile.TemporaryDirectory() as folder:
         found = asyncio.run(measure(size, Path(folder), peers))
-    print(f"{table(found)}\n\nMedians of {size.rounds} round(s) on {run.machine()}.")
+    print(*run.table(found, list(found), PEER_ROWS), sep="\n")
+    print(f"\nMedians of {size.rounds} round(s) on {run.machine()}.")
     if options.svg:
         options.svg.write_text(picture(found, run.machine()))
 

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -240,11 +240,16 @@ def cell(found: Found, name: str, key: str, form: str) -> str:
     return f"{value:{form}} ({value / max(statistics.median(found[FLOOR][key]), 1e-9):.2f})"
 
 
-def tables(found: Found, size: Size) -> str:
-    lines = ["| | floor | leflux, in memory | leflux, with store |", "| --- | --: | --: | --: |"]
-    for key, title, form in ROWS:
-        cells = [cell(found, name, key, form) for name in TARGETS]
+def table(found: Found, names: Sequence[str], rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    lines = [f"| | {' | '.join(names)} |", "| --- |" + " --: |" * len(names)]
+    for key, title, form in rows:
+        cells = [cell(found, name, key, form) for name in names]
         lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines
+
+
+def tables(found: Found, size: Size) -> str:
+    lines = table(found, TARGETS, ROWS)
     lines += ["", "| visitors | CPU, % of a core | memory (MiB) | first chunk, p95 (ms) |"]
     lines.append("| --: | --: | --: | --: |")
     crowds = [(f"{count:,}", f"crowd_{count}") for count in size.crowds]
