@@ -1843,9 +1843,10 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
       } catch (error) {
         // Over plain http and by IP a GET does not say whose it is: the chat begins anew.
         const isLost = /session_not_found|host_not_registered/.test(error.code);
-        if (isLost && session) keptSession.set(null);
-        else if (error.code === "host_not_registered") break;
-        else await pause(Math.min(60_000, 1000 * 2 ** tries));
+        if (isLost && session) { keptSession.set(null); continue; }
+        if (error.code === "host_not_registered") break;
+        if (!tries) console.warn(`leflux: no answer from ${SERVER}; load embed.js from leflux's own address.`);
+        await pause(Math.min(60_000, 1000 * 2 ** tries));
       }
     }
     return null;

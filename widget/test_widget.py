@@ -210,6 +210,22 @@ async def test_unknown_host_is_left_alone(visit: Visit, serve: Serve, pages: Pag
     assert "leflux-widget" not in await page.content()
 
 
+async def test_copied_script_says_where_it_belongs(visit: Visit, pages: Pages) -> None:
+    """embed.js from the website's own address finds no server there, and says so once."""
+    page = await visit("about:blank")
+    lines, tries = list[str](), list[str]()
+    page.on("console", lambda line: lines.append(line.text))
+    page.on("request", lambda request: tries.append(request.url))
+    path = lf.HERE / "widget" / "embed.js"
+    await page.route("**/copied.js", lambda route: route.fulfill(path=path))
+    url = pages.add("/", '<script src="/copied.js"></script>')
+    await page.goto(url)
+    await until(lambda: sum(one.endswith("/init") for one in tries) == 3)
+    said = [line for line in lines if line.startswith("leflux: ")]
+    assert len(said) == 1
+    assert url.removesuffix("/") in said[0]
+
+
 # ---------------------------------------------------------------------------------------------
 # Chat
 
