@@ -4473,6 +4473,7 @@ def test_guide_on_any_page(context: Json) -> None:
     ("Pricing\nHome Pricing", "what about pricing plans", ""),  # menus
     ("Visits\nBy day. By night. By train. By bike, in spring.", "visits by bike", "By bike"),
     ("We hire out paddle boards.", "do you rent paddleboards?", "boards"),
+    ("Se paga con tarjeta o Bizum.", "¿Aceptáis tarjeta?", "tarjeta"),
     ("Open Friday to May.", "Are you open in December?", "Friday"),
     ("What we do\nCrowns\nImplants\nBridges", "do you do implants?", "What we do: Implants"),
 )
