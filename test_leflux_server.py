@@ -224,34 +224,33 @@ def test_origin(origin: str, site: str | None) -> None:
     assert site_of("GET", [("Origin", origin)]) == site
 
 
-SAME = ("Sec-Fetch-Site", "same-origin")
+SAME, HOST = ("Sec-Fetch-Site", "same-origin"), ("Host", "acme.com")
+COM = ("Origin", ORIGIN)
 
 
 @cases(
     "method, headers, site",
-    ("GET", [SAME, ("Host", "acme.com")], "acme"),
-    ("GET", [SAME, ("Host", "www.ACME.com:8080")], "acme"),
+    *(("GET", [SAME, ("Host", host)], "acme") for host in ("acme.com", "www.ACME.com:8080")),
     ("GET", [SAME, ("Host", "plain.example")], "ports"),
     ("GET", [SAME, ("Host", "tls.example")], None),  # the request came by http
-    ("GET", [SAME, ("Host", "evil.example")], None),
-    ("GET", [SAME, ("Host", "user@acme.com")], None),
-    ("GET", [SAME, ("Host", "acme.com"), ("Host", "acme.com")], None),
-    ("GET", [SAME], None),
-    ("GET", [SAME, SAME, ("Host", "acme.com")], None),
-    ("GET", [("Host", "acme.com")], None),
-    ("GET", [("Sec-Fetch-Site", "same-site"), ("Host", "acme.com")], None),
-    ("GET", [("Sec-Fetch-Site", "cross-site"), ("Host", "acme.com")], None),
-    ("GET", [("Sec-Fetch-Site", "none"), ("Host", "acme.com")], None),
-    ("POST", [SAME, ("Host", "acme.com")], None),
-    ("DELETE", [SAME, ("Host", "acme.com")], None),
-    ("GET", [("Origin", "null"), SAME, ("Host", "acme.com")], None),
-    ("GET", [("Origin", ""), SAME, ("Host", "acme.com")], None),
-    ("GET", [("Origin", "https://evil.example"), SAME, ("Host", "acme.com")], None),
-    ("GET", [("Origin", ORIGIN), ("Origin", ORIGIN), SAME, ("Host", "acme.com")], None),
-    ("POST", [("Origin", ORIGIN), ("Origin", ORIGIN)], None),
-    ("POST", [("Origin", ORIGIN), ("origin", "https://b.acme.com")], None),
-    ("POST", [("Referer", "https://acme.com/"), ("Host", "acme.com")], None),
-    ("POST", [], None),
+    *(("GET", [SAME, ("Host", host)], None) for host in ("evil.example", "user@acme.com")),
+    *(("GET", heads, None) for heads in ([SAME, HOST, HOST], [SAME], [SAME, SAME, HOST], [HOST])),
+    *(
+        ("GET", [("Sec-Fetch-Site", kind), HOST], None)
+        for kind in ("same-site", "cross-site", "none")
+    ),
+    *(
+        ("GET", [("Origin", origin), SAME, HOST], None)
+        for origin in ("null", "", "https://evil.example")
+    ),
+    *(("GET", [COM, COM, SAME, HOST], None), ("DELETE", [SAME, HOST], None)),
+    *(
+        ("POST", heads, None)
+        for heads in (
+            *([SAME, HOST], [COM, COM], [COM, ("origin", "https://b.acme.com")]),
+            *([("Referer", "https://acme.com/"), HOST], []),
+        )
+    ),
 )
 def test_not_one_origin(method: str, headers: list[tuple[str, str]], site: str | None) -> None:
     """Only a same-origin GET may come without Origin; doubled headers belong to no site."""
@@ -277,6 +276,9 @@ def placed(path: str, value: Any) -> Any:
     for name in reversed(path.split(".")):
         value = {name[:-3]: [value]} if name.endswith("[0]") else {name: value}
     return value
+
+
+CHIP: Json = {"text": "x", "payload": "y"}
 
 
 @cases(
@@ -315,16 +317,13 @@ def placed(path: str, value: Any) -> Any:
     ("nudge.style", ["bubble", "card", "minimal"], ["box"]),
     ("nudge.delay", [0, 3000], [-1, "3000"]),
     ("nudge.dismissable", [True, False], [0]),
-    (
-        "quickChips",
-        [[{"text": "x" * 30, "payload": "y" * 280}] * 5],
-        [
-            [{"text": "x", "payload": "y"}] * 6,
-            [{"text": "x" * 31, "payload": "y"}],
-            [{"text": "x", "payload": "y" * 281}],
-            [{"text": "x", "payload": "y", "more": 1}],
-            *([{"payload": "y"}], [{"text": ""}], ["x"], {}),
-        ],
+    ("quickChips", [[{"text": "x" * 30, "payload": "y" * 280}] * 5], [[CHIP] * 6, {}]),
+    *(
+        ("quickChips", [], [[chip]])
+        for chip in (
+            *(CHIP | {"text": "x" * 31}, CHIP | {"payload": "y" * 281}, CHIP | {"more": 1}),
+            *({"payload": "y"}, {"text": ""}, "x"),
+        )
     ),
 )
 def test_site_config_rules(path: str, good: list[Any], bad: list[Any]) -> None:
@@ -400,43 +399,31 @@ def test_config_takes_whole_and_fractional_numbers() -> None:
 INF, NAN = float("inf"), float("nan")
 A_LIST = "a list [...] of at most 1000 items, not "
 OWNER = "a string of 1 to 320 characters"
-URL = "an http(s) URL such as http://localhost:11434/v1"
+A_URL = "an http(s) URL"
+ENDPOINT = f"{A_URL} such as http://localhost:11434/v1"
+PUBLIC_URL = "a URL such as https://chat.example.com, without a path, not "
+AN_ORIGIN = '"*" or an origin such as https://example.com, without a path, not '
+NETWORK = "an IP address, or a network such as 10.0.0.0/8, not "
 PER_MINUTE = "a number from 0.001 to 1,000,000,000, not "
-CHIP = "{ text = 1 to 30 characters, payload = 1 to 280 characters }"
+CHIP_FORM = "{ text = 1 to 30 characters, payload = 1 to 280 characters }"
 WRONG_VALUES: list[tuple[str, list[Any], str]] = [
     # A key, values, and what it must be; ", not " says that the line shows a short value.
     ("server", [5, []], "a table, not "),
     ("server.host", ["", 5, "a b", "http://x"], "an address such as 127.0.0.1"),
     ("server.port", [-1, 65536, "3002", True, 1.5], "a whole number from 0 to 65,535, not "),
-    (
-        "server.public_url",
-        ["ftp://x.com", "https://x.com/path", "x.com"],
-        "a URL such as https://chat.example.com, without a path, not ",
-    ),
+    ("server.public_url", ["ftp://x.com", "https://x.com/path", "x.com"], PUBLIC_URL),
     ("server.public_url", [5], "a string of 0 to 300 characters"),
     ("server.cors_origins", ["*"], A_LIST),
-    (
-        "server.cors_origins item 1",
-        ["acme.com", 5, "https://acme.com/"],
-        '"*" or an origin such as https://example.com, without a path, not ',
-    ),
+    ("server.cors_origins item 1", ["acme.com", 5, "https://acme.com/"], AN_ORIGIN),
     ("server.trusted_proxies", ["127.0.0.1"], A_LIST),
-    (
-        "server.trusted_proxies item 1",
-        ["localhost", "10.0.0.0/33", 5],
-        "an IP address, or a network such as 10.0.0.0/8, not ",
-    ),
+    ("server.trusted_proxies item 1", ["localhost", "10.0.0.0/33", 5], NETWORK),
     ("server.state_dir", [5, ["state"]], "a string of 0 to 4000 characters"),
-    (
-        "server.signup_url",
-        ["javascript:x", 5],
-        "an http(s) URL, or a relative one such as /logo.png",
-    ),
+    ("server.signup_url", ["javascript:x", 5], f"{A_URL}, or a relative one such as /logo.png"),
     ("server.demo", [1, "yes"], "true or false, not "),
     ("server.log_level", ["debug", 10], "one of DEBUG, INFO, WARNING, ERROR, CRITICAL, not "),
     ("server.shutdown_seconds", [-1, "10", INF, NAN, True], "a number from 0 to 3,600, not "),
     ("llm", ["x"], "a table, not "),
-    ("llm.base_url", ["", "localhost:8080", "ftp://x", 5], URL),
+    ("llm.base_url", ["", "localhost:8080", "ftp://x", 5], ENDPOINT),
     ("llm.model", ["", 5], "a string of 1 to 500 characters"),
     ("llm.api_key_env", ["", "A B", 5, "sk-1"], "the name of the variable that holds the key"),
     ("llm.temperature", [-0.1, 2.1, "hot", NAN], "a number from 0 to 2, not "),
@@ -460,7 +447,7 @@ WRONG_VALUES: list[tuple[str, list[Any], str]] = [
     ("limits.site_tokens_per_day", [-1, "1"], f"a whole number from 0 to {10**12:,}, not "),
     ("firebase", [1], "a table, not "),
     ("firebase.project_id", [5], "a string of 0 to 100 characters"),
-    ("firebase.keys_url", ["", "x"], URL),
+    ("firebase.keys_url", ["", "x"], ENDPOINT),
     ("firebase.admins", ["uid", "me@example.com"], A_LIST),
     ("firebase.admins item 1", [5], OWNER),
     ("sites", [5], A_LIST),
@@ -480,7 +467,7 @@ WRONG_VALUES: list[tuple[str, list[Any], str]] = [
     ("sites[shop].config.launcher", [5], "a table, not "),
     ("sites[shop].config.layout", ["top"], "one of floating, bottom-bar, side-panel, not "),
     ("sites[shop].config.primaryColor", ["#ff"], "a CSS colour such as #a855f7"),
-    ("sites[shop].config.quickChips item 1", [{"label": "x"}], CHIP),
+    ("sites[shop].config.quickChips item 1", [{"label": "x"}], CHIP_FORM),
 ]
 UNKNOWN = """srever:server port:server.port server.prot:port llm.api_key:api_key_env limits.zzz:
 limits.unknown: firebase.admin:admins firebase.unknown: sites[shop].allowedHosts:allowed_hosts
@@ -624,11 +611,7 @@ A_PORT = "must be a whole number from 0 to 65,535, not "
     *((wrong, {}, "{} is not TOML: ") for wrong in (b"[server", b"[server]\na = 0.0.0.0")),
     (b"a = True", {}, '{} is not TOML: this is no value; put text in "straight quotes" '),
     (b"[a.b]\n[a.b]", {}, "{} is not TOML: [a.b] stands twice; "),
-    (
-        b"[limits]\n[limits]",
-        {},
-        "{} is not TOML: [limits] stands twice; put its lines under the first one ",
-    ),
+    (b"[a]\n[a]", {}, "{} is not TOML: [a] stands twice; put its lines under the first one "),
     (b"[server]\nport = 1e400", {}, f"{{}}: server.port {A_PORT}Infinity"),
     (
         b"[llm]\nbase_url = 'http://localhost/v1/chat/completions/'",
@@ -689,13 +672,11 @@ B_SITE = {"id": "b", "name": "B", "allowed_hosts": ["b.example"]}
 @cases(
     "sites, key, doubts",
     ([], "", ["there are no [[sites]], so nobody can chat"]),
+    ([B_SITE], '"sk-1"', ["$LEFLUX_LLM_API_KEY is in quotes, which become part of the key"]),
     (
         [{"id": "a", "name": "A"}, B_SITE],
-        '"sk-1"',
-        [
-            "sites[a] has no allowed_hosts, so nobody can chat there",
-            "$LEFLUX_LLM_API_KEY is in quotes, which become part of the key",
-        ],
+        "",
+        ["sites[a] has no allowed_hosts, so nobody can chat there"],
     ),
     ([B_SITE], "sk-1", []),
 )
@@ -706,11 +687,8 @@ def test_doubts(sites: list[Json], key: str, doubts: list[str]) -> None:
 
 @cases(
     "tokens, share, said",
-    (None, None, None),
-    (0, None, None),
-    (100_000, 1, None),
-    (5000, 1, "5,000"),
-    (50_000, 0.1, "5,000"),
+    *((None, None, None), (0, None, None), (100_000, 1, None)),
+    *((5000, 1, "5,000"), (50_000, 0.1, "5,000")),
 )
 def test_a_budget_too_small_for_one_call(tokens: Any, share: Any, said: str | None) -> None:
     """--check says of a budget, or of an address's share of it, that no call may fit into it."""
@@ -725,33 +703,24 @@ def test_a_budget_too_small_for_one_call(tokens: Any, share: Any, said: str | No
 # JSON in: strict, bounded
 
 
+FULL = ",".join(["[]"] * 4999)
+
+
 @cases(
-    "raw, good",
-    *(("[" * 64 + "]" * 64, True), ("[" * 65 + "]" * 65, False)),
-    *(('{"a":' * 64 + "1" + "}" * 64, True), ('{"a":' * 65 + "1" + "}" * 65, False)),
-    *(("[" + "[]," * 500 + "[]]", True), ('["' + "[{" * 500 + '"]', True)),
-    *((bad, False) for bad in ("[" * 100_000, "[NaN]", "[Infinity]", "[1e999]", "")),
-    *((bad, False) for bad in ('["\\ud800"]', "['a']", "[1,]")),
+    "raw, problem",
+    *(("[" * 64 + "]" * 64, ""), ("[" * 65 + "]" * 65, ".")),
+    *(('{"a":' * 64 + "1" + "}" * 64, ""), ('{"a":' * 65 + "1" + "}" * 65, ".")),
+    *(("[" + "[]," * 500 + "[]]", ""), ('["' + "[{" * 500 + '"]', "")),
+    *((bad, ".") for bad in ("[" * 100_000, "[NaN]", "[Infinity]", "[1e999]", "")),
+    *((bad, ".") for bad in ('["\\ud800"]', "['a']", "[1,]")),
+    # At most 10,000 brackets, those in strings aside.
+    *((f"[{FULL}]", ""), (f"[{FULL},[]]", "bracket")),
+    (json.dumps(["[" * 20_000, '{"' * 9_000, "\\"] + [[]] * 99), ""),
 )
-def test_decode_json(raw: str, good: bool) -> None:
+def test_decode_json(raw: str, problem: str) -> None:
     """NaN, numbers out of range and nesting beyond 64 are no JSON."""
-    if good:
+    with pytest.raises(ValueError, match=problem) if problem else contextlib.nullcontext():
         assert lf.decode_json(raw.encode()) == json.loads(raw)
-    else:
-        with pytest.raises(ValueError, match=r"."):
-            lf.decode_json(raw.encode())
-
-
-@cases(
-    "raw, good",
-    (b"[" + b",".join([b"[]"] * 4999) + b"]", True),
-    (b"[" + b",".join([b"[]"] * 5000) + b"]", False),
-    (json.dumps(["[" * 20_000, '{"' * 9_000, "\\"] + [[]] * 99).encode(), True),
-)
-def test_brackets_are_counted(raw: bytes, good: bool) -> None:
-    """At most 10,000 of them, those in strings aside."""
-    with contextlib.nullcontext() if good else pytest.raises(ValueError, match="bracket"):
-        lf.decode_json(raw)
 
 
 def test_kept_events_take_no_more_memory_than_they_need() -> None:
@@ -777,25 +746,24 @@ PROXIES = ["127.0.0.1", "10.0.0.0/8", "::1", "fd00::/8"]
     "peer, forwarded, client",
     ("203.0.113.5", [], "203.0.113.5"),
     ("203.0.113.5", ["198.51.100.1"], "203.0.113.5"),  # a stranger proves nothing
-    ("127.0.0.1", [], "127.0.0.1"),
-    ("127.0.0.1", ["198.51.100.1"], "198.51.100.1"),
-    ("127.0.0.1", ["1.1.1.1, 198.51.100.1"], "198.51.100.1"),
-    ("127.0.0.1", ["1.1.1.1, 198.51.100.1, 10.1.2.3"], "198.51.100.1"),
-    ("127.0.0.1", ["1.1.1.1", "198.51.100.1,10.1.2.3", "127.0.0.1"], "198.51.100.1"),
+    *(
+        ("127.0.0.1", heads, "198.51.100.1")
+        for heads in (
+            *(["198.51.100.1"], ["1.1.1.1, 198.51.100.1"], ["1.1.1.1, 198.51.100.1, 10.1.2.3"]),
+            *(["1.1.1.1", "198.51.100.1,10.1.2.3", "127.0.0.1"], ["::ffff:198.51.100.1"]),
+        )
+    ),
+    *(
+        ("127.0.0.1", heads, "127.0.0.1")  # only proxies, or what is no address: the peer
+        for heads in (
+            *([], ["10.1.2.3"], ["nonsense"], ["198.51.100.1, nonsense"], [""], ["198.51.100.1,"]),
+            *(["198.51.100.1:5000"], ["1.2.3.4.5"], ["\udcff"]),
+        )
+    ),
     ("10.9.9.9", ["198.51.100.1"], "198.51.100.1"),
-    ("127.0.0.1", ["10.1.2.3"], "127.0.0.1"),  # only proxies: the peer
-    ("127.0.0.1", ["nonsense"], "127.0.0.1"),
-    ("127.0.0.1", ["198.51.100.1, nonsense"], "127.0.0.1"),
-    ("127.0.0.1", [""], "127.0.0.1"),
-    ("127.0.0.1", ["198.51.100.1,"], "127.0.0.1"),
-    ("127.0.0.1", ["198.51.100.1:5000"], "127.0.0.1"),
-    ("127.0.0.1", ["1.2.3.4.5"], "127.0.0.1"),
-    ("127.0.0.1", ["\udcff"], "127.0.0.1"),
-    ("::1", ["2001:db8:1:2:3:4:5:6"], "2001:db8:1:2::"),
-    ("::1", ["2001:DB8:1:2:ffff::"], "2001:db8:1:2::"),
+    *(("::1", [one], "2001:db8:1:2::") for one in ("2001:db8:1:2:3:4:5:6", "2001:DB8:1:2:ffff::")),
     ("2001:db8:1:2:3:4:5:6", ["9.9.9.9"], "2001:db8:1:2::"),
-    ("2001:db8:1:3::1", [], "2001:db8:1:3::"),
-    ("fd00::1", ["9.9.9.9"], "9.9.9.9"),
+    *(("2001:db8:1:3::1", [], "2001:db8:1:3::"), ("fd00::1", ["9.9.9.9"], "9.9.9.9")),
     ("::ffff:203.0.113.5", [], "203.0.113.5"),
     ("::ffff:127.0.0.1", ["::ffff:198.51.100.1"], "198.51.100.1"),
 )
@@ -2005,20 +1973,22 @@ async def test_messages_per_day(server: Server, model: FakeModel, clock: Clock) 
     assert (await visitor.ask("Three", clientMessageId="three"))["data"]["text"] == "ok"
 
 
+async def say_from(server: Server, address: str) -> Answer:
+    """Begin a chat and say something, from an address."""
+    visitor = await server.visitor(connect=False)
+    body = {"sessionId": visitor.id, "message": "Hello"}
+    return await server.call("POST", "/api/chat", body, headers={"X-Forwarded-For": address})
+
+
 @with_config(limits={"site_messages_per_day": 8, "address_share": 0.25, "init_per_minute": 100})
 async def test_an_address_has_its_share(server: Server, model: FakeModel) -> None:
     """One address (IPv6: /48) may use a part of a site's day, however often it starts anew."""
-
-    async def say(address: str) -> Answer:
-        visitor = await server.visitor(connect=False)
-        body = {"sessionId": visitor.id, "message": "Hello"}
-        return await server.call("POST", "/api/chat", body, headers={"X-Forwarded-For": address})
-
     for address in ("198.51.100.1", "2001:db8:1:{}::1"):
-        answers = [await say(address.format(n)) for n in range(3)]
+        answers = [await say_from(server, address.format(n)) for n in range(3)]
         assert [answer.status for answer in answers] == [200, 200, 429]
         assert answers[2].error == BUDGET_SPENT
-    assert [(await say(f"198.51.100.{n}")).status for n in range(2, 8)] == [200] * 4 + [429] * 2
+    statuses = [(await say_from(server, f"198.51.100.{n}")).status for n in range(2, 8)]
+    assert statuses == [200] * 4 + [429] * 2
 
 
 def test_an_address_has_its_share_of_tokens() -> None:
@@ -2038,10 +2008,7 @@ async def test_addresses_are_forgotten(serve: Serve) -> None:
     """However many addresses write: what is kept of them has an end, and sites stay."""
     server = await serve(limits={"address_share": 0.2, "site_messages_per_day": 100})
     for number in range(20):
-        visitor = await server.visitor(connect=False)
-        body = {"sessionId": visitor.id, "message": "Hello"}
-        headers = {"X-Forwarded-For": f"198.51.100.{number}"}
-        assert (await server.call("POST", "/api/chat", body, headers=headers)).status == 200
+        assert (await say_from(server, f"198.51.100.{number}")).status == 200
     assert len(server.app.buckets) <= 5
     assert len(server.app.usage) <= 5 + 2
     assert lf.usage_today(server.app, "shop", time.time()).messages == 20
@@ -2261,19 +2228,11 @@ async def test_absurd_usage_harms_nobody(total: Any, keeper: Visitor, model: Fak
 # ---------------------------------------------------------------------------------------------
 # Knowledge
 
-GUIDEBOOK = """\
-# Opening hours
-
-We open at nine in the morning and close at six.
-
-# Returns
-
-Goods can be returned within thirty days. The refund arrives after a week.
-
-# Shipping
-
-Parcels to Norway take five days and cost 12 euros.
-"""
+GUIDEBOOK = (
+    "# Opening hours\n\nWe open at nine in the morning and close at six.\n\n# Returns\n\n"
+    "Goods can be returned within thirty days. The refund arrives after a week.\n\n"
+    "# Shipping\n\nParcels to Norway take five days and cost 12 euros.\n"
+)
 
 
 def known(*documents: str, question: str = "", source: str = "file") -> lf.Found:
@@ -2331,10 +2290,7 @@ def test_knowledge_is_split_into_passages() -> None:
 
 @cases(
     "document, passages",
-    (
-        "# Dogs\n\nWe like all.\n- small dogs\n- big\n  dogs\n",
-        ["We like all.", "small dogs", "big dogs"],
-    ),
+    ("# Dogs\n\nAll do.\n- small dogs\n- big\n  dogs\n", ["All do.", "small dogs", "big dogs"]),
     ("# Dogs\n1. Sit\n2) Stay", ["Sit", "Stay"]),
     ("# Dogs\n| breed | age |\n|---|--:|\n| pug | 3 |", ["breed | age", "pug | 3"]),
     ("Dogs\n====\nAll are welcome.", ["All are welcome."]),
@@ -2350,19 +2306,13 @@ def test_headings_and_lists(document: str, passages: list[str]) -> None:
 
 @cases(
     "document, passages",
-    (
-        "# Care\n## Lavender\nCut it.\n# Tours\nOn Sundays.",
-        ["Care: Lavender\nCut it.", "Tours\nOn Sundays."],
-    ),
+    ("# Care\n## Mint\nCut it.\n# Tours\nSundays.", ["Care: Mint\nCut it.", "Tours\nSundays."]),
     ("## Sit\nNow.\n## Stay\n### Long\nOh.", ["Sit\nNow.", "Stay: Long\nOh."]),
     ("Dogs?\nYes.\n\nCats?\nNo.", ["Dogs?\nYes.", "Cats?\nNo."]),
     ("# Fees\n##\n### Late\n20", ["Fees: Late\n20"]),  # an empty heading is none
     ("What we do\n\nCrowns\n\nImplants", ["What we do\nCrowns\nImplants"]),
     ("We are a small shop in the\nold town.", ["We are a small shop in the old town."]),
-    (
-        "Open till 9\n\nDr. May is in. Mr. Bo is out.",
-        ["Open till 9\nDr. May is in. Mr. Bo is out."],
-    ),
+    ("Open till 9\n\nDr. May is in. Bo is out.", ["Open till 9\nDr. May is in. Bo is out."]),
     ("# Nothing below", []),
 )
 def test_what_is_a_heading(document: str, passages: list[str]) -> None:
@@ -2485,10 +2435,7 @@ def test_telephone_numbers() -> None:
 BROKEN_PAGES: list[tuple[str, list[str]]] = [  # a page's body, and the texts with their headings
     ("Plain text", ["Plain text"]),
     ("<p>One<p>Two<br>three<li>four", ["One", "Two three", "four"]),
-    (
-        "a < b & c > d &amp; e &nosuch; &#x41;&#" + "1" * 9000 + ";",
-        ["a < b & c > d & e &nosuch; A"],
-    ),
+    (f"a < b & c > d &amp; e &nosuch; &#x41;&#{'1' * 9000};", ["a < b & c > d & e &nosuch; A"]),
     ("<h1>A</h1>x<h3>B</h3>y<h2>C</h2>z", ["A", "x", "B", "y", "C", "z"]),
     ("<div hidden>no</div>yes<div hidden><div>no</div>no", ["yes"]),
     ("<p hidden>no<p>yes", ["yes"]),
@@ -2516,9 +2463,8 @@ def test_broken_pages(body: str, texts: list[str]) -> None:
     """What a visitor would read is read, however it is written; what is hidden is not."""
     read = lf.read_page(f"<body>{body}".encode(), "https://acme.com/", {}).page
     found = [one for heading, text in read.sections for one in (heading, *text.split("\n")) if one]
-    assert [
-        " ".join(one.split()) for one in "\n".join(found).replace(": ", "\n").split("\n")
-    ] == texts
+    lines = "\n".join(found).replace(": ", "\n").split("\n")
+    assert [" ".join(one.split()) for one in lines] == texts
 
 
 @cases(
@@ -2592,10 +2538,8 @@ def test_hostile_pages_cost_little(part: str) -> None:
 
 @cases(
     "link, url",
-    ("", "https://acme.com/a/b?x=1"),
-    ("#part", "https://acme.com/a/b?x=1"),
-    ("c", "https://acme.com/a/c"),
-    ("../../c/", "https://acme.com/c/"),
+    *(("", "https://acme.com/a/b?x=1"), ("#part", "https://acme.com/a/b?x=1")),
+    *(("c", "https://acme.com/a/c"), ("../../c/", "https://acme.com/c/")),
     ("HTTPS://ACME.COM:443", "https://acme.com/"),
     ("//acme.com:8443/?", "https://acme.com:8443/"),
     ("/?b=2&a=1&utm_source=x&fbclid=y&UTM_ID=z", "https://acme.com/?a=1&b=2"),
@@ -2603,11 +2547,8 @@ def test_hostile_pages_cost_little(part: str) -> None:
     ("/gr%C3%B6?a[]=1", "https://acme.com/gr%C3%B6?a[]=1"),
     ("http://bücher.example/", "http://xn--bcher-kva.example/"),
     (" /x\n", "https://acme.com/x"),
-    ("mailto:a@b.c", ""),
-    ("javascript:void(0)", ""),
+    *((none, "") for none in ("mailto:a@b.c", "javascript:void(0)", "http://[::1", "x" * 2001)),
     ("https://user@acme.com/", ""),
-    ("http://[::1", ""),
-    ("x" * 2001, ""),
 )
 def test_normal_urls(link: str, url: str) -> None:
     """URLs are compared without fragment, tracking and default port, with a sorted query."""
@@ -2676,18 +2617,15 @@ def typing(element: Json, value: Any = "x") -> tuple[Json, lf.Page]:
     return steps(step("type", 1, inputData=value)), page
 
 
+ABOUT = f"{ORIGIN}/shop/about?x=1#y"
+
+
 @cases(
     "raw, changes",
     *((None, {"type": "none"}), ({"type": "none"}, {}), (ASK_NAME, {})),
     (click(1), {"description": "click Pricing"}),
     (click(1, description="Open prices"), {}),
-    (
-        {"type": "navigate", "url": "about?x=1#y"},
-        {
-            "url": f"{ORIGIN}/shop/about?x=1#y",
-            "description": f"go to {ORIGIN}/shop/about?x=1#y",
-        },
-    ),
+    ({"type": "navigate", "url": "about?x=1#y"}, {"url": ABOUT, "description": f"go to {ABOUT}"}),
     ({"type": "task_complete", "summary": "All done"}, {}),
     ({"type": "abort_workflow", "reason": "No shop here"}, {}),
 )
@@ -2702,12 +2640,8 @@ def test_a_sequence_keeps_every_kind_of_step() -> None:
     typed = step("type", 3, inputData="Ada")
     items = [*kept, {**typed, "url": "ignored"}, step("navigate", url="/x")]
     items.append(step("wait", waitDuration=60_000.5))
-    expected = [
-        *kept,
-        typed,
-        step("navigate", url=f"{ORIGIN}/x"),
-        step("wait", waitDuration=10_000),
-    ]
+    expected = [*kept, typed, step("navigate", url=f"{ORIGIN}/x")]
+    expected.append(step("wait", waitDuration=10_000))
     for name in ("steps", "actions"):
         plan = checked({"type": "execute_generic_sequence", name: items})
         assert plan["isSequence"] is True
@@ -2767,10 +2701,7 @@ def test_an_invalid_action_is_refused_whole(raw: Any) -> None:
     *"\\\\evil.example /\\evil.example https://acme.com\\@evil.example/".split(),
     *"https://acme.com@evil.example/ https://user:pw@acme.com/".split(),
     *"https://acme.com.evil.example/ https://evilacme.com/ https://other.example/".split(),
-    *(
-        f"{script}script:alert(1)"
-        for script in ("java", "JaVa", "java\t", "java\n", " java", "\x01java")
-    ),
+    *(f"{j}script:alert(1)" for j in ("java", "JaVa", "java\t", "java\n", " java", "\x01java")),
     "data:text/html,<script>",
     *"vbscript:msgbox(1) file:///etc/passwd ftp://acme.com/ blob:https://acme.com/1".split(),
     *"view-source:https://acme.com/ mailto:a@acme.com https://acme.com:99999/".split(),
@@ -2786,13 +2717,10 @@ def test_a_url_that_leaves_the_site_is_refused(url: Any) -> None:
 
 @cases(
     "url, whole",
-    ("/", "https://acme.com/"),
-    ("?page=2", "https://acme.com/shop/?page=2"),
-    ("../cart", "https://acme.com/cart"),
-    ("#top", "https://acme.com/shop/#top"),
-    ("//www.acme.com/x", "https://www.acme.com/x"),
+    *(("/", "https://acme.com/"), ("?page=2", "https://acme.com/shop/?page=2")),
+    *(("../cart", "https://acme.com/cart"), ("#top", "https://acme.com/shop/#top")),
+    *(("//www.acme.com/x", "https://www.acme.com/x"), ("/a:b", "https://acme.com/a:b")),
     ("http://acme.com:8080/x", "http://acme.com:8080/x"),
-    ("/a:b", "https://acme.com/a:b"),
     ("/search?u=https://evil.example", "https://acme.com/search?u=https://evil.example"),
 )
 def test_a_url_of_the_site_is_resolved_against_the_page(url: str, whole: str) -> None:
@@ -2800,32 +2728,25 @@ def test_a_url_of_the_site_is_resolved_against_the_page(url: str, whole: str) ->
     assert checked({"type": "navigate", "url": url})["url"] == whole
 
 
-SECRET_FIELDS: dict[str, Sequence[str]] = {  # an attribute, and values that give a secret away
-    "type": ("password", "input:password"),
-    "inputType": ("PASSWORD",),
-    "autocomplete": (
-        *"current-password new-password one-time-code cc-number cc-csc".split(),
-        "section-a billing cc-exp",
-    ),
-    "name": (
-        *"userPassword pwd user[passwd] cardNumber card_number cc-num cvv otp ssn".split(),
-        *"CVVCode OTPInput SSNField otp1 user_pass pw onetimecode".split(),
-    ),
-    "label": (
-        *("Password", "Credit card", "Card number", "Card", "Security code", "Verification code"),
-        *("IBAN", "Bank account", "Account number", "Sort code", "Social Security Number"),
-        *("National ID", "Passport number", "Passwort", "MM / YY", "6-digit code"),
-        "\uff30\uff41\uff53\uff53\uff57\uff4f\uff52\uff44",
-        *("Pass\u00adword", "N\u00famero de tarjeta"),
-    ),
-    "placeholder": ("Enter your PIN",),
-    "ariaLabel": ("One-time code",),
-    "text": ("Tax ID",),
+SECRET_FIELDS = {  # an attribute, and values that give a secret away
+    "type": "password|input:password",
+    "inputType": "PASSWORD",
+    "autocomplete": "current-password|new-password|one-time-code|cc-number|cc-csc|section-a billing"
+    " cc-exp",
+    "name": "userPassword|pwd|user[passwd]|cardNumber|card_number|cc-num|cvv|otp|ssn|CVVCode|pw"
+    "|OTPInput|SSNField|otp1|user_pass|onetimecode",
+    "label": "Password|Credit card|Card number|Card|Security code|Verification code|IBAN|MM / YY"
+    "|Bank account|Account number|Sort code|Social Security Number|National ID|Passport number"
+    "|Passwort"
+    "|6-digit code|\uff30\uff41\uff53\uff53\uff57\uff4f\uff52\uff44|Pass\u00adword"
+    "|N\u00famero de tarjeta",
+    **{"placeholder": "Enter your PIN", "ariaLabel": "One-time code", "text": "Tax ID"},
 }
 
 
-@pytest.mark.parametrize(
-    "element", [{name: value} for name, values in SECRET_FIELDS.items() for value in values]
+@cases(
+    "element",
+    *({name: value} for name, values in SECRET_FIELDS.items() for value in values.split("|")),
 )
 def test_nothing_is_typed_into_a_field_for_secrets(element: Json) -> None:
     """Password, one-time-code, card, bank and national-id fields, by type, name or label; camel
@@ -2836,31 +2757,13 @@ def test_nothing_is_typed_into_a_field_for_secrets(element: Json) -> None:
         lf.check_action(raw, page)
 
 
-@pytest.mark.parametrize(
-    "label",
-    ["Your name", "Shipping address", "Opinion", "Business card design", "Message", "Search"],
-)
-def test_ordinary_fields_may_be_filled(label: str) -> None:
+def test_ordinary_fields_may_be_filled() -> None:
     """The rule for secrets does not catch what only looks a little like one."""
-    raw, page = typing({"label": label})
-    assert checked(raw, page)["actions"][0]["inputData"] == "x"
-
-
-@cases(
-    "restriction, raw",
-    ("navigate", {"type": "navigate", "url": "/x"}),
-    ("navigate", steps(step("navigate", url="/x"))),
-    ("navigate", click(1)),
-    ("type", steps(step("type", 3, inputData="x"))),
-    ("submit", click(7)),
-    ("submit", steps(step("click", 2), step("click", 7))),
-)
-def test_what_the_owner_forbids_does_not_run(restriction: str, raw: Json) -> None:
-    """The site's restrictions: navigate, type, submit; without them the same may run."""
-    lf.check_action(raw, page_of())
-    with pytest.raises(lf.ActionRejected):
-        lf.check_action(raw, page_of(restrictions=[restriction]))
-    assert checked(click(2), page_of(restrictions=[restriction]))["elementId"] == 2
+    for label in "Your name/Shipping address/Opinion/Business card design/Message/Search".split(
+        "/"
+    ):
+        raw, page = typing({"label": label})
+        assert checked(raw, page)["actions"][0]["inputData"] == "x"
 
 
 RISKY = """Delete/Remove item/BUY NOW/Pay/Purchase/Place order/Send message/Transfer money
@@ -2966,6 +2869,7 @@ def test_a_form_speaks_for_its_submits() -> None:
         assert bool(asked_about([{"type": "submit", "text": text}], forms=forms)) is risky
 
 
+GO = {"type": "navigate"}
 AWAY = "https://evil.example/steal"
 
 
@@ -2989,6 +2893,10 @@ def test_nothing_leads_to_another_website(raw: Json, kind: str) -> None:
     "restriction, element, what, allowed",
     *(("submit", {"text": one}, click(1), False) for one in "Abschicken Valider 送信 Post".split()),
     *(("submit", {"type": kind}, click(1), False) for kind in ("image", "submit")),
+    ("submit", {"type": "submit"}, steps(step("scroll_to", 1), step("click", 1)), False),
+    *((rule, {"text": "Show more"}, click(1), True) for rule in ("navigate", "type", "submit")),
+    *(("navigate", {}, go, False) for go in ({**GO, "url": "/x"}, step("navigate", url="/x"))),
+    ("type", {"type": "input", "label": "x"}, step("type", 1, inputData="x"), False),
     ("submit", {"text": "Blog post"}, click(1), True),
     ("submit", {"type": "text", "label": "x"}, step("press", 1, key="Enter"), False),
     ("submit", {"type": "text", "label": "x"}, step("press", 1, key="Tab"), True),
@@ -3004,11 +2912,15 @@ def test_nothing_leads_to_another_website(raw: Json, kind: str) -> None:
     ("", RADIO | {"label": "Basic"}, step("press", 1, key="ArrowDown"), False),
 )
 def test_every_step_is_checked(restriction: str, element: Json, what: Json, allowed: bool) -> None:
-    """`select` and keys are clicks and typing; names of submits of all languages count."""
+    """By what the owner forbids, and by secrets: `select` and keys are clicks and typing; names of
+    submits of all languages count. Without the restriction the same may run."""
     context = {**PAGE_CONTEXT, "indexedElements": [{"id": 1, "type": "button", **element}]}
     page = page_of(context, restrictions=[restriction] if restriction else [])
+    raw = what if "type" in what else steps(what)
     with contextlib.nullcontext() if allowed else pytest.raises(lf.ActionRejected):
-        lf.check_action(what if "type" in what else steps(what), page)
+        lf.check_action(raw, page)
+    if restriction:
+        lf.check_action(raw, page_of(context))
 
 
 SECRETS = "Hasło|Mot de passe|Contraseña|Senha|Wachtwoord|Şifre|كلمة المرور|पासवर्ड|暗証番号|密码"
