@@ -187,7 +187,7 @@ async function looks(site) {
   };
   const fields = form(LOOKS, site.details.config, {
     submit: "Save", onchange: soon, done: "Saved. Your website shows it from now on.",
-    more: h("small", {}, "An emptied field is as config.toml has it."),
+    more: h("small", {}, "Empty a field to use what config.toml says."),
     async save(patch) {
       site.details = await site.ask("PATCH", "/config", patch);
       show(site.details.config);

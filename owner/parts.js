@@ -145,7 +145,11 @@ const KINDS = {
   colour() {
     const words = h("input", { type: "text", spellcheck: "false" });
     const picker = h("input", { type: "color", "aria-label": "Pick a colour" });
-    const follow = () => { if (/^#[0-9a-f]{6}$/i.test(words.value)) picker.value = words.value; };
+    const brush = document.createElement("canvas").getContext("2d"); // knows all CSS colours
+    const follow = () => {
+      brush.fillStyle = words.value;
+      picker.value = brush.fillStyle.slice(0, 7); // a transparent one is black
+    };
     words.addEventListener("input", follow);
     picker.addEventListener("input", () => { words.value = picker.value; });
     return {

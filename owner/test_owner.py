@@ -595,6 +595,9 @@ async def test_preview(enter: Open, office: Server) -> None:
     await expect(widget(preview, ".bar")).to_have_css("background-color", "rgb(138, 75, 42)")
     await expect(widget(preview, ".bot")).to_have_text("Welcome!")
     colour = page.get_by_label("Colour", exact=True)
+    for written, picked in (("#0a6", "#00aa66"), ("no colour", "#00aa66"), ("navy", "#000080")):
+        await colour.fill(written)
+        await expect(page.get_by_label("Pick a colour")).to_have_value(picked)
     await colour.fill("")
     await colour.press_sequentially("#006400", delay=120)  # it is drawn anew meanwhile
     await expect(widget(preview, ".bar")).to_have_css("background-color", "rgb(0, 100, 0)")
