@@ -3216,7 +3216,8 @@ def read_page(
     titles = [plain(reader.title), *(text for _, level, text in reader.blocks if level)]
     reader.contacts |= {one[0]: None for text in around for one in CONTACT.finditer(text)}
     links = (normal_url(href, reader.base) for href in [*reader.links][:PAGE_LINKS])
-    rules = {rule.strip().lower() for rule in f"{robots},{reader.robots}".split(",")}
+    said_rules = f"{robots},{reader.robots}".lower().split(",")
+    rules = {rule.strip().removeprefix("leflux:").strip() for rule in said_rules}
     indexed, followed = (not rules & {rule, "none"} for rule in ("noindex", "nofollow"))
     page = WebPage(
         url=reader.canonical if is_ours(reader.canonical) else url,

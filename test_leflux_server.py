@@ -2425,6 +2425,14 @@ def test_site_builders(name: str, title: str, facts: str, contacts: str, noise: 
     assert found.indexed
 
 
+def test_a_header_may_keep_a_page_out() -> None:
+    """X-Robots-Tag counts for all, or for the crawler that it names."""
+    for rule, kept in {"noindex": False, "LeFlux: none": False, "otherbot: noindex": True}.items():
+        read = lf.read_page(b"<a href=/b>b", "https://acme.com/", {"X-Robots-Tag": rule})
+        assert read.indexed is kept
+        assert bool(read.page.links) is (rule != "LeFlux: none")
+
+
 def test_telephone_numbers() -> None:
     """Telephone numbers are found however they are written, and dates are none."""
     numbers = "040 / 555 01 23; 040/5550123; (040) 555-0123; +49 40 / 555 01 23; 0117 555 0123"
