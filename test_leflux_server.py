@@ -3902,9 +3902,9 @@ NO_LIFE += [sse({"choices": [{"delta": {"reasoning": "", "reasoning_content": No
 
 
 @cases(
-    "first, later, script, text, low, high",
+    "case",  # first_text_seconds, NEXT_TEXT_SECONDS, script, text, how long it takes: low and high
     # Text that keeps coming moves the deadline.
-    (0.2, 0.2, dripping(NO_LIFE[0], *"0123456789", times=1), "0123456789", 0, 9),
+    (0.4, 0.4, dripping(NO_LIFE[0], *"0123456789", times=1), "0123456789", 0.9, 9),
     # Reasoning does so too, before the text and in its middle; keep-alive comments do not.
     *(
         (0.8, 0.8, dripping(sse(life), "He", "llo"), "Hello", 1.8, 9)
@@ -3923,20 +3923,11 @@ NO_LIFE += [sse({"choices": [{"delta": {"reasoning": "", "reasoning_content": No
     (0.4, 9, silent, "...", 0.35, 2),
 )
 async def test_time_outs(
-    *,
-    first: float,
-    later: float,
-    script: Script,
-    text: str,
-    low: float,
-    high: float,
-    serve: Serve,
-    model: FakeModel,
-    monkeypatch: Patch,
-    caplog: Log,
+    case: Any, serve: Serve, model: FakeModel, monkeypatch: Patch, caplog: Log
 ) -> None:
     """The first text has first_text_seconds, each further one has NEXT_TEXT_SECONDS; then the
     answer is over ("..."), and not asked for again."""
+    first, later, script, text, low, high = case
     monkeypatch.setattr(lf, "NEXT_TEXT_SECONDS", later)
     server = await serve(model, llm={"first_text_seconds": first})
     visitor = await server.visitor()
@@ -3989,18 +3980,15 @@ async def test_usage_after_a_finish_reason_counts(visitor: Visitor, model: FakeM
     assert used(visitor.server) == (7, 0)
 
 
-ENDINGS: dict[str, list[Step]] = {
-    **{"error": [sse(BOOM)], "overflow": [sse(TOO_LONG_IN_STREAM)], "nothing": []},
-    **{"error 500": [sse({"error": {"code": 500}})], "broken wire": [pause, cut_wire]},
-    **{"long line": [b"data: " + b"x" * (lf.MAX_SSE_LINE_BYTES + 70_000)]},
-    **{"garbage": [b"\x00\xff<html>"]},
-}
+ENDINGS: list[list[Step]] = [[], [sse(BOOM)], [sse(TOO_LONG_IN_STREAM)], [b"\x00\xff<html>"]]
+ENDINGS += [[sse({"error": {"code": 500}})], [pause, cut_wire]]
+ENDINGS += [[b"data: " + b"x" * (lf.MAX_SSE_LINE_BYTES + 70_000)]]
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
-async def test_finish_reason(ending: str, visitor: Visitor, model: FakeModel, caplog: Log) -> None:
+@pytest.mark.parametrize("number", range(len(ENDINGS)))
+async def test_finish_reason(number: int, visitor: Visitor, model: FakeModel, caplog: Log) -> None:
     """After a finish_reason a stream is whole, whatever comes then."""
-    model.scripts.append([sse(chunk("Hi"), END), *ENDINGS[ending]])
+    model.scripts.append([sse(chunk("Hi"), END), *ENDINGS[number]])
     expect_end(await visitor.ask(), "Hi")
     assert len(model.requests) == 1
     assert not warnings(caplog)
@@ -4008,33 +3996,45 @@ async def test_finish_reason(ending: str, visitor: Visitor, model: FakeModel, ca
 
 @cases(
     "script, reason, tokens",
-    *(([empty], "an empty stream", 0) for empty in (b"", DONE, sse(END, "[DONE]"),
-      sse(chunk(""), chunk(None), "[DONE]"), b"<html>SECRET</html>")),
+    *(([empty], "an empty stream", 0) for empty in (b"", DONE, sse(END, "[DONE]"))),
+    ([sse(chunk(""), chunk(None), "[DONE]")], "an empty stream", 0),
+    ([b"<html>SECRET</html>"], "an empty stream", 0),
+    (lambda _: text_response("<html>SECRET</html>" * 1000, 200), "", 0),
     ([sse(THOUGHT, THOUGHT, "[DONE]")], "only reasoning", 0),
     ([sse(THOUGHT, END), pause, cut_wire], "only reasoning", 0),
-    ([sse({"choices": [{"delta": {"reasoning": "x"}, "finish_reason": "length"}]})],
-     "only reasoning", 0),
+    ([sse({"choices": [{"delta": LIFE[1], "finish_reason": "length"}]})], "only reasoning", 0),
     ([sse(THOUGHT, END, USAGE_EVENT, "[DONE]")], "only reasoning", 7),  # it is billed
-    *(([sse(chunk(text), "[DONE]")], "no message", None) for text in ("{}", " \n",
-      '{"action": null}', '{"message": ""}', "<think>SECRET</think>")),
-)  # fmt: skip
+    *(
+        ([sse(chunk(text), "[DONE]")], "no message", None)
+        for text in ("{}", " \n", '{"action": null}', '{"message": ""}', "<think>SECRET</think>")
+    ),
+    *((refusing(401), "HTTP 401", 0), (complaint("no such model SECRET", 404), "HTTP 404", 0)),
+    (status(302, {}, Location="/elsewhere"), "HTTP 302", 0),
+    *(([sse(BOOM)], "", 0), (refusing(503, Retry_After="0"), "HTTP 503", 0)),
+)
 @with_config(limits=MUCH)
-async def test_streams_without_text(
-    script: Script, reason: str, tokens: int | None, server: Server, model: FakeModel, caplog: Log
+async def test_answers_without_text(
+    script: Script, reason: str, tokens: int | None, visitor: Visitor, model: FakeModel, caplog: Log
 ) -> None:
-    """They end in a message that isError, are logged with the reason; empty ones cost nothing."""
-    visitor = await server.visitor()
-    model.scripts.append(script)
-    end = await visitor.ask()
+    """They end in a message that isError, with what the guide finds for the question; they are
+    logged with the reason, and cost nothing unless they are billed."""
+    shown = "Returns\nYou can return everything within 30 days, free of charge.\n"
+    page = {"url": "https://acme.com/returns", "visibleText": shown, "indexedElements": []}
+    model.scripts.extend([script] * 3)
+    end = await visitor.ask("Within how many days can I return something?", pageContext=page)
     assert end["event"] == "message"
     assert end["data"]["isError"] is True
     assert end["data"]["text"].startswith(lf.ENGLISH("no_answer"))
+    assert "within 30 days" in end["data"]["text"]
+    assert (await visitor.history())[-1] == ("assistant", end["data"]["text"])
+    assert ("a turn got no whole answer" in warnings(caplog)) is (reason != "no message")
     assert reason in warnings(caplog)
-    assert "SECRET" not in caplog.text
-    assert used(server)[1] == 0
-    if tokens is not None:
-        assert used(server)[0] == tokens
-    assert len(model.requests) == 1
+    assert "SECRET" not in caplog.text + json.dumps(visitor.frames)
+    spent, reserved = used(visitor.server)
+    assert (reserved, tokens in (spent, None)) == (0, True)
+    assert len(model.requests) == (3 if reason == "HTTP 503" else 1)
+    model.scripts.clear()
+    expect_end(await visitor.ask(), "ok")
 
 
 @pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
@@ -4070,42 +4070,15 @@ async def test_a_stream_that_says_it_is_json(visitor: Visitor, model: FakeModel)
     expect_end(await visitor.ask(), "Hello world")
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [
-        *(refusing(401), complaint("no such model SECRET", 404), [sse(BOOM)], [b""]),
-        *(status(302, {}, Location="/elsewhere"), status(503, {}, Retry_After="0")),
-        lambda _: text_response("<html>SECRET</html>" * 1000, 200),
-    ],
-    ids=["401", "404", "error in the stream", "empty", "302", "503", "a web page"],
-)
-async def test_guide_helps(broken: Script, visitor: Visitor, model: FakeModel, caplog: Log) -> None:
-    """If the model cannot be had, the message holds what the guide finds for the question."""
-    shown = "Returns\nYou can return everything within 30 days, free of charge.\n"
-    page = {"url": "https://acme.com/returns", "visibleText": shown, "indexedElements": []}
-    model.scripts.extend([broken] * 3)
-    end = await visitor.ask("Within how many days can I return something?", pageContext=page)
-    assert end["event"] == "message"
-    assert end["data"]["isError"] is True
-    assert end["data"]["text"].startswith(lf.ENGLISH("no_answer"))
-    assert "within 30 days" in end["data"]["text"]
-    assert (await visitor.history())[-1] == ("assistant", end["data"]["text"])
-    assert "a turn got no whole answer" in warnings(caplog)
-    assert "SECRET" not in caplog.text + json.dumps(visitor.frames)
-    model.scripts.clear()
-    expect_end(await visitor.ask(), "ok")
-
-
 async def breath(_: web.Request) -> None:
     await asyncio.sleep(0.001)
 
 
-@pytest.mark.parametrize(("piece", "pause"), [(3, [breath]), (200, [breath]), (3, [])])
+@pytest.mark.parametrize("flow", [(3, [breath]), (200, [breath]), (3, [])])
 @pytest.mark.parametrize("unit", ["I am sorry. ", "We sell coffee and tea in many sizes. "])
 @pytest.mark.parametrize("form", ["plain", "json"])
 async def test_a_reply_that_repeats_itself(
-    piece: int,
-    pause: list[Any],
+    flow: tuple[int, list[Step]],
     unit: str,
     form: str,
     visitor: Visitor,
@@ -4113,6 +4086,7 @@ async def test_a_reply_that_repeats_itself(
     caplog: Log,
 ) -> None:
     """A reply that says its last 200 characters three times in a row is stopped."""
+    piece, pause = flow
     text = "Hello. " + unit * (20_000 // len(unit))
     raw = text if form == "plain" else json.dumps({"message": text})
     pieces = [raw[i : i + piece] for i in range(0, len(raw), piece)]
