@@ -4756,9 +4756,7 @@ async def test_prompt_of_a_turn(serve: Serve, model: FakeModel, tmp_path: Path) 
     assert second[-1].endswith("And parcels? VISITORWORD")
 
 
-async def test_prompt_holds_what_the_website_says(
-    serve: Serve, model: FakeModel, tmp_path: Path
-) -> None:
+async def test_prompt_holds_the_website(serve: Serve, model: FakeModel, tmp_path: Path) -> None:
     """Contacts in the system message; the sitemap, what fits first, and the best passages, each
     under its page's title and URL, with the question; never more than has its room."""
     (tmp_path / "guide.md").write_text(GUIDEBOOK)
@@ -5093,9 +5091,7 @@ LABELS = {"message": "Show prices?", "confirm_label": "Do it", "cancel_label": "
 
 @pytest.mark.parametrize("action", [click(8), confirming(click(8), **LABELS)])
 @pytest.mark.parametrize("confirmed", [True, False])
-async def test_an_irreversible_click_waits_for_the_visitor(
-    page: OpenPage, action: Json, confirmed: bool
-) -> None:
+async def test_an_irreversible_click_waits(page: OpenPage, action: Json, confirmed: bool) -> None:
     """confirmation_required comes first whatever the model said, in the server's own words; one
     yes releases it, once."""
     asked = await page.ask("Go", action, ("Gone.", {"type": "task_complete"}))
@@ -5198,9 +5194,7 @@ HALF = json.dumps({"message": "I click.", "action": click(2)})
         ),
     ],
 )
-async def test_how_actions_reach_the_visitor(
-    answer: Any, event: str, data: Json, page: OpenPage
-) -> None:
+async def test_how_actions_arrive(answer: Any, event: str, data: Json, page: OpenPage) -> None:
     """A question, a block, an end, a wish to act; half a reply is no order."""
     end = await page.ask("Go", answer)
     end["data"].pop("streamId", None)
@@ -5220,9 +5214,7 @@ async def test_how_actions_reach_the_visitor(
     [({"id": 9}, False), ({"text": "Delete all"}, False), ({"disabled": True}, False),
      ({"inViewport": False}, True)],
 )  # fmt: skip
-async def test_a_confirmed_action_is_checked_against_the_page_of_that_moment(
-    page: OpenPage, change: Json, same: bool
-) -> None:
+async def test_a_confirmed_action_is_checked_anew(page: OpenPage, change: Json, same: bool) -> None:
     """If the element is gone, disabled or another one by now, it does not run; an element is the
     same while it is called the same."""
     await page.ask("Go", click(8))
@@ -5238,9 +5230,7 @@ async def test_a_confirmed_action_is_checked_against_the_page_of_that_moment(
         *(("/b", "New", True), ("/", "", False)),
     ],
 )
-async def test_a_number_that_means_another_element_by_now(
-    page: OpenPage, url: str, text: str, same: bool
-) -> None:
+async def test_a_number_of_another_element(page: OpenPage, url: str, text: str, same: bool) -> None:
     """A plan made for a page that changed while the model spoke must mean the same elements; they
     may be gone."""
     first = {"id": 1, "type": "button", "text": "Go"}
@@ -5350,9 +5340,7 @@ async def test_results_that_belong_to_no_task_change_nothing(page: OpenPage) -> 
 
 @with_constants(SWEEP_SECONDS=0.05)
 @pytest.mark.parametrize("last", ["result", "new socket", "nothing"])
-async def test_a_task_that_does_not_go_on_says_so(
-    last: str, page: OpenPage, monkeypatch: Patch
-) -> None:
+async def test_a_task_that_stops_says_so(last: str, page: OpenPage, monkeypatch: Patch) -> None:
     """No fresh page within 30 s of a result or a page load; a client that never reports at all."""
     silent = last == "nothing"
     monkeypatch.setattr(lf, "ACTION_SECONDS" if silent else "CONTINUE_SECONDS", 0.1)
@@ -5881,9 +5869,7 @@ async def test_what_is_crawled(name: str, reader: Office, website: Website) -> N
     assert not any(path.startswith("/b/c") for path in website.paths())
 
 
-async def test_what_the_agent_knows_of_a_page(
-    reader: Office, website: Website, model: FakeModel
-) -> None:
+async def test_what_is_known_of_a_page(reader: Office, website: Website, model: FakeModel) -> None:
     """An answer comes from the page; a crawl finds nothing new later, and drops what is gone."""
     moon = "<h2>Moon</h2><p>Made of gouda. <a href=tel:+493012345>x</a>"
     website.pages = {"/": links("/a"), "/a": moon}
@@ -6010,9 +5996,7 @@ async def test_public_addresses_only(reader: Office, website: Website) -> None:
 
 
 @with_constants(SWEEP_SECONDS=0.02)
-async def test_made_sites_are_crawled_and_forgotten(
-    reader: Office, website: Website, monkeypatch: Patch
-) -> None:
+async def test_made_sites_are_crawled(reader: Office, website: Website, monkeypatch: Patch) -> None:
     """A crawl begins by itself when one is set and when its hours are over; what is taken back, or
     deleted, is forgotten."""
     monkeypatch.setattr(lf, "is_public", lambda address: True)
@@ -6194,9 +6178,7 @@ async def test_traps(tmp_path: Path, website: Website) -> None:
     assert not any(path.startswith("/forbidden") for path in asked)
 
 
-async def test_pages_are_read_beside_the_loop(
-    reader: Office, website: Website, monkeypatch: Patch
-) -> None:
+async def test_threads_read_the_pages(reader: Office, website: Website, monkeypatch: Patch) -> None:
     """What takes its time on hostile input runs in threads."""
     threads = set[int]()
 
@@ -6410,9 +6392,7 @@ async def test_a_file_that_the_browser_has_is_not_sent_again(server: Server, pat
         assert (answer.status, answer.headers["ETag"]) == (200, tag)
 
 
-async def test_a_file_that_changes_is_sent_anew(
-    serve: Serve, tmp_path: Path, monkeypatch: Patch
-) -> None:
+async def test_a_changed_file_is_sent(serve: Serve, tmp_path: Path, monkeypatch: Patch) -> None:
     """Its ETag changes too; while there is no such file, it is not found."""
     monkeypatch.setattr(lf, "HERE", tmp_path)
     server = await serve()
@@ -7357,9 +7337,7 @@ async def test_keys_are_cached_for_max_age(
         assert key_server.fetches == fetches, ahead
 
 
-async def test_rotated_keys_are_picked_up_at_once(
-    cache: lf.KeyCache, key_server: KeyServer
-) -> None:
+async def test_rotated_keys_hold_at_once(cache: lf.KeyCache, key_server: KeyServer) -> None:
     """A token with a key that is newer than the cache is checked with it, at once."""
     assert await keys_in(cache) == {"key-1"}
     key_server.certificates = {"key-1": certificate(1), "key-2": certificate(2)}
@@ -7370,9 +7348,7 @@ async def test_rotated_keys_are_picked_up_at_once(
     assert key_server.fetches == 2
 
 
-async def test_unknown_keys_are_looked_for_once_a_minute(
-    cache: lf.KeyCache, key_server: KeyServer, clock: Clock
-) -> None:
+async def test_unknown_keys(cache: lf.KeyCache, key_server: KeyServer, clock: Clock) -> None:
     """However many tokens name unknown keys: the keys are refetched at most once a minute."""
     await keys_in(cache)
     moments = ((0, 2), (50, 2), (60, 3), (110, 3), (121, 4), (182, 5), (230, 5), (243, 6))
@@ -7385,9 +7361,7 @@ async def test_unknown_keys_are_looked_for_once_a_minute(
         assert key_server.fetches == fetches, ahead
 
 
-async def test_old_keys_serve_through_an_outage(
-    cache: lf.KeyCache, key_server: KeyServer, clock: Clock
-) -> None:
+async def test_outage_of_the_keys(cache: lf.KeyCache, key_server: KeyServer, clock: Clock) -> None:
     """When a refetch fails the old keys serve on, until an hour after they have expired."""
     assert await keys_in(cache) == {"key-1"}
     key_server.instead = cast(Any, status(500, {}))
@@ -8206,9 +8180,7 @@ async def test_owner_sees_what_the_agent_did(archive: Server, model: FakeModel) 
 
 @pytest.mark.parametrize("by_visitor", [False, True])
 @pytest.mark.parametrize("live", [True, False])
-async def test_erasing_a_chat(
-    live: bool, by_visitor: bool, archive: Server, tmp_path: Path
-) -> None:
+async def test_erasing_chats(live: bool, by_visitor: bool, archive: Server, tmp_path: Path) -> None:
     """DELETE by its visitor or its site's owner erases a chat for good, be it live or not."""
     visitor, other = await archive.visitor(), await archive.visitor()
     await visitor.ask("SECRET")
@@ -8243,9 +8215,7 @@ async def test_kept_chats_are_deleted_in_the_end(archive: Server, tmp_path: Path
 
 
 @with_constants(SWEEP_SECONDS=1000)
-async def test_kept_chats_go_with_their_site(
-    archive: Server, model: FakeModel, tmp_path: Path
-) -> None:
+async def test_chats_go_with_their_site(archive: Server, model: FakeModel, tmp_path: Path) -> None:
     """Once a site is deleted no chat of it is on the disk, live or kept, nor a message to its
     owner; those of others are."""
     assert (await archive.manage("POST", "", NEW, "admin")).status == 201
@@ -8378,9 +8348,7 @@ async def write_to_owner(visitor: Visitor, model: FakeModel) -> Json:
 
 
 @with_constants(SWEEP_SECONDS=0.01)
-async def test_message_to_the_owner(
-    serve: Serve, model: FakeModel, key_server: KeyServer, hook: Hook
-) -> None:
+async def test_message(serve: Serve, model: FakeModel, key_server: KeyServer, hook: Hook) -> None:
     """The visitor sees and confirms the whole text; then it is kept, posted, and the owner's to
     delete. Nothing is kept of what is not confirmed."""
     shop = {**MANAGED, "notify_url": hook.url}
@@ -8435,11 +8403,10 @@ async def test_unfinished_messages_to_the_owner(fields: Json, page: OpenPage) ->
 
 @with_config(limits={"idle_minutes": 120})
 @with_constants(MAX_LETTERS=5)
-async def test_limits_of_messages_to_the_owner(
-    server: Server, visitor: Visitor, model: FakeModel, clock: Clock
-) -> None:
+async def test_limits_of_messages_to_the_owner(page: OpenPage, clock: Clock) -> None:
     """Three an hour and session; others have their own. What is kept for a site is bounded."""
-    other = await server.visitor()
+    visitor, model = page.visitor, page.model
+    other = await visitor.server.visitor()
     for writer, event in ((visitor, "task_complete"),) * 3 + (
         (visitor, "message"),
         (other, "task_complete"),
@@ -8768,9 +8735,7 @@ async def test_last_seq(last_seq: Any, first: int | None, visitor: Visitor) -> N
 
 
 @pytest.mark.parametrize("said", ["", "Half an answer"])
-async def test_new_message_settles_the_running_turn(
-    said: str, visitor: Visitor, model: FakeModel
-) -> None:
+async def test_new_message_settles_the_turn(said: str, visitor: Visitor, model: FakeModel) -> None:
     """A new message ends the turn with its text so far and cancels the call upstream."""
     model.scripts.append([sse(chunk(said)), forever])
     await visitor.chat("first")
@@ -8806,14 +8771,12 @@ async def test_stop(visitor: Visitor, model: FakeModel) -> None:
     assert names(visitor.frames).count("message_done") == 2
 
 
-async def test_turn_ends_visibly_after_a_bug(
-    visitor: Visitor, model: FakeModel, monkeypatch: Patch, caplog: Log
-) -> None:
+async def test_turn_ends_after_a_bug(page: OpenPage, monkeypatch: Patch, caplog: Log) -> None:
     """Even a bug in a turn, or in the guide that stands in for a model, ends with a message."""
-    model.scripts.append(status(401))
+    page.model.scripts.append(status(401))
     for name, text in (("guide_answer", lf.ENGLISH("no_answer")), ("build_prompt", None)):
         monkeypatch.setattr(lf, name, lambda *_: 1 / 0)
-        end = await visitor.ask()
+        end = await page.ask("Go")
         expect_end(end, "")
         assert text in (None, end["data"]["text"])
         assert "division" not in json.dumps(end)
@@ -9200,9 +9163,7 @@ def hear_all(ear: socket.socket) -> list[str]:
 
 
 @pytest.mark.parametrize("environ", [{}, {"WATCHDOG_USEC": "20000", "WATCHDOG_PID": "1"}])
-async def test_systemd_notifications(
-    environ: dict[str, str], tmp_path: Path, manager: socket.socket
-) -> None:
+async def test_systemd(environ: dict[str, str], tmp_path: Path, manager: socket.socket) -> None:
     """systemd hears READY=1 when the port answers and STOPPING=1 at the end, and nothing else; not
     even a watchdog hears more, if it is another process's."""
     async with program(tmp_path, NOTIFY_SOCKET=manager.getsockname(), **environ) as running:
@@ -9229,9 +9190,7 @@ async def test_watchdog_is_fed(tmp_path: Path, manager: socket.socket) -> None:
         assert (await running.end())[0] == 0
 
 
-async def test_hanging_loop_starves_the_watchdog(
-    serve: Serve, manager: socket.socket, monkeypatch: Patch
-) -> None:
+async def test_hanging_loop(serve: Serve, manager: socket.socket, monkeypatch: Patch) -> None:
     """Nothing but the event loop feeds it."""
     environ = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "100000"}
     for name, value in (environ | {"WATCHDOG_PID": str(os.getpid())}).items():
