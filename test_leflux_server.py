@@ -7348,7 +7348,7 @@ async def test_rotated_keys_hold_at_once(cache: lf.KeyCache, key_server: KeyServ
     assert key_server.fetches == 2
 
 
-async def test_unknown_keys(cache: lf.KeyCache, key_server: KeyServer, clock: Clock) -> None:
+async def test_many_unknown_keys(cache: lf.KeyCache, key_server: KeyServer, clock: Clock) -> None:
     """However many tokens name unknown keys: the keys are refetched at most once a minute."""
     await keys_in(cache)
     moments = ((0, 2), (50, 2), (60, 3), (110, 3), (121, 4), (182, 5), (230, 5), (243, 6))
