@@ -2,11 +2,11 @@
  *
  *     <script src="https://chat.example.com/embed.js" async></script>
  *
- * and everything else comes from that server. For the page's author there are window.LeFlux and
- * events (at the end), custom properties (--leflux-primary, -bg, …), and attributes of the tag:
- * data-consent (nothing before LeFlux.allow()), data-preview (no server; its value may be a
- * siteConfig), data-no-user-memory, data-no-spa-detect, data-debug. The page's style cannot reach
- * in (shadow root), nothing needs inline styles or scripts, texts only ever become text nodes.
+ * and all else comes from that server. For the page's author there are window.LeFlux and events (at
+ * the end), custom properties (--leflux-primary, -bg, …), and attributes of the tag: data-consent
+ * (nothing before LeFlux.allow()), data-preview (no server; a siteConfig), data-no-user-memory,
+ * data-no-spa-detect, data-debug. Nothing needs inline styles or scripts, and texts only ever become
+ * text nodes.
  */
 (() => {
   "use strict";
@@ -37,6 +37,12 @@
   const TOUCH = matchMedia("(pointer: coarse)");
   const debug = (...what) => { if (DEBUG) console.debug("leflux:", ...what); };
   const pause = (ms) => new Promise((resume) => setTimeout(resume, ms));
+  /** What can be said of something, or null if its page makes that impossible. */
+  const attempt = (say) => (one) => { try { return say(one); } catch { return null; } };
+  async function until(isTrue, tries) {
+    while (!isTrue() && tries-- > 0) await pause(50);
+    return isTrue();
+  }
   const squeeze = (text, max) => (/[^\s\p{C}]/u.test(text || "") // names such as U+200B are none
     ? text.replace(/\s+/g, " ").trim().slice(0, max) : "");
   const over = new AbortController(); // aborted by destroy(): every listener hangs on it
@@ -63,9 +69,7 @@
   function keep(area, name, key = `leflux ${SERVER} ${name}`) {
     let memory;
     const store = {
-      get() {
-        try { return memory ?? JSON.parse(window[area].getItem(key)); } catch { return null; }
-      },
+      get: attempt(() => memory ?? JSON.parse(window[area].getItem(key))),
       set(value) {
         memory = value;
         if (mayStore || value === null) store.save();
@@ -135,12 +139,10 @@
     /\[([^[\]\n]{1,300})\]\(([^()\s]{1,1000}(?:\([^()\s]{0,200}\))?[^()\s]{0,200})\)/, // 4, 5 link
     /(?<!\w)(https?:\/\/[^\s<>"'`]{1,1000}[^\s<>"'`.,;:!?)\]])/, // 6 bare address
   ].map((pattern) => pattern.source).join("|"), "u");
-  function safeUrl(value) {
-    try {
-      const url = new URL(value, location.href);
-      return ["http:", "https:", "mailto:", "tel:"].includes(url.protocol) ? url.href : null;
-    } catch { return null; }
-  }
+  const safeUrl = attempt((value) => {
+    const { protocol, href } = new URL(value, location.href);
+    return /^(https?|mailto|tel):/.test(protocol) ? href : null;
+  });
   function link(href, ...children) {
     const url = safeUrl(href);
     if (!url) return h("span", {}, ...children);
@@ -177,8 +179,7 @@
       } else if (item) {
         const [, start, words] = item;
         const kind = start ? "ol" : "ul";
-        const from = start > 1 ? start : null;
-        if (block?.localName !== kind) begin(kind, { start: from, dir: "auto" });
+        if (block?.localName !== kind) begin(kind, { start: start > 1 ? start : null, dir: "auto" });
         block.append(h("li", {}, ...inline(words)));
       } else if (line.trim()) {
         const heading = /^#{1,6}\s+(.*)/.exec(line);
@@ -227,8 +228,6 @@
   // Fields of a form hide its properties of the same name: <input name="parentElement">.
   const parentOf = Object.getOwnPropertyDescriptor(Node.prototype, "parentElement").get;
   const said = (element, name) => Element.prototype.getAttribute.call(element, name);
-  /** What can be said of an element, or null if its page makes that impossible. */
-  const attempt = (say) => (element) => { try { return say(element); } catch { return null; } };
   const frameOf = ({ ownerDocument: its }) =>
     (its === document ? null : its.defaultView?.frameElement);
   const insideOf = attempt((frame) => frame.localName === "iframe" && frame.contentDocument?.body);
@@ -294,7 +293,7 @@
     }
     const labels = [...(element.labels || [])].map((label) => label.cloneNode(true));
     for (const label of labels) {
-      for (const field of label.querySelectorAll("select, textarea")) field.remove();
+      for (const one of label.querySelectorAll("select, textarea, [aria-hidden=true]")) one.remove();
     }
     const inside = (selector) => element.querySelector(selector);
     const names = [byIds(element, "aria-labelledby"), element.ariaLabel,
@@ -304,8 +303,8 @@
       element.title || element.alt];
     return squeeze(names.find((name) => squeeze(name)), 120);
   }
-  const headingIn = (group) =>
-    squeeze(group.querySelector("h1, h2, h3, h4, h5, h6, legend")?.textContent, 80) || undefined;
+  const headingIn = (group) => squeeze(group.querySelector(
+    ":is(h1, h2, h3, h4, h5, h6, legend):not([aria-hidden=true] *)")?.textContent, 80) || undefined;
   function headingOf(element) {
     for (let group = element; (group = parentOf.call(group)?.closest(GROUP));) {
       const name = squeeze(group.getAttribute("aria-label") || byIds(group, "aria-labelledby")
@@ -329,7 +328,7 @@
   }
   const isTab = (target) => Boolean(target) && !/^_(self|parent|top)$/i.test(target);
   const linkAround = (element) => around(element, "a[href], area[href]");
-  /** Where a click leads: to the address of the link around, or to that of the form it sends. */
+  /** Where a click leads: the address of the link around, or of the form it sends. */
   function targetOf(element) {
     const link = linkAround(element);
     if (link) return link.href.baseVal ?? link.href;
@@ -403,8 +402,7 @@
       submit: inside.filter(isSubmit).map(labelOf).join(", "),
     };
   }
-  const allVisible = (selector) =>
-    [...document.querySelectorAll(selector)].filter(attempt((one) => isVisible(one)));
+  const allVisible = (selector) => [...document.querySelectorAll(selector)].filter(attempt(isVisible));
   /** What can be read: dialogs and main content first; of too much, what the visitor looks at. */
   function visibleText() {
     const main = document.querySelector("main, [role=main]");
@@ -468,8 +466,7 @@
     };
   }
 
-  // What visitors type into forms of themselves, for later forms: by kind, the first that fits the
-  // field's autocomplete, type or names.
+  // What visitors type into forms of themselves, for later ones: by the first kind that fits.
   const KINDS = Object.entries({
     email: /e-?mail|correo/, tel: /\btel|phone|mobile|handy/,
     "given-name": /(given|first|fore|vor)[ -]?name|pr[ée]nom/,
@@ -515,33 +512,34 @@
     need(!isDisabled(element), "the element is disabled");
     return element;
   }
-  const fire = (element, ...events) => events.forEach((event) => element.dispatchEvent(event));
+  const fire = (element, ...events) => events.map((event) => element.dispatchEvent(event)).at(-1);
   const bubbling = { bubbles: true, cancelable: true, composed: true };
   const mouse = { ...bubbling, button: 0, isPrimary: true, pointerType: "mouse", view: window };
   const KEYS = { Enter: 13, Escape: 27, Tab: 9, Backspace: 8,
     ArrowLeft: 37, ArrowUp: 38, ArrowRight: 39, ArrowDown: 40 };
-  const strike = (element, name, key) => element.dispatchEvent(new KeyboardEvent(name,
+  const strike = (element, name, key) => fire(element, new KeyboardEvent(name,
     { ...bubbling, key, code: key, keyCode: KEYS[key], which: KEYS[key] }));
-  function press(element) {
-    fire(element, new PointerEvent("pointerdown", mouse), new MouseEvent("mousedown", mouse));
-    element.focus({ preventScroll: true });
+  async function press(element) {
+    if (fire(element, new PointerEvent("pointerdown", mouse), new MouseEvent("mousedown", mouse)))
+      element.focus({ preventScroll: true });
+    await pause(20); // frameworks draw what opens on the way down
     fire(element, new PointerEvent("pointerup", mouse), new MouseEvent("mouseup", mouse));
     if (element.click) element.click();
     else fire(element, new MouseEvent("click", mouse));
   }
-  /** A new tab is for the visitor to open (browsers block it else): the chat shows the link. */
+  /** A new tab is the visitor's to open (browsers block it else): the chat shows the link. */
   function noTab(url, name) {
     if (!url) return;
     add("bot", h("p", { dir: "auto" }, `${WORDS.newTab} `, link(url, name || url)));
     throw new Error("it opens a new tab, which only the visitor can: the chat shows them the link");
   }
-  function guarded(element, act) {
+  async function guarded(element, act) {
     const problems = [], { form } = element, { open: native } = window;
     const note = ({ target }) => { if (form && target.form === form) problems.push(target); };
     let tab;
     window.open = (url) => { tab = url; return null; };
     element.ownerDocument.addEventListener("invalid", note, true);
-    try { act(); } finally {
+    try { await act(); } finally {
       window.open = native;
       element.ownerDocument.removeEventListener("invalid", note, true);
     }
@@ -586,36 +584,37 @@
       return [...everything(list && isVisible(list) ? list : document.body)].filter(attempt((one) =>
         one.matches("[role=option]") && isUsable(one) && !isDisabled(one)));
     };
-    const find = () => options().find((one) => folded(labelOf(one)) === wish);
-    if (!find()) press(element);
-    for (let tries = 0; tries < 10 && !options().length; tries++) await pause(50);
+    const find = () => options().find((one) => folded(labelOf(one)) === wish), wasOpen = find();
+    if (!wasOpen) await press(element);
+    await until(() => options().length, 10);
     if (!find() && isInput) {
       setValue(element, wish);
-      for (let tries = 0; tries < 20 && !find(); tries++) await pause(50);
+      await until(find, 20);
     }
-    const option = find(), isList = options().length;
-    if (!option) {
-      if (isInput && element.value !== before) setValue(element, before);
-      strike(element, "keydown", "Escape");
+    const option = find(), text = option && labelOf(option), isList = options().length;
+    if (option) await press(option);
+    else if (isInput && element.value !== before) setValue(element, before);
+    const popup = element.ownerDocument.activeElement?.closest("[role=listbox], [role=menu]");
+    const stays = option ? !await until(() => !isUsable(option), 10) : popup || isInput || isList;
+    if (stays && !wasOpen && element.ariaExpanded !== "false") {
+      strike(popup || element, "keydown", "Escape");
     }
-    need(option, isList ? "the list has no such option" : "it is no list; click it instead");
-    const text = squeeze(labelOf(option), 200);
-    press(option);
-    await pause(60);
+    need(option, isList ? "the list has no such option" : "this is no list; click it instead");
+    need(!stays || option.ariaSelected !== "false", "the list did not take the choice");
     return { text };
   }
   const DO = {
-    click(step) {
+    async click(step) {
       const element = elementOf(step), link = linkAround(element);
       if (isTab(link?.target)) noTab(link.href, labelOf(element));
       need(!isSubmit(element) || !isTab(said(element, "formtarget") || said(element.form, "target")),
         "it opens a new tab, which only the visitor can");
       if (link && isElsewhere(link)) navigating(link.href, "link");
-      guarded(element, () => press(element));
+      await guarded(element, () => press(element));
     },
-    double_click(step) {
-      DO.click(step);
-      DO.click(step);
+    async double_click(step) {
+      await DO.click(step);
+      await DO.click(step);
       fire(elementOf(step), new MouseEvent("dblclick", { ...mouse, detail: 2 }));
     },
     hover(step) {
@@ -627,7 +626,7 @@
         fire(element, new PointerEvent(`pointer${name}`, how), new MouseEvent(`mouse${name}`, how));
       }
     },
-    press(step) {
+    async press(step) {
       const element = elementOf(step), { key } = step, { form, localName, type } = element;
       need(KEYS[key], "there is no such key here");
       element.focus({ preventScroll: true });
@@ -637,7 +636,7 @@
       if (isFree && key === "Enter" && (!isField(element) || (localName === "input" && form))) {
         const button = isField(element)
           ? [...form.querySelectorAll("button, input")].find(isSubmit) : element;
-        guarded(element, () => (button ? button.click?.() : form.requestSubmit()));
+        await guarded(element, () => (button ? button.click?.() : form.requestSubmit()));
       } else if (isFree && key === "Escape") {
         around(element, "dialog:modal")?.close();
       } else if (isFree && key === "Tab") {
@@ -716,14 +715,14 @@
     async navigate({ url }) {
       const { href, origin } = new URL(url, location.href), before = location.href;
       need(origin === location.origin, "the address is not on this website");
-      // A click on a link lets the page's own router take it, if that is all that the link does.
+      // A click lets the page's own router take it, if that is all that the link does.
       const own = [...document.links].find((a) => a.href === href && !a.target && isUsable(a)
         && !a.matches("[role=button], [onclick]") && !/method|confirm/.test(Object.keys(a.dataset)));
       const anchor = own || document.body.appendChild(h("a", { href, hidden: true }));
       navigating(href, own ? "link" : "assign");
       anchor.click();
       if (!own) anchor.remove();
-      if (await isUnderWay(before)) return;
+      if (await until(() => leftAt || location.href !== before, 20)) return;
       if (href.split("#")[0] !== before.split("#")[0]) leftAt = Date.now();
       location.assign(href);
     },
@@ -732,10 +731,6 @@
   function navigating(url, method) {
     emit("navigating", { url, method });
     become("navigating");
-  }
-  async function isUnderWay(before, tries = 20) {
-    while (tries-- > 0 && !leftAt && location.href === before) await pause(50);
-    return leftAt > 0 || location.href !== before;
   }
   function leaves({ type, target, defaultPrevented }) {
     const link = type === "click" ? target.closest?.("a[href]:not([download])") : target;
@@ -784,11 +779,10 @@
 
   /**
    * Carry a plan out, up to the first step that fails; returns the results, null if cancelled.
-   * Each step is noted before it begins: a page that it loads reports it (see introduce).
+   * Each is noted before it begins: a page that it loads reports it (see introduce).
    */
   async function carryOut(action, isCancelled) {
-    const steps = stepsOf(action);
-    const results = [];
+    const steps = stepsOf(action), results = [];
     const note = (...more) =>
       keptActing.set({ id: action.id, typing, results: [...results, ...more] });
     const leave = (event) => {
@@ -796,7 +790,7 @@
     };
     const signs = ["beforeunload", "click", "submit"];
     leftAt = 0;
-    // Only now: it can cost the page its place in the back/forward cache.
+    // Only now: it may cost the page its back/forward cache.
     for (const sign of signs) window.addEventListener(sign, leave);
     for (const [at, step] of steps.entries()) {
       const result = { success: true, elementId: step.elementId };
@@ -811,7 +805,7 @@
         const before = location.href, link = step.action === "click" && linkAround(element);
         rest = watch(element);
         Object.assign(result, await DO[step.action](step));
-        if (link && isElsewhere(link)) await isUnderWay(before, 40);
+        if (link && isElsewhere(link)) await until(() => leftAt || location.href !== before, 40);
       } catch (error) {
         Object.assign(result, { success: false, error: squeeze(error.message, 300) });
         firstMs = 50;
@@ -826,8 +820,7 @@
   }
 
   // ---------------------------------------------------------------------------------------------
-  // The view, in a shadow root. Borders are transparent rather than none: in forced colours they
-  // become visible.
+  // The view, in a shadow root. Transparent borders can be seen in forced colours.
 
   const STYLE = `
 :host { all: initial !important; }
@@ -888,7 +881,7 @@ button.accent:enabled:hover { background-image: linear-gradient(var(--shade) 0 0
 h2 { flex: 1; min-width: 0; margin: 0; font-size: 1.06em; line-height: 1.3; overflow: hidden; overflow-wrap: anywhere;
   display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; }
 h2, h3 { font-family: var(--heading-font, inherit); font-weight: var(--heading-weight, 600); }
-.bar button { padding: .6em; } .bar button:hover { background: var(--shade); }
+:is(.bar, form) button { padding: .6em; } .bar button:hover { background: var(--shade); }
 :is(.bar, .minimal) :focus-visible { outline-color: currentColor; outline-offset: -3px; }
 .banner { display: flex; align-items: center; justify-content: space-between; gap: .8em; padding: .5em 1em;
   font-size: .9em; background: var(--tint); border-bottom: 1px solid var(--line); }
@@ -905,7 +898,7 @@ h2, h3 { font-family: var(--heading-font, inherit); font-weight: var(--heading-w
 p { white-space: pre-line; } ul, ol { padding-inline-start: 1.4em; }
 code { font: .9em/1.5 ui-monospace, monospace; padding: .1em .3em; border-radius: .3em; background: var(--paper); }
 pre { overflow-x: auto; padding: .5em .7em; border-radius: .5em; background: var(--paper); } pre code { padding: 0; }
-.error { background: var(--bad-paper); color: var(--bad); } .error .plain { color: inherit; background: none; }
+.error { background: var(--bad-paper); color: var(--bad); } .error .plain { color: inherit; }
 .note { align-self: center; text-align: center; color: var(--soft); font-size: .9em; }
 .dots { padding-block: .8em; line-height: 1; }
 .dots i { display: inline-block; margin: 0 .12em; border: .22em solid var(--soft); border-radius: 50%;
@@ -931,7 +924,7 @@ textarea { display: block; width: 100%; max-height: min(9em, 25dvh); font: inher
   color: inherit; resize: none; background: none; border: 0; padding: .45em .6em; }
 textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft); opacity: 1; }
 .counter { padding: 0 .7em; font-size: .8em; color: var(--soft); } .over { color: var(--bad); font-weight: 600; }
-form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { fill: currentColor; }
+.stop { background: var(--bubble); } .stop svg { fill: currentColor; }
 .ring { border: 3px solid var(--accent); border-radius: 10px; box-shadow: 0 0 0 2px #fff, 0 0 0 9999px #0002;
   pointer-events: none; }
 
@@ -1005,15 +998,21 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     view.ring = h("div.ring", { hidden: true });
     view.root = h("div.root", {}, view.launcher, view.nudge, view.panel, view.live, view.ring);
     shadow.append(view.root);
-    // What happens in here is none of the page's business: its keyboard shortcuts, and the focus
-    // traps of its dialogs, which would take the focus away or close.
+    // What happens in here is none of the page's business: its shortcuts, and the traps of its
+    // dialogs, which would take the focus away, close, or stop the wheel. Its fields hear that the
+    // focus leaves them, but not where to.
     const quiet = (event) => event.stopPropagation();
-    for (const name of ("keydown keyup keypress focusin focusout pointerdown mousedown touchstart"
-      + " click").split(" ")) view.host.addEventListener(name, quiet);
-    const untrap = (event) => {
-      if ([event.target, event.relatedTarget].includes(view.host)) event.stopImmediatePropagation();
+    for (const name of ("keydown keyup keypress pointerdown mousedown touchstart touchmove wheel"
+      + " click").split(" ")) view.host.addEventListener(name, quiet, { passive: true });
+    const shield = (event) => {
+      const { type, target, relatedTarget, key, isComposing } = event, isOwn = target === view.host;
+      if (key ? !isOwn || key !== "Escape" || isComposing || !isOpen()
+        : !isOwn && relatedTarget !== view.host) return;
+      event.stopImmediatePropagation();
+      if (key) event.preventDefault(), close("click");
+      else if (!isOwn) fire(event.composedPath()[0], new FocusEvent(type, bubbling));
     };
-    for (const name of ["focusin", "focusout"]) listen(window, name, untrap, true);
+    for (const name of ["focusin", "focusout", "keydown"]) listen(window, name, shield, true);
     document.documentElement.append(view.host);
     listen(PHONE, "change", () => view.panel.setAttribute("aria-modal", PHONE.matches));
     listen(visualViewport, "resize", fitToKeyboard);
@@ -1118,7 +1117,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     view.badge.hidden = !unread;
     view.launcher.setAttribute("aria-label", unread ? WORDS.unread : WORDS.open);
   }
-  /** Put the focus where one writes; but where that brings up a keyboard, into the panel. */
+  /** The focus goes where one writes; but where that brings up a keyboard, into the panel. */
   const focusInput = () => (TOUCH.matches ? view.panel : view.input).focus();
   let focusBefore = null;
   function open(source, focus = true) {
@@ -1137,24 +1136,20 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (!isOpen()) return;
     const hadFocus = document.activeElement === view.host;
     show(false);
-    // Back to where the visitor was: the page's own button that opened it, or the launcher.
+    // Back to the page's own button that opened it, or the launcher.
     const wasOutside = ![view.host, document.body, null].includes(focusBefore);
     if (hadFocus) (wasOutside && focusBefore.isConnected ? focusBefore : view.launcher).focus();
     emit("close", { source });
   }
   function dock(on) {
-    if (on === isDocked()) return;
+    if (on === view.docked) return;
     view.docked = on;
     view.root.dataset.layout = on ? "side-panel" : config.layout || "floating";
     emit(on ? "expand" : "collapse");
     if (on) open("api");
   }
-  const isDocked = () => view.docked;
   function keyInPanel(event) {
-    if (event.key === "Escape" && !event.isComposing) {
-      event.preventDefault();
-      close("click");
-    } else if (event.key === "Tab" && PHONE.matches) {
+    if (event.key === "Tab" && PHONE.matches) {
       const stops = [...view.panel.querySelectorAll("button, a, textarea, summary, [tabindex='0']")]
         .filter((one) => !one.disabled && one.getClientRects().length);
       const focused = view.host.shadowRoot.activeElement;
@@ -1165,7 +1160,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     }
   }
 
-  // Messages. Whoever reads at the bottom stays there, whoever scrolled up is left alone.
+  // Messages. Who reads at the bottom stays there, who scrolled up is left alone.
 
   const isAtEnd = () => view.log.scrollHeight - view.log.scrollTop - view.log.clientHeight < 80;
   const scrollDown = () => { view.log.scrollTop = view.log.scrollHeight; };
@@ -1370,7 +1365,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     clearTimeout(retryTimer);
     wanted = true;
     if (!session || socket || isDead()) return;
-    // One that never worked may be from before the server was put right.
+    // One that never worked may be an old one.
     const other = retries % 2 && !worked;
     const url = new URL(other ? SERVER.replace("http", "ws") : session.wsUrl);
     url.searchParams.set("sessionId", session.id);
@@ -1451,7 +1446,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (event !== "message_chunk") {
       unanswered = [];
       retireCards();
-      // A turn's text is locked just before the event that ends the turn, if there is one.
+      // A turn's text is locked just before the event that ends it, if there is one.
       if (event === "message_done") ending = setTimeout(setRunning, 250, false);
       else setRunning(event === "action_plan");
     }
@@ -1482,8 +1477,8 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     socket.send(encode({ event: "update_context", data }));
   }
 
-  // A page that comes into a running conversation shows itself. A plan that came before was made for
-  // the page before: if that one carried it out, say so, and go on from here.
+  // A page that comes into a running conversation shows itself. A plan that came earlier was for the
+  // page before: if that one carried it out, say so.
   function introduce() {
     picture = true;
     if (!early) return showPage();
@@ -1543,6 +1538,9 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     view.chips.hidden = true;
     scrollDown();
   }
+  function backToInput() {
+    if (typing && isOpen() && !PHONE.matches) view.input.focus({ preventScroll: true });
+  }
   function setRunning(on) {
     ending = clearTimeout(ending);
     running = on;
@@ -1553,10 +1551,10 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     else if (conversation !== "navigating") become("processing");
     if (on) return;
     view.panel.classList.remove("acting");
-    if (typing && isOpen() && !PHONE.matches) view.input.focus({ preventScroll: true });
+    backToInput();
     typing = false;
   }
-  /** Whether a text is news; the restored bubble of a replayed one is taken out. */
+  /** Whether a text is news; the bubble of a replayed one goes. */
   function isNews(text) {
     const start = text.trim();
     const at = tails.findLastIndex(({ text: whole }) =>
@@ -1689,7 +1687,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
       picture = true;
     }
     connect();
-    // The numbers in ids are times: a plan from before this message is no longer wanted.
+    // The numbers in ids are times: a plan from before is not wanted.
     const time = (id) => Number(id.split("-")[1]), plan = early;
     early = null;
     if (plan && time(plan.id) > time(sent.messageId)) act(plan);
@@ -1701,7 +1699,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     enqueue(() => tell("stop", {}));
   }
 
-  // Every now and then: is the page another, is the socket still there?
+  // Now and then: is the page another, is the socket still there?
   let address = location.href, timer = 0;
   async function look() {
     stayOnTop();
@@ -1803,7 +1801,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     }),
     isReady,
     isOpen: () => isReady() && isOpen(),
-    isExpanded: () => isReady() && isDocked(),
+    isExpanded: () => isReady() && view.docked,
     getLanguage: () => language || languageNow(),
     getSessionId: () => (isDead() ? null : session?.id ?? null),
     getState: () => ({
@@ -1884,7 +1882,7 @@ form button { padding: .6em; } .stop { background: var(--bubble); } .stop svg { 
     if (keptActing.get()) view.panel.classList.add("acting");
     if (wasOpen) open("restore", false);
     typing = Boolean(wasTyping);
-    if (typing && isOpen() && !PHONE.matches) view.input.focus({ preventScroll: true });
+    backToInput();
     beReady();
     emit("ready", LeFlux.getState());
   }

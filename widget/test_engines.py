@@ -314,9 +314,9 @@ async def test_keyboard_and_traps(browser: Driver, serve: Serve, pages: Pages) -
         await browser.click("textarea")
         await browser.keys("Hello")
         assert await browser.js("return [all('textarea')[0].value, field.value]") == ["Hello", ""]
-        assert await browser.js("return Boolean(document.querySelector('#box'))")
         await browser.keys(ESCAPE)
         await browser.wait("return !LeFlux.isOpen()")
+        assert await browser.js("return Boolean(document.querySelector('#box'))")
 
 
 @pytest.mark.parametrize("size", [(1280, 800), (390, 700)], ids=["desktop", "phone"])

@@ -1737,6 +1737,10 @@ BUSY = f"""
   <div role="combobox" aria-label="Fruit" aria-controls="fruits" tabindex="0"
     id="combo">\u200b</div>
   <ul role="listbox" id="fruits" hidden><li role="option">Apple</li><li role="option">Pear</li></ul>
+  <button role="combobox" aria-label="Tree" aria-controls="trees" id="tree">None</button>
+  <ul role="listbox" id="trees" tabindex="-1" hidden><li role="option">Elm</li></ul>
+  <input role="combobox" aria-label="Herb" aria-controls="herbs" id="herb">
+  <ul role="listbox" id="herbs" hidden><li role="option" tabindex="-1">Dill</li></ul>
   <input type="range" aria-label="Volume" min="0" max="10" step="2" value="4">
   <input type="date" aria-label="Day" min="2026-01-01" value="2026-05-05">
   <input type="color" aria-label="Paint"><input aria-label="City" list="cities">
@@ -1753,7 +1757,9 @@ BUSY = f"""
     <h2>Find it</h2><input id="q" aria-label="Search" onkeyup="log('key')"></form>
   <button onfocus="log('next')">Next</button>
   <form action="/join" onsubmit="log('joined'); return false">
-    <input type="email" aria-label="Mail" required><button formaction="/fast">Join</button></form>
+    <fieldset aria-hidden="true"><legend>Mail *</legend></fieldset><h3>Club</h3><label>Mail
+    <b aria-hidden="true"> *</b><input type="email" required></label>
+    <button formaction="/fast">Join</button></form>
   <p id="log"></p>
 </main>
 <div class="share"><a href="/share">Share</a></div>
@@ -1763,6 +1769,19 @@ BUSY = f"""
   combo.addEventListener("click", () => {{ fruits.hidden = false; }});
   fruits.addEventListener("click", ({{ target }}) => {{
     combo.textContent = target.textContent; fruits.hidden = true; }});
+  // As Radix: drawn while the button is down, whose release is swallowed; Escape works inside.
+  tree.onpointerdown = () => queueMicrotask(() => {{
+    trees.hidden = false; trees.focus();
+    document.addEventListener("pointerup", (event) => event.preventDefault(),
+      {{ capture: true, once: true }}); }});
+  trees.onpointerup = ({{ target, defaultPrevented }}) => {{
+    if (!defaultPrevented) {{ tree.textContent = target.textContent; trees.hidden = true; }} }};
+  trees.onkeydown = ({{ key }}) => {{ trees.hidden ||= key === "Escape"; }};
+  // As MUI: the list goes when the field loses the focus, which a press on the list leaves there.
+  herb.onclick = () => {{ herbs.hidden = false; }};
+  herb.onblur = () => {{ herbs.hidden = true; herbs.textContent = ""; }};
+  herbs.onmousedown = (event) => event.preventDefault();
+  herbs.onclick = ({{ target }}) => {{ herb.value = target.textContent; herbs.hidden = true; }};
 </script>
 """
 SEEN: dict[str, Json | None] = {  # what is indexed of that page, and how
@@ -1789,7 +1808,8 @@ SEEN: dict[str, Json | None] = {  # what is indexed of that page, and how
     "Speed": {"type": "slider", "value": "3", "min": "1", "max": "9"},
     "In a frame": {"type": "button", "iframe": "Inner"},
     "Search": {"type": "text", "parent": "Find it"},
-    "Join": {"inputType": "submit", "href": "/fast"},
+    "Mail": {"type": "email", "required": True, "parent": "Club"},
+    "Join": {"inputType": "submit", "href": "/fast", "heading": "Club"},
 }
 
 
@@ -1846,6 +1866,9 @@ STEPS: list[tuple[Json, str, str]] = [  # a step, what it does (a line of JavaSc
     ({"action": "hover", "on": "Menu"}, "document.querySelector('.sub').offsetWidth > 0", ""),
     (fill("Fruit", "pear", "select"), "combo.textContent === 'Pear'", ""),
     (fill("Fruit", "plum", "select"), "combo.textContent === 'Pear'", "no such option"),
+    (fill("Tree", "elm", "select"), "tree.textContent === 'Elm' && trees.hidden", ""),
+    (fill("Tree", "yew", "select"), "tree.textContent === 'Elm' && trees.hidden", "no such option"),
+    (fill("Herb", "dill", "select"), "herb.value === 'Dill'", ""),
     (fill("City", "ber", "select"), "field('City').value === 'Berlin'", ""),
     (fill("Volume", "8"), "field('Volume').value === '8'", ""),
     (fill("Volume", "7"), "field('Volume').value === '8'", "from 0 to 10 in steps of 2"),
@@ -1912,17 +1935,21 @@ TRAPS = {  # as in focus-trap, Bootstrap, MUI and Radix: the focus, the mouse or
     "radix": "document.addEventListener('focusout', ({ relatedTarget }) => {"
     " if (relatedTarget && !box.contains(relatedTarget)) field.focus() });"
     "document.addEventListener('pointerdown', ({ target }) => {"
-    " if (!box.contains(target)) box.remove() })",
+    " if (!box.contains(target)) box.remove() });"
+    "document.addEventListener('wheel', (event) => event.preventDefault(), { passive: false });"
+    "document.addEventListener('keydown', ({ key }) => {"
+    " if (key === 'Escape') box.remove() }, true)",
     "native": "box.showModal()",
 }
 
 
 @pytest.mark.parametrize("kind", TRAPS)
 async def test_modals_of_the_page(kind: str, visit: Visit, serve: Serve, pages: Pages) -> None:
-    """A modal of the page that keeps the focus to itself leaves the chat usable."""
+    """A modal of the page that keeps focus and wheel to itself leaves the chat usable."""
     await chat_server(serve, pages)
     tag, role = ("dialog", "") if kind == "native" else ("div", "role=dialog")
     box = f"<{tag} {role} id=box><input id=field></{tag}><script>{TRAPS[kind]}</script>"
+    box += "<script>var left = 0; field.addEventListener('focusout', () => left++)</script>"
     page = await visit(pages.add("/", box))
     await page.locator("leflux-widget .launcher").wait_for()
     await page.focus("#field")
@@ -1933,6 +1960,13 @@ async def test_modals_of_the_page(kind: str, visit: Visit, serve: Serve, pages: 
     await guest.see("textarea").click()
     await page.keyboard.type("!")
     assert await guest.see("textarea").input_value() == "Hello!"
+    assert await page.evaluate("left") == 1  # the field knows that it is left
+    await guest.see(".log").evaluate("(log) => { log.firstChild.style.height = '2000px' }")
+    await guest.see(".log").hover()
+    await page.mouse.wheel(0, 100)
+    await expect(guest.see(".log")).not_to_have_js_property("scrollTop", 0)
+    await page.keyboard.press("Escape")
+    await page.wait_for_function("!LeFlux.isOpen()")
     assert await page.locator("#box").count() == 1
     assert await page.input_value("#field") == ""
 
