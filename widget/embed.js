@@ -37,7 +37,7 @@
   const TOUCH = matchMedia("(pointer: coarse)");
   const debug = (...what) => { if (DEBUG) console.debug("leflux:", ...what); };
   const pause = (ms) => new Promise((resume) => setTimeout(resume, ms));
-  /** What can be said of something, or null if its page makes that impossible. */
+  /** What can be said of something, or null if it is impossible. */
   const attempt = (say) => (one) => { try { return say(one); } catch { return null; } };
   async function until(isTrue, tries) {
     while (!isTrue() && tries-- > 0) await pause(50);
@@ -130,7 +130,7 @@
 
   // ---------------------------------------------------------------------------------------------
   // Markdown: paragraphs, lists, bold, italic, code and links. Text in, nodes out, no HTML ever.
-  // Each pattern stops at a bounded length, so that no text is slow.
+  // Patterns are bounded, so that no text is slow.
 
   const INLINE = new RegExp([
     /`([^`\n]{1,1000})`/, // 1 code
@@ -210,7 +210,7 @@
     td, details`;
   const ASIDE = ["id", "class", "aria-label"].flatMap((name) =>
     ["cookie", "consent", "gdpr", "share", "social"].map((word) => `[${name}*=${word} i]`)).join();
-  // What the server takes for a field of secrets, and so never fills (SENSITIVE there).
+  // What the server takes for a secret, and never fills (SENSITIVE there).
   const SECRET = new RegExp(String.raw`\bpass\s?(w|code|phrase)
     |\b(pass|pwd?|psw|pin|cc|bic|ssn|tin|dni|nino|cpf|iban|swift|cv[vcn]|csc|t?otp|[2mt]\s?fa)\b
     |kennwort|contraseñ|mot\sde\spasse|\bsenha\b|wachtwoord|has(ł|l)o\b|şifre|parola|密码|暗証|パスワード
@@ -1026,7 +1026,7 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
   const custom = (name) => getComputedStyle(view.host).getPropertyValue(`--leflux-${name}`).trim();
   function dress({ launcher = {}, typography = {}, nudge = {}, ...config }) {
     const { bodyFont, headingFont, headingWeight, buttonRadius } = typography;
-    // The server knows that it is harmless, the browser whether it is a colour.
+    // The server knows it is harmless, the browser whether a colour.
     const accent = rgb([custom("primary"), config.primaryColor, "#a855f7"]
       .find((colour) => colour && CSS.supports("color", inSrgb(colour))));
     const isDark = contrast(accent, WHITE) >= 4.5;
@@ -1304,8 +1304,8 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
   }
 
   // ---------------------------------------------------------------------------------------------
-  // The conversation: REST to begin and to send, one socket to hear. Whatever breaks is repaired
-  // behind the visitor's back: the server keeps the events of a turn, and lastSeq says from where.
+  // The conversation: REST to begin and to send, one socket to hear. Whatever breaks is repaired:
+  // the server keeps the events of a turn, and lastSeq says from where.
 
   let config = {}, visitorData;
   let session = null; // {id, wsUrl, at}
@@ -1324,7 +1324,7 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
   let typing = false; // the visitor's focus was in the chat when the page got it
   let sending = false, queue = Promise.resolve();
 
-  /** JSON without the halves of characters that cutting leaves. */
+  /** JSON without halves of characters. */
   const encode = (data) => JSON.stringify(data, (_, value) => value?.toWellFormed?.() ?? value);
   async function call(method, path, data) {
     const body = data && encode(data); // text/plain: no preflight; a small one outlives the page
@@ -1699,7 +1699,7 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
     enqueue(() => tell("stop", {}));
   }
 
-  // Now and then: is the page another, is the socket still there?
+  // Now and then: is the page another, the socket still there?
   let address = location.href, timer = 0;
   async function look() {
     stayOnTop();
@@ -1839,7 +1839,7 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
         config = siteConfig;
         return history;
       } catch (error) {
-        // Over plain http and by IP a GET does not say whose it is: the chat begins anew.
+        // By plain http and IP a GET does not say whose it is: the chat begins anew.
         const isLost = /session_not_found|host_not_registered/.test(error.code);
         if (isLost && session) { keptSession.set(null); continue; }
         if (error.code === "host_not_registered") break;
