@@ -1528,6 +1528,16 @@ class Door(web.RequestHandler):
         super().__init__(server, loop=asyncio.get_running_loop(), **options)
         self.app, self.held = app, contextlib.ExitStack()
         self.client, self.trusted = "", False  # its client_key; whether it is one of our proxies
+        self.refuse: Callable[[], None] | None = None  # closes a WebSocket
+        self.unframed = 0  # bytes since its last whole frame
+
+    def data_received(self, data: bytes) -> None:
+        """Parts of a frame are counted by their bytes: empty ones could go on for ever."""
+        self.unframed += len(data)
+        if self.refuse is not None and self.unframed > 4 * MAX_BODY_BYTES:
+            self.refuse()
+        else:
+            super().data_received(data)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -6595,9 +6605,10 @@ def errors_to(connection: Connection) -> Iterator[None]:
         connection.fail(code, error.message, 4404 if gone else None)
 
 
-async def read_frames(app: AppState, connection: Connection) -> None:
+async def read_frames(app: AppState, connection: Connection, door: Door) -> None:
     """Act on a client's frames until it is gone, or sends too many."""
     async for frame in connection.ws:
+        door.unframed = 0
         if connection.flooded(time.monotonic()):
             app.count("limits_hit_total", code="frames")
             connection.close(1008)
@@ -6623,6 +6634,8 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
     await ws.prepare(request)
     connection = Connection(ws, request.transport, site.id)
     app.connections.add(connection)
+    door = door_of(request)
+    door.unframed, door.refuse = 0, functools.partial(connection.close, 1008)
     writer = connection.writer = asyncio.create_task(connection.write())
     join_timer = asyncio.get_running_loop().call_later(
         JOIN_SECONDS, lambda: None if connection.session else connection.close(4408)
@@ -6634,7 +6647,7 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
             now = time.monotonic()
             with errors_to(connection):
                 join(connection, find_session(app, session_id, site.id, now), last_seq, now)
-        await read_frames(app, connection)
+        await read_frames(app, connection, door)
     except ConnectionError:
         pass  # the client is gone in the middle of a frame
     except Exception:

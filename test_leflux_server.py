@@ -8879,6 +8879,15 @@ async def test_flood_of_control_frames(opcode: bytes, visitor: Visitor) -> None:
     assert (await read_close(visitor.ws))[1] == 1008
 
 
+async def test_flood_of_parts_of_a_frame(visitor: Visitor) -> None:
+    """A frame in parts comes whole; empty parts without end close with 1008."""
+    write_raw(visitor, b"\x01\x80" + bytes(4) + (b"\x00\x80" + bytes(4)) * 1000)
+    write_raw(visitor, b"\x80\x81" + bytes(4) + b"?")
+    assert (await read_frame(visitor.ws))["data"]["code"] == "invalid_event"
+    write_raw(visitor, b"\x01\x80" + bytes(4) + (b"\x00\x80" + bytes(4)) * 500_000)
+    assert (await read_close(visitor.ws))[1] == 1008
+
+
 def test_flood_window() -> None:
     """Frames count for 10 s."""
     sock = lf.Connection(cast(Any, None), None, "shop")
