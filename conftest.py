@@ -117,11 +117,12 @@ def complaint(text: str, code: int = 400) -> Script:
 
 
 class FakeModel:
-    """A chat/completions endpoint: each request gets the next script, then "ok"."""
+    """A chat/completions endpoint: each request gets the next script, then "ok" or another."""
 
     def __init__(self) -> None:
         self.url = ""
         self.scripts: deque[Script] = deque()
+        self.otherwise: Script = reply("ok")  # when there is no script
         self.requests: list[Json] = []
         self.headers: list[Mapping[str, str]] = []
         self.hung_up = 0  # streams that the server did not hear to their end
@@ -134,7 +135,7 @@ class FakeModel:
     async def answer(self, request: web.Request) -> web.StreamResponse:
         self.requests.append(await request.json())
         self.headers.append(request.headers)
-        script = self.scripts.popleft() if self.scripts else reply("ok")
+        script = self.scripts.popleft() if self.scripts else self.otherwise
         if callable(script):
             return await script(request)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -198,14 +199,8 @@ ISSUER = f"https://securetoken.google.com/{PROJECT}"
 NOW = int(time.time())
 MISSING = object()
 CLAIMS: Json = {
-    "aud": PROJECT,
-    "iss": ISSUER,
-    "sub": "olga",
-    "user_id": "olga",
-    "exp": NOW + 3600,
-    "iat": NOW - 60,
-    "auth_time": NOW - 600,
-    "firebase": {"sign_in_provider": "google.com"},
+    **{"aud": PROJECT, "iss": ISSUER, "sub": "olga", "user_id": "olga", "exp": NOW + 3600},
+    **{"iat": NOW - 60, "auth_time": NOW - 600, "firebase": {"sign_in_provider": "google.com"}},
 }
 HEADER: Json = {"alg": "RS256", "kid": "key-1", "typ": "JWT"}
 
@@ -278,10 +273,8 @@ class KeyServer:
 @pytest.fixture
 async def key_server() -> AsyncIterator[KeyServer]:
     published = KeyServer()
-    app = web.Application()
-    app.router.add_get("/keys", published.answer)
-    async with hosted(app) as port:
-        published.url = f"http://127.0.0.1:{port}/keys"
+    async with listening(published.answer) as url:
+        published.url = f"{url}/keys"
         yield published
 
 
@@ -299,29 +292,15 @@ MANAGED: Json = {
 }
 FOREIGN: Json = {**OTHER, "owners": ["otto"]}
 MANAGED_CONFIG: Json = {
-    "layout": "floating",
-    "primaryColor": "#a855f7",
-    "greeting": "Welcome!",
-    "position": "bottom-right",
+    **{"layout": "floating", "primaryColor": "#a855f7", "greeting": "Welcome!"},
+    **{"position": "bottom-right", "nudge": {"enabled": False}, "quickChips": []},
     "launcher": {"hidden": False, "shape": "pill", "size": "lg", "icon": "chat", "glow": True},
-    "nudge": {"enabled": False},
-    "quickChips": [],
 }
 MANAGED_SITE: Json = {
-    "id": "shop",
-    "name": "Acme Shop",
-    "allowedHosts": ["acme.com", "localhost"],
-    "owners": ["olga", "Owner@Example.com"],
-    "instructions": "Be kind.",
-    "refusal": REFUSAL,
-    "restrictions": [],
-    "crawl": "",
-    "crawlPages": 200,
-    "crawlHours": 24,
-    "snippets": [],
-    "notifyUrl": "",
-    "paused": False,
-    "config": MANAGED_CONFIG,
+    **{"id": "shop", "name": "Acme Shop", "allowedHosts": ["acme.com", "localhost"]},
+    **{"owners": ["olga", "Owner@Example.com"], "instructions": "Be kind.", "refusal": REFUSAL},
+    **{"restrictions": [], "crawl": "", "crawlPages": 200, "crawlHours": 24, "snippets": []},
+    **{"notifyUrl": "", "paused": False, "config": MANAGED_CONFIG},
     "usage": {"messagesToday": 0, "tokensToday": 0},
     "budget": {"messagesPerDay": 0, "tokensPerDay": 0},
 }
