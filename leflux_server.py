@@ -3678,7 +3678,11 @@ def is_irreversible(element: Json, choices: Iterable[str], page: Page) -> bool:
     is_clear = names.strip("| ") != "" or "id" not in element  # an address names itself
     if element.get("href"):
         url = page.resolve(element["href"])
-        words.append(plain_words(urllib.parse.unquote(" ".join(url[2:]))))
+        path = urllib.parse.unquote(" ".join(url[2:]))
+        # "/orders/5/cancel" has its verb last, "/konto/loeschen" writes an umlaut as two letters.
+        parts = [one for one in url.path.split("/") if one and not one.isdigit()]
+        turned = " ".join(parts[:-3:-1]) if parts and parts[-1].isalpha() else ""
+        words += [plain_words(one) for one in (path, turned, re.sub("([aou])e", r"\1", path))]
         is_clear &= url.scheme in ("http", "https")
     sends = sends_form(element)
     if (sends or element.get("inModal")) and not is_named("irreversible", names, "="):

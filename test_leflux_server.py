@@ -2783,6 +2783,8 @@ HARMLESS = "Cancel/Close/Show more/My orders/Payments explained/Borderless"
     ({"type": "submit", "text": "OK", "parent": "Delete your account?"}, True),
     ({"text": "Cancel", "ariaLabel": "Cancel", "name": "cancel"}, False),
     ({"type": "submit", "text": "Search", "parent": "Find a shop"}, False),
+    *(({"text": "A", "href": f"/{url}"}, True) for url in ("orders/5/cancel", "konto/loeschen")),
+    ({"text": "A", "href": "/help/how-to-cancel"}, False),
 )
 def test_a_click_that_cannot_be_taken_back_is_known(element: Json, risky: bool) -> None:
     """delete, remove, buy, pay, purchase, order, send, transfer, unsubscribe, cancel what; each
