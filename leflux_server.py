@@ -138,6 +138,7 @@ CLOSE_SECONDS = 5  # for a client to answer that a socket closes
 GOODBYE_SECONDS = 1  # for that word to be sent to a client that is not heard any more
 STALL_SECONDS = 30  # a socket that takes nothing for so long is cut off
 FRAMES_PER_WINDOW, FRAME_WINDOW_SECONDS = 60, 10
+MAX_REQUEST_LINES = 20_000
 SWEEP_SECONDS = 2
 NEXT_TEXT_SECONDS = 20
 MODEL_CALL_SECONDS = 600  # the longest answer, however steadily it drips
@@ -1529,15 +1530,18 @@ class Door(web.RequestHandler):
         self.app, self.held = app, contextlib.ExitStack()
         self.client, self.trusted = "", False  # its client_key; whether it is one of our proxies
         self.refuse: Callable[[], None] | None = None  # closes a WebSocket
-        self.unframed = 0  # bytes since its last whole frame
+        self.unframed = 0  # bytes since its last whole frame, or lines since a request began
 
     def data_received(self, data: bytes) -> None:
-        """Parts of a frame are counted by their bytes: empty ones could go on for ever."""
-        self.unframed += len(data)
-        if self.refuse is not None and self.unframed > 4 * MAX_BODY_BYTES:
-            self.refuse()
-        else:
+        """Refuse what comes in tiny parts, each of which costs as much as a large one: empty ones
+        of a frame could go on for ever, and chunks of a body are lines."""
+        self.unframed += len(data) if self.refuse else data.count(b"\r\n")
+        if self.unframed <= (4 * MAX_BODY_BYTES if self.refuse else MAX_REQUEST_LINES):
             super().data_received(data)
+        elif self.refuse:
+            self.refuse()
+        elif self.transport is not None:
+            self.transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -5575,6 +5579,7 @@ def error_response(request: web.Request, error: Exception) -> web.Response:
 @web.middleware
 async def shape_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turn whatever a handler raises into the one error shape."""
+    door_of(request).unframed = 0
     try:
         return await handler(request)
     except Exception as error:

@@ -6664,6 +6664,21 @@ async def test_a_client_that_leaves_in_mid_body_is_no_error(server: Server) -> N
     assert (await server.init()).status == 200
 
 
+@pytest.mark.parametrize("path", ["/api/session/init", "/nope"])
+async def test_a_body_in_tiny_chunks(path: str, server: Server) -> None:
+    """Chunks may be small; so many that they are only work end the connection."""
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nOrigin: {ORIGIN}\r\nTransfer-Encoding: chunked\r\n"
+    chunk = b"1\r\n \r\n"
+    whole = head.encode() + b"\r\n2\r\n{}\r\n" + chunk * 5000 + b"0\r\n\r\n"
+    assert (await raw_http(server.url, whole))[0] == (404 if path == "/nope" else 200)
+    host, _, port = server.url.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    async with asyncio.timeout(8):  # aiohttp would read on for 10 s
+        with contextlib.suppress(ConnectionError):
+            writer.write(head.encode() + b"\r\n" + chunk * 500_000)
+            await reader.read()
+
+
 def numbers(text: str) -> dict[str, float]:
     """The samples of Prometheus' text format, each of a series whose type is told before."""
     found: dict[str, float] = {}
