@@ -4781,207 +4781,196 @@ def find_label(wish: str, elements: Sequence[Json], share: float) -> Json | None
     return best[0] if best else None
 
 
-def ways_to_reach(page: Json, found: Found, language: str) -> list[str]:
-    """Return up to 3 ways to people: addresses and numbers, else what to click on this page."""
-    _, buttons = usable(page)
-    shown = OTHERS_SAY.sub("", page.get("visibleText", ""))
-    texts = [*found.contacts, shown, *(element.get("href", "") for element in buttons)]
-    ways = [way[0] for one in (EMAIL, PHONE) for text in texts if (way := re.search(one, text))]
-    labels = [element_label(e) for e in buttons if e.get("href", "") != page.get("url")]
-    reach = intent("reach", language)
-    ways += [f"“{label}”" for label in labels if reach.search(plain_words(label))]
-    return [*dict.fromkeys(ways)][:3]
+def guide_says(message: str, action: Json | None = None, *, answered: bool = True) -> Json:
+    return {"message": message, "answered": answered, "action": action}
 
 
-def guide_answer(question: str, page: Json, found: Found, language: str = "en") -> Json:
-    """Return the reply that quotes the page or the site's texts, or says that it does not know."""
-    _, buttons = usable(page)
-    others = [e for e in buttons if not e.get("href") or e["href"] != page.get("url")]
-    wants_person = intent("person", language).search(plain_words(question)) is not None
-    said, source = ("", None) if wants_person else quote(question, page, found)
-    element = None if wants_person else find_label(question, others, 0.51)
-    parts = [say(language, "guide_found", what=said)] if said else []
-    if source is not None and source.url:
-        parts.append(f"[{source.title or source.url}]({source.url})")
-    parts += [say(language, "guide_use", what=element_label(element))] if element else []
-    if parts:
-        return {"message": " ".join(parts), "answered": True, "action": None}
-    ways = ways_to_reach(page, found, language)
-    lead = say(language, "guide_program" if wants_person else "guide_unknown")
-    offer = (
-        say(language, "guide_contacts", what=", ".join(ways))
-        if ways
-        else say(language, "guide_rephrase")
-    )
-    return {"message": f"{lead} {offer}", "answered": wants_person and bool(ways), "action": None}
+class Guide:
+    """One reply of the guide: what it is about, and the steps of finding it."""
 
+    def __init__(
+        self, task: Task, page: Json, found: Found, past: Sequence[Json] = (), language: str = "en"
+    ) -> None:
+        self.task, self.page, self.found, self.past = task, page, found, past
+        self.fields, self.buttons = usable(page)
+        self.language, self.say = language, functools.partial(say, language)
 
-def read_wish(
-    task: Task, history: Sequence[Json], page: Json, language: str
-) -> tuple[str, dict[int, str]]:
-    """Return what the visitor wants, and {field's id: what they have given for it}."""
-    fields, buttons = usable(page)
-    kinds = {element_label(field): str(field.get("type")) for field in fields}
-    asking = re.compile(
-        re.escape(say(language, "guide_ask", what="\0")).replace("\0", "(.{1,300})") + "$"
-    )
-    answers: dict[str, str] = {}
-    said = [task.wish[:1000]]  # the wish, and what was said before it
-    users = [at for at, one in enumerate(history) if one["role"] == "user"][-20:]
-    while users:
-        said = [history[at]["content"][:1000].replace("\u2019", "'") for at in reversed(users)]
-        # A message that comes after a question answers it, unless it is a wish of its own.
-        asked = asking.search(history[users.pop() - 1]["content"][-1000:])
-        kind = kinds.get(label := asked[1] if asked else "", "")
-        plain = plain_words(said[0]).strip()
-        is_order = intent("order", language).search(plain) and find_label(said[0], buttons, 1)
-        asks = intent("question", language).match(plain)
-        if not kind or is_order or (asks and "area" not in kind):
-            break
-        answers.setdefault(label, said[0])
-    values, patterns = dict[int, str](), dict(GIVEN_VALUES)
-    for field in fields:
-        words, label = element_text(field, "type", "inputType", *_NAMES), element_label(field)
-        kind = next((kind for kind in patterns if re.search(kind, words)), "")
-        texts = [answers[label]] if label in answers else said[:9]
-        if "area" in kind:  # a message: it belongs to one wish, and an answer is all of it
-            texts = said[:1] * (label not in answers)
-        pattern = patterns.pop(kind, r"(?!)")
-        exact = next(filter(None, (re.search(pattern, text) for text in texts)), None)
-        if value := exact[1].strip() if exact else answers.get(label):
-            values[field["id"]] = value
-    return said[0], values
+    def hears(self, name: str, text: str) -> bool:
+        """Whether a text holds words of an intent."""
+        return intent(name, self.language).search(plain_words(text)) is not None
 
+    def is_question(self, text: str) -> bool:
+        return intent("question", self.language).match(plain_words(text).strip()) is not None
 
-def next_step(
-    task: Task, wish: str, values: Mapping[int, str], page: Json, language: str
-) -> Json | None:
-    """Return the reply that brings a wish one step further; None if the page has none."""
-    fields, buttons = usable(page)
-    areas = [field for field in fields if "area" in str(field.get("type"))]
-    plain = plain_words(wish)
-    writes = intent("write", language).search(plain)
-    sends = intent("order", language).search(plain) and task.did[-1:] == ["type"]
-    new = [f["id"] for f in fields if values.get(f["id"], f.get("value")) != f.get("value")]
-    element = None if task.did else find_label(intent("go", language).sub(" ", plain), buttons, 0.6)
-    if writes and not areas and not task.did:
-        links = [e for e in buttons if re.match(r"(?!mailto:|tel:).", e.get("href", ""))]
-        reach = intent("reach", language)
-        element = next((e for e in links if reach.search(plain_words(element_label(e)))), None)
-    elif (
-        new
-        and "type" not in task.did
-        and (element is None or is_submit(element) or FACT.search(wish.lower()))
-    ):
-        steps = [{"action": "type", "elementId": at, "inputData": values[at]} for at in new]
-        action: Json = {"type": "execute_generic_sequence", "steps": steps}
-        return {"message": say(language, "guide_fill"), "action": action}
-    parents = [f.get("parent") for f in fields if f["id"] in values or (f in areas and not values)]
-    arrived = not task.did or task.page_before[0] != page.get("url")
-    if sends or (writes and areas and arrived):
-        sent = sorted(buttons, key=lambda button: button.get("parent") not in parents)
-        element = next(filter(is_submit, sent), None)
-    if element is None:
+    def ways_to_reach(self) -> list[str]:
+        """Up to 3 ways to people: addresses and numbers, else what to click on this page."""
+        shown = OTHERS_SAY.sub("", self.page.get("visibleText", ""))
+        texts = [*self.found.contacts, shown, *(one.get("href", "") for one in self.buttons)]
+        ways = [way[0] for one in (EMAIL, PHONE) for text in texts if (way := re.search(one, text))]
+        others = (one for one in self.buttons if one.get("href", "") != self.page.get("url"))
+        labels = filter(functools.partial(self.hears, "reach"), map(element_label, others))
+        return [*dict.fromkeys([*ways, *(f"“{label}”" for label in labels)])][:3]
+
+    def answer(self, question: str) -> Json:
+        """The reply that quotes the page or the site's texts, or says that it does not know."""
+        wants_person = self.hears("person", question)
+        others = [e for e in self.buttons if not e.get("href") or e["href"] != self.page.get("url")]
+        said, source = ("", None) if wants_person else quote(question, self.page, self.found)
+        element = None if wants_person else find_label(question, others, 0.51)
+        parts = [self.say("guide_found", what=said)] if said else []
+        if source is not None and source.url:
+            parts.append(f"[{source.title or source.url}]({source.url})")
+        parts += [self.say("guide_use", what=element_label(element))] if element else []
+        if parts:
+            return guide_says(" ".join(parts))
+        ways = self.ways_to_reach()
+        lead = self.say("guide_program" if wants_person else "guide_unknown")
+        offer = self.say("guide_contacts" if ways else "guide_rephrase", what=", ".join(ways))
+        return guide_says(f"{lead} {offer}", answered=wants_person and bool(ways))
+
+    def read_wish(
+        self, fields: Sequence[Json], buttons: Sequence[Json]
+    ) -> tuple[str, dict[int, str]]:
+        """What the visitor wants, and {field's id: what they have given for it}."""
+        kinds = {element_label(field): str(field.get("type")) for field in fields}
+        asking = re.escape(self.say("guide_ask", what="\0")).replace("\0", "(.{1,300})") + "$"
+        answers: dict[str, str] = {}
+        said = [self.task.wish[:1000]]  # the wish, and what was said before it
+        users = [at for at, one in enumerate(self.past) if one["role"] == "user"][-20:]
+        while users:
+            said = [self.past[at]["content"][:1000].replace("\u2019", "'") for at in users[::-1]]
+            # A message that comes after a question answers it, unless it is a wish of its own.
+            asked = re.search(asking, self.past[users.pop() - 1]["content"][-1000:])
+            kind = kinds.get(label := asked[1] if asked else "", "")
+            is_order = self.hears("order", said[0]) and find_label(said[0], buttons, 1)
+            if not kind or is_order or (self.is_question(said[0]) and "area" not in kind):
+                break
+            answers.setdefault(label, said[0])
+        values, patterns = dict[int, str](), dict(GIVEN_VALUES)
+        for field in fields:
+            words, label = element_text(field, "type", "inputType", *_NAMES), element_label(field)
+            kind = next((kind for kind in patterns if re.search(kind, words)), "")
+            texts = [answers[label]] if label in answers else said[:9]
+            if "area" in kind:  # a message: it belongs to one wish, and an answer is all of it
+                texts = said[:1] * (label not in answers)
+            pattern = patterns.pop(kind, r"(?!)")
+            exact = next(filter(None, (re.search(pattern, text) for text in texts)), None)
+            if value := exact[1].strip() if exact else answers.get(label):
+                values[field["id"]] = value
+        return said[0], values
+
+    def ask_for(self, field: Json) -> Json:
+        question, kind = self.say("guide_ask", what=element_label(field)), field.get("inputType")
+        asks = {"field_name": field.get("name"), "field_type": kind or field.get("type")}
+        return guide_says("", {"type": "ask_user", "question": question, **asks})
+
+    def next_step(self, wish: str, values: Mapping[int, str]) -> Json | None:
+        """The reply that brings a wish one step further; None if the page has none."""
+        task, fields, buttons = self.task, self.fields, self.buttons
+        areas = [field for field in fields if "area" in str(field.get("type"))]
+        writes = self.hears("write", wish)
+        sends = self.hears("order", wish) and task.did[-1:] == ["type"]
+        new = [f["id"] for f in fields if values.get(f["id"], f.get("value")) != f.get("value")]
+        bare = intent("go", self.language).sub(" ", plain_words(wish))
+        element = None if task.did else find_label(bare, buttons, 0.6)
+        if writes and not areas and not task.did:
+            links = [e for e in buttons if re.match(r"(?!mailto:|tel:).", e.get("href", ""))]
+            element = next((e for e in links if self.hears("reach", element_label(e))), None)
+        elif (
+            new
+            and "type" not in task.did
+            and (element is None or is_submit(element) or FACT.search(wish.lower()))
+        ):
+            steps = [{"action": "type", "elementId": at, "inputData": values[at]} for at in new]
+            action: Json = {"type": "execute_generic_sequence", "steps": steps}
+            return guide_says(self.say("guide_fill"), action)
+        parents = [
+            f.get("parent") for f in fields if f["id"] in values or (f in areas and not values)
+        ]
+        arrived = not task.did or task.page_before[0] != self.page.get("url")
+        if sends or (writes and areas and arrived):
+            sent = sorted(buttons, key=lambda button: button.get("parent") not in parents)
+            element = next(filter(is_submit, sent), None)
+        if element is None:
+            return None
+        parents = [element.get("parent"), *(parents if is_submit(element) else [])]
+        for field in [] if element.get("href") else fields:
+            needed = field.get("required") or (writes and field in areas)
+            is_empty = not field.get("value") and field["id"] not in values
+            if needed and is_empty and field.get("parent") in parents:
+                return self.ask_for(field)
+        action = {"type": "click_element", "elementId": element["id"]}
+        return guide_says(self.say("guide_click", what=element_label(element)), action)
+
+    def page_step(self, wish: str) -> Json | None:
+        """The reply that goes to a page of the website that is not linked on this one."""
+        plain, go = plain_words(wish), intent("go", self.language)
+        names = [f"{title} {urllib.parse.urlsplit(url).path}" for url, title in self.found.sitemap]
+        wanted = go.search(plain) and not self.task.did
+        for at in best_of(go.sub(" ", plain), names, 0.6) if wanted else ():
+            url, title = self.found.sitemap[at]
+            action = {"type": "navigate", "url": url}
+            return guide_says(self.say("guide_click", what=title or url), action)
         return None
-    parents = [element.get("parent"), *(parents if is_submit(element) else [])]
-    for field in [] if element.get("href") else fields:
-        needed = field.get("required") or (writes and field in areas)
-        is_empty = not field.get("value") and field["id"] not in values
-        if needed and is_empty and field.get("parent") in parents:
-            question = say(language, "guide_ask", what=element_label(field))
-            kind = field.get("inputType")
-            asks = {"field_name": field.get("name"), "field_type": kind or field.get("type")}
-            return {"message": "", "action": {"type": "ask_user", "question": question, **asks}}
-    action = {"type": "click_element", "elementId": element["id"]}
-    return {"message": say(language, "guide_click", what=element_label(element)), "action": action}
+
+    def letter_fields(self) -> list[Json]:
+        """What a message to the owner needs, as fields of a page that the guide fills."""
+        kinds = {"message": "textarea", "name": "text", "email": "email"}
+        return [
+            {"id": at, "text": self.say(f"letter_{name}"), "name": name, "type": kinds[name]}
+            for at, name in enumerate(kinds, 1)
+        ]
+
+    def letter_step(self, values: Mapping[int, str]) -> Json:
+        """The reply that asks for what a message to the owner still lacks, or passes it on."""
+        for field in self.letter_fields():
+            value = values.get(field["id"], "")
+            if not value or (field["type"] == "email" and not re.fullmatch(EMAIL, value)):
+                return self.ask_for(field)
+        letter = {"message": values[1], "name": values[2], "email": values[3]}
+        return guide_says("", {"type": "contact_owner", **letter})
+
+    def reply(self) -> Json:
+        task = self.task
+        wish, values = self.read_wish(self.fields, self.buttons)
+        letter_wish, letter = self.read_wish(self.letter_fields(), ())
+        writes = letter_wish != task.wish[:1000].replace("\u2019", "'")  # a letter, for some time
+        wish, end = letter_wish if writes else wish, ""
+        asks, fact = self.is_question(wish), FACT.search(wish.lower())
+        is_order = not asks and (self.hears("order", wish) or fact is not None)
+        acts = not (task.rejections or task.only_asks or writes) and (is_order or task.did)
+        has_form = any("area" in str(field.get("type")) for field in self.fields)
+        wants_person = self.hears("person", wish)
+        wants_letter = wants_person or (is_order and self.hears("write", wish))
+        talk, given_up = (
+            small_talk(plain_words(one), self.language) for one in (wish, task.wish[:1000])
+        )
+        if given_up == "never_mind" and wish != task.wish:
+            said = self.say("guide_never_mind")
+        elif talk in ("thanks", "hello"):
+            said = self.say("guide_welcome" if talk == "thanks" else "guide_hello")
+        elif task.failure:
+            said, end = self.say("guide_failed"), "abort_workflow"
+        elif acts and (reply := self.next_step(wish, values) or self.page_step(wish)):
+            return reply
+        elif wants_letter and not (has_form or task.did or task.rejections):
+            lead = self.answer(wish)["message"] if wants_person and not writes else ""
+            return self.letter_step(letter) | {"message": lead}
+        elif not acts or not task.did:
+            return self.answer(wish)
+        else:
+            said, end = self.say("guide_done"), "task_complete"
+            if task.did[-1] == "type":
+                said = self.say("guide_filled")
+            elif task.unchanged:
+                said = self.say("guide_no_change")
+        action = {"type": end, "reason": said, "summary": said} if end else None
+        return guide_says(said * (end != "abort_workflow"), action)
 
 
-def page_step(task: Task, wish: str, found: Found, language: str) -> Json | None:
-    """Return the reply that goes to a page of the website that is not linked on this one."""
-    plain, go = plain_words(wish), intent("go", language)
-    if task.did or not go.search(plain):
-        return None
-    names = [f"{title} {urllib.parse.urlsplit(url).path}" for url, title in found.sitemap]
-    for at in best_of(go.sub(" ", plain), names, 0.6):
-        url, title = found.sitemap[at]
-        action = {"type": "navigate", "url": url}
-        return {"message": say(language, "guide_click", what=title or url), "action": action}
-    return None
-
-
-def letter_form(language: str) -> Json:
-    """Return what a message to the owner needs, as a page that the guide fills."""
-    kinds = {"message": "textarea", "name": "text", "email": "email"}
-    fields = [
-        {"text": say(language, f"letter_{name}"), "name": name, "type": kinds[name]}
-        for name in kinds
-    ]
-    return {"indexedElements": [{"id": at, **field} for at, field in enumerate(fields, 1)]}
-
-
-def next_letter_step(form: Json, values: Mapping[int, str], language: str) -> Json:
-    """Return the action that asks for what a message to the owner still lacks, or passes it on."""
-    for field in form["indexedElements"]:
-        value = values.get(field["id"], "")
-        if not value or (field["type"] == "email" and not re.fullmatch(EMAIL, value)):
-            asks = {"field_name": field["name"], "field_type": field["type"]}
-            return {
-                "type": "ask_user",
-                "question": say(language, "guide_ask", what=field["text"]),
-                **asks,
-            }
-    return {"type": "contact_owner", "message": values[1], "name": values[2], "email": values[3]}
-
-
-def guide_reply(
-    task: Task, page: Json, found: Found, past: Sequence[Json], language: str = "en"
-) -> Json:
-    """Return the reply object of the offline guide. Deterministic, no network."""
-    wish, values = read_wish(task, past, page, language)
-    form = letter_form(language)
-    letter_wish, letter = read_wish(task, past, form, language)
-    writes = letter_wish != task.wish[:1000].replace("\u2019", "'")  # a letter, for some time
-    wish = letter_wish if writes else wish
-    plain, end, fact = plain_words(wish).strip(), "", FACT.search(wish.lower())
-    is_order = not intent("question", language).match(plain) and (
-        intent("order", language).search(plain) or fact
-    )
-    acts = not (task.rejections or task.only_asks or writes) and (is_order or task.did)
-    has_form = any("area" in str(field.get("type")) for field in usable(page)[0])
-    wants_person = intent("person", language).search(plain) is not None
-    wants_letter = wants_person or (is_order and intent("write", language).search(plain))
-    given_up = small_talk(plain_words(task.wish[:1000]), language) == "never_mind"
-    talk = small_talk(plain, language)
-    if given_up and wish != task.wish:
-        said = say(language, "guide_never_mind")
-    elif talk in ("thanks", "hello"):
-        said = say(language, "guide_welcome" if talk == "thanks" else "guide_hello")
-    elif task.failure:
-        said, end = say(language, "guide_failed"), "abort_workflow"
-    elif reply := (
-        (next_step(task, wish, values, page, language) or page_step(task, wish, found, language))
-        if acts
-        else None
-    ):
-        return {**reply, "answered": True}
-    elif wants_letter and not (has_form or task.did or task.rejections):
-        said = "" if writes else guide_answer(wish, page, found, language)["message"]
-        said *= wants_person
-        return {
-            "message": said,
-            "answered": True,
-            "action": next_letter_step(form, letter, language),
-        }
-    elif not acts or not task.did:
-        return guide_answer(wish, page, found, language)
-    else:
-        said, end = say(language, "guide_done"), "task_complete"
-        if task.did[-1] == "type":
-            said = say(language, "guide_filled")
-        elif task.unchanged:
-            said = say(language, "guide_no_change")
-    action = {"type": end, "reason": said, "summary": said} if end else None
-    return {"message": said * (end != "abort_workflow"), "answered": True, "action": action}
+def guide_reply(*about: Any) -> Json:
+    """Return the reply object of the offline guide; takes what Guide does. No network."""
+    return Guide(*about).reply()
 
 
 GUIDE_PIECE_SECONDS = 0.015  # so that one can see it stream
@@ -5068,9 +5057,9 @@ def end_without_action(turn: Turn, failure: Exception | None) -> None:
     if isinstance(failure, ContextOverflow):
         text = turn.say("too_long")
     elif isinstance(failure, ModelError):  # the guide is there when the model is not
-        page = turn.session.context
-        found = guide_answer(turn.task.wish, page, turn.found, turn.language)
-        if found["answered"] or ways_to_reach(page, turn.found, turn.language):
+        guide = Guide(turn.task, turn.session.context, turn.found, language=turn.language)
+        found = guide.answer(turn.task.wish)
+        if found["answered"] or guide.ways_to_reach():
             text += f"\n\n{found['message']}"
     elif failure is None:
         log.warning("a reply has no message")

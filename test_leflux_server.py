@@ -4369,7 +4369,7 @@ def test_guide_on_any_page(context: Json) -> None:
 def test_the_guide_quotes_what_fits(shown: str, question: str, expected: str) -> None:
     """By how many different words it holds; one word of two is too few, a heading is no answer."""
     context = lf.clean_context({**PAGE, "visibleText": shown}, lf.LimitsConfig())
-    said = lf.guide_answer(question, context, lf.Found())["message"]
+    said = lf.Guide(lf.Task(question), context, lf.Found()).answer(question)["message"]
     found = re.search("“(.*)”", said) if "found: " in said else None
     quoted = found[1] if found else ""
     assert (expected in quoted) if expected else not quoted, said
@@ -4385,13 +4385,13 @@ def test_the_guide_offers_only_contacts_that_there_are() -> None:
     page = {"visibleText": shown, "indexedElements": [link, {"id": 2, "type": "textarea"}]}
     for question in ("Do you sell zebras?", "I want to talk to a human", "please call me"):
         context = lf.clean_context(page, lf.LimitsConfig())
-        reply = lf.guide_answer(question, context, lf.Found())
+        reply = lf.Guide(lf.Task(question), context, lf.Found()).answer(question)
         assert "here: us@acme.example, +1 555 010 0199, “Contact us”." in reply["message"]
         assert (reply["answered"], reply["action"]) == ("zebras" not in question, None)
-        reply = lf.guide_answer(question, {}, lf.Found())
+        reply = lf.Guide(lf.Task(question), {}, lf.Found()).answer(question)
         assert ("reach" in reply["message"], reply["answered"]) == (False, False)
     found = known("Zebra", "Ring +1 555 010 0123 by phone", question="xyzzy")
-    assert "+1 555 010 0123" in lf.guide_answer("xyzzy", {}, found)["message"]
+    assert "+1 555 010 0123" in lf.Guide(lf.Task("xyzzy"), {}, found).answer("xyzzy")["message"]
 
 
 CALL_BACK: list[Json] = [
@@ -8783,8 +8783,8 @@ async def test_stop(visitor: Visitor, model: FakeModel) -> None:
 async def test_turn_ends_after_a_bug(page: OpenPage, monkeypatch: Patch, caplog: Log) -> None:
     """Even a bug in a turn, or in the guide that stands in for a model, ends with a message."""
     page.model.scripts.append(status(401))
-    for name, text in (("guide_answer", lf.ENGLISH("no_answer")), ("build_prompt", None)):
-        monkeypatch.setattr(lf, name, lambda *_: 1 / 0)
+    for name, text in (("Guide", lf.ENGLISH("no_answer")), ("build_prompt", None)):
+        monkeypatch.setattr(lf, name, lambda *_, **__: 1 / 0)
         end = await page.ask("Go")
         expect_end(end, "")
         assert text in (None, end["data"]["text"])
