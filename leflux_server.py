@@ -3636,6 +3636,8 @@ def check_step(raw: Any, page: Page) -> Json:
     if kind in ("type", "select"):
         if not isinstance(raw.get("inputData"), str):
             raise ActionRejected("inputData must be a string")
+        if kind == "type" and has_kind(element, "select|checkbox|radio"):
+            raise ActionRejected("choose there with select, or click it")
         typed = raw["inputData"][:MAX_TYPED_CHARS]
         is_area = "area" in str(element.get("type"))  # elsewhere a line end could submit the form
         step["inputData"] = typed if is_area else " ".join(typed.splitlines())

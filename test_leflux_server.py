@@ -2661,7 +2661,8 @@ BAD_STEPS = (
     *("click", step("dance", 2), step(["click"], 2), step("click", 99), step("click", 5)),
     *(step("press", 3), step("press", 3, key="F5")),
     *(step("type", 3), step("type", 3, inputData=5), step("type", 3, inputData=None)),
-    *(step("select", 4, inputData=["Pro"]), step("type", 6, inputData="hunter2"), step("wait")),
+    *(step("select", 4, inputData=["Pro"]), step("type", 4, inputData="Pro")),
+    *(step("type", 6, inputData="hunter2"), step("wait")),
     *(step("wait", waitDuration=long) for long in (-1, True, "5", float("nan"), float("inf"))),
     step("navigate", url="https://evil.example/"),
 )
