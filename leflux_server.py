@@ -22,7 +22,7 @@ REST (JSON in, JSON out; a caller is the site whose allowed_hosts contains its O
     DELETE /api/session/{id}    -> {deleted}
     GET    /api/stats           -> {uptimeSeconds, activeSessions, messagesProcessed, version}
     GET    /health              -> {status, timestamp, llm}; with ?client also {client}: the
-                                caller's own address, as the limits count it; with ?deep, for
+                                caller's own address, as the server sees it; with ?deep, for
                                 server.metrics_from, {model}: its last success and failure
     GET    /metrics             Prometheus' text, for server.metrics_from
     GET    /owner               the owner's page (firebase.api_key), its files below it
@@ -129,6 +129,7 @@ __version__ = "1.0.0"
 
 HERE = Path(__file__).resolve().parent
 MAX_BODY_BYTES = 256 * 1024  # of a REST body and of a WebSocket frame
+MAX_PATCH_BYTES = 4 * 1024 * 1024  # of an owner's: 200 snippets of 2,000 characters, escaped
 MAX_JSON_DEPTH, MAX_JSON_BRACKETS = 64, 10_000
 BODY_SECONDS = 15
 JOIN_SECONDS = 10
@@ -977,7 +978,7 @@ STATUS_CODES = {  # for errors that aiohttp raises itself
     404: ("not_found", "There is nothing at this address."),
     405: ("method_not_allowed", "This method is not allowed here."),
     408: ("request_timeout", "The request took too long to arrive."),
-    413: ("payload_too_large", f"The request is larger than {MAX_BODY_BYTES} bytes."),
+    413: ("payload_too_large", "The request is too large."),
     417: ("invalid_message", "Only Expect: 100-continue is understood."),
     500: ("internal_error", "Something went wrong here. It has been logged."),
     503: ("shutting_down", "The server is shutting down."),
@@ -5648,7 +5649,7 @@ def refuse_when_draining(app: AppState) -> None:
 CHARSETS = frozenset({"utf-8", "ascii", "iso8859-1", "cp1252", "utf-16", "utf-16-le", "utf-16-be"})
 
 
-def inflated(raw: bytes, encoding: str) -> bytes:
+def inflated(raw: bytes, encoding: str, limit: int = MAX_BODY_BYTES) -> bytes:
     """Return a body without its Content-Encoding; raise payload_too_large before it grows."""
     if encoding in ("", "identity"):
         return raw
@@ -5657,26 +5658,28 @@ def inflated(raw: bytes, encoding: str) -> bytes:
     for window in (zlib.MAX_WBITS | 32, -zlib.MAX_WBITS):  # by gzip's or zlib's head, or without
         reader = zlib.decompressobj(window)
         with contextlib.suppress(zlib.error):
-            plain = reader.decompress(raw, MAX_BODY_BYTES + 1)
-            if len(plain) > MAX_BODY_BYTES:
+            plain = reader.decompress(raw, limit + 1)
+            if len(plain) > limit:
                 raise standard_error(413)
             if reader.eof and not reader.unused_data:
                 return plain
     raise invalid("body", "could not be read")
 
 
-async def read_object(request: web.Request, *, empty_ok: bool = False) -> Json:
+async def read_object(
+    request: web.Request, *, empty_ok: bool = False, limit: int = MAX_BODY_BYTES
+) -> Json:
     """Return the body, one JSON object whatever its Content-Type says."""
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            raw = await request.read()
+            raw = await request.clone(client_max_size=limit).read()
     except TimeoutError:
         raise standard_error(408) from None
     except (web.RequestPayloadError, aiohttp.ClientPayloadError, aiohttp.http.HttpProcessingError):
         error = invalid("body", "could not be read")
         error.closes = True
         raise error from None
-    raw = inflated(raw, request.headers.get("Content-Encoding", "").lower())
+    raw = inflated(raw, request.headers.get("Content-Encoding", "").lower(), limit)
     if empty_ok and not raw:
         return {}
     try:
@@ -5820,22 +5823,27 @@ async def stats(request: web.Request) -> web.Response:
     return json_response(body)
 
 
+def whole_address(request: web.Request) -> IPAddress | None:
+    hops = request.headers.getall("X-Forwarded-For", [])
+    proxies = request.app[APP_STATE].config.server.trusted_proxies
+    return client_address(request.remote or "", hops, proxies)
+
+
 def may_see_numbers(request: web.Request) -> bool:
     """Whether a request comes from server.metrics_from."""
-    server, peer = request.app[APP_STATE].config.server, request.remote or ""
-    hops = request.headers.getall("X-Forwarded-For", [])
-    client = client_address(peer, hops, server.trusted_proxies)
+    client, networks = whole_address(request), request.app[APP_STATE].config.server.metrics_from
     # A request that a proxy of ours has forwarded, and that seems to be its own, is anybody's.
-    if client is None or (hops and client == parse_ip(peer)):
+    forwarded = "X-Forwarded-For" in request.headers
+    if client is None or (forwarded and client == parse_ip(request.remote or "")):
         return False
-    return any(client in network for network in server.metrics_from)
+    return any(client in network for network in networks)
 
 
 async def health(request: web.Request) -> web.Response:
     app = request.app[APP_STATE]
     body: Json = {"status": "ok", "timestamp": iso_time(time.time()), "llm": app.backend.kind}
     if "client" in request.query:  # tells callers nothing but how their own request arrived
-        body["client"] = client_of(request)
+        body["client"] = str(whole_address(request) or "")
     if "deep" in request.query and may_see_numbers(request):
         worked, failed = app.model_succeeded, app.model_failed
         body["model"] = {
@@ -6228,7 +6236,7 @@ async def index_texts(app: AppState, site: Site) -> None:
 
 async def change_site(rules: Rules, app: AppState, site: Site, request: web.Request) -> Json:
     """Apply the body, a merge patch, if it is valid and so is the site as a whole with it."""
-    body = await read_object(request)
+    body = await read_object(request, limit=MAX_PATCH_BYTES)
     _, site, admin = await managed_site(request)  # again, after the time that the body took
     change = {"config": body}
     if rules is ADMIN_RULES:

@@ -6329,7 +6329,7 @@ async def test_delete(server: Server, visitor: Visitor, model: FakeModel) -> Non
 
 
 async def test_stats_and_health(server: Server, visitor: Visitor) -> None:
-    """Anyone may ask how the server is; with ?client it adds the address that the limits count."""
+    """Anyone may ask how the server is; with ?client it adds the caller's own address."""
     await server.visitor()
     await visitor.ask()
     stats = (await server.call("GET", "/api/stats", origin=None)).body
@@ -6342,7 +6342,7 @@ async def test_stats_and_health(server: Server, visitor: Visitor) -> None:
     assert health == {"status": "ok", "llm": "remote"}
     for query_string, headers, address in (
         ("client", {}, "127.0.0.1"),
-        ("client=1", {"X-Forwarded-For": "2001:db8:1:2:3::4"}, "2001:db8:1:2::"),
+        ("client=1", {"X-Forwarded-For": "2001:db8:1:2:3::4"}, "2001:db8:1:2:3::4"),
     ):
         asked = (await server.call("GET", f"/health?{query_string}", headers=headers)).body
         assert asked == health | {"timestamp": asked["timestamp"], "client": address}
@@ -7662,6 +7662,7 @@ TAKEN_AS_THEY_ARE: list[Json] = [
     *({"refusal": "No."}, {"restrictions": ["submit", "type"]}, {"paused": True}),
     {"crawl": "http://acme.com", "crawlPages": 7, "crawlHours": 0.5},
     *({"notifyUrl": "https://x.example/a?b"}, {"snippets": SNIPPETS}, {"allowedHosts": []}),
+    {"snippets": [{"text": "x" * 2000}] * 200},
 ]
 CHANGES: list[tuple[str, Json, Json]] = [  # below /shop, the patch, what is different then
     *(("", patch, patch) for patch in TAKEN_AS_THEY_ARE),
