@@ -519,7 +519,7 @@ def test_unknown_keys(key: str) -> None:
     ([SHOP, {"id": "b"}], "sites[b].name is missing"),
     ([{**SHOP, "id": "my shop"}], "sites[my shop].id must be 1 to 64 letters, digits, - or _"),
     (
-        [SHOP, OTHER, {**OTHER, "id": "shop"}],
+        [SHOP, {**OTHER, "id": "shop"}],
         "sites[shop].id is used twice; each site needs its own",
     ),
     (
@@ -550,10 +550,7 @@ WRONG_HOSTS: list[tuple[Any, str]] = [  # an entry of allowed_hosts, and what is
         (entry, f'must be a host or host:port, not "{entry}"; write "a.com"')
         for entry in [*COPIED.split(), " a.com", "a.com "]
     ),
-    (
-        "https://a.com:8443/x",
-        'must be a host or host:port, not "https://a.com:8443/x"; write "a.com:8443"',
-    ),
+    ("https://a.com:8/x", 'must be a host or host:port, not "https://a.com:8/x"; write "a.com:8"'),
     *((entry, f'{HOST_FORM}, not "{entry}"') for entry in NOT_A_HOST.split()),
     ("", HOST_FORM),
     *(
@@ -677,7 +674,7 @@ B_SITE = {"id": "b", "name": "B", "allowed_hosts": ["b.example"]}
     ([], "", ["there are no [[sites]], so nobody can chat"]),
     ([B_SITE], '"sk-1"', ["$LEFLUX_LLM_API_KEY is in quotes, which become part of the key"]),
     (
-        [{"id": "a", "name": "A"}, B_SITE],
+        [{"id": "a", "name": "A"}],
         "",
         ["sites[a] has no allowed_hosts, so nobody can chat there"],
     ),
@@ -845,11 +842,8 @@ async def test_messages_are_kept_first(keeper: Visitor, model: FakeModel, tmp_pa
 
 
 ENDED = {"type": "task_complete", "summary": "It"}
-FAQ = {
-    "type": "render_ui_block",
-    "block_type": "faq_list",
-    "data": {"items": [{"q": "Q", "a": "A"}]},
-}
+FAQ: Json = {"type": "render_ui_block", "block_type": "faq_list"}
+FAQ["data"] = {"items": [{"q": "Q", "a": "A"}]}
 LAST_EVENTS = [  # the ends of a turn, and what of them the history keeps
     ("message_done", reply("The reply"), "The reply"),
     ("message", act("", {"type": "ask_user", "question": "The reply"}), "The reply"),
@@ -2520,9 +2514,7 @@ HOSTILE_MARKUP = """<a |<a b="|<!--|<!-- -->|<![CDATA[|<![x>|<!|<?|</|</a|<a>|</
 <script>|</script|<br>|<td>a|<|<a href=../x?a=b>|<a href='x'>y</a>|<title>|a@|0 |+1 ("""
 
 
-@pytest.mark.parametrize(
-    "part", [*HOSTILE_MARKUP.split("|"), '{"name":', "<script type=ld+json>{}</script>"]
-)
+@cases("part", *HOSTILE_MARKUP.split("|"), '{"name":', "<script type=ld+json>{}</script>")
 def test_hostile_pages_cost_little(part: str) -> None:
     """Twice the page takes about twice the time, whatever is in it."""
 
@@ -2746,10 +2738,7 @@ SECRET_FIELDS = {  # an attribute, and values that give a secret away
 }
 
 
-@cases(
-    "element",
-    *({name: value} for name, values in SECRET_FIELDS.items() for value in values.split("|")),
-)
+@cases("element", *({name: one} for name, many in SECRET_FIELDS.items() for one in many.split("|")))
 def test_nothing_is_typed_into_a_field_for_secrets(element: Json) -> None:
     """Password, one-time-code, card, bank and national-id fields, by type, name or label; camel
     case, digits and characters that nobody sees do not hide one."""
@@ -2761,10 +2750,8 @@ def test_nothing_is_typed_into_a_field_for_secrets(element: Json) -> None:
 
 def test_ordinary_fields_may_be_filled() -> None:
     """The rule for secrets does not catch what only looks a little like one."""
-    for label in "Your name/Shipping address/Opinion/Business card design/Message/Search".split(
-        "/"
-    ):
-        raw, page = typing({"label": label})
+    for one in "Your name/Shipping address/Opinion/Business card design/Message/Search".split("/"):
+        raw, page = typing({"label": one})
         assert checked(raw, page)["actions"][0]["inputData"] == "x"
 
 
@@ -4351,9 +4338,7 @@ def test_the_guide_quotes_what_fits(shown: str, question: str, expected: str) ->
 
 def test_the_guide_offers_only_contacts_that_there_are() -> None:
     """From the page's text, its links and the site's texts; not what visitors are quoted with."""
-    shown = (
-        "“I wrote to me@mine.example”\nWrite to us@acme.example, +1 555 010 0199. Since 1-2-1999"
-    )
+    shown = "“I wrote to me@mine.example”\nMail us@acme.example, +1 555 010 0199. Since 1-2-1999"
     link = {"id": 1, "type": "a", "text": "Contact us", "href": "/contact"}
     page = {"visibleText": shown, "indexedElements": [link, {"id": 2, "type": "textarea"}]}
     for question in ("Do you sell zebras?", "I want to talk to a human", "please call me"):
@@ -4467,18 +4452,16 @@ def test_the_guide_understands_every_language(row: str) -> None:
         {"id": at, "type": "link", "text": text, "href": f"https://acme.com/{at}"}
         for at, text in enumerate(("FAQ", label, "Blog"))
     ]
-    page = lf.clean_context(
-        {"url": "https://acme.com/", "indexedElements": elements}, lf.LimitsConfig()
-    )
+    shown = {"url": "https://acme.com/", "indexedElements": elements}
+    page = lf.clean_context(shown, lf.LimitsConfig())
 
     def reply(message: str) -> Json:
         return lf.guide_reply(lf.Task(message), page, lf.Found(), [], tag)
 
     assert reply(hello)["message"] == lf.say(tag, "guide_hello")
     assert reply(wish)["action"] == {"type": "click_element", "elementId": 1}
-    assert reply(person)["action"]["question"] == lf.say(
-        tag, "guide_ask", what=lf.say(tag, "letter_message")
-    )
+    what = lf.say(tag, "letter_message")
+    assert reply(person)["action"]["question"] == lf.say(tag, "guide_ask", what=what)
 
 
 # Questions about two made-up sites. The first set was written before the guide was tuned to it; of
