@@ -870,6 +870,7 @@ def any_of(patterns: Iterable[str]) -> str:
         rests.setdefault(letter, []).append(pattern.removeprefix(letter))
     branches = rests.pop("", [])
     branches += [letter + any_of(some) for letter, some in rests.items()]
+    branches.sort(key=bool, reverse=True)  # the longest is found where no space ends a word
     return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
 
 

@@ -4420,12 +4420,8 @@ def test_small_talk() -> None:
         assert reply["message"].startswith("Hello!")
         assert (reply["answered"], reply["action"]) == (True, None)
         assert "Prices" not in reply["message"]
-    thanks = {
-        "en": "Thanks a lot!",
-        "de": "Danke schön",
-        "fr": "Merci beaucoup !",
-        "pt": "obrigada",
-    }
+    thanks = {"en": "Thanks a lot!", "de": "Danke schön", "fr": "Merci beaucoup !"}
+    thanks |= {"pt": "obrigada", "ja": "ありがとうございます"}
     for tag, said in thanks.items():
         answer = lf.guide_reply(lf.Task(said), {}, lf.Found(), [], tag)
         assert answer["message"] == lf.say(tag, "guide_welcome")
