@@ -43,14 +43,13 @@ import leflux_server as lf
 Json = dict[str, Any]
 Patch = pytest.MonkeyPatch
 Log = pytest.LogCaptureFixture
+Request = pytest.FixtureRequest
 ORIGIN = "https://acme.com"
 SHOP: Json = {"id": "shop", "name": "Acme Shop", "allowed_hosts": ["acme.com", "localhost"]}
 OTHER: Json = {"id": "other", "name": "Other", "allowed_hosts": ["other.example"]}
 PATIENCE_SECONDS = 15  # for what must happen; nothing waits so long unless it fails
 UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
-TURN_ENDS = frozenset(
-    "message_done message ui_block action_plan confirmation_required task_complete".split()
-)
+TURN_ENDS = "message_done message ui_block action_plan confirmation_required task_complete".split()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -314,11 +313,7 @@ PEOPLE: dict[str, Json] = {
     "unverified owner": {"sub": "e1", "email": "owner@example.com", "email_verified": False},
     "unverified admin": {"sub": "e2", "email": "boss@example.com"},
     "half verified admin": {"sub": "e3", "email": "boss@example.com", "email_verified": "true"},
-    "look-alike": {
-        "sub": "OLGA",
-        "email": "owner@example.com.evil.example",
-        "email_verified": True,
-    },
+    "look-alike": {"sub": "OLGA", "email": "owner@example.com.evil.test", "email_verified": True},
     "nameless": {"sub": "e4", "email": "", "email_verified": True},
     "long s": {"sub": "e5", "email": "bo\u017fs@example.com", "email_verified": True},
 }
@@ -617,14 +612,14 @@ def cases(names: str, *rows: Any) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(names, rows)
 
 
-def marked(request: pytest.FixtureRequest, name: str) -> Json:
+def marked(request: Request, name: str) -> Json:
     """What a mark of the test says."""
     mark = request.node.get_closest_marker(name)
     return mark.kwargs if mark else {}
 
 
 @pytest.fixture
-async def serve(request: pytest.FixtureRequest, monkeypatch: Patch) -> AsyncIterator[Serve]:
+async def serve(request: Request, monkeypatch: Patch) -> AsyncIterator[Serve]:
     """Start servers: serve(model, limits={...}, ...) takes what make_config takes."""
     for name, value in marked(request, "constants").items():
         monkeypatch.setattr(lf, name, value)
@@ -639,7 +634,7 @@ async def serve(request: pytest.FixtureRequest, monkeypatch: Patch) -> AsyncIter
 
 
 @pytest.fixture
-async def server(request: pytest.FixtureRequest, serve: Serve, model: FakeModel) -> Server:
+async def server(request: Request, serve: Serve, model: FakeModel) -> Server:
     """A server with a fake model."""
     return await serve(model, **marked(request, "config"))
 
@@ -651,9 +646,7 @@ async def visitor(server: Server) -> Visitor:
 
 
 @pytest.fixture
-async def keeper(
-    request: pytest.FixtureRequest, serve: Serve, model: FakeModel, tmp_path: Path
-) -> Visitor:
+async def keeper(request: Request, serve: Serve, model: FakeModel, tmp_path: Path) -> Visitor:
     """A visitor of a server with a fake model that keeps its state in tmp_path."""
     server = await serve(model, server=on_disk(tmp_path), **marked(request, "config"))
     return await server.visitor()
@@ -668,20 +661,14 @@ def office(key_server: KeyServer | None, **tables: Any) -> Json:
 
 
 @pytest.fixture
-async def admin(
-    request: pytest.FixtureRequest, serve: Serve, model: FakeModel, key_server: KeyServer
-) -> Server:
+async def admin(request: Request, serve: Serve, model: FakeModel, key_server: KeyServer) -> Server:
     """A server with an admin API, a fake model, and two sites to manage."""
     return await serve(model, **office(key_server, **marked(request, "config")))
 
 
 @pytest.fixture
 async def archive(
-    request: pytest.FixtureRequest,
-    serve: Serve,
-    model: FakeModel,
-    key_server: KeyServer,
-    tmp_path: Path,
+    request: Request, serve: Serve, model: FakeModel, key_server: KeyServer, tmp_path: Path
 ) -> Server:
     """A server with an admin API that keeps chats on disk."""
     tables = {"server": on_disk(tmp_path), **marked(request, "config")}
