@@ -5742,72 +5742,52 @@ async def reader(
     return start
 
 
-WEBSITES: dict[str, tuple[Json, str]] = {  # pages, and the paths that are known afterwards
-    "breadth first": (
-        {"/": links("/a", "/b"), "/a": links("/c", "/"), "/b": "b", "/c": "c"},
-        "/ /a /b /c",
-    ),
-    "one address": (
-        {"/": links("/a?b=1&a=2#x", "/a?a=2&b=1&utm_source=y"), "/a?a=2&b=1": "a"},
-        "/ /a?a=2&b=1",
-    ),
-    "other hosts": ({"/": links("http://127.0.0.1:9/", "//evil.example/", "mailto:a@b.c")}, "/"),
-    "robots.txt": (
+WEBSITES: dict[str, tuple[str, Json]] = {  # the paths that are known afterwards, and the pages
+    "breadth first": ("/ /a /b /c",
+        {"/": links("/a", "/b"), "/a": links("/c", "/"), "/b": "b", "/c": "c"}),
+    "one address": ("/ /a?a=2&b=1",
+        {"/": links("/a?b=1&a=2#x", "/a?a=2&b=1&utm_source=y"), "/a?a=2&b=1": "a"}),
+    "other hosts": ("/", {"/": links("http://127.0.0.1:9/", "//evil.example/", "mailto:a@b.c")}),
+    "robots.txt": ("/ /a /b/d",
         {"/": links("/a", "/b/c", "/b/d"), "/a": "a", "/b/c": "c", "/b/d": "d",
          "/robots.txt": "User-agent: *\nDisallow: /\n\nUser-Agent: LeFlux\n\nAllow: /\n"
-         "Disallow: /b\nAllow: /b/d\n"},
-        "/ /a /b/d",
-    ),
-    "robots.txt with * and $": (
+         "Disallow: /b\nAllow: /b/d\n"}),
+    "robots.txt with * and $": ("/ /a-php/b /sort /u?sort /x/s",
         {"/": links("/a-php", "/a-php/b", "/x?sort=a", "/x/y/sort", "/sort", "/x/s", "/u?sort"),
          "/a-php": "p", "/x?sort=a": "o", "/x/y/sort": "y", "/a-php/b": "b", "/sort": "s",
          "/x/s": "x", "/u?sort": "u", "/robots.txt":
-         b"User-agent: *\nDisallow: *-php$\nDisallow: /x*?*so\nDisallow: /*/sort\nDisallow: /s$"},
-        "/ /a-php/b /sort /u?sort /x/s",
-    ),
-    "noindex": (
+         b"User-agent: *\nDisallow: *-php$\nDisallow: /x*?*so\nDisallow: /*/sort\nDisallow: /s$"}),
+    "noindex": ("/ /b /c",
         {"/": links("/a", "/b"), "/a": "<meta name=robots content='NOINDEX'>" + links("/c"),
-         "/b": "<meta name=leflux content='index, nofollow'>" + links("/d"), "/c": "c", "/d": "d"},
-        "/ /b /c",
-    ),
-    "canonical": (
+         "/b": "<meta name=leflux content='index, nofollow'>" + links("/d"), "/c": "c", "/d": "d"}),
+    "canonical": ("/ /a",
         {"/": links("/a?x=1", "/a?x=2"), "/a?x=1": "<link rel=canonical href=/a>1",
-         "/a?x=2": "<link rel=canonical href='$/a'>2"},
-        "/ /a",
-    ),
-    "canonical elsewhere": ({"/": "<link rel=canonical href=https://acme.example/>a"}, "/"),
-    "redirects": (
+         "/a?x=2": "<link rel=canonical href='$/a'>2"}),
+    "canonical elsewhere": ("/", {"/": "<link rel=canonical href=https://acme.example/>a"}),
+    "redirects": ("/ /b",
         {"/": links("/a", "/away", "/loop", "/r1"), "/a": "->/b#x", "/b": "b",
          "/away": "->http://127.0.0.1:9/", "/loop": "->/loop2", "/loop2": "->/loop",
-         **{f"/r{n}": f"->/r{n + 1}" for n in range(1, 9)}},
-        "/ /b",
-    ),
-    "the start is redirected": ({"/": "->/home", "/home": links("/", "/a"), "/a": "a"}, "/a /home"),
-    "what is no page": (
-        {"/": links("/a.png", "/b", "/c"), "/b": "<title>Page not found", "/c": b"\x1f\x8b junk"},
-        "/",
-    ),
-    "copies": ({"/": links("/a", "/b"), "/a": "same", "/b": "same"}, "/ /a"),
-    "sitemap": (
+         **{f"/r{n}": f"->/r{n + 1}" for n in range(1, 9)}}),
+    "the start is redirected": ("/a /home", {"/": "->/home", "/home": links("/", "/a"), "/a": "a"}),
+    "what is no page": ("/",
+        {"/": links("/a.png", "/b", "/c"), "/b": "<title>Page not found", "/c": b"\x1f\x8b junk"}),
+    "copies": ("/ /a", {"/": links("/a", "/b"), "/a": "same", "/b": "same"}),
+    "sitemap": ("/ /a /b?x",
         {"/": "start", "/a": "a", "/b": "b",
          "/sitemap.xml": "<urlset><url><loc>$/a</loc></url><url><loc>http://evil.example/</loc>"
-         "<url><loc>\n<![CDATA[$/b?x&amp;utm_id=1]]></loc></url></urlset>", "/b?x": "bx"},
-        "/ /a /b?x",
-    ),
-    "sitemaps": (
+         "<url><loc>\n<![CDATA[$/b?x&amp;utm_id=1]]></loc></url></urlset>", "/b?x": "bx"}),
+    "sitemaps": ("/ /a /b",
         {"/": "start", "/a": "a", "/b": "b", "/not-named": "n",
          "/robots.txt": "Sitemap: $/1.xml\nSitemap: http://evil.example/s.xml\nSitemap: /2.xml",
          "/1.xml": "<sitemapindex><sitemap><loc>$/1.xml</loc></sitemap>\n<loc>$/s.xml.gz</loc>",
-         "/2.xml": "<loc>$/a</loc>", "/sitemap.xml": "<loc>$/not-named</loc>"},
-        "/ /a /b",
-    ),
+         "/2.xml": "<loc>$/a</loc>", "/sitemap.xml": "<loc>$/not-named</loc>"}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WEBSITES)
 async def test_what_is_crawled(name: str, reader: Office, website: Website) -> None:
     """The pages that a site wants to have read are known afterwards, each once, and no others."""
-    website.pages, known = WEBSITES[name]
+    known, website.pages = WEBSITES[name]
     if name == "sitemaps":
         packed = gzip.compress(f"<urlset><loc>{website.url}/b</loc>".encode())
         website.pages["/s.xml.gz"] = packed
@@ -6183,9 +6163,9 @@ async def test_the_demo_on_any_address(serve: Serve) -> None:
         assert answer.status == expected
 
 
-@pytest.mark.parametrize(
-    ("settings", "headers", "expected"),
-    [
+async def test_ws_url(serve: Serve) -> None:
+    """wsUrl is public_url with ws for http, else the address that the request came to."""
+    for table, headers, expected in (
         ({}, {}, "ws://a.example"),
         ({}, {"Host": "a.example:8080"}, "ws://a.example:8080"),
         ({}, {"X-Forwarded-Proto": "https"}, "wss://a.example"),
@@ -6196,12 +6176,10 @@ async def test_the_demo_on_any_address(serve: Serve) -> None:
         ({"public_url": "https://chat.example.com"}, {}, "wss://chat.example.com"),
         ({"public_url": "http://c.example:81/"}, {}, "ws://c.example:81"),
         ({"public_url": "HTTPS://Chat.Example"}, {}, "wss://chat.example"),
-    ],
-)
-async def test_ws_url(settings: Json, headers: dict[str, str], expected: str, serve: Serve) -> None:
-    """wsUrl is public_url with ws for http, else the address that the request came to."""
-    server = await serve(server=settings)
-    assert (await server.init(headers={"Host": "a.example", **headers})).body["wsUrl"] == expected
+    ):
+        server = await serve(server=table)
+        answer = await server.init(headers={"Host": "a.example", **headers})
+        assert answer.body["wsUrl"] == expected
 
 
 @with_config(server={"signup_url": "https://leflux.example/signup"})
@@ -6474,9 +6452,9 @@ async def test_slow_body(framing: bytes, server: Server) -> None:
     assert (code, error_code(body)) == (408, "request_timeout")
 
 
-@pytest.mark.parametrize(
-    "request_bytes",
-    [
+async def test_malformed_http(server: Server, caplog: Log) -> None:
+    """What is no HTTP gets a 400, is logged once a minute and not quoted, and harms nobody."""
+    for request_bytes in (
         b"GARBAGE\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 200 + b"\r\n\r\n",
         b"GET / HTTP/9.9\r\n\r\n",
@@ -6487,15 +6465,13 @@ async def test_slow_body(framing: bytes, server: Server) -> None:
         POST_CHAT + b"Content-Length: -5\r\n\r\n",
         POST_CHAT + b"Content-Length: 5\r\n" * 2 + b"\r\nhello",
         INIT + CHUNKED + b"Connection: close\r\n\r\nzz\r\n{}\r\n",
-    ],
-)
-async def test_malformed_http(request_bytes: bytes, server: Server, caplog: Log) -> None:
-    """What is no HTTP gets a 400, is logged once a minute and not quoted, and harms nobody."""
-    for _ in range(3):
-        assert (await raw_http(server.url, request_bytes))[0] == 400
-    assert sum(record.name == "leflux.http" for record in caplog.records) <= 1
-    assert "GARBAGE" not in caplog.text
-    assert (await server.call("GET", "/health")).status == 200
+    ):
+        for _ in range(3):
+            assert (await raw_http(server.url, request_bytes))[0] == 400, request_bytes[:50]
+        lines = [one.getMessage() for one in caplog.records if one.name == "leflux.http"]
+        assert len(lines) == len({*lines})
+        assert "GARBAGE" not in caplog.text
+        assert (await server.call("GET", "/health")).status == 200
 
 
 async def test_garbage_origin(server: Server) -> None:
@@ -6675,9 +6651,9 @@ async def test_metrics(serve: Serve, model: FakeModel, tmp_path: Path) -> None:
     assert found["store_bytes"] == (tmp_path / "leflux.db").stat().st_size > 0
 
 
-@pytest.mark.parametrize(
-    ("forwarded_for", "settings", "welcome"),
-    [
+async def test_numbers_are_for_trusted_addresses(serve: Serve) -> None:
+    """/metrics and /health?deep are for server.metrics_from; strangers cannot tell they exist."""
+    for forwarded_for, table, welcome in (
         (None, {}, True),
         ("203.0.113.9", {}, False),
         ("203.0.113.9", {"metrics_from": ["203.0.113.0/24"]}, True),
@@ -6685,18 +6661,13 @@ async def test_metrics(serve: Serve, model: FakeModel, tmp_path: Path) -> None:
         ("nonsense, 203.0.113.9", {}, False),
         ("127.0.0.1", {}, False),  # whoever it was that our proxy saw
         (None, {"metrics_from": []}, False),
-    ],
-)
-async def test_numbers_are_for_trusted_addresses(
-    forwarded_for: str | None, settings: Json, welcome: bool, serve: Serve
-) -> None:
-    """/metrics and /health?deep are for server.metrics_from; strangers cannot tell they exist."""
-    server = await serve(server=settings)
-    headers = {"X-Forwarded-For": forwarded_for} if forwarded_for else {}
-    answer = await server.call("GET", "/metrics", headers=headers)
-    assert answer.status == 200 if welcome else answer.error == (404, "not_found")
-    answer = await server.call("GET", "/health?deep", headers=headers)
-    assert ("model" in answer.body) == welcome
+    ):
+        server = await serve(server=table)
+        headers = {"X-Forwarded-For": forwarded_for} if forwarded_for else {}
+        answer = await server.call("GET", "/metrics", headers=headers)
+        assert answer.status == 200 if welcome else answer.error == (404, "not_found")
+        answer = await server.call("GET", "/health?deep", headers=headers)
+        assert ("model" in answer.body) == welcome, (forwarded_for, table)
 
 
 async def test_deep_health(server: Server, visitor: Visitor, model: FakeModel) -> None:
@@ -7522,7 +7493,9 @@ async def test_strangers(who: str, admin: Server) -> None:
 
 @pytest.mark.parametrize("who", ["owner", "owner by mail", "admin", "admin by mail"])
 async def test_owners_and_admins(who: str, admin: Server) -> None:
-    """Owners see and change their own sites, admins all of them and what does not exist."""
+    """Owners see and change their own sites, admins all of them and what does not exist. A site of
+    config.toml nobody deletes."""
+    visitor = await admin.visitor()
     shop = {"id": "shop", "name": "Acme Shop", "allowedHosts": ["acme.com", "localhost"]}
     other = {"id": "other", "name": "Other", "allowedHosts": ["other.example"]}
     is_admin = who.startswith("admin")
@@ -7534,6 +7507,9 @@ async def test_owners_and_admins(who: str, admin: Server) -> None:
     assert answer.error == ((404, "not_found") if is_admin else (403, "forbidden"))
     answer = await admin.manage("PATCH", "/shop", {"instructions": who}, who)
     assert answer.body == {**MANAGED_SITE, "instructions": who}
+    assert (await admin.manage("DELETE", "/shop", who=who)).status == 409
+    assert await admin.details() == answer.body
+    assert (await visitor.get()).status == 200
     assert (await admin.manage("POST", "", NEW, who)).status == (201 if is_admin else 403)
 
 
@@ -7582,9 +7558,9 @@ async def test_admin_methods(admin: Server) -> None:
 # Admin: changes
 
 
-@pytest.mark.parametrize(
-    ("target", "patch", "result"),
-    [  # RFC 7396, appendix A
+def test_merge_patch() -> None:
+    """Merge patches are those of RFC 7396, and change nothing in place."""
+    for target, patch, result in (  # RFC 7396, appendix A
         ({"a": "b"}, {"a": "c"}, {"a": "c"}),
         ({"a": "b"}, {"b": "c"}, {"a": "b", "b": "c"}),
         ({"a": "b"}, {"a": None}, {}),
@@ -7600,13 +7576,10 @@ async def test_admin_methods(admin: Server) -> None:
         ({"e": None}, {"a": 1}, {"e": None, "a": 1}),
         ([1, 2], {"a": "b", "c": None}, {"a": "b"}),
         ({}, {"a": {"bb": {"ccc": None}}}, {"a": {"bb": {}}}),
-    ],
-)
-def test_merge_patch(target: Any, patch: Any, result: Any) -> None:
-    """Merge patches are those of RFC 7396, and change nothing in place."""
-    before = json.dumps([target, patch])
-    assert lf.merge_patch(target, patch) == result
-    assert json.dumps([target, patch]) == before
+    ):
+        before = json.dumps([target, patch])
+        assert lf.merge_patch(target, patch) == result
+        assert json.dumps([target, patch]) == before
 
 
 SNIPPETS = [{"question": "Do you sell zebras?", "text": "Only striped ones."}, {"text": "Hi"}]
@@ -7639,18 +7612,18 @@ CHANGES: list[tuple[str, Json, Json]] = [  # below /shop, the patch, what is dif
 ]
 
 
-@pytest.mark.parametrize(("path", "patch", "different"), CHANGES)
-async def test_patch(path: str, patch: Json, different: Json, admin: Server) -> None:
+async def test_patch(admin: Server) -> None:
     """A merge patch changes what it names and nothing else; the answer is the whole site."""
-    who = "admin" if "allowedHosts" in patch else "owner"
-    answer = await admin.manage("PATCH", f"/shop{path}", patch, who)
-    assert answer.status == 200, answer.raw
-    different = {"config": {**MANAGED_CONFIG, **different}} if path else different
-    assert answer.body == {**MANAGED_SITE, **different}
-    assert (await admin.manage("GET", "/shop")).body == answer.body
-    assert (await admin.details("other"))["config"]["greeting"] == "Hi! How can I help?"
-    answer = await admin.manage("PATCH", f"/shop{path}", dict.fromkeys(patch))
-    assert answer.body == MANAGED_SITE
+    for path, patch, different in CHANGES:
+        who = "admin" if "allowedHosts" in patch else "owner"
+        answer = await admin.manage("PATCH", f"/shop{path}", patch, who)
+        assert answer.status == 200, answer.raw
+        expected = {"config": {**MANAGED_CONFIG, **different}} if path else different
+        assert answer.body == {**MANAGED_SITE, **expected}
+        assert (await admin.manage("GET", "/shop")).body == answer.body
+        assert (await admin.details("other"))["config"]["greeting"] == "Hi! How can I help?"
+        answer = await admin.manage("PATCH", f"/shop{path}", dict.fromkeys(patch))
+        assert answer.body == MANAGED_SITE, patch
 
 
 async def test_null_takes_back_to_the_file(admin: Server) -> None:
@@ -7710,18 +7683,16 @@ BAD_CHANGES: list[tuple[str, Json, set[str]]] = [  # the patch, the fields that 
 ]
 
 
-@pytest.mark.parametrize(("path", "patch", "wrong"), BAD_CHANGES)
-async def test_bad_patch(
-    path: str, patch: Json, wrong: set[str], archive: Server, tmp_path: Path
-) -> None:
+async def test_bad_patch(archive: Server, tmp_path: Path) -> None:
     """A patch is validated whole: any bad field is 400 invalid_config with what is wrong with each
     of them, and nothing is saved."""
-    answer = await archive.manage("PATCH", f"/shop{path}", patch, "admin")
-    assert answer.error == (400, "invalid_config")
-    errors = answer.body["details"]["errors"]
-    assert errors.keys() == wrong
-    assert all(isinstance(text, str) and text for text in errors.values())
-    assert await archive.details() == MANAGED_SITE
+    for path, patch, wrong in BAD_CHANGES:
+        answer = await archive.manage("PATCH", f"/shop{path}", patch, "admin")
+        assert answer.error == (400, "invalid_config"), patch
+        errors = answer.body["details"]["errors"]
+        assert errors.keys() == wrong, patch
+        assert all(isinstance(text, str) and text for text in errors.values())
+        assert await archive.details() == MANAGED_SITE, patch
     assert query(tmp_path, "SELECT * FROM site") == []
 
 
@@ -7868,9 +7839,10 @@ async def test_edits_of_the_file(key_server: KeyServer, tmp_path: Path) -> None:
 # Admin: sites made through the API
 
 
-@pytest.mark.parametrize(
-    "hosts",
-    [  # what is asked for, as it is written in the answer, and the form beside it
+@with_config(limits={"init_per_minute": 1000})
+async def test_made_sites_get_both_forms(admin: Server) -> None:
+    """A site made for acme.com or www.acme.com gets both forms, and serves at once."""
+    for hosts in (  # what is asked for, as it is written in the answer, and the form beside it
         "new.example new.example www.new.example",
         "www.new.example www.new.example new.example",
         "WWW.New.Example. www.new.example new.example",
@@ -7881,32 +7853,36 @@ async def test_edits_of_the_file(key_server: KeyServer, tmp_path: Path) -> None:
         "[2001:DB8::1]:80 [2001:db8::1]:80",
         "me.github.io me.github.io www.me.github.io",
         "[::] [::]",
-    ],
-)
-async def test_made_sites_get_both_forms(hosts: str, admin: Server) -> None:
-    """A site made for acme.com or www.acme.com gets both forms, and serves at once."""
-    host, *allowed_hosts = hosts.split()
-    answer = await admin.manage("POST", "", {"name": "New", "host": host}, "admin")
-    assert answer.status == 201
-    site_id = answer.body["id"]
-    assert sorted(answer.body["allowedHosts"]) == sorted(allowed_hosts)
-    expected = {"id": site_id, "name": "New", "owners": [], "instructions": "", "restrictions": []}
-    expected |= {"refusal": lf.Site().refusal, "config": lf.SITE_CONFIG_DEFAULTS}
-    expected |= {"usage": {"messagesToday": 0, "tokensToday": 0}}
-    assert expected.items() <= answer.body.items()
-    for entry in allowed_hosts:
-        assert (await admin.init(origin=f"https://{entry}")).status == 200
-    listed = (await admin.manage("GET", who="admin")).body["sites"]
-    assert [site["id"] for site in listed] == ["shop", "other", site_id]
+    ):
+        host, *allowed_hosts = hosts.split()
+        answer = await admin.manage("POST", "", {"name": "New", "host": host}, "admin")
+        assert answer.status == 201
+        site_id = answer.body["id"]
+        assert sorted(answer.body["allowedHosts"]) == sorted(allowed_hosts)
+        expected = {
+            "id": site_id,
+            "name": "New",
+            "owners": [],
+            "instructions": "",
+            "restrictions": [],
+        }
+        expected |= {"refusal": lf.Site().refusal, "config": lf.SITE_CONFIG_DEFAULTS}
+        expected |= {"usage": {"messagesToday": 0, "tokensToday": 0}}
+        assert expected.items() <= answer.body.items()
+        for entry in allowed_hosts:
+            assert (await admin.init(origin=f"https://{entry}")).status == 200
+        listed = (await admin.manage("GET", who="admin")).body["sites"]
+        assert [site["id"] for site in listed] == ["shop", "other", site_id]
+        assert (await admin.manage("DELETE", f"/{site_id}", who="admin")).status == 200
 
 
 NO_HOSTS = "com co.uk www.co.uk www.github.io https://x.example *.x.example x.example/a".split()
 NO_HOSTS += ["a b", "\uff58.example", "1.2.3", "x..example", ".".join(["a" * 62] * 4)]
 
 
-@pytest.mark.parametrize(
-    ("body", "wrong"),
-    [
+async def test_sites_that_cannot_be_made(admin: Server) -> None:
+    """A site without a name, or for a host that is none or shared by many, is not made."""
+    for body, wrong in (
         ({}, {"name", "host"}),
         ({"name": "New"}, {"host"}),
         ({"host": "new.example"}, {"name"}),
@@ -7916,14 +7892,11 @@ NO_HOSTS += ["a b", "\uff58.example", "1.2.3", "x..example", ".".join(["a" * 62]
         ({**NEW, "id": "x"}, {"id"}),
         ({**NEW, "owners": []}, {"owners"}),
         *(({"name": "New", "host": host}, {"host"}) for host in (*NO_HOSTS, "", ["x.example"])),
-    ],
-)
-async def test_sites_that_cannot_be_made(body: Json, wrong: set[str], admin: Server) -> None:
-    """A site without a name, or for a host that is none or shared by many, is not made."""
-    answer = await admin.manage("POST", "", body, "admin")
-    assert answer.error == (400, "invalid_config")
-    assert answer.body["details"]["errors"].keys() == wrong
-    assert len(admin.app.sites) == 2
+    ):
+        answer = await admin.manage("POST", "", body, "admin")
+        assert answer.error == (400, "invalid_config")
+        assert answer.body["details"]["errors"].keys() == wrong, body
+        assert len(admin.app.sites) == 2
 
 
 async def test_made_sites_are_kept_and_changed(key_server: KeyServer, tmp_path: Path) -> None:
@@ -7993,16 +7966,6 @@ async def test_deleted_sites(key_server: KeyServer, model: FakeModel, tmp_path: 
         assert answer.body["usage"] == {"messagesToday": 0, "tokensToday": 0}
         assert answer.body["config"] == lf.SITE_CONFIG_DEFAULTS
         assert (await visitor.get()).error == (404, "session_not_found")
-
-
-async def test_sites_of_the_file_are_not_deleted(admin: Server) -> None:
-    """DELETE of a site that config.toml defines is 409, and changes nothing."""
-    visitor = await admin.visitor()
-    await admin.manage("PATCH", "/shop", {"name": "New"})
-    for who in ("owner", "admin"):
-        assert (await admin.manage("DELETE", "/shop", who=who)).status == 409
-    assert await admin.details() == {**MANAGED_SITE, "name": "New"}
-    assert (await visitor.get()).status == 200
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8246,34 +8209,31 @@ async def test_activity_of_a_site(archive: Server, model: FakeModel, tmp_path: P
     assert (len(other["days"]), other["questions"], other["pages"]) == (30, [], [])
 
 
-@pytest.mark.parametrize(
-    ("refused", "hosts"),
-    [
+async def test_hosts_that_owners_add(admin: Server) -> None:
+    """Only below a host that they have, and not below another site's, on whatever port; all else
+    is for admins to give."""
+    for refused, hosts in (
         ("host_taken", "other.example other.example:443 deep.other.example shop.acme.com"),
         ("host_taken", "b.shop.acme.com b.shop.acme.com:8443"),  # shop.acme.com:8443 is another's
         ("forbidden", "google.com edu.pl notacme.com acme.com.evil.example"),
         ("forbidden", "b.ported.example ported.example:1"),
         ("invalid_config", "com:8443"),
         ("", "new.acme.com acme.com:8443 a.b.acme.com:1 localhost:3000 b.ported.example:8443"),
-    ],
-)
-async def test_hosts_that_owners_add(refused: str, hosts: str, admin: Server) -> None:
-    """Only below a host that they have, and not below another site's, on whatever port; all else
-    is for admins to give."""
-    mine = ["acme.com", "localhost", "ported.example:8443"]
-    theirs = {"allowedHosts": ["other.example", "shop.acme.com:8443"]}
-    assert (await admin.manage("PATCH", "/other", theirs, "admin")).status == 200
-    for host in hosts.split():
-        change = {"allowedHosts": mine}
-        assert (await admin.manage("PATCH", "/shop", change, "admin")).status == 200
-        change = {"allowedHosts": [*mine, host]}
-        answer = await admin.manage("PATCH", "/shop", change)
-        assert (answer.error[1] if answer.status != 200 else "") == refused, host
-        assert (await admin.manage("PATCH", "/shop", {"name": "New"})).status == 200
-        if refused == "forbidden":
-            assert answer.status == 403
+    ):
+        mine = ["acme.com", "localhost", "ported.example:8443"]
+        theirs = {"allowedHosts": ["other.example", "shop.acme.com:8443"]}
+        assert (await admin.manage("PATCH", "/other", theirs, "admin")).status == 200
+        for host in hosts.split():
+            change = {"allowedHosts": mine}
             assert (await admin.manage("PATCH", "/shop", change, "admin")).status == 200
-            assert (await admin.manage("PATCH", "/shop", {"allowedHosts": None})).status == 200
+            change = {"allowedHosts": [*mine, host]}
+            answer = await admin.manage("PATCH", "/shop", change)
+            assert (answer.error[1] if answer.status != 200 else "") == refused, host
+            assert (await admin.manage("PATCH", "/shop", {"name": "New"})).status == 200
+            if refused == "forbidden":
+                assert answer.status == 403
+                assert (await admin.manage("PATCH", "/shop", change, "admin")).status == 200
+                assert (await admin.manage("PATCH", "/shop", {"allowedHosts": None})).status == 200
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8862,9 +8822,9 @@ def test_flood_window() -> None:
     assert sock.flooded(1009.9)
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
+async def test_frames_that_break_the_protocol(server: Server, visitor: Visitor) -> None:
+    """Bytes that are no WebSocket frame end that socket and nothing else."""
+    for raw in (
         b"\x81\x82\x00\x00\x00\x00\xff\xfe",  # text that is no UTF-8
         b"\x83\x80\x00\x00\x00\x00",  # an unknown opcode
         b"\xf1\x80\x00\x00\x00\x00",  # reserved bits
@@ -8872,15 +8832,12 @@ def test_flood_window() -> None:
         b"\x89\xfe\x01\x00\x00\x00\x00\x00" + b"x" * 256,  # a ping that is too long
         b"\x88\x81\x00\x00\x00\x00x",  # a close frame of one byte
         b"\xff" * 64,
-    ],
-)
-async def test_frames_that_break_the_protocol(raw: bytes, server: Server, visitor: Visitor) -> None:
-    """Bytes that are no WebSocket frame end that socket and nothing else."""
-    write_raw(visitor, raw)
-    assert (await read_close(visitor.ws))[1] in (1002, 1003, 1006, 1007, 1009)
-    await until(lambda: not server.app.connections)
-    await visitor.connect()
-    await visitor.expect_open()
+    ):
+        write_raw(visitor, raw)
+        assert (await read_close(visitor.ws))[1] in (1002, 1003, 1006, 1007, 1009)
+        await until(lambda: not server.app.connections)
+        await visitor.connect()
+        await visitor.expect_open()
 
 
 @with_constants(PING_SECONDS=0.1)
