@@ -4264,7 +4264,10 @@ def read_events(events: list[Any], completion: Completion) -> tuple[str, ModelEr
         try:
             if usage := event.get("usage"):
                 with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):
-                    completion.tokens = min(max(0, int(usage["total_tokens"])), MAX_TOKENS)
+                    parts = ("total_tokens", "prompt_tokens", "completion_tokens")
+                    names = parts[:1] if "total_tokens" in usage else parts[1:]
+                    tokens = sum(int(usage[name]) for name in names)
+                    completion.tokens = min(max(0, tokens), MAX_TOKENS)
             choice = event["choices"][0]
             if choice.get("finish_reason"):
                 completion.finished = True

@@ -3166,6 +3166,7 @@ DONE = sse("[DONE]")
 HELLO = sse(chunk("Hello"), chunk(" world"), "[DONE]")
 HI_IN_TWO_LINES = b'data: {"choices":[{"delta":\ndata: {"content":"Hi"}}]}\n\n'
 USAGE = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+USAGE_IN_TWO = {"prompt_tokens": 5, "completion_tokens": 2}
 USAGE_EVENT = {"choices": [], "usage": {"total_tokens": 7}}
 BOOM = {"error": {"message": "SECRET provider text", "code": "overloaded"}}
 THOUGHT = {"choices": [{"delta": {"reasoning": "hm", "reasoning_content": "so"}}]}
@@ -3198,6 +3199,7 @@ QUIRKS = [
     Quirk("deep parts", sse(chunk(DEEP), chunk([{"text": "Hi"}]), "[DONE]"), "Hi"),
     Quirk("odd parts", sse(chunk([None, "x", {"type": "image"}, {"text": "Hi"}])), "Hi"),
     Quirk("usage", sse(chunk("Hi"), {"choices": [], "usage": USAGE}, "[DONE]"), "Hi", tokens=7),
+    Quirk("usage in two", sse(chunk("Hi"), {"usage": USAGE_IN_TWO}, "[DONE]"), "Hi", tokens=7),
     Quirk("usage always", sse(chunk("Hi") | {"usage": USAGE}), "Hi", tokens=7),
     Quirk("usage null", sse(chunk("Hi") | {"usage": None}, {"usage": {"a": 1}}), "Hi"),
     Quirk("usage odd", sse(chunk("Hi"), {"choices": [], "usage": "many"}), "Hi"),
