@@ -2520,22 +2520,20 @@ def best_of(question: str, texts: Sequence[str], share: float) -> list[int]:
     # What is asked for: each word, or another of its topic, and topics of particles such as "when".
     wanted = [({word}, [one for one in about if word in asked[one]]) for word in sorted(words)]
     wanted += [(set(), [one]) for one in about if asked[one] and not asked[one] & words]
-    best = (share - 1e-9, 0, 0, -1)
+    best = (share - 1e-9, 0, 0, 0, -1)
     for at, text in enumerate(texts):
         there, about_it = topical_words(text)
         total, signs = 0.0, 0
         for word, subjects in wanted:
-            parts = {
-                True: 0.0,
-                False: 0.0,
-            }  # the start of a compound may be one word, its end another
+            parts = {True: 0.0, False: 0.0}  # a compound may begin as one word, end as another
             for one, other in itertools.product(word, there):
                 share, start = (1.0, True) if one == other else alike(one, other)
                 parts[start] = max(parts[start], share)
             on_topic = sum(about_it.count(one.name) for one in subjects)
             total += max(min(sum(parts.values()), 1), (0.8 if word else 1) * (on_topic > 0))
             signs += min(on_topic, 2)
-        best = max(best, (total / max(1, len(wanted)), signs, -len(there), at))
+        light = sum(one in there for one in said)  # words that alone say little
+        best = max(best, (total / max(1, len(wanted)), signs, light, -len(there), at))
     return [best[-1]] if best[-1] >= 0 else []
 
 

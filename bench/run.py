@@ -50,11 +50,11 @@ class Size:
     idle: int = 1000  # connected sessions whose memory is measured
     crowds: tuple[int, ...] = (100, 500, 1000, 2500, 5000, 10_000)
     crowd_seconds: float = 15
-    crowd_per_minute: float = 1  # questions of each visitor
+    crowd_per_minute: float = 0.5  # questions of each visitor
     crowd_script: str = "n=50,d=0.05"
     streaming: int = 1000  # answers at once in the largest crowd
-    streaming_script: str = "n=100,d=0.1"
-    streaming_seconds: float = 10  # how long such an answer takes
+    streaming_script: str = "n=60,d=0.25"
+    streaming_seconds: float = 15  # how long such an answer takes
     swept: int = 10_000
     swept_after_seconds: float = 40  # long enough to make them all
     probe_seconds: float = 6  # three sweeps
