@@ -153,9 +153,8 @@ async def measure(size: run.Size, work: Path, peers: list[Peer]) -> run.Found:
     """All rounds, in changing order; what is compared is measured one right after the other."""
     found: run.Found = defaultdict(lambda: defaultdict(list))
     for peer in peers:
-        figures = found[peer.title]
         if peer.folder.exists():
-            figures["installed_mb"].append(peer.installed_mb())
+            found[peer.title]["installed_mb"].append(peer.installed_mb())
     async with running(work / "model.log", HERE / "fake_model.py", "PORT") as model:
         for number in range(size.rounds):
             run.progress(f"round {number + 1} of {size.rounds}")
@@ -169,7 +168,14 @@ async def measure(size: run.Size, work: Path, peers: list[Peer]) -> run.Found:
                     started.append((peer, program))
                 for scenario in run.SCENARIOS[:3]:  # idle, paced, burst
                     for peer, program in started:
-                        for key, value in (await scenario(program, size, peer.kind)).items():
+                        try:
+                            figures = await scenario(program, size, peer.kind)
+                        except (RuntimeError, TimeoutError) as error:  # it is overloaded
+                            if not peer.script:
+                                raise
+                            run.progress(f"{peer.title} failed: {error}")
+                            continue
+                        for key, value in figures.items():
                             found[peer.title][key].append(value)
     return found
 
@@ -195,7 +201,8 @@ def picture(found: run.Found, note: str) -> str:
     for key, head in heads.items():
         y += 30
         shapes.append(f'<text class="head" y="{y}">{html.escape(head)}</text>')
-        values = {name: statistics.median(found[name][key]) for name in found}
+        measured = {name: figures[key] for name, figures in found.items() if key in figures}
+        values = {name: statistics.median(figures) for name, figures in measured.items()}
         for name, value in values.items():
             y += 24
             own = ' class="own"' if name == run.STORED else ""
