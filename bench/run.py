@@ -56,7 +56,7 @@ class Size:
     streaming_script: str = "n=60,d=0.25"
     streaming_seconds: float = 15  # how long such an answer takes
     swept: int = 10_000
-    swept_after_seconds: float = 40  # long enough to make them all
+    swept_after_seconds: float = 90  # long enough to make them all
     probe_seconds: float = 6  # three sweeps
 
 
