@@ -308,9 +308,10 @@ HOSTILE = [
     "[click](javascript:window.hit=3) [click]( javascript:window.hit=4) [x](JaVaScRiPt&colon;hit)",
     "[a](data:text/html,<script>hit</script>) [b](vbscript:x) [c](java\tscript:window.hit=5)",
     '[d](https://x.example/"onclick="window.hit=6) **<b onclick=hit>** `<svg onload=hit>`',
-    "[" * 3000 + "**" * 3000 + "`" * 3001 + "_a" * 3000,
-    "- " * 2000,
-    "https://" + "a." * 3000,
+    # With numbers, as a reply that repeats itself is cut.
+    "".join(f"{mark}{number}" for mark in ("[", "**", "`", "_a") for number in range(1501)),
+    "".join(f"- {number} " for number in range(1500)),
+    "https://" + "".join(f"a{number}." for number in range(1500)),
     "\u202e <style>*{display:none}</style> &lt;script&gt;",
 ]
 
@@ -1287,7 +1288,6 @@ FAILURES: list[tuple[Json, str, str]] = [  # a step, what spoils it, what is sai
     (fill("Stubborn", "yes"), "", "did not take the text"),
     (fill("Short", "too long"), "", "the text is too long"),
     (fill("Born", "yesterday"), "", "did not take the text"),
-    (fill("Terms", "text"), "", "takes no text"),
     (fill("Press", "text"), "", "cannot be typed"),
     (fill("Colour", "green", "select"), "", "no such option"),
     (fill("Plain", "text", "select"), "", "no list"),
