@@ -1689,8 +1689,8 @@ SESSION_SQL = """
     words = substr(CAST(words || excluded.words AS BLOB), -8192)
 """
 MESSAGE_SQL = "REPLACE INTO message VALUES (?, ?, ?, ?, ?, NULL, ?, ?)"
-# Where no spaces stand between words, each two neighbours count as one.
-UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uac00-\ud7ff]+")
+# Scripts that put no spaces between words, and Korean, which hangs endings on them.
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uac00-\ud7af]+")
 MAX_SEARCHED_CHARS = 5000  # of a message
 MAX_SEARCH_SECONDS = 1  # then an owner gets what was found by then
 
@@ -2372,8 +2372,8 @@ def take_picture(session: Session, raw: Any, limits: LimitsConfig, name: str = "
         known = {tuple(map(one.get, _LOOKS)) for one in before["indexedElements"]}
         for element in context["indexedElements"]:
             element["isNew"] = tuple(map(element.get, _LOOKS)) not in known
-    raw = orjson.dumps(context)  # a string takes some 60 bytes beside its letters
-    size = len(raw) * (2 if raw.isascii() else 3) + 30 * raw.count(b'"')
+    kept = orjson.dumps(context)  # a string takes some 60 bytes beside its letters
+    size = len(kept) * (2 if kept.isascii() else 3) + 30 * kept.count(b'"')
     described = describe_page(context)
     context |= {"described": described, "tokens": tokens_at_most([described]), "bytes": size}
     return context | {"digest": digest, "nonce": secrets.token_hex(8)}
@@ -2393,8 +2393,6 @@ PASSAGE_CHARS = 700
 EMAIL = r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,64}\.[\w.-]{0,190}\w"
 PHONE = r"(?<![\w-])(?:\+|\(?0|\(\d{3}\))(?:[\d ()]{2,9}/)?[\d ()-]{6,18}\d"
 CONTACT = re.compile(f"{EMAIL}|{PHONE}")
-# Scripts that put no spaces between words, and Korean, which hangs endings on them.
-UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uac00-\ud7af]+")
 IDEOGRAPH = re.compile(r"[\u3400-\u9fff]")
 WORD = re.compile(r"(?:[^\W_]|[\u0900-\u0eff\u1000-\u109f\u1780-\u17ff])+")
 # What shows that a passage is about a topic though it does not say the word.
@@ -5674,7 +5672,8 @@ async def read_object(
     """Return the body, one JSON object whatever its Content-Type says."""
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            raw = await request.clone(client_max_size=limit).read()
+            larger = limit > MAX_BODY_BYTES  # than what the app allows
+            raw = await (request.clone(client_max_size=limit) if larger else request).read()
     except TimeoutError:
         raise standard_error(408) from None
     except (web.RequestPayloadError, aiohttp.ClientPayloadError, aiohttp.http.HttpProcessingError):
@@ -5826,6 +5825,7 @@ async def stats(request: web.Request) -> web.Response:
 
 
 def whole_address(request: web.Request) -> IPAddress | None:
+    """The address of a request's client, of which client_of() is what the limits go by."""
     hops = request.headers.getall("X-Forwarded-For", [])
     proxies = request.app[APP_STATE].config.server.trusted_proxies
     return client_address(request.remote or "", hops, proxies)
