@@ -6118,9 +6118,10 @@ async def test_threads_read_the_pages(reader: Office, website: Website, monkeypa
         threads.add(threading.get_ident())
         return function(*args, **options)
 
-    for name in ("read_page", "parse_robots", "unpacked", "page_digest"):
+    for name in ("read_page", "parse_robots", "unpacked", "page_digest", "fits_rule"):
         monkeypatch.setattr(lf, name, functools.partial(noted, getattr(lf, name)))
-    website.pages = {"/": "a", "/robots.txt": "Disallow:", "/sitemap.xml": "<loc>$/"}
+    robots = "User-agent: *\nDisallow: /b"
+    website.pages = {"/": "a", "/robots.txt": robots, "/sitemap.xml": "<loc>$/"}
     assert (await crawl(await reader()))["fetched"] == 1
     assert threading.get_ident() not in threads != set()
 
