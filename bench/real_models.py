@@ -19,6 +19,8 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import functools
+import operator
 import os
 import signal
 import subprocess
@@ -27,7 +29,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,6 +45,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lefl
 LLAMA, MODEL, LITELLM = CACHE / "llama-server", CACHE / "model.gguf", CACHE / "litellm"
 KEY = "sk-a-key-for-this-machine"
 CONTEXT_TOKENS = 8192
+MAX_TOKENS = 60
 ANSWER_SECONDS = 240
 LITELLM_CONFIG = """
 model_list:
@@ -191,15 +194,19 @@ class Visitor:
         self.ws = await self.http.ws_connect(f"{self.url}/?sessionId={self.id}", headers=headers)
         await self.ws.receive()
 
-    async def ask(self, message: str, page: lf.Json = PAGE) -> tuple[list[lf.Json], float]:
+    async def ask(
+        self, message: str, at_first_word: Callable[[], object] = lambda: None
+    ) -> tuple[list[lf.Json], float]:
         """Return the events of the answer, and the seconds to its first word."""
-        body = {"sessionId": self.id, "message": message, "pageContext": page}
+        body = {"sessionId": self.id, "message": message, "pageContext": PAGE}
         headers = {"Origin": ORIGIN}
         async with self.http.post(f"{self.url}/api/chat", json=body, headers=headers) as answer:
             assert answer.status == 200, await answer.text()
-        return await self.hear()
+        return await self.hear(at_first_word)
 
-    async def hear(self) -> tuple[list[lf.Json], float]:
+    async def hear(
+        self, at_first_word: Callable[[], object] = lambda: None
+    ) -> tuple[list[lf.Json], float]:
         """Return what comes until the turn is over: nothing for a second after its end."""
         begun, first, events = time.monotonic(), 0.0, list[lf.Json]()
         while True:
@@ -209,7 +216,9 @@ class Visitor:
             except TimeoutError:
                 return events, first
             events.append(orjson.loads(frame.data))
-            first = first or time.monotonic() - begun
+            if not first:
+                first = time.monotonic() - begun
+                at_first_word()
 
     async def report(self, action_id: str) -> tuple[list[lf.Json], float]:
         result = {"success": True}
@@ -224,13 +233,13 @@ class Visitor:
 
 @contextlib.asynccontextmanager
 async def leflux(
-    base_url: str, model: str, key: str = KEY
+    base_url: str, model: str, key: str = KEY, **more: Any
 ) -> AsyncIterator[tuple[lf.AppState, Visitor]]:
     """A leflux with that model, and a visitor who has a chat."""
     llm = {"base_url": base_url, "model": model, "first_text_seconds": ANSWER_SECONDS}
     table = {
         "server": {"port": 0, "state_dir": ""},
-        "llm": {**llm, "max_tokens": 60},
+        "llm": {**llm, "max_tokens": MAX_TOKENS, **more},
         "limits": {"address_share": 1},
         "sites": [{"id": "shop", "name": "Shop", "allowed_hosts": ["localhost"]}],
     }
@@ -261,10 +270,11 @@ async def main_rows(upstream: str, model: str) -> dict[str, str]:
             firsts.append(first)
         calls = [call for call in relay.calls if call.status == 200]
         rows["schema accepted"] = yes("json_schema" in str(calls[0].asked["response_format"]))
-        whole = [lf.parse_object(call.text) for call in calls]
-        cut = sum(call.usage.get("completion_tokens", 0) >= 60 for call in calls)
-        rows["replies that are JSON, or cut at max_tokens"] = f"{sum(map(bool, whole)) + cut} of 5"
-        rows["visitor got a text"] = f"{sum(map(bool, answers))} of 5"
+        cut = [call.usage.get("completion_tokens", 0) >= MAX_TOKENS for call in calls]
+        whole = [lf.parse_object(call.text) != {} for call in calls]
+        good = sum(map(operator.or_, whole, cut))
+        rows["replies that are JSON, or cut at max_tokens"] = of(good, len(calls))
+        rows["visitor got a text"] = of(sum(map(bool, answers)), len(answers))
         spent = sum(call.usage.get("total_tokens", 0) for call in calls)
         counted = sum(usage.tokens for usage in app.usage["shop"].values())
         rows["usage equal to the server's count"] = yes(spent == counted, f"{counted} of {spent}")
@@ -290,6 +300,10 @@ def write(path: Path, text: str) -> Path:
 
 def yes(right: bool, instead: str = "") -> str:
     return "yes" if right else f"NO {instead}".strip()
+
+
+def of(right: int, all_of_them: int) -> str:
+    return ("" if right == all_of_them else "NO ") + f"{right} of {all_of_them}"
 
 
 async def doctor(base_url: str, model: str, key: str) -> str:
@@ -327,12 +341,17 @@ async def llama_rows() -> dict[str, str]:
     upstream = f"http://127.0.0.1:{port}/v1"
     async with model_server([*command, "-c", CONTEXT_TOKENS], port) as child:
         rows = await main_rows(upstream, "local") | await refusals(upstream, "local")
-        async with leflux(upstream, "local") as (_, visitor):
-            asking = asyncio.create_task(visitor.ask("Tell me all about every plan"))
-            await asyncio.sleep(5)
-            child.send_signal(signal.SIGKILL)
-            events, _ = await asking
-            rows["killed in mid-stream"] = yes(bool(said(events)), "no word of it")
+        async with leflux(upstream, "local", parallel_calls=1) as (_, visitor):
+            visitors = [Visitor(visitor.http, visitor.url) for _ in range(6)]
+            await asyncio.gather(*(one.begin() for one in visitors))
+            answers = await asyncio.gather(*(one.ask("What is Pro?") for one in visitors))
+            answered = sum(not is_error(events) for events, _ in answers)
+            rows["6 visitors at once, parallel_calls = 1: answered"] = of(answered, 6)
+            kill = functools.partial(child.send_signal, signal.SIGKILL)
+            await visitor.begin()
+            events, _ = await visitor.ask("Tell me about every plan", at_first_word=kill)
+            cut_short = lf.ENGLISH("cut_short")
+            rows["killed in mid-stream"] = yes(cut_short in said(events), said(events))
     async with (
         model_server([*command, "-c", 3072], port),
         leflux(upstream, "local") as (_, visitor),
@@ -341,7 +360,7 @@ async def llama_rows() -> dict[str, str]:
         for number in range(8):
             events, _ = await visitor.ask(f"{number}: " + "Tell me about coffee. " * 40)
             answered += not is_error(events)
-        rows["a context of 3,072 tokens: questions answered"] = f"{answered} of 8"
+        rows["a context of 3,072 tokens: questions answered"] = of(answered, 8)
     return rows
 
 
