@@ -1072,7 +1072,7 @@ class Task:
     """
 
     wish: str
-    address: str = ""  # who pays for its calls, as networks() writes it
+    address: str = ""  # who pays for its calls, one of limit_keys()
     question: int | None = None  # the number of that message, until it is marked as unanswered
     phase: str = "running"
     deadline: float = math.inf  # monotonic seconds; past it the task counts as interrupted
@@ -1451,38 +1451,30 @@ def parse_ip(address: str) -> IPAddress:
     return ip.ipv4_mapped or ip if isinstance(ip, ipaddress.IPv6Address) else ip
 
 
-def is_trusted(address: str, proxies: Sequence[Network]) -> bool:
-    """Whether an address is one of the trusted proxies; raise ValueError if it is none at all."""
-    ip = parse_ip(address)
-    return any(ip in network for network in proxies)
+def is_one_of(ip: IPAddress, networks: Sequence[Network]) -> bool:
+    return any(ip in network for network in networks)
 
 
 def client_address(
-    peer: str, forwarded_for: Sequence[str], proxies: Sequence[Network]
+    peer: IPAddress | None, forwarded_for: Sequence[str], proxies: Sequence[Network]
 ) -> IPAddress | None:
-    """Return the address of a client; None without any, as behind a Unix socket."""
-    client = None
-    with contextlib.suppress(ValueError):  # a malformed header counts as absent
-        client = parse_ip(peer)
-        if is_trusted(peer, proxies):
-            hops = [hop.strip() for line in forwarded_for for hop in line.split(",")]
-            strangers = [hop for hop in hops if not is_trusted(hop, proxies)]
-            client = parse_ip([peer, *strangers][-1])
-    return client
+    """Return the address of a client: its peer's, or what that says if it is one of our
+    proxies."""
+    if peer is None or not forwarded_for or not is_one_of(peer, proxies):
+        return peer
+    try:
+        hops = [parse_ip(hop.strip()) for line in forwarded_for for hop in line.split(",")]
+    except ValueError:  # a malformed header counts as absent
+        return peer
+    return [peer, *(hop for hop in hops if not is_one_of(hop, proxies))][-1]
 
 
-def client_key(peer: str, forwarded_for: Sequence[str], proxies: Sequence[Network]) -> str:
-    """Return what identifies a client for its limits: an IPv4 address or an IPv6 /64."""
-    client = client_address(peer, forwarded_for, proxies)
-    if client is None:
-        return ""
-    return str(ipaddress.IPv6Address(int(client) >> 64 << 64) if client.version == 6 else client)
-
-
-def networks(client: str) -> list[str]:
-    """Return the networks that a client_key counts in, the closest first: one for IPv4."""
-    sizes = (64, 56, 48) if ":" in client else ()
-    return [str(ipaddress.ip_network(f"{client}/{n}", strict=False)) for n in sizes] or [client]
+def limit_keys(client: IPAddress | None) -> list[str]:
+    """Return what a client counts as for its limits, the closest first: an IPv4 address, or the
+    /64, /56 and /48 of an IPv6 one."""
+    if client is None or client.version == 4:
+        return [str(client or "")]
+    return [str(ipaddress.ip_network((client, size), strict=False)) for size in (64, 56, 48)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1530,7 +1522,8 @@ class Door(web.RequestHandler):
     def __init__(self, app: AppState, server: web.Server, **options: Any) -> None:
         super().__init__(server, loop=asyncio.get_running_loop(), **options)
         self.app, self.held = app, contextlib.ExitStack()
-        self.client, self.trusted = "", False  # its client_key; whether it is one of our proxies
+        self.peer: IPAddress | None = None
+        self.trusted = False  # it is one of our proxies
         self.refuse: Callable[[], None] | None = None  # closes a WebSocket
         self.unframed = 0  # bytes since its last whole frame, or lines since a request began
 
@@ -1547,12 +1540,12 @@ class Door(web.RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        peer = (transport.get_extra_info("peername") or [""])[0]  # none if it has gone already
-        self.client = client_key(peer, (), ())
+        address = (transport.get_extra_info("peername") or [""])[0]  # none if it has gone already
         try:
-            self.trusted = is_trusted(peer, self.app.config.server.trusted_proxies)
+            self.peer = parse_ip(address)
+            self.trusted = is_one_of(self.peer, self.app.config.server.trusted_proxies)
             if not self.trusted:
-                self.held.enter_context(held_by(self.app, self.client))
+                self.held.enter_context(held_by(self.app, limit_keys(self.peer)[0]))
         except (ApiError, ValueError):  # not before aiohttp's own task for it has begun
             self.app.count("limits_hit_total", code="connections")
             asyncio.get_running_loop().call_soon(cast(asyncio.Transport, transport).abort)
@@ -5697,12 +5690,9 @@ async def read_object(
     return value
 
 
-def client_of(request: web.Request) -> str:
-    """What identifies the client of a request for its limits."""
+def client_of(request: web.Request) -> IPAddress | None:
     hops, door = request.headers.getall("X-Forwarded-For", []), door_of(request)
-    if not hops or not door.trusted:
-        return door.client
-    return client_key(request.remote or "", hops, door.app.config.server.trusted_proxies)
+    return client_address(door.peer, hops, door.app.config.server.trusted_proxies)
 
 
 SESSION_ID = text(64, 1)
@@ -5728,8 +5718,8 @@ async def init_session(request: web.Request) -> web.Response:
     refuse_when_draining(app)
     fields = checked_fields(body, INIT_FIELDS)
     per_minute = app.config.limits.init_per_minute
-    sizes = zip(networks(client_of(request)), (1, 4, 16), strict=False)
-    await spend(app, *((f"init {network}", per_minute * size) for network, size in sizes))
+    sizes = zip(limit_keys(client_of(request)), (1, 4, 16), strict=False)
+    await spend(app, *((f"init {client}", per_minute * size) for client, size in sizes))
     make_room(app)
     page_url = (fields["pageUrl"] or fields["websiteUrl"])[:2000]
     session_id = str(uuid.uuid4())
@@ -5761,7 +5751,7 @@ async def chat(request: web.Request) -> web.Response:
     if message_id is None:
         await spend(app, (f"chat {session.id}", limits.chat_per_minute))
         tokens = first_call_tokens(app, session, context, message)
-        address = networks(client_of(request))[-1]
+        address = limit_keys(client_of(request))[-1]
         language = language_of(session, site)
         charge = admit(app, site, address, 1, tokens, time.time(), language)
         keep_context(app, session, context)
@@ -5826,28 +5816,21 @@ async def stats(request: web.Request) -> web.Response:
     return json_response(body)
 
 
-def whole_address(request: web.Request) -> IPAddress | None:
-    """The address of a request's client, of which client_of() is what the limits go by."""
-    hops = request.headers.getall("X-Forwarded-For", [])
-    proxies = request.app[APP_STATE].config.server.trusted_proxies
-    return client_address(request.remote or "", hops, proxies)
-
-
 def may_see_numbers(request: web.Request) -> bool:
     """Whether a request comes from server.metrics_from."""
-    client, networks = whole_address(request), request.app[APP_STATE].config.server.metrics_from
+    client = client_of(request)
     # A request that a proxy of ours has forwarded, and that seems to be its own, is anybody's.
-    forwarded = "X-Forwarded-For" in request.headers
-    if client is None or (forwarded and client == parse_ip(request.remote or "")):
+    if "X-Forwarded-For" in request.headers and client == door_of(request).peer:
         return False
-    return any(client in network for network in networks)
+    networks = request.app[APP_STATE].config.server.metrics_from
+    return client is not None and is_one_of(client, networks)
 
 
 async def health(request: web.Request) -> web.Response:
     app = request.app[APP_STATE]
     body: Json = {"status": "ok", "timestamp": iso_time(time.time()), "llm": app.backend.kind}
     if "client" in request.query:  # tells callers nothing but how their own request arrived
-        body["client"] = str(whole_address(request) or "")
+        body["client"] = str(client_of(request) or "")
     if "deep" in request.query and may_see_numbers(request):
         worked, failed = app.model_succeeded, app.model_failed
         body["model"] = {
@@ -6680,7 +6663,7 @@ async def serve_socket(request: web.Request) -> web.WebSocketResponse:
 
 async def root(request: web.Request) -> web.StreamResponse:
     if request.method == "GET" and "websocket" in request.headers.get("Upgrade", "").lower():
-        with held_by(request.app[APP_STATE], f"socket {client_of(request)}"):
+        with held_by(request.app[APP_STATE], f"socket {limit_keys(client_of(request))[0]}"):
             return await serve_socket(request)
     if request.path != "/":
         raise standard_error(404)

@@ -404,21 +404,22 @@ async def check_certificate(url: str) -> str:
 
 def address_words(own: str, seen: str, forgeable: bool, proxies: Sequence[lf.Network]) -> str:
     """Judge whom the server takes us for, and whether a forged X-Forwarded-For is believed."""
-    own_key = lf.client_key(own, (), ())
+    own_ip = lf.parse_ip(own)
     fix = (
         "Let the proxy set X-Forwarded-For to $remote_addr, and put the proxy's address alone into"
         " server.trusted_proxies"
     )
-    if lf.is_trusted(own, proxies) and (forgeable or seen != own_key):
+    if lf.is_one_of(own_ip, proxies) and (forgeable or seen != str(own_ip)):
         raise Hint(
             f"this machine ({own}) is one of server.trusted_proxies, so what strangers can forge"
             " does not show from here. Run the doctor on another one"
         )
     if forgeable:
         raise Failure(f"a forged X-Forwarded-For is believed, so no limit holds. {fix}")
-    if seen == own_key:
+    if seen == str(own_ip):
         return f"the server sees {seen}, this machine"
-    if not seen or lf.is_trusted(seen, proxies) or not lf.parse_ip(seen).is_global:
+    seen_ip = lf.parse_ip(seen) if seen else None
+    if seen_ip is None or lf.is_one_of(seen_ip, proxies) or not seen_ip.is_global:
         raise Failure(
             f"the server sees {seen or 'none'} instead of {own}: the proxy's, so all visitors"
             f" share one limit. {fix}"

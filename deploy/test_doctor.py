@@ -739,7 +739,7 @@ async def test_doctor_opens_a_chat_for_few_sites(serve: Serve, ask: Ask) -> None
         ("192.0.2.9", "192.0.2.9", False, "ok", "this machine"),
         ("192.168.1.9", "8.8.4.4", False, "ok", "as the internet knows it"),
         ("192.168.1.9", "2001:4860:1:2::", False, "ok", "as the internet knows it"),
-        ("2001:4860:1:2::7", "2001:4860:1:2::", False, "ok", "this machine"),
+        ("2001:4860:1:2::7", "2001:4860:1:2::7", False, "ok", "2001:4860:1:2::7, this machine"),
         ("192.168.1.9", "172.17.0.1", False, "FAIL", "sees 172.17.0.1 instead of 192.168.1.9"),
         ("192.168.1.9", "127.0.0.1", False, "FAIL", "all visitors share one limit"),
         ("192.168.1.9", "1.1.1.1", False, "FAIL", "all visitors share one limit"),
