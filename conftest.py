@@ -910,6 +910,7 @@ DAMAGES = (
     "a file in the folder's place",
     "PRAGMA user_version = 99",
     "PRAGMA journal_mode = DELETE; PRAGMA page_size = 8192; VACUUM",
+    "PRAGMA journal_mode = DELETE; PRAGMA auto_vacuum = FULL; VACUUM",
     "DROP TABLE usage",
     "ALTER TABLE site RENAME COLUMN patch TO path",
 )

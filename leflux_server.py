@@ -1709,10 +1709,9 @@ def prepare_database(db: sqlite3.Connection) -> None:
         f"PRAGMA page_size = {PAGE_BYTES}; PRAGMA auto_vacuum = NONE; PRAGMA journal_mode = WAL;"
         "PRAGMA wal_autocheckpoint = 0; PRAGMA secure_delete = ON"
     )
-    if db.execute("PRAGMA page_size").fetchone()[0] != PAGE_BYTES:
-        raise ConfigError(f"its pages are not of {PAGE_BYTES} bytes")
-    if db.execute("PRAGMA auto_vacuum").fetchone()[0]:
-        db.execute("VACUUM")  # zero_gaps() knows none of its pages
+    for name, value in (("page_size", PAGE_BYTES), ("auto_vacuum", 0)):  # as zero_gaps() knows it
+        if db.execute(f"PRAGMA {name}").fetchone()[0] != value:
+            raise ConfigError(f"its {name} is not {value}")
     if (verdict := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
         raise ConfigError(f"it is damaged ({verdict.splitlines()[0]})")
     version = db.execute("PRAGMA user_version").fetchone()[0]
