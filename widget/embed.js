@@ -978,7 +978,7 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
     view.log = worded(h("div.log", { role: "log", "aria-live": "off", tabindex: 0 }),
       "log", "aria-label");
     view.chips = h("div.chips");
-    view.input = worded(h("textarea", { rows: 1, dir: "auto", autocomplete: "off",
+    view.input = worded(h("textarea", { rows: 1, autocomplete: "off",
       enterkeyhint: "send", "aria-describedby": "counter", oninput: measure, onkeydown: sendOnEnter,
     }), "input", "aria-label");
     worded(view.input, "placeholder", "placeholder");
@@ -1273,6 +1273,7 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
   }
   const lengthOf = (text) => [...text].length; // as the server counts: code points
   function measure() {
+    view.input.dir = view.input.value && "auto";
     view.input.style.height = "auto";
     view.input.style.height = `${view.input.scrollHeight}px`;
     const length = lengthOf(view.input.value.trim());

@@ -2064,8 +2064,9 @@ async def test_languages(visit: Visit, serve: Serve, pages: Pages) -> None:
             assert not (english - set(words["server"].values())) & set(texts), tag
             assert not [t for t in texts if any(w in t for w in english if len(w) > 12)], tag
         assert await page.evaluate("LeFlux.getLanguage()") == f"{tag}-XX"
-        direction = await guest.see(".panel").evaluate("(node) => getComputedStyle(node).direction")
-        assert direction == ("rtl" if tag == "ar" else "ltr")
+        for seen in (".panel", "textarea"):
+            direction = await guest.see(seen).evaluate("(one) => getComputedStyle(one).direction")
+            assert direction == ("rtl" if tag == "ar" else "ltr")
         await guest.see(f"[aria-label='{words['widget']['clear']}']").click()
         await page.evaluate("localStorage.clear(), sessionStorage.clear()")
     tags = [url.rpartition("/")[2] for url in asked if "/words/" in url]
