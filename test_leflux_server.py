@@ -224,37 +224,27 @@ def test_origin(origin: str, site: str | None) -> None:
     assert site_of("GET", [("Origin", origin)]) == site
 
 
-SAME, HOST = ("Sec-Fetch-Site", "same-origin"), ("Host", "acme.com")
-COM = ("Origin", ORIGIN)
-
-
-@cases(
-    "method, headers, site",
-    *(("GET", [SAME, ("Host", host)], "acme") for host in ("acme.com", "www.ACME.com:8080")),
-    ("GET", [SAME, ("Host", "plain.example")], "ports"),
-    ("GET", [SAME, ("Host", "tls.example")], None),  # the request came by http
-    *(("GET", [SAME, ("Host", host)], None) for host in ("evil.example", "user@acme.com")),
-    *(("GET", heads, None) for heads in ([SAME, HOST, HOST], [SAME], [SAME, SAME, HOST], [HOST])),
-    *(
-        ("GET", [("Sec-Fetch-Site", kind), HOST], None)
-        for kind in ("same-site", "cross-site", "none")
-    ),
-    *(
-        ("GET", [("Origin", origin), SAME, HOST], None)
-        for origin in ("null", "", "https://evil.example")
-    ),
-    *(("GET", [COM, COM, SAME, HOST], None), ("DELETE", [SAME, HOST], None)),
-    *(
-        ("POST", heads, None)
-        for heads in (
-            *([SAME, HOST], [COM, COM], [COM, ("origin", "https://b.acme.com")]),
-            *([("Referer", "https://acme.com/"), HOST], []),
-        )
-    ),
+@cases(  # headers: F is Sec-Fetch-Site, H is Host, O is Origin, R is Referer
+    "method, requests, site",
+    ("GET", "F:same-origin H:acme.com; F:same-origin H:www.ACME.com:8080", "acme"),
+    ("GET", "F:same-origin H:plain.example", "ports"),
+    ("GET", "F:same-origin H:tls.example", None),  # the request came by http
+    ("GET", "F:same-origin H:evil.example; F:same-origin H:user@acme.com; H:acme.com", None),
+    ("GET", "F:same-origin H:acme.com H:acme.com; F:same-origin", None),
+    ("GET", "F:same-origin F:same-origin H:acme.com; F:same-site H:acme.com", None),
+    ("GET", "F:cross-site H:acme.com; F:none H:acme.com; O:null F:same-origin H:acme.com", None),
+    ("GET", "O: F:same-origin H:acme.com; O:https://evil.example F:same-origin H:acme.com", None),
+    ("GET", "O:https://acme.com O:https://acme.com F:same-origin H:acme.com", None),
+    ("DELETE", "F:same-origin H:acme.com", None),
+    ("POST", "F:same-origin H:acme.com; O:https://acme.com O:https://acme.com", None),
+    ("POST", "O:https://acme.com o:https://b.acme.com; R:https://acme.com/ H:acme.com; ", None),
 )
-def test_not_one_origin(method: str, headers: list[tuple[str, str]], site: str | None) -> None:
+def test_not_one_origin(method: str, requests: str, site: str | None) -> None:
     """Only a same-origin GET may come without Origin; doubled headers belong to no site."""
-    assert site_of(method, headers) == site
+    names = {"F": "Sec-Fetch-Site", "H": "Host", "O": "Origin", "o": "origin", "R": "Referer"}
+    for request in requests.split("; "):
+        headers = [header.split(":", 1) for header in request.split()]
+        assert site_of(method, [(names[name], value) for name, value in headers]) == site, request
 
 
 def test_hosts_that_can_be_registered() -> None:
@@ -279,6 +269,11 @@ def placed(path: str, value: Any) -> Any:
 
 
 CHIP: Json = {"text": "x", "payload": "y"}
+
+
+def config_of(config: Json) -> Any:
+    """The siteConfig of a site with this table in config.toml."""
+    return lf.parse_config({"sites": [{**SHOP, "config": config}]}, {}).sites[0].config
 
 
 @cases(
@@ -331,35 +326,26 @@ CHIP: Json = {"text": "x", "payload": "y"}
 )
 def test_site_config_rules(path: str, good: list[Any], bad: list[Any]) -> None:
     """Each field of siteConfig takes what its rule says, and only that."""
-
-    def parse(value: Any) -> Any:
-        site = lf.parse_config({"sites": [{**SHOP, "config": placed(path, value)}]}, {}).sites[0]
-        return functools.reduce(lambda found, key: found[key], path.split("."), site.config)
-
     for value in good:
-        assert json.dumps(parse(value)) == json.dumps(value)
+        config = config_of(placed(path, value))
+        taken = functools.reduce(lambda found, key: found[key], path.split("."), config)
+        assert json.dumps(taken) == json.dumps(value)
     for value in bad:
         with pytest.raises(lf.ConfigError, match=rf"^sites\[shop\]\.config\.{re.escape(path)} .+"):
-            parse(value)
+            config_of(placed(path, value))
 
 
 def test_site_config_defaults() -> None:
-    """A site's siteConfig lies over the defaults, level by level."""
-    defaults = lf.parse_config({"sites": [SHOP]}, {}).sites[0].config
+    """A site's siteConfig lies over the defaults, level by level; empty values are not set."""
+    defaults = config_of({})
     launcher = {**MANAGED_CONFIG["launcher"], "shape": "circle", "size": "md"}
     assert defaults == {**MANAGED_CONFIG, "greeting": "Hi! How can I help?", "launcher": launcher}
     config = {"greeting": "Hey", "launcher": {"size": "lg"}}
-    site = lf.parse_config({"sites": [{**SHOP, "config": config}]}, {}).sites[0]
-    launcher = {**defaults["launcher"], "size": "lg"}
-    assert site.config == {**defaults, "greeting": "Hey", "launcher": launcher}
-
-
-def test_empty_values_never_reach_the_widget() -> None:
-    """Empty values and tables of siteConfig mean "not set"."""
+    expected = {**defaults, "greeting": "Hey", "launcher": {**launcher, "size": "lg"}}
+    assert config_of(config) == expected
     empty = {"greeting": "", "siteName": "", "logoUrl": "", "typography": {"bodyFont": ""}}
-    config = {**empty, "launcher": {}, "nudge": {"message": ""}, "quickChips": []}
-    site = lf.parse_config({"sites": [{**SHOP, "config": config}]}, {}).sites[0]
-    assert site.config == lf.parse_config({"sites": [SHOP]}, {}).sites[0].config
+    empty |= {"launcher": {}, "nudge": {"message": ""}, "quickChips": []}
+    assert config_of(empty) == defaults
 
 
 # ---------------------------------------------------------------------------------------------
@@ -400,77 +386,77 @@ def test_config_takes_whole_and_fractional_numbers() -> None:
 
 
 INF, NAN = float("inf"), float("nan")
-A_LIST = "a list [...] of at most 1000 items, not "
-OWNER = "a string of 1 to 320 characters"
+A_LIST = "a list [...] of at most 1000 items"
 A_URL = "an http(s) URL"
 ENDPOINT = f"{A_URL} such as http://localhost:11434/v1"
-PUBLIC_URL = "a URL such as https://chat.example.com, without a path, not "
-AN_ORIGIN = '"*" or an origin such as https://example.com, without a path, not '
-NETWORK = "an IP address, or a network such as 10.0.0.0/8, not "
-PER_MINUTE = "a number from 0.001 to 1,000,000,000, not "
+PUBLIC_URL = "a URL such as https://chat.example.com, without a path"
+AN_ORIGIN = '"*" or an origin such as https://example.com, without a path'
+NETWORK = "an IP address, or a network such as 10.0.0.0/8"
 CHIP_FORM = "{ text = 1 to 30 characters, payload = 1 to 280 characters }"
-WRONG_VALUES: list[tuple[str, list[Any], str]] = [
-    # A key, values, and what it must be; ", not " says that the line shows a short value.
-    ("server", [5, []], "a table, not "),
-    ("server.host", ["", 5, "a b", "http://x"], "an address such as 127.0.0.1"),
-    ("server.port", [-1, 65536, "3002", True, 1.5], "a whole number from 0 to 65,535, not "),
-    ("server.public_url", ["ftp://x.com", "https://x.com/path", "x.com"], PUBLIC_URL),
-    ("server.public_url", [5], "a string of 0 to 300 characters"),
-    ("server.cors_origins", ["*"], A_LIST),
-    ("server.cors_origins item 1", ["acme.com", 5, "https://acme.com/"], AN_ORIGIN),
-    ("server.trusted_proxies", ["127.0.0.1"], A_LIST),
-    ("server.trusted_proxies item 1", ["localhost", "10.0.0.0/33", 5], NETWORK),
-    ("server.state_dir", [5, ["state"]], "a string of 0 to 4000 characters"),
-    ("server.signup_url", ["javascript:x", 5], f"{A_URL}, or a relative one such as /logo.png"),
-    ("server.demo", [1, "yes"], "true or false, not "),
-    ("server.log_level", ["debug", 10], "one of DEBUG, INFO, WARNING, ERROR, CRITICAL, not "),
-    ("server.shutdown_seconds", [-1, "10", INF, NAN, True], "a number from 0 to 3,600, not "),
-    ("llm", ["x"], "a table, not "),
-    ("llm.base_url", ["", "localhost:8080", "ftp://x", 5], ENDPOINT),
-    ("llm.model", ["", 5], "a string of 1 to 500 characters"),
-    ("llm.api_key_env", ["", "A B", 5, "sk-1"], "the name of the variable that holds the key"),
-    ("llm.temperature", [-0.1, 2.1, "hot", NAN], "a number from 0 to 2, not "),
-    ("llm.max_tokens", [0, 1.5, "many"], "a whole number from 1 to 1,000,000, not "),
-    ("llm.first_text_seconds", [NAN], "a number from 0.1 to 600, not "),
-    ("llm.parallel_calls", [1.5], "a whole number from 0 to 10,000, not "),
-    ("llm.extra", [{"model": "x"}], "a table without messages, model, stream and max_tokens"),
-    ("limits", [[]], "a table"),
-    ("limits.init_per_minute", [0, -1, "10", INF, True], PER_MINUTE),
-    ("limits.chat_per_minute", [0, NAN], PER_MINUTE),
-    ("limits.model_calls_per_minute", [0, "60"], PER_MINUTE),
-    ("limits.message_chars", [0, 0.5], "a whole number from 1 to 200,000, not "),
-    ("limits.indexed_elements", [0, "50"], "a whole number from 1 to 1,000, not "),
-    ("limits.visible_text_chars", [-1, 1.5], "a whole number from 0 to 200,000, not "),
-    ("limits.idle_minutes", [0, -1, "30", INF, True], "a number from 0.0001 to 525,600, not "),
-    ("limits.max_sessions", [0, 1.5], "a whole number from 1 to 10,000,000, not "),
-    ("limits.connections_per_address", [0, 0.5], "a whole number from 1 to 10,000,000, not "),
-    ("limits.address_share", [0, 1.1, "0.2"], "a number from 0.001 to 1, not "),
-    ("limits.max_action_plans", [0, True], "a whole number from 1 to 1,000, not "),
-    ("limits.site_messages_per_day", [-1, 0.5], f"a whole number from 0 to {10**12:,}, not "),
-    ("limits.site_tokens_per_day", [-1, "1"], f"a whole number from 0 to {10**12:,}, not "),
-    ("firebase", [1], "a table, not "),
-    ("firebase.project_id", [5], "a string of 0 to 100 characters"),
-    ("firebase.keys_url", ["", "x"], ENDPOINT),
-    ("firebase.admins", ["uid", "me@example.com"], A_LIST),
-    ("firebase.admins item 1", [5], OWNER),
+TABLES = "server llm limits firebase sites[shop].config sites[shop].config.launcher"
+LISTS = """server.cors_origins server.trusted_proxies firebase.admins sites[shop].owners
+sites[shop].allowed_hosts sites[shop].knowledge sites[shop].restrictions"""
+
+BOUNDS = {  # what a key must be within, and the keys
+    "a whole number from 0 to 65,535": "server.port",
+    "a number from 0 to 3,600": "server.shutdown_seconds",
+    "a number from 0 to 2": "llm.temperature",
+    "a whole number from 1 to 1,000,000": "llm.max_tokens",
+    "a number from 0.1 to 600": "llm.first_text_seconds",
+    "a whole number from 0 to 10,000": "llm.parallel_calls",
+    "a number from 0.001 to 1,000,000,000": """limits.init_per_minute limits.chat_per_minute
+        limits.model_calls_per_minute""",
+    "a whole number from 1 to 200,000": "limits.message_chars",
+    "a whole number from 1 to 1,000": "limits.indexed_elements limits.max_action_plans",
+    "a whole number from 0 to 200,000": "limits.visible_text_chars",
+    "a number from 0.0001 to 525,600": "limits.idle_minutes",
+    "a whole number from 1 to 10,000,000": "limits.max_sessions limits.connections_per_address",
+    "a number from 0.001 to 1": "limits.address_share",
+    f"a whole number from 0 to {10**12:,}": """limits.site_messages_per_day
+        limits.site_tokens_per_day""",
+    "a string of 0 to 100 characters ": "firebase.project_id",
+    "a string of 0 to 300 characters ": "server.public_url",
+    "a string of 0 to 4000 characters ": "server.state_dir",
+    "a string of 0 to 20000 characters ": "sites[shop].instructions",
+    "a string of 1 to 80 characters ": "sites[shop].name",
+    "a string of 1 to 320 characters ": "firebase.admins/1 sites[shop].owners/1",
+    "a string of 1 to 500 characters ": "llm.model sites[shop].refusal",
+    "a string of 1 to 4000 characters ": "sites[shop].knowledge/1",
+}
+
+
+def outside(form: str) -> list[Any]:
+    """Values beyond a form's bounds, and of other types."""
+    low, high = (float(bound.replace(",", "")) for bound in re.findall(r"\d[\d.,]*", form))
+    if "string" in form:
+        return [5, ["x"], "x" * (int(high) + 1), *([""] if low else [])]
+    if "whole" in form:
+        return [int(low) - 1, int(high) + 1, 1.5, "1", True]
+    return [low - 1, low * 0.9 - 0.001, high + 0.1, "1", True, INF, NAN]
+
+
+WRONG_VALUES: list[tuple[str, list[Any], str]] = [  # keys, values, and what they must be
+    *((keys, outside(form), form) for form, keys in BOUNDS.items()),
+    (TABLES, [5, [5], "x"], "a table"),
+    (LISTS, ["127.0.0.1"], A_LIST),
     ("sites", [5], A_LIST),
     ("sites", [{}, {"id": "x"}], "written [[sites]], in double brackets, once for each site"),
-    ("sites[shop].name", ["", 5], "a string of 1 to 80 characters"),
-    ("sites[shop].allowed_hosts", ["acme.com"], A_LIST),
-    ("sites[shop].owners", ["uid"], A_LIST),
-    ("sites[shop].owners item 1", [5], OWNER),
-    ("sites[shop].instructions", [5], "a string of 0 to 20000 characters"),
-    ("sites[shop].knowledge", ["a.md"], A_LIST),
-    ("sites[shop].knowledge item 1", [5], "a string of 1 to 4000 characters"),
-    ("sites[shop].refusal", ["", 5, "x" * 501], "a string of 1 to 500 characters"),
-    ("sites[shop].restrictions", ["navigate"], A_LIST),
-    ("sites[shop].restrictions item 1", ["fly"], "one of navigate, type, submit, not "),
-    ("sites[shop].timezone", ["Berlin", 0], "a time zone such as Europe/Berlin, not "),
-    ("sites[shop].config", [5, []], "a table, not "),
-    ("sites[shop].config.launcher", [5], "a table, not "),
-    ("sites[shop].config.layout", ["top"], "one of floating, bottom-bar, side-panel, not "),
-    ("sites[shop].config.primaryColor", ["#ff"], "a CSS colour such as #a855f7"),
-    ("sites[shop].config.quickChips item 1", [{"label": "x"}], CHIP_FORM),
+    ("server.host", ["", 5, "a b", "http://x"], "an address such as 127.0.0.1 "),
+    ("server.public_url", ["ftp://x.com", "https://x.com/path", "x.com"], PUBLIC_URL),
+    ("server.cors_origins/1", ["acme.com", 5, "https://acme.com/"], AN_ORIGIN),
+    ("server.trusted_proxies/1", ["localhost", "10.0.0.0/33", 5], NETWORK),
+    ("server.signup_url", ["javascript:x", 5], f"{A_URL}, or a relative one such as /logo.png "),
+    ("server.demo", [1, "yes"], "true or false"),
+    ("server.log_level", ["debug", 10], "one of DEBUG, INFO, WARNING, ERROR, CRITICAL"),
+    ("llm.base_url firebase.keys_url", ["", "localhost:8080", "ftp://x", 5], f"{ENDPOINT} "),
+    ("llm.api_key_env", ["", "A B", 5, "x-1"], "the name of the variable that holds the key "),
+    ("llm.extra", [{"model": "x"}], "a table without messages, model, stream and max_tokens"),
+    ("sites[shop].restrictions/1", ["fly"], "one of navigate, type, submit"),
+    ("sites[shop].timezone", ["Berlin", 0], "a time zone such as Europe/Berlin"),
+    ("sites[shop].config.layout", ["top"], "one of floating, bottom-bar, side-panel"),
+    ("sites[shop].config.primaryColor", ["#ff"], "a CSS colour such as #a855f7 "),
+    ("sites[shop].config.quickChips/1", [{"label": "x"}], CHIP_FORM),
+    ("sites[shop].allowed_hosts/2", [5, None, ["a.com"]], "a string of 0 to 300 characters "),
 ]
 UNKNOWN = """srever:server port:server.port server.prot:port llm.api_key:api_key_env limits.zzz:
 limits.unknown: firebase.admin:admins firebase.unknown: sites[shop].allowedHosts:allowed_hosts
@@ -479,28 +465,28 @@ sites[shop].config.shape:launcher.shape sites[shop].config.launcher.icons:icon
 sites[shop].config.launcher.unknown:"""  # keys, and what each may be meant for
 
 
-def line_about(key: str, value: Any) -> str:
-    """What stops the start with a value in its place: "server.port", "firebase.admins item 1"."""
+def expect_line(key: str, value: Any, line: str) -> None:
+    """A value in its place ("server.port", "firebase.admins/1") stops the start with this line."""
     table: Json = {"sites": [copy.deepcopy(SHOP)]}
     place: Json = table
-    key, _, item = key.partition(" item ")
-    *parents, name = key.split(".")
+    path, _, item = key.partition("/")
+    *parents, name = path.split(".")
     for parent in parents:
         place = table["sites"][0] if parent == "sites[shop]" else place.setdefault(parent, {})
     place[name] = [*["b.example"] * (int(item) - 1), value] if item else value
     with pytest.raises(lf.ConfigError) as caught:
         lf.parse_config(table, {})
-    return str(caught.value)
+    assert str(caught.value) == f"{key.replace('/', ' item ')} {line}"
 
 
-@pytest.mark.parametrize(("key", "values", "form"), WRONG_VALUES)
-def test_wrong_values(key: str, values: list[Any], form: str) -> None:
-    """Wrong types and impossible values give one line that names the key and what it must be."""
-    for value in values:
-        shown = isinstance(value, str | int | float) and value != "" and form.endswith("not ")
-        end = json.dumps(value, ensure_ascii=False) if shown else ""
-        expected = form if shown else form.removesuffix(", not ")
-        assert line_about(key, value) == f"{key} must be {expected}{end}"
+@pytest.mark.parametrize(("keys", "values", "form"), WRONG_VALUES)
+def test_wrong_values(keys: str, values: list[Any], form: str) -> None:
+    """A wrong value gives a line that names the key, what it must be, and the value if it is
+    short and no secret (a form that ends with a space: it is not shown)."""
+    for key, value in itertools.product(keys.split(), values):
+        shown = isinstance(value, str | int | float) and not form.endswith(" ")
+        end = f", not {json.dumps(value, ensure_ascii=False)}" if shown else ""
+        expect_line(key, value, f"must be {form.strip()}{end}")
 
 
 @pytest.mark.parametrize("key", UNKNOWN.split())
@@ -509,7 +495,7 @@ def test_unknown_keys(key: str) -> None:
     key, _, meant = key.partition(":")
     for value in [{"a": 1}, 5]:
         hint = f"; did you mean {meant}?" if meant else ""
-        assert line_about(key, value) == f"{key} is not a known key{hint}"
+        expect_line(key, value, f"is not a known key{hint}")
 
 
 @cases(
@@ -518,16 +504,10 @@ def test_unknown_keys(key: str) -> None:
     ([{"allowed_hosts": []}], "sites[0].id is missing"),
     ([SHOP, {"id": "b"}], "sites[b].name is missing"),
     ([{**SHOP, "id": "my shop"}], "sites[my shop].id must be 1 to 64 letters, digits, - or _"),
+    ([SHOP, {**OTHER, "id": "shop"}], "sites[shop].id is used twice; each site needs its own"),
     (
-        [SHOP, {**OTHER, "id": "shop"}],
-        "sites[shop].id is used twice; each site needs its own",
-    ),
-    (
-        [
-            {**SHOP, "allowed_hosts": ["acme.com", "Acme.com."]},
-            OTHER | {"allowed_hosts": ["ACME.com"]},
-        ],
-        "sites[other].allowed_hosts has acme.com, which sites[shop] has already",
+        [{**SHOP, "allowed_hosts": ["a.co", "A.co."]}, {**OTHER, "allowed_hosts": ["A.CO"]}],
+        "sites[other].allowed_hosts has a.co, which sites[shop] has already",
     ),
     ([SHOP, 5], "sites item 2 must be an object, not 5"),
 )
@@ -561,15 +541,13 @@ WRONG_HOSTS: list[tuple[Any, str]] = [  # an entry of allowed_hosts, and what is
             **{"*.co.uk": "co.uk", "a b.com": "a"},
         }.items()
     ),
-    *((entry, "must be a string of 0 to 300 characters") for entry in (5, None, ["a.com"])),
 ]
 
 
 @pytest.mark.parametrize(("entry", "problem"), WRONG_HOSTS)
-def test_lines_about_wrong_hosts(entry: Any, problem: str) -> None:
+def test_lines_about_wrong_hosts(entry: str, problem: str) -> None:
     """Shared suffixes, single labels and what is no host; the line says what to write instead."""
-    key = "sites[shop].allowed_hosts item 2"
-    assert line_about(key, entry) == f"{key} {problem}"
+    expect_line("sites[shop].allowed_hosts/2", entry, problem)
 
 
 def test_environment_overrides_the_file() -> None:
@@ -786,49 +764,32 @@ SHOWN: Json = {"url": f"{ORIGIN}/", "visibleText": "Hi", "indexedElements": BUTT
 CLICK: Json = {"type": "click_element", "elementId": 1}
 
 
-FILES = ("leflux", "knowledge")  # .db, in the state folder
-
-
-async def test_state_is_private(serve: Serve, tmp_path: Path) -> None:
-    """The database and the files beside it are readable for their owner alone, a new folder too."""
-    old, new = tmp_path / "old", tmp_path / "new"
-    files = [f"{name}.db{end}" for name in FILES for end in ("", "-wal", "-shm")]
+async def test_state_is_private(tmp_path: Path) -> None:
+    """State lies in state_dir, relative to the configuration: a database in WAL with a version.
+    All the files there are readable for their owner alone, and so is a new folder."""
+    files = [f"{name}.db{end}" for name in ("leflux", "knowledge") for end in ("", "-wal", "-shm")]
     umask = os.umask(0)
     try:
-        old.mkdir()
-        (old / "leflux.db").touch(0o666)
-        for folder in (old, new):
-            server = await serve(server=on_disk(folder))
-            await (await server.visitor()).ask()
-            modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()}
-            assert modes == dict.fromkeys(files, 0o600)
-        assert stat.S_IMODE(new.stat().st_mode) == 0o700
+        (tmp_path / "old").mkdir()
+        (tmp_path / "old" / "leflux.db").touch(0o666)
+        for place in ("old", "a/b"):
+            async with running(make_config(None, tmp_path, server={"state_dir": place})) as server:
+                await (await server.visitor()).ask()
+                folder = tmp_path / place
+                modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()}
+                assert modes == dict.fromkeys(files, 0o600)
+                assert query(folder, "PRAGMA journal_mode") == [("wal",)]
+                assert query(folder, "PRAGMA user_version") == [(lf.SCHEMA_VERSION,)]
     finally:
         os.umask(umask)
-
-
-async def test_database_format(tmp_path: Path) -> None:
-    """State lives in state_dir/leflux.db, relative to the configuration, in WAL, with a version."""
-    async with running(make_config(None, tmp_path, server={"state_dir": "a/b"})) as server:
-        await (await server.visitor()).ask()
-        folder = tmp_path / "a" / "b"
-        assert query(folder, "PRAGMA journal_mode") == [("wal",)]
-        assert query(folder, "PRAGMA user_version") == [(lf.SCHEMA_VERSION,)]
-        assert lf.SCHEMA_VERSION > 0
-
-
-async def test_sessions_are_kept_from_a_message_on(keeper: Visitor, tmp_path: Path) -> None:
-    """A session that nobody has said anything in is not on disk."""
-    silent = await keeper.server.visitor()
-    await keeper.ask()
-    kept = query(tmp_path, "SELECT json_extract(state, '$.id') FROM session")
-    assert kept == [(keeper.id,)]
-    assert not traces(tmp_path, silent.id)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert lf.SCHEMA_VERSION > 0
 
 
 async def test_messages_are_kept_first(keeper: Visitor, model: FakeModel, tmp_path: Path) -> None:
-    """A message is on disk when /api/chat answers, and before the model hears of it."""
-    heard: list[Any] = []
+    """A session is on disk from its first message on, which is there when /api/chat answers and
+    before the model hears of it; a silent session is not."""
+    heard, silent = list[Any](), await keeper.server.visitor()
 
     async def note_what_is_kept(_: web.Request) -> None:
         heard.extend(kept_messages(tmp_path, keeper.id))
@@ -838,6 +799,8 @@ async def test_messages_are_kept_first(keeper: Visitor, model: FakeModel, tmp_pa
     assert kept_messages(tmp_path, keeper.id) == [("user", "Hello")]
     await until(lambda: heard)
     assert heard == [("user", "Hello")]
+    assert query(tmp_path, "SELECT json_extract(state, '$.id') FROM session") == [(keeper.id,)]
+    assert not traces(tmp_path, silent.id)
     model.gate.release()
     await keeper.turn()
 
@@ -855,16 +818,18 @@ LAST_EVENTS = [  # the ends of a turn, and what of them the history keeps
 ]
 
 
-@pytest.mark.parametrize("last", LAST_EVENTS)
-async def test_reply_is_on_disk_before_its_end_is_sent(
-    last: tuple[str, Script, str],
+@pytest.mark.parametrize(("event", "script", "shown"), LAST_EVENTS)
+async def test_end_of_a_turn(
+    event: str,
+    script: Script,
+    shown: str,
     keeper: Visitor,
     model: FakeModel,
     monkeypatch: Patch,
     tmp_path: Path,
 ) -> None:
-    """What ends a turn is committed before its first event is handed to the socket."""
-    event, script, shown = last
+    """What ends a turn is committed before its first event is handed to the socket; who misses
+    its last one in a crash gets it with lastSeq, nobody else."""
     next_frame, kept_at_end = lf.Connection.next_frame, list[int]()
 
     def frame_and_what_is_kept(connection: lf.Connection) -> bytes | None:
@@ -875,12 +840,25 @@ async def test_reply_is_on_disk_before_its_end_is_sent(
 
     monkeypatch.setattr(lf.Connection, "next_frame", frame_and_what_is_kept)
     model.scripts.append(script)
-    assert (await keeper.ask(pageContext=SHOWN))["event"] == event
-    assert set(kept_at_end) == {2}
+    await keeper.chat(pageContext=SHOWN)
+    *_, end = ends = [frame for frame in await keeper.turn() if frame["event"] in TURN_ENDS]
+    assert (end["event"], set(kept_at_end)) == (event, {2})
     _, (role, said) = kept = kept_messages(tmp_path, keeper.id)
-    assert role == "assistant"
-    assert said.startswith(shown)
+    assert (role, said[: len(shown)]) == ("assistant", shown)
     assert kept == await keeper.history()
+    if event == "confirmation_required":  # that task would go on
+        return
+    copy = snapshot(tmp_path, tmp_path / "copy")
+    async with running(make_config(model, server=on_disk(copy))) as keeper.server:
+        for last_seq, missed in ((None, ends), (0, ends), (end["seq"] - 1, [end])):
+            await keeper.connect(last_seq)
+            assert [await keeper.next() for _ in missed] == missed
+            await keeper.expect_open()
+        await keeper.connect(end["seq"])
+        await keeper.ws.send_str("barrier")
+        assert (await keeper.next())["event"] == "error"
+        await keeper.ask()
+        assert keeper.frames[-2]["seq"] == end["seq"] + 1
 
 
 async def leave(visitor: Visitor, how: str) -> None:
@@ -888,26 +866,6 @@ async def leave(visitor: Visitor, how: str) -> None:
         assert (await visitor.delete()).body == {"deleted": True}
     else:
         visitor.age(3600)
-
-
-@pytest.mark.parametrize("how", ["delete", "idle"])
-@with_config(limits={"keep_days": 0})
-async def test_gone_sessions(how: str, keeper: Visitor, model: FakeModel, tmp_path: Path) -> None:
-    """What is deleted, or idle and not to be kept, is in no file of the state any more."""
-    server, leaving = keeper.server, await keeper.server.visitor()
-    for visitor, mark in ((leaving, "SECRET"), (keeper, "STAYING")):
-        for length in (0, 4900):
-            model.scripts.append(reply(f"{mark}-answer" * (1 + length // 10)))
-            await visitor.ask(f"{mark}-question {'x' * length}", clientMessageId=f"{mark}{length}")
-    assert all(traces(tmp_path, secret) for secret in ("SECRET-q", "SECRET-a", leaving.id))
-    await leave(leaving, how)
-    if how == "idle":
-        await lf.sweep(server.app, time.monotonic())
-    assert kept_messages(tmp_path, leaving.id) == []
-    async with asyncio.timeout(5):
-        await until(lambda: not traces(tmp_path, "SECRET", leaving.id))
-    assert (await leaving.get()).status == 404
-    assert len(kept_messages(tmp_path, keeper.id)) == 4
 
 
 async def test_delete_during_a_turn(keeper: Visitor, model: FakeModel, tmp_path: Path) -> None:
@@ -920,19 +878,6 @@ async def test_delete_during_a_turn(keeper: Visitor, model: FakeModel, tmp_path:
     await until(lambda: not traces(tmp_path, "SECRET", keeper.id))
     await asyncio.sleep(0.1)
     assert traces(tmp_path, "SECRET", keeper.id) == []
-
-
-async def test_full_disk(keeper: Visitor, tmp_path: Path, caplog: Log) -> None:
-    """A disk that fills up degrades to memory; what is said meanwhile is written later on."""
-    await keeper.ask("Before")
-    database = keeper.server.app.store.db
-    database.execute("PRAGMA max_page_count = 1")  # that is: as many as there are
-    for number in range(8):
-        assert (await keeper.ask(f"{number} " + "x" * 4000))["data"]["text"] == "ok"
-    assert len(errors_in(caplog, clear=True)) == 1
-    database.execute("PRAGMA max_page_count = 1000000")
-    await until(lambda: len(kept_messages(tmp_path, keeper.id)) == 18)
-    assert kept_messages(tmp_path, keeper.id) == await keeper.history()
 
 
 async def test_stop_when_the_disk_is_back(model: FakeModel, tmp_path: Path, caplog: Log) -> None:
@@ -1050,22 +995,39 @@ def reading(folder: Path) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("way", ["delete", "idle", "slow delete", "slow idle"])
+@pytest.mark.parametrize(("crowd", "slow"), [(0, 0), (6, 0), (6, 0.03)])
+@pytest.mark.parametrize("how", ["delete", "idle"])
 @with_config(limits={**CROWD, "keep_days": 0})
-async def test_deleted_text_is_gone_while_others_chat(
-    way: str, keeper: Visitor, model: FakeModel, tmp_path: Path, monkeypatch: Patch
+async def test_gone_sessions(
+    how: str,
+    crowd: int,
+    slow: float,
+    keeper: Visitor,
+    model: FakeModel,
+    tmp_path: Path,
+    monkeypatch: Patch,
 ) -> None:
-    """What is deleted or idle is in no file of the state 5 s later, however much is written."""
-    slow_down(monkeypatch, 0.03 if way.startswith("slow") else 0)
-    for number in range(3):
-        model.scripts.append(reply(f"SECRET-answer {number}" * 100))
-        await keeper.ask(f"SECRET-question {number}" * 100, clientMessageId=f"SECRET-{number}")
-    async with chatting(keeper.server, 6):
-        await asyncio.sleep(1)
-        assert traces(tmp_path, "SECRET")
-        await leave(keeper, way.removeprefix("slow "))
-        await asyncio.sleep(5)
-        assert traces(tmp_path, "SECRET", keeper.id) == []
+    """What is deleted, or idle and not to be kept, is in no file of the state 5 s later, however
+    much is written meanwhile."""
+    slow_down(monkeypatch, slow)
+    leaving = await keeper.server.visitor()
+    for visitor, mark in ((leaving, "SECRET"), (keeper, "STAYING")):
+        for length in (0, 4900):
+            model.scripts.append(reply(f"{mark}-answer" * (1 + length // 10)))
+            await visitor.ask(f"{mark}-question {'x' * length}", clientMessageId=f"{mark}{length}")
+    async with chatting(keeper.server, crowd):
+        await asyncio.sleep(crowd / 6)
+        assert all(traces(tmp_path, secret) for secret in ("SECRET-q", "SECRET-a", leaving.id))
+        await leave(leaving, how)
+        if crowd:
+            await asyncio.sleep(5)
+        else:
+            async with asyncio.timeout(5):
+                await until(lambda: not traces(tmp_path, "SECRET", leaving.id))
+        assert traces(tmp_path, "SECRET", leaving.id) == []
+    assert kept_messages(tmp_path, leaving.id) == []
+    assert (await leaving.get()).status == 404
+    assert len(kept_messages(tmp_path, keeper.id)) == 4
 
 
 @pytest.mark.parametrize("end", ["checkpoint", "backup", "close", "kill"])
@@ -1171,52 +1133,69 @@ async def test_stream_flows_during_a_slow_checkpoint(
     assert (tmp_path / "leflux.db-wal").stat().st_size == 0
 
 
+@contextlib.contextmanager
+def full(folder: Path, store: lf.Store) -> Iterator[None]:
+    store.db.execute("PRAGMA max_page_count = 1")  # that is: as many as there are
+    yield
+    store.db.execute("PRAGMA max_page_count = 1000000")
+
+
+@contextlib.contextmanager
+def moved_away(folder: Path, store: lf.Store) -> Iterator[None]:
+    away = shutil.move(folder, folder.with_name("away"))
+    yield
+    shutil.move(away, folder)
+
+
+@contextlib.contextmanager
+def copies_fail(folder: Path, store: lf.Store) -> Iterator[None]:
+    """Nothing can be brought from the log into the file."""
+
+    def fail(_: lf.Store) -> tuple[int, int]:
+        raise sqlite3.OperationalError("no luck")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lf.Store, "_copy_log", fail)
+        yield
+
+
+@cases(
+    "failure, said, kept",  # how many messages are on disk meanwhile, if it can be said
+    (full, "is full", None),
+    (lambda folder, _: locked(folder), "database is locked", 2),
+    (moved_away, "has vanished", None),
+    (copies_fail, "no luck", 2 + 2 * 12),
+)
 @with_constants(SWEEP_SECONDS=0.05)
-async def test_locked_database(keeper: Visitor, tmp_path: Path, caplog: Log) -> None:
-    """Nobody waits for the lock, one error a minute is logged, and all is written afterwards."""
-    server, leaving = keeper.server, await keeper.server.visitor()
+async def test_disk_that_fails(
+    failure: Any, said: str, kept: int | None, keeper: Visitor, tmp_path: Path, caplog: Log
+) -> None:
+    """Nobody waits for a disk that takes nothing, one error a minute is logged, and what is said
+    or deleted meanwhile is written afterwards."""
+    store, leaving = keeper.server.app.store, await keeper.server.visitor()
     await keeper.ask("Before")
     await leaving.ask("SECRET")
     async with longest_stop() as stops:
-        with locked(tmp_path):
+        with failure(tmp_path, store):
             for number in range(12):
-                assert (await keeper.ask(f"Message {number}"))["data"]["text"] == "ok"
+                text = f"Message {number} " + "x" * 4000
+                assert (await keeper.ask(text))["data"]["text"] == "ok"
                 await asyncio.sleep(0.05)
+            if kept is not None:
+                assert len(kept_messages(tmp_path, keeper.id)) == kept
             await leave(leaving, "delete")
             await asyncio.sleep(0.3)  # some tries
             (line,) = errors_in(caplog)
-            assert "database is locked" in line
-            server.app.store._once_a_minute = lf.RateLimitedLog()  # a minute later
+            assert said in line
+            store._once_a_minute = lf.RateLimitedLog()  # a minute later
             await until(lambda: len(errors_in(caplog)) > 1)
-            assert len(kept_messages(tmp_path, keeper.id)) == 2
-    assert stops[0] < 0.5  # nobody waits for the lock
+    assert stops[0] < 0.5
     await until(lambda: len(kept_messages(tmp_path, keeper.id)) == 2 + 2 * 12)
     await until(lambda: not traces(tmp_path, "SECRET", leaving.id))
     errors = errors_in(caplog, clear=True)
-    assert len(errors) == 2
-    assert "\n" not in "".join(errors)
-    assert not server.app.store.failing
+    assert (len(errors), "".join(errors).count("\n"), store.failing) == (2, 0, False)
     await keeper.ask("After")
     assert kept_messages(tmp_path, keeper.id) == await keeper.history()
-
-
-@with_constants(SWEEP_SECONDS=0.02)
-async def test_checkpoint_that_fails_costs_no_commit(
-    keeper: Visitor, tmp_path: Path, monkeypatch: Patch, caplog: Log
-) -> None:
-    """Where the log cannot be brought into the file, messages are still committed to the log."""
-
-    def fail(_: lf.Store) -> tuple[int, int]:
-        raise sqlite3.OperationalError("disk I/O error")
-
-    monkeypatch.setattr(lf.Store, "_copy_log", fail)
-    await keeper.ask("First")
-    await until(lambda: errors_in(caplog))
-    for number in range(20):
-        await keeper.chat(f"Message {number}")
-        assert kept_messages(tmp_path, keeper.id)[-1][1] in (f"Message {number}", "ok")
-        await keeper.turn()
-    assert len(errors_in(caplog, clear=True)) == 1
 
 
 @with_config(limits=CROWD)
@@ -1252,22 +1231,6 @@ async def test_commits_wait_for_an_emptied_log_and_the_loop_does_not(
         assert len(kept_messages(tmp_path, visitor.id)) == 2
         assert kept_messages(tmp_path, other.id)[0] == ("user", "Meanwhile")
     assert stops[0] < 0.5
-
-
-@with_constants(SWEEP_SECONDS=0.02)
-async def test_state_folder_that_vanishes(keeper: Visitor, tmp_path: Path, caplog: Log) -> None:
-    """An error a minute says so; serving goes on, and so does the keeping when it is back."""
-    await keeper.ask("Before")
-    away = tmp_path.with_name("away")
-    shutil.move(tmp_path, away)
-    await until(lambda: errors_in(caplog))
-    assert (await keeper.ask("Meanwhile"))["data"]["text"] == "ok"
-    await asyncio.sleep(0.1)
-    (line,) = errors_in(caplog, clear=True)
-    assert "has vanished" in line
-    shutil.move(away, tmp_path)
-    await keeper.ask("After")
-    assert kept_messages(tmp_path, keeper.id) == await keeper.history()
 
 
 DAMAGED_ROWS = "damaged rows of the database are left out"
@@ -1323,14 +1286,13 @@ async def test_damaged_log(
     assert "log is damaged" in errors_in(caplog, clear=True)[0]
 
 
-@with_config(limits={"history_mb": 1, "chat_per_minute": 1000, "init_per_minute": 1000})
 @pytest.mark.parametrize("disk", [True, False])
 async def test_histories_have_a_bound_in_memory(
-    disk: bool, request: pytest.FixtureRequest, serve: Serve, model: FakeModel, tmp_path: Path
+    disk: bool, serve: Serve, model: FakeModel, tmp_path: Path
 ) -> None:
     """The chats that were unused longest leave the memory; from the disk they come back, as if
     nothing had been; without one they are dropped."""
-    limits = request.node.get_closest_marker("config").kwargs["limits"]
+    limits = {**CROWD, "history_mb": 1}
     server = await serve(model, server=on_disk(tmp_path) if disk else {}, limits=limits)
     visitors = [await server.visitor() for _ in range(8)]
     for visitor in visitors:
@@ -1457,19 +1419,13 @@ async def test_kill_after_the_acknowledgement(turn: int, tmp_path: Path, model: 
 # Store: what stops the start
 
 
-async def start_refused(folder: Path, *shell: str) -> str:
-    """Start a server on a folder; it ends with a code that is not 0, and this one line."""
-    config = folder.with_suffix(".toml")
-    config.write_text('[[sites]]\nid = "shop"\nname = "Shop"\n')
-    command = (*shell, sys.executable, str(lf.__file__), "--config", str(config))
-    environ = {**os.environ, "LEFLUX_PORT": "0", "STATE_DIRECTORY": str(folder)}
-    pipe = asyncio.subprocess.PIPE
-    child = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, env=environ)
-    out, err = await asyncio.wait_for(child.communicate(), PATIENCE_SECONDS)
-    assert child.returncode not in (0, 1, None), err
-    assert (out, err.count(b"\n")) == (b"", 1), err
-    assert str(folder / "leflux.db").encode() in err
-    return err.decode()
+async def start_refused(folder: Path, constants: str = "") -> None:
+    """A server's start on a folder ends with a code that is neither 0 nor 1, and this one line."""
+    environ = {"LEFLUX_PORT": "0", "STATE_DIRECTORY": str(folder)}
+    code, out, err = await run_program(constants=constants, **environ)
+    assert code not in (0, 1), err
+    assert (out, err.count("\n")) == ("", 1), err
+    assert str(folder / "leflux.db") in err
 
 
 async def test_unusable_databases_stop_the_start(kept: Path, tmp_path: Path) -> None:
@@ -1485,19 +1441,17 @@ async def test_unusable_databases_stop_the_start(kept: Path, tmp_path: Path) -> 
     assert newer.read_bytes() == untouched
 
 
-async def test_locked_database_stops_the_start(kept: Path) -> None:
-    """A database that another program holds locked stops the start with one line."""
-    with locked(kept), pytest.raises(lf.ConfigError, match=r"leflux\.db.*locked"):
-        async with running(make_config(server=on_disk(kept))):
-            pass
-    async with running(make_config(server=on_disk(kept))) as server:
-        assert len(server.app.sessions) == 4
-
-
 async def test_disk_that_takes_nothing_stops_the_start(kept: Path, tmp_path: Path) -> None:
     """Where nothing can be written, the start ends with one line and a code that is not 0."""
     for folder in (kept, tmp_path / "new"):
-        await start_refused(folder, "sh", "-c", 'ulimit -f 0; exec "$0" "$@"')
+        limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
+        await start_refused(folder, limit)
+
+
+async def refused(folder: Path, line: str = r"leflux\.db") -> None:
+    with pytest.raises(lf.ConfigError, match=line):
+        async with running(make_config(server=on_disk(folder))):
+            pass
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
@@ -1505,10 +1459,18 @@ async def test_read_only_database_stops_the_start(kept: Path) -> None:
     """A database that may only be read stops the start with one line."""
     for path, mode in ((kept / "leflux.db", 0o400), (kept, 0o500)):
         path.chmod(mode)
-        with pytest.raises(lf.ConfigError, match=r"leflux\.db"):
-            async with running(make_config(server=on_disk(kept))):
-                pass
+        await refused(kept)
         path.chmod(0o700)
+
+
+async def test_databases_in_use_stop_the_start(kept: Path) -> None:
+    """One that another program holds locked, or another server; nothing is changed by that."""
+    with locked(kept):
+        await refused(kept, r"leflux\.db.*locked")
+    for _ in range(2):
+        async with running(make_config(server=on_disk(kept))) as server:
+            assert len(server.app.sessions) == 4
+            await refused(kept, "in use by another leflux")
 
 
 async def test_damage_anywhere(kept: Path, tmp_path: Path, caplog: Log) -> None:
@@ -1536,17 +1498,6 @@ async def test_damage_anywhere(kept: Path, tmp_path: Path, caplog: Log) -> None:
     assert started
     assert refused
     assert not [line for line in refused if "\n" in line or str(folder / "leflux.db") not in line]
-
-
-async def test_one_server_a_state_dir(tmp_path: Path) -> None:
-    """A second server on the same folder does not start, and changes nothing there."""
-    config = make_config(server={"state_dir": str(tmp_path)})
-    async with lf.serving(config):
-        with pytest.raises(lf.ConfigError, match="in use by another leflux"):
-            async with lf.serving(config):
-                pass
-    async with lf.serving(config):
-        pass
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1600,20 +1551,23 @@ def set_back(folder: Path, session_id: str, seconds: float) -> None:
         )
 
 
-async def test_idle_sessions_do_not_come_back(tmp_path: Path) -> None:
-    """A session older than the idle limit is not found, and off the disk if not to be kept."""
-    config = make_config(server=on_disk(tmp_path), limits={"keep_days": 0})
-    async with running(config) as server:
-        old, young = await server.visitor(), await server.visitor()
-        await old.ask("SECRET")
-        await young.ask("Hello")
+async def test_what_does_not_come_back(tmp_path: Path) -> None:
+    """Sessions older than the idle limit, and those of sites that are no longer configured, are
+    not found, and off the disk (the idle ones if they are not to be kept)."""
+    tables: Json = {"server": on_disk(tmp_path), "limits": {"keep_days": 0}}
+    async with running(make_config(**tables)) as server:
+        origins = (ORIGIN, ORIGIN, "https://other.example")
+        young, old, foreign = [await server.visitor(origin) for origin in origins]
+        for visitor, text in ((young, "Hello"), (old, "SECRET"), (foreign, "SECRET")):
+            await visitor.ask(text)
     set_back(tmp_path, old.id, 30 * 60)
     set_back(tmp_path, young.id, 30 * 60 - 60)
-    async with running(config) as server:
+    async with running(make_config(sites=[SHOP], **tables)) as server:
+        assert server.app.sessions.keys() == {young.id}
         old.server = young.server = server
         assert (await old.get()).error == (404, "session_not_found")
         assert (await young.get()).status == 200
-        await until(lambda: not traces(tmp_path, "SECRET", old.id))
+        await until(lambda: not traces(tmp_path, "SECRET", old.id, foreign.id))
         young.age(61)  # the idle time goes on, it does not begin again
         assert (await young.get()).error == (404, "session_not_found")
 
@@ -1640,39 +1594,6 @@ async def test_database_of_version_1(tmp_path: Path) -> None:
         assert len(kept_messages(tmp_path, visitor.id)) == 2
         used = query(tmp_path, "SELECT messages, tokens, chats FROM usage")
         assert used == [(6, 70, 1)]  # what a later day has used counts for today
-
-
-async def test_sessions_of_sites_that_are_gone(tmp_path: Path) -> None:
-    """Sessions of a site that is no longer configured do not come back."""
-    async with running(make_config(server=on_disk(tmp_path))) as server:
-        visitor = await server.visitor()
-        await visitor.ask("SECRET")
-    async with running(make_config(server=on_disk(tmp_path), sites=[OTHER])) as server:
-        assert server.app.sessions == {}
-        await until(lambda: not traces(tmp_path, "SECRET", visitor.id))
-
-
-@pytest.mark.parametrize("last", [end for end in LAST_EVENTS if end[0][0] != "c"])
-async def test_missed_end_of_a_turn(last: Any, model: FakeModel, tmp_path: Path) -> None:
-    """Who missed the last event of a finished turn in a crash gets it with lastSeq, nobody else."""
-    server_of = [make_config(model, server=on_disk(tmp_path / n)) for n in ("one", "two")]
-    async with running(server_of[0]) as server:
-        visitor = await server.visitor()
-        model.scripts.append(last[1])
-        await visitor.chat(pageContext=SHOWN)
-        *_, end = ends = [frame for frame in await visitor.turn() if frame["event"] in TURN_ENDS]
-        assert end["event"] == last[0]
-        snapshot(tmp_path / "one", tmp_path / "two")
-    async with running(server_of[1]) as visitor.server:
-        for last_seq, missed in ((None, ends), (0, ends), (end["seq"] - 1, [end])):
-            await visitor.connect(last_seq)
-            assert [await visitor.next() for _ in missed] == missed
-            await visitor.expect_open()
-        await visitor.connect(end["seq"])
-        await visitor.ws.send_str("barrier")
-        assert (await visitor.next())["event"] == "error"
-        await visitor.ask()
-        assert visitor.frames[-2]["seq"] == end["seq"] + 1
 
 
 async def test_kill_cuts_off_turns_and_tasks(tmp_path: Path, model: FakeModel) -> None:
@@ -1737,18 +1658,20 @@ async def echo(request: web.Request) -> web.StreamResponse:
     return response
 
 
+@dataclasses.dataclass
 class Talker:
     """A visitor who talks as fast as possible, and keeps book."""
 
-    def __init__(self, number: int) -> None:
-        self.name, self.visitor = f"talker {number}", cast(Visitor, None)
-        self.tried = self.last_seq = 0
-        self.acknowledged: list[str] = []
-        self.heard: list[str] = []
+    name: str
+    visitor: Visitor | None = None
+    tried = last_seq = 0
+    acknowledged: list[str] = dataclasses.field(default_factory=list)
+    heard: list[str] = dataclasses.field(default_factory=list)
 
     async def talk(self, server: Server) -> None:
         """Talk until the server dies."""
-        with contextlib.suppress(aiohttp.ClientError, ConnectionError):
+        cut = (aiohttp.ClientError, ConnectionError, aiohttp.WSMessageTypeError)
+        with contextlib.suppress(*cut):
             visitor = self.visitor or await server.visitor(connect=False)
             visitor.server = server
             ws = await server.socket(f"/?sessionId={visitor.id}&lastSeq={self.last_seq}")
@@ -1758,20 +1681,13 @@ class Talker:
                 assert (await visitor.post(text)).status == 200
                 self.visitor = visitor
                 self.acknowledged.append(text)
-                if not await self.hear(ws, f"re: {text}"):
-                    return
-                self.heard.append(f"re: {text}")
-
-    async def hear(self, ws: aiohttp.ClientWebSocketResponse, expected: str) -> bool:
-        """Hear frames up to a reply; False if the line is cut."""
-        while (message := await ws.receive(PATIENCE_SECONDS)).type is WSMsgType.TEXT:
-            frame = json.loads(message.data)
-            if frame["event"] != "session_joined":
-                assert frame["seq"] > self.last_seq
-                self.last_seq = frame["seq"]
-            if frame["event"] == "message_done" and frame["data"]["text"] == expected:
-                return True
-        return False
+                while self.heard[-1:] != [f"re: {text}"]:
+                    frame = await ws.receive_json(timeout=PATIENCE_SECONDS)
+                    if frame["event"] != "session_joined":
+                        assert frame["seq"] > self.last_seq
+                        self.last_seq = frame["seq"]
+                    if frame["event"] == "message_done":
+                        self.heard.append(frame["data"]["text"])
 
     async def check(self, server: Server) -> None:
         """Nothing that was acknowledged or heard is lost, out of order or there twice."""
@@ -1792,7 +1708,7 @@ async def test_kill_under_load(tmp_path: Path, model: FakeModel) -> None:
     more = f'[llm]\nbase_url = "{model.url}"\n[limits]\n{limits}\nsite_tokens_per_day = 0\n'
     model.otherwise = echo
     dice = random.Random(4)
-    talkers = [Talker(number) for number in range(6)]
+    talkers = [Talker(f"talker {number}") for number in range(6)]
 
     def far(enough: int, talks: list[asyncio.Task[None]]) -> bool:
         said = sum(len(t.acknowledged) for t in talkers)
@@ -1863,12 +1779,6 @@ def offline_state(**limits: float) -> lf.AppState:
     return state
 
 
-def frugal(**limits: float) -> tuple[lf.AppState, lf.Site]:
-    """The state of a server that was never started, and its site."""
-    state = offline_state(**limits)
-    return state, state.config.sites[0]
-
-
 def used(server: Server, site_id: str = "shop") -> tuple[int, int]:
     """The tokens a site has spent, and those set aside."""
     usage = lf.usage_today(server.app, site_id, cast(Any, lf).time.time())  # as the server sees it
@@ -1876,63 +1786,57 @@ def used(server: Server, site_id: str = "shop") -> tuple[int, int]:
 
 
 @cases(
-    "first, second, same_day",
-    ("2026-02-28T00:00:00+00:00", "2026-02-28T23:59:59.999+00:00", True),
-    ("2026-02-28T23:59:59.999+00:00", "2026-03-01T00:00:00+00:00", False),
-    ("2026-02-28T23:00:00-05:00", "2026-03-01T10:00:00+00:00", True),
-    ("2026-02-28T10:00:00+00:00", "2026-03-28T10:00:00+00:00", False),
+    # Messages and tokens a day and an address's share (0 0 1: no limits), and calls: hours since
+    # noon, address, messages and tokens wanted, tokens spent, or "held" by a call that goes on.
+    "limits, calls",
+    ("0 0 1", "0 a 1000000 1000000 1000000; 0 a 1 1000000 held"),
+    # The last one is the next call for a message that is counted.
+    ("3 0 1", "0 a 2 1000000 1000000; 0 a 1 1000000 held; 0 a 1 0 refused; 0 a 0 10 held"),
+    ("0 100 1", "0 a 1000000 60 60; 0 a 1 41 refused; 0 a 1 40 100; 0 a 0 1 refused"),
+    ("3 100 1", "0 a 2 60 60; 0 a 1 41 refused; 0 a 1 10 10; 0 a 1 10 refused"),
+    ("2 100 1", "-12 a 2 100 90; 11.9999 a 1 1 refused; 12 a 2 100 held; 696 a 2 100 100"),
+    # A clock that jumps ahead and back gives nobody a fresh budget; a new day does.
+    ("3 0 1", "0 a 1 0 0; 216 a 1 0 0; 0 a 1 0 0; 0 a 1 0 refused; 0.1 a 1 0 refused; 24 a 3 0 0"),
+    (
+        "0 1000 0.2",
+        "0 a 0 150 held; 0 a 0 51 refused; 0 a 0 50 10; 0 a 0 41 refused; 0 a 0 40 held",
+    ),
+    ("0 1000 0.2", "0 a 0 200 held; 0 a 0 1 refused; 0 b 0 200 held; 24 a 0 200 held"),
+    ("0 100 1", "0 a 1 100 held; 24 a 1 100 held"),
 )
-def test_budgets_are_for_a_utc_day(first: str, second: str, same_day: bool) -> None:
-    """Messages and tokens are counted in UTC days; a new day begins with nothing used."""
-    app, site = frugal(site_messages_per_day=2, site_tokens_per_day=100)
-    now, later = (datetime.fromisoformat(day).timestamp() for day in (first, second))
-    lf.settle_tokens(app, site, lf.admit(app, site, "", 2, 100, now), 100, 90)
-    usage = lf.usage_today(app, site.id, later)
-    assert (usage.messages, usage.tokens) == ((2, 90) if same_day else (0, 0))
-    if same_day:
-        with pytest.raises(lf.ApiError):
-            lf.admit(app, site, "", 1, 1, later)
-    else:
-        lf.admit(app, site, "", 2, 100, later)
-
-
-@cases(
-    "limits, used, wanted, fits",  # limits, used and wanted: (messages, tokens)
-    ((0, 0), (10**9, 10**9), (1, 10**9), True),
-    ((3, 0), (2, 10**9), (1, 10**9), True),
-    ((3, 0), (3, 0), (1, 0), False),
-    ((3, 0), (3, 0), (0, 10), True),  # the next call for a message that is counted
-    ((0, 100), (10**9, 60), (1, 40), True),
-    ((0, 100), (0, 60), (1, 41), False),
-    ((0, 100), (0, 160), (0, 1), False),
-    ((3, 100), (2, 60), (1, 41), False),
-    ((3, 100), (3, 10), (1, 10), False),
-)
-def test_budget_that_is_left(limits: Any, used: Any, wanted: tuple[int, int], fits: bool) -> None:
-    """What fits into both budgets is admitted, 0 is no limit; what is refused counts as nothing."""
-    app, site = frugal(site_messages_per_day=limits[0], site_tokens_per_day=limits[1])
-    usage = lf.usage_today(app, site.id, NOON)
-    usage.messages, usage.tokens = used
-    if fits:
-        assert lf.admit(app, site, "", *wanted, NOON)[0] is usage
-        assert (usage.messages, usage.reserved) == (used[0] + wanted[0], wanted[1])
-        assert lf.admit(app, app.config.sites[1], "", *wanted, NOON)[0] is not usage
-    else:
-        with pytest.raises(lf.ApiError) as caught:
-            lf.admit(app, site, "", *wanted, NOON)
-        assert (caught.value.status, caught.value.code) == BUDGET_SPENT
-        assert caught.value.message == REFUSAL
-        assert (usage.messages, usage.tokens, usage.reserved) == (*used, 0)
-
-
-def test_call_over_midnight() -> None:
-    """A call that ends on the next day is charged to the day on which it began."""
-    app, site = frugal(site_tokens_per_day=100)
-    today = lf.admit(app, site, "", 1, 100, NOON)
-    tomorrow = lf.admit(app, site, "", 1, 100, NOON + 86400)
-    lf.settle_tokens(app, site, today, 100, 70)
-    assert [(usage.tokens, usage.reserved) for usage in today] == [(70, 0)] * 2
-    assert [(usage.tokens, usage.reserved) for usage in tomorrow] == [(0, 100)] * 2
+def test_budgets(limits: str, calls: str) -> None:
+    """What fits into the budgets of a UTC day is admitted, and what it spends is charged to the day
+    on which it began; what is refused counts as nothing."""
+    names = ("site_messages_per_day", "site_tokens_per_day", "address_share")
+    app = offline_state(**dict(zip(names, map(json.loads, limits.split()), strict=True)))
+    site, held = app.config.sites[0], list[tuple[Any, int]]()
+    for call in calls.split("; "):
+        hour, address, *wanted, spent = call.split()
+        messages, tokens = map(int, wanted)
+        now = NOON + float(hour) * 3600
+        usage = lf.usage_today(app, site.id, now)
+        expected = [usage.messages, usage.tokens, usage.reserved]
+        if spent == "refused":
+            with pytest.raises(lf.ApiError) as caught:
+                lf.admit(app, site, address, messages, tokens, now)
+            error = caught.value
+            assert (error.status, error.code, error.message) == (*BUDGET_SPENT, REFUSAL)
+        else:
+            charge = lf.admit(app, site, address, messages, tokens, now)
+            expected[0] += messages
+            if spent == "held":
+                expected[2] += tokens
+                held.append((charge, tokens))
+            else:
+                lf.settle_tokens(app, site, charge, tokens, int(spent))
+                expected[1] += int(spent)
+        assert [usage.messages, usage.tokens, usage.reserved] == expected
+        assert lf.usage_today(app, "other", now).messages == 0
+    for charge, tokens in held:
+        settled = [(usage.tokens + 7, usage.reserved - tokens) for usage in charge]
+        lf.settle_tokens(app, site, charge, tokens, 7)
+        assert [(usage.tokens, usage.reserved) for usage in charge] == settled
+    assert not any(usage.reserved for charge, _ in held for usage in charge)
 
 
 @with_config(limits={"site_messages_per_day": 2}, sites=[FRUGAL, OTHER])
@@ -1973,18 +1877,6 @@ async def test_an_address_has_its_share(server: Server, model: FakeModel) -> Non
         assert answers[2].error == BUDGET_SPENT
     statuses = [(await say_from(server, f"198.51.100.{n}")).status for n in range(2, 8)]
     assert statuses == [200] * 4 + [429] * 2
-
-
-def test_an_address_has_its_share_of_tokens() -> None:
-    """Tokens that are reserved or spent count for the address, too; others have the rest."""
-    app, site = frugal(site_tokens_per_day=1000, address_share=0.2)
-    charge = lf.admit(app, site, "a", 0, 150, NOON)
-    with pytest.raises(lf.ApiError):
-        lf.admit(app, site, "a", 0, 51, NOON)
-    lf.settle_tokens(app, site, charge, 150, 10)
-    lf.admit(app, site, "a", 0, 190, NOON)
-    lf.admit(app, site, "b", 0, 200, NOON)
-    lf.admit(app, site, "a", 0, 200, NOON + 86400)
 
 
 @with_constants(MAX_BUCKETS=5)
@@ -2183,21 +2075,6 @@ async def test_usage_outlives_restarts(model: FakeModel, clock: Clock, tmp_path:
         await until(lambda: query(tmp_path / "state", "SELECT * FROM usage") == [])
         await (await server.visitor()).ask()
         assert lf.usage_today(server.app, "shop", clock.time()).messages == 1
-
-
-def test_clock_that_jumps() -> None:
-    """A clock that jumps ahead and back gives nobody a fresh budget; a new day does."""
-    app, site = frugal(site_messages_per_day=3)
-    day = 86400.0
-    lf.admit(app, site, "", 1, 0, NOON)
-    lf.admit(app, site, "", 1, 0, NOON + 9 * day)
-    assert lf.usage_today(app, site.id, NOON).messages == 2
-    lf.admit(app, site, "", 1, 0, NOON)
-    for now in (NOON, NOON + 60):
-        with pytest.raises(lf.ApiError):
-            lf.admit(app, site, "", 1, 0, now)
-    lf.admit(app, site, "", 3, 0, NOON + day)
-    assert lf.usage_today(app, site.id, NOON + day).messages == 3
 
 
 @pytest.mark.parametrize("total", [2**64 - 1, 10**400, float("inf"), -5, "many", None])
@@ -2508,22 +2385,8 @@ def test_linked_data(data: Any, facts: list[tuple[str, str]]) -> None:
 
 HOSTILE_MARKUP = """<a |<a b="|<!--|<!-- -->|<![CDATA[|<![x>|<!|<?|</|</a|<a>|</a>|<div hidden>|<p>a
 |<h2>a|&|&#1|
-<script>|</script|<br>|<td>a|<|<a href=../x?a=b>|<a href='x'>y</a>|<title>|a@|0 |+1 ("""
-
-
-@cases("part", *HOSTILE_MARKUP.split("|"), '{"name":', "<script type=ld+json>{}</script>")
-def test_hostile_pages_cost_little(part: str) -> None:
-    """Twice the page takes about twice the time, whatever is in it."""
-
-    def seconds(size: int) -> float:
-        raw = (part * (size // len(part))).encode()
-        started = time.process_time()
-        lf.read_page(raw, "https://acme.com/", {}, start=True)
-        return time.process_time() - started
-
-    seconds(1000)
-    once, twice = (min(seconds(size) for _ in range(2)) for size in (20_000, 40_000))
-    assert twice < max(0.1, 3.5 * once)
+<script>|</script|<br>|<td>a|<|<a href=../x?a=b>|<a href='x'>y</a>|<title>|a@|0 |+1 (|{"name":|
+<script type=ld+json>{}</script>""".split("|")
 
 
 @cases(
@@ -5707,14 +5570,13 @@ async def website() -> AsyncIterator[Website]:
         yield site
 
 
-async def crawl(server: Server, site_id: str = "shop") -> Json:
-    """Crawl a site to the end; the state of it."""
-    answer = await server.manage("POST", f"/{site_id}/crawl", who="admin")
+async def crawl(server: Server) -> Json:
+    """Crawl the shop to the end; the state of it."""
+    answer = await server.manage("POST", "/shop/crawl")
     assert (answer.status, answer.body["running"]) == (202, True)
-    await until(lambda: site_id not in server.app.crawls)
-    state = (await server.manage("GET", f"/{site_id}/crawl", who="admin")).body
-    assert not state["running"]
-    assert state["startedAt"] <= state["finishedAt"]
+    await until(lambda: "shop" not in server.app.crawls)
+    state = (await server.manage("GET", "/shop/crawl")).body
+    assert (state["running"], state["startedAt"] <= state["finishedAt"]) == (False, True)
     return cast(Json, state)
 
 
@@ -5820,38 +5682,34 @@ async def test_what_is_known_of_a_page(reader: Office, website: Website, model: 
 
 async def test_unchanged_pages_are_not_sent_again(reader: Office, website: Website) -> None:
     """A page is asked for on the conditions of its ETag or Last-Modified; its links still count."""
+    validators = {"/": ("ETag", '"1"'), "/a": ("Last-Modified", "yesterday")}
+    bodies = {"/": links("/a"), "/a": "<meta name=robots content=nofollow>" + links("/b")}
 
     async def tagged(request: web.Request) -> web.Response:
-        same = "If-None-Match" in request.headers or "If-Modified-Since" in request.headers
-        headers = {"ETag": '"1"'} if request.path == "/" else {"Last-Modified": "yesterday"}
-        body = links("/a") if request.path == "/" else "<meta name=robots content=nofollow>"
-        body += links("/b") if request.path == "/a" else ""
-        page = web.Response(text=body, content_type="text/html", headers=headers)
-        return web.Response(status=304) if same else page
+        if "If-None-Match" in request.headers or "If-Modified-Since" in request.headers:
+            return web.Response(status=304)
+        headers = dict([validators[request.path]])
+        return web.Response(text=bodies[request.path], content_type="text/html", headers=headers)
 
     website.pages = {"/": tagged, "/a": tagged, "/b": "b"}
     server = await reader()
-    assert (await crawl(server))["unchanged"] == 0
-    assert (await crawl(server))["unchanged"] == 2
+    assert [(await crawl(server))["unchanged"] for _ in range(2)] == [0, 2]
     assert website.headers["/"]["If-None-Match"] == '"1"'
     assert website.headers["/a"]["If-Modified-Since"] == "yesterday"
     assert website.headers["/"]["User-Agent"].startswith("leflux/")
     assert await kept_pages(server, website) == ["/", "/a"]
 
 
-AGENTS = "User-agent: *\n"
-
-
-@pytest.mark.parametrize(
-    ("path", "after", "known"),
-    [
-        *(("/", page, "/ /a /a/b") for page in (503, 404, reset)),
-        *(("/robots.txt", page, "/ /a /a/b") for page in (500, f"{AGENTS}Disallow: /")),
-        ("/robots.txt", f"{AGENTS}Disallow: /%2F[", "/ /a /a/b"),
-        ("/robots.txt", f"{AGENTS}Crawl-delay: ²", "/ /a /a/b"),
-        *(("/a", page, "/ /a /a/b") for page in (503, 429, reset)),
-        *(("/a", page, "/") for page in (404, 410, "->http://evil.example")),
-    ],
+@cases(
+    "path, after, known",
+    *(("/", page, "/ /a /a/b") for page in (503, 404, reset)),
+    *(
+        ("/robots.txt", f"User-agent: *\n{rule}", "/ /a /a/b")
+        for rule in ("Disallow: /", "Disallow: /%2F[", "Crawl-delay: ²")
+    ),
+    ("/robots.txt", 500, "/ /a /a/b"),
+    *(("/a", page, "/ /a /a/b") for page in (503, 429, reset)),
+    *(("/a", page, "/") for page in (404, 410, "->http://evil.example")),
 )
 async def test_what_a_bad_day_leaves(
     path: str, after: Any, known: str, reader: Office, website: Website
@@ -5987,18 +5845,22 @@ def crawl_table(website: Website, **more: Any) -> str:
     return "\n".join(["[[sites]]", *lines])
 
 
-def known_pages(folder: Path) -> dict[str, float]:
-    """The paths of the pages in a knowledge.db, and when they were fetched."""
+def knows(folder: Path, sql: str) -> list[tuple[Any, ...]]:
+    """What another program reads from a knowledge.db."""
     with contextlib.closing(sqlite3.connect(folder / "knowledge.db")) as db:
-        rows = db.execute("SELECT url, fetched FROM page WHERE source = 'page' ORDER BY url")
-        return {f"/{url.split('/', 3)[3]}": fetched for url, fetched in rows}
+        return db.execute(sql).fetchall()
+
+
+def known_pages(folder: Path) -> list[str]:
+    """The paths of the pages that are known."""
+    urls = knows(folder, "SELECT url FROM page WHERE source = 'page' ORDER BY url")
+    return [f"/{url.split('/', 3)[3]}" for (url,) in urls]
 
 
 def crawl_row(folder: Path) -> str:
     """What a knowledge.db holds of the crawl of a site; before it begins, as if it had."""
-    with contextlib.closing(sqlite3.connect(folder / "knowledge.db")) as db:
-        rows = db.execute("SELECT row FROM crawl WHERE site = 'web'").fetchall()
-    return rows[0][0] if rows else '"running":true'
+    rows = knows(folder, "SELECT row FROM crawl WHERE site = 'web'")
+    return cast(str, rows[0][0]) if rows else '"running":true'
 
 
 async def test_a_killed_crawl_goes_on(tmp_path: Path, website: Website) -> None:
@@ -6009,13 +5871,12 @@ async def test_a_killed_crawl_goes_on(tmp_path: Path, website: Website) -> None:
     async with program(tmp_path, table, FAST + "; lf.PAGE_SECONDS = 60") as running:
         await until(lambda: "/5" in website.paths())
         await running.stop(signal.SIGKILL)
-    first = known_pages(tmp_path)
-    assert len(first) == 6
+    assert len(first := known_pages(tmp_path)) == 6
     website.requests, website.pages["/5"] = [], "Page /5"
     async with program(tmp_path, table, FAST):
         await until(lambda: len(known_pages(tmp_path)) == 9)
         assert website.paths() == ["/5", "/6", "/7"]
-        assert first.keys() <= known_pages(tmp_path).keys()
+        assert {*first} <= {*known_pages(tmp_path)}
 
 
 async def test_crawl_command(tmp_path: Path, website: Website) -> None:
@@ -7057,6 +6918,13 @@ READERS: dict[str, Reader] = {  # what reads it, and a text of about n bytes
     **{f"JSON: {p}": (lambda s: lf.decode_json(s.encode()), repeated(p, "[" * 70)) for p in JSONS},
     **{f"guide: {part}": (guide, repeated(part, share=0.05)) for part in WISHES},
     **{f"guide's page: {p!r}": (lambda s: guide("?", s), repeated(p, share=0.05)) for p in SHOWS},
+    **{
+        f"HTML: {part!r}": (
+            lambda text: lf.read_page(text.encode(), "https://acme.com/", {}, start=True),
+            repeated(part),
+        )
+        for part in HOSTILE_MARKUP
+    },
     "words": (lf.plain_words, repeated(WIDE + "aB1-. \u00ad\u0301")),
     "risks": (functools.partial(lf.is_named, "irreversible"), repeated("| cancel a ")),
     "secrets": (functools.partial(lf.is_named, "secret"), repeated("pass code ")),
