@@ -2424,12 +2424,9 @@ SHOP_ELEMENTS: list[Json] = [
     {"id": 9, "type": "link", "text": "Elsewhere", "href": "https://evil.example/"},
 ]
 PAGE_CONTEXT: Json = {
-    "url": "https://acme.com/shop/",
-    "title": "Shop",
-    "visibleText": "Coffee for everyone.",
+    **{"url": "https://acme.com/shop/", "title": "Shop", "visibleText": "Coffee for everyone."},
     "indexedElements": SHOP_ELEMENTS,
 }
-NAME_FIELD = {"name": "name", "type": "text"}
 ASK_NAME: Json = {"type": "ask_user", "question": "Your name?"}
 ASK_NAME |= {"field_name": "name", "field_type": "text"}
 
@@ -2440,6 +2437,12 @@ def page_of(context: Json = PAGE_CONTEXT, **site: Any) -> lf.Page:
     return lf.Page(context, str(context.get("url", "")), config.sites[0], index)
 
 
+def showing(*elements: Json, **context: Any) -> Json:
+    """The context of a page of these elements, numbered from 1, buttons unless they say else."""
+    known = [{"id": number, "type": "button", **one} for number, one in enumerate(elements, 1)]
+    return {**PAGE_CONTEXT, "indexedElements": known, **context}
+
+
 def checked(raw: Any, page: lf.Page | None = None) -> Json:
     """The clean action of a reply, a plan as the client gets it."""
     _, action = lf.check_action(raw, page or page_of())
@@ -2448,12 +2451,12 @@ def checked(raw: Any, page: lf.Page | None = None) -> Json:
     return {"type": raw["type"] if raw else "none", **action, **wire}
 
 
-def plan_of(raw: Json, page: lf.Page) -> lf.Plan:
-    return cast(lf.Plan, lf.check_action(raw, page)[1]["plan"])
-
-
 def click(element_id: Any, **more: Any) -> Json:
     return {"type": "click_element", "elementId": element_id, **more}
+
+
+def go(url: Any) -> Json:
+    return {"type": "navigate", "url": url}
 
 
 def steps(*items: Any) -> Json:
@@ -2464,13 +2467,41 @@ def step(kind: Any, element_id: Any = ..., **more: Any) -> Json:
     return {"action": kind, **({} if element_id is ... else {"elementId": element_id}), **more}
 
 
-def typing(element: Json, value: Any = "x") -> tuple[Json, lf.Page]:
-    """A sequence that types into an element, and the page that shows only this."""
-    page = page_of({**PAGE_CONTEXT, "indexedElements": [{"id": 1, "type": "input", **element}]})
-    return steps(step("type", 1, inputData=value)), page
+def block(kind: Any, data: Any) -> Json:
+    return {"type": "render_ui_block", "block_type": kind, "data": data}
 
 
-ABOUT = f"{ORIGIN}/shop/about?x=1#y"
+def confirming(pending: Any, **more: Any) -> Json:
+    return {"type": "confirmation_required", "pending_action": pending, **more}
+
+
+BLOCKS: dict[str, Json] = {
+    "pricing_cards": {
+        "plans": [
+            {"name": "Pro", "price": "12", "period": "month", "highlighted": True}
+            | {"features": ["All"], "cta_label": "Take it", "cta_url": "/pro"},
+            {"name": "Team", "highlighted": False, "cta_label": "Ask", "cta_action": "I want Team"},
+        ]
+    },
+    "feature_grid": {"features": [{"icon": "bolt", "title": "Fast", "body": "Very."}]},
+    "faq_list": {"items": [{"q": "Why?", "a": "So."}]},
+    "link_cards": {"cards": [{"title": "Docs", "description": "All", "url": "/a", "icon": "a"}]},
+}
+MUCH_IN_A_CARD = {"name": "x" * 500, "price": 9.5, "features": ["y" * 300] * 20}
+CUT_CARD = {"name": "x" * 280, "price": "9.5", "features": ["y" * 280] * 8}
+GOOD_URLS = {
+    **{"/": "https://acme.com/", "?page=2": "https://acme.com/shop/?page=2"},
+    **{"../cart": "https://acme.com/cart", "#top": "https://acme.com/shop/#top"},
+    **{"//www.acme.com/x": "https://www.acme.com/x", "/a:b": "https://acme.com/a:b"},
+    "http://acme.com:8080/x": "http://acme.com:8080/x",
+    "about?x=1#y": f"{ORIGIN}/shop/about?x=1#y",
+    "/search?u=https://evil.example": "https://acme.com/search?u=https://evil.example",
+}
+LINKS_OF_BLOCKS = {  # and whether they stay: http(s) of any website, as it was written
+    **dict.fromkeys(("/a", "?b", "https://acme.com/a", "http://other.example/x"), True),
+    **dict.fromkeys(("javascript:alert(1)", "data:text/html,x", "mailto:a@b.c", 5), False),
+    **dict.fromkeys(("java\tscript:x", "https://[", "https://a@evil.example/", ""), False),
+}
 
 
 @cases(
@@ -2478,10 +2509,24 @@ ABOUT = f"{ORIGIN}/shop/about?x=1#y"
     *((None, {"type": "none"}), ({"type": "none"}, {}), (ASK_NAME, {})),
     (click(1), {"description": "click Pricing"}),
     (click(1, description="Open prices"), {}),
-    ({"type": "navigate", "url": "about?x=1#y"}, {"url": ABOUT, "description": f"go to {ABOUT}"}),
+    *((go(url), go(to) | {"description": f"go to {to}"}) for url, to in GOOD_URLS.items()),
     ({"type": "task_complete", "summary": "All done"}, {}),
     ({"type": "abort_workflow", "reason": "No shop here"}, {}),
-)
+    # Blocks lose what they do not know, are cut to 8 items of 280 characters; a link goes alone.
+    *((block(kind, data), {}) for kind, data in BLOCKS.items()),
+    *(
+        (block(kind, {name: [{**item, "script": "x"} for item in items], "more": 1}),
+         {"data": data})
+        for kind, data in BLOCKS.items() for name, items in data.items()
+    ),
+    (block("pricing_cards", {"items": [*[MUCH_IN_A_CARD] * 20, 7]}),
+     {"data": {"plans": [CUT_CARD] * 8}}),
+    *(
+        (block("link_cards", {"cards": [{"title": "x", "url": url}, {"title": "y"}]}),
+         {"data": {"cards": [{"title": "x"} | ({"url": url} if stays else {}), {"title": "y"}]}})
+        for url, stays in LINKS_OF_BLOCKS.items()
+    ),
+)  # fmt: skip
 def test_a_valid_action_comes_out_clean(raw: Any, changes: Json) -> None:
     """check_action returns only known fields, URLs resolved, descriptions filled in."""
     assert checked(raw) == {**(raw or {}), **changes}
@@ -2502,12 +2547,18 @@ def test_a_sequence_keeps_every_kind_of_step() -> None:
         assert plan["actions"] == expected
 
 
-def block(kind: Any, data: Any) -> Json:
-    return {"type": "render_ui_block", "block_type": kind, "data": data}
-
-
-def confirming(pending: Any, **more: Any) -> Json:
-    return {"type": "confirmation_required", "pending_action": pending, **more}
+def test_the_vocabulary_comes_from_one_list() -> None:
+    """Schema, prompt and validator know the same types of action, and fields of blocks."""
+    options = lf.REPLY_SCHEMA["schema"]["properties"]["action"]["anyOf"]
+    names = [o["properties"]["type"]["enum"][0] for o in options if "properties" in o]
+    assert names == list(lf.ACTIONS)
+    assert list(lf.REPLY_SCHEMA["schema"]["properties"]) == ["message", "answered", "action"]
+    assert all(f"- {name} {{" in lf.ACTION_HELP for name in names)
+    data = lf.ACTIONS["render_ui_block"].fields["data"]["anyOf"]
+    for shown in BLOCKS.values():
+        ((name, items),) = shown.items()
+        (shape,) = (one["properties"][name] for one in data if name in one["properties"])
+        assert {field for item in items for field in item} <= set(shape["items"]["properties"])
 
 
 BAD_STEPS = (
@@ -2519,6 +2570,19 @@ BAD_STEPS = (
     *(step("wait", waitDuration=long) for long in (-1, True, "5", float("nan"), float("inf"))),
     step("navigate", url="https://evil.example/"),
 )
+BAD_URLS = (  # only http(s) of a host of the same site is good, however it is written
+    *"https://evil.example/ HTTPS://EVIL.example //evil.example/x ///evil.example/x".split(),
+    *"https:evil.example https:/evil.example https:///evil.example".split(),
+    *"\\\\evil.example /\\evil.example https://acme.com\\@evil.example/".split(),
+    *"https://acme.com@evil.example/ https://user:pw@acme.com/".split(),
+    *"https://acme.com.evil.example/ https://evilacme.com/ https://other.example/".split(),
+    *(f"{j}script:alert(1)" for j in ("java", "JaVa", "java\t", "java\n", " java", "\x01java")),
+    "data:text/html,<script>",
+    *"vbscript:msgbox(1) file:///etc/passwd ftp://acme.com/ blob:https://acme.com/1".split(),
+    *"view-source:https://acme.com/ mailto:a@acme.com https://acme.com:99999/".split(),
+    *"https://[acme.com]/ https://\u0430cme.com/ https://acme.com%2eevil.example/".split(),
+    *("/a b", "/a\tb", "", "/" + "x" * 2000, None, 5, ["/x"]),
+)
 
 
 @cases(
@@ -2526,6 +2590,8 @@ BAD_STEPS = (
     *("click", [], 7, {}, {"type": "run_script"}, {"type": None}, {"type": ["none"]}),
     *(click(number) for number in (99, 5, 9, True, 1.0, "1", None, [1], 10**30)),
     click(1, description=5),
+    *map(go, BAD_URLS),
+    *(steps(step("navigate", url=url)) for url in BAD_URLS),
     *(steps(step("click", 2), bad) for bad in BAD_STEPS),
     *(steps(bad) for bad in BAD_STEPS),
     *(steps(), steps(*[step("click", 2)] * 51), steps(*[step("wait", waitDuration=1)] * 5000)),
@@ -2548,40 +2614,6 @@ def test_an_invalid_action_is_refused_whole(raw: Any) -> None:
         lf.check_action(raw, page_of())
 
 
-@cases(
-    "url",
-    *"https://evil.example/ HTTPS://EVIL.example //evil.example/x ///evil.example/x".split(),
-    *"https:evil.example https:/evil.example https:///evil.example".split(),
-    *"\\\\evil.example /\\evil.example https://acme.com\\@evil.example/".split(),
-    *"https://acme.com@evil.example/ https://user:pw@acme.com/".split(),
-    *"https://acme.com.evil.example/ https://evilacme.com/ https://other.example/".split(),
-    *(f"{j}script:alert(1)" for j in ("java", "JaVa", "java\t", "java\n", " java", "\x01java")),
-    "data:text/html,<script>",
-    *"vbscript:msgbox(1) file:///etc/passwd ftp://acme.com/ blob:https://acme.com/1".split(),
-    *"view-source:https://acme.com/ mailto:a@acme.com https://acme.com:99999/".split(),
-    *"https://[acme.com]/ https://\u0430cme.com/ https://acme.com%2eevil.example/".split(),
-    *("/a b", "/a\tb", "", "/" + "x" * 2000, None, 5, ["/x"]),
-)
-def test_a_url_that_leaves_the_site_is_refused(url: Any) -> None:
-    """Only http(s) of a host of the same site, however it is written."""
-    for raw in ({"type": "navigate", "url": url}, steps(step("navigate", url=url))):
-        with pytest.raises(lf.ActionRejected):
-            lf.check_action(raw, page_of())
-
-
-@cases(
-    "url, whole",
-    *(("/", "https://acme.com/"), ("?page=2", "https://acme.com/shop/?page=2")),
-    *(("../cart", "https://acme.com/cart"), ("#top", "https://acme.com/shop/#top")),
-    *(("//www.acme.com/x", "https://www.acme.com/x"), ("/a:b", "https://acme.com/a:b")),
-    ("http://acme.com:8080/x", "http://acme.com:8080/x"),
-    ("/search?u=https://evil.example", "https://acme.com/search?u=https://evil.example"),
-)
-def test_a_url_of_the_site_is_resolved_against_the_page(url: str, whole: str) -> None:
-    """Relative and absolute URLs of the site's own hosts."""
-    assert checked({"type": "navigate", "url": url})["url"] == whole
-
-
 SECRET_FIELDS = {  # an attribute, and values that give a secret away
     "type": "password|input:password",
     "inputType": "PASSWORD",
@@ -2591,55 +2623,28 @@ SECRET_FIELDS = {  # an attribute, and values that give a secret away
     "|OTPInput|SSNField|otp1|user_pass|onetimecode",
     "label": "Password|Credit card|Card number|Card|Security code|Verification code|IBAN|MM / YY"
     "|Bank account|Account number|Sort code|Social Security Number|National ID|Passport number"
-    "|Passwort"
-    "|6-digit code|\uff30\uff41\uff53\uff53\uff57\uff4f\uff52\uff44|Pass\u00adword"
+    "|Passwort|Hasło|Mot de passe|Contraseña|Senha|Wachtwoord|Şifre|كلمة المرور|पासवर्ड|暗証番号"
+    "|密码|6-digit code|\uff30\uff41\uff53\uff53\uff57\uff4f\uff52\uff44|Pass\u00adword"
     "|N\u00famero de tarjeta",
     **{"placeholder": "Enter your PIN", "ariaLabel": "One-time code", "text": "Tax ID"},
 }
-
-
-@cases("element", *({name: one} for name, many in SECRET_FIELDS.items() for one in many.split("|")))
-def test_nothing_is_typed_into_a_field_for_secrets(element: Json) -> None:
-    """Password, one-time-code, card, bank and national-id fields, by type, name or label; camel
-    case, digits and characters that nobody sees do not hide one."""
-    raw, page = typing(element)
-    assert lf.is_sensitive(element)
-    with pytest.raises(lf.ActionRejected):
-        lf.check_action(raw, page)
-
-
-def test_ordinary_fields_may_be_filled() -> None:
-    """The rule for secrets does not catch what only looks a little like one."""
-    for one in "Your name/Shipping address/Opinion/Business card design/Message/Search".split("/"):
-        raw, page = typing({"label": one})
-        assert checked(raw, page)["actions"][0]["inputData"] == "x"
-
-
-RISKY = """Delete/Remove item/BUY NOW/Pay/Purchase/Place order/Send message/Transfer money
-Unsubscribe/Cancel subscription/Deletes all/Cancel my order/Place your order"""
-HARMLESS = "Cancel/Close/Show more/My orders/Payments explained/Borderless"
+ORDINARY = "Your name|Shipping address|Opinion|Business card design|Message|Search|H.|Ş.|ك.|प.|暗."
 
 
 @cases(
-    "element, risky",
-    *(({"text": text}, True) for text in re.split("[/\n]", RISKY)),
-    *(({"text": text}, True) for text in ("De\u200blete", "De\U000e0041lete")),
-    *(({"text": text}, False) for text in HARMLESS.split("/")),
-    ({"text": "🗑", "ariaLabel": "Delete this"}, True),
-    ({"text": "X", "name": "delete_btn"}, True),
-    ({"name": "DELETEAccount"}, True),
-    ({"type": "submit", "value": "Send"}, True),
-    ({"type": "submit", "text": "OK", "parent": "Delete your account?"}, True),
-    ({"text": "Cancel", "ariaLabel": "Cancel", "name": "cancel"}, False),
-    ({"type": "submit", "text": "Search", "parent": "Find a shop"}, False),
-    *(({"text": "A", "href": f"/{url}"}, True) for url in ("orders/5/cancel", "konto/loeschen")),
-    ({"text": "A", "href": "/help/how-to-cancel"}, False),
+    "element, value, typed",
+    *(({name: one}, "x", "") for name, many in SECRET_FIELDS.items() for one in many.split("|")),
+    *(({"label": label}, "x", "x") for label in ORDINARY.split("|")),
+    # A line end submits nothing: in a single-line field it becomes a space.
+    *(({}, "a\nb", "a b"), ({"type": "textarea"}, "a\nb", "a\nb")),
 )
-def test_a_click_that_cannot_be_taken_back_is_known(element: Json, risky: bool) -> None:
-    """delete, remove, buy, pay, purchase, order, send, transfer, unsubscribe, cancel what; each
-    name is read by itself, without what nobody sees."""
-    for raw in (click(1), steps(step("scroll_to", 1), step("double_click", 1))):
-        assert bool(asked_about([{"type": "button", **element}], raw)) is risky
+def test_what_may_be_typed(element: Json, value: str, typed: str) -> None:
+    """Nothing into a field for a password, one-time-code, card, bank or national id, by its type,
+    name or label; camel case, digits and characters that nobody sees do not hide one."""
+    raw, page = steps(step("type", 1, inputData=value)), showing({"type": "input", **element})
+    assert lf.is_sensitive(element) is not bool(typed)
+    with contextlib.nullcontext() if typed else pytest.raises(lf.ActionRejected):
+        assert checked(raw, page_of(page))["actions"][0]["inputData"] == typed
 
 
 def test_labels_of_all_languages() -> None:
@@ -2655,16 +2660,60 @@ def test_labels_of_all_languages() -> None:
         assert asked >= 0.95 * len(labels) if kind == "harmful" else asked <= 0.05 * len(labels)
 
 
-def asked_about(elements: list[Json], raw: Any = None, **context: Any) -> list[str]:
-    """What a plan on a page of some elements asks about first, a click on the first by default."""
-    known = [{"id": at, "type": "button"} | one for at, one in enumerate(elements, 1)]
-    page = page_of({**PAGE_CONTEXT, "indexedElements": known, **context})
-    return [name for _, name in lf.irreversible_steps(plan_of(raw or click(1), page), page)]
+def asked_about(raw: Any, *elements: Json, **context: Any) -> list[str]:
+    """What a plan on a page of some elements asks about first."""
+    page = page_of(showing(*elements, **context))
+    plan = cast(lf.Plan, lf.check_action(raw, page)[1]["plan"])
+    return [name for _, name in lf.irreversible_steps(plan, page)]
 
 
 LINK, BOX, RADIO = {"type": "link"}, {"type": "checkbox"}, {"type": "radio"}
 ROLES = {"type": "select", "label": "Role", "options": ["Reader", "Delete user"]}
 SEND = {"type": "submit", "text": "Send", "parent": "Write"}
+ENTER = step("press", 1, key="Enter")
+RISKY = """Delete/Remove item/BUY NOW/Pay/Purchase/Place order/Send message/Transfer money
+Unsubscribe/Cancel subscription/Deletes all/Cancel my order/Place your order"""
+HARMLESS = "Cancel/Close/Show more/My orders/Payments explained/Borderless"
+
+
+@cases(
+    "element, asked",
+    # delete, remove, buy, pay, purchase, order, send, transfer, unsubscribe, cancel what.
+    *(({"text": text}, True) for text in re.split("[/\n]", RISKY)),
+    *(({"text": text}, False) for text in HARMLESS.split("/")),
+    ({"text": "🗑", "ariaLabel": "Delete this"}, True),
+    ({"text": "X", "name": "delete_btn"}, True),
+    ({"name": "DELETEAccount"}, True),
+    ({"type": "submit", "value": "Send"}, True),
+    ({"text": "Cancel", "ariaLabel": "Cancel", "name": "cancel"}, False),
+    ({"type": "submit", "text": "Search", "parent": "Find a shop"}, False),
+    # What nobody sees; a title, a heading, no name at all.
+    *(({"text": f"De{unseen}lete"}, True) for unseen in "\u200b\U000e0041\ufe0f\u20dd"),
+    *(({"text": blank}, True) for blank in "\u2800\u3164"),
+    ({"text": "Go", "title": "Erase everything"}, True),
+    ({"type": "submit", "text": "OK", "parent": "Delete your account?"}, True),
+    ({"type": "submit", "text": "OK", "heading": "Close your account"}, True),
+    # Where a link leads, by whatever way.
+    *((LINK | {"text": "A", "href": url}, True) for url in ("/orders/5/cancel", "/konto/loeschen")),
+    *((LINK | {"text": "A", "href": url}, False) for url in ("/help/how-to-cancel", "/users/5")),
+    *(
+        (LINK | {"text": "A", "href": url}, True)
+        for url in ("/users/5/delete", "/?do=%64eleteUser")
+    ),
+    ({**LINK, "text": "A", "href": "/shop/#/account/remove"}, True),
+    *(({**LINK, "text": "A", "href": f"{scheme}:x"}, True) for scheme in ("mailto", "javascript")),
+    # A button of a dialog that says so, but for those that only close it.
+    ({"text": "OK", "inModal": True, "parent": "Delete account?"}, True),
+    ({"text": "Abbrechen", "inModal": True, "parent": "Delete account?"}, False),
+    ({"text": "إلغاء", "type": "submit", "parent": "Delete account?"}, False),
+    ({"text": "No", "title": "Delete", "type": "submit"}, True),
+)
+def test_a_click_that_sets_something_off_is_asked(element: Json, asked: bool) -> None:
+    """By each of its names, read by itself; a double click is a click."""
+    name = element.get("text", element.get("value", element.get("name")))
+    names = [re.sub("[\u200b\U000e0041]", "", name)] if asked else []
+    for raw in (click(1), steps(step("scroll_to", 1), step("double_click", 1))):
+        assert asked_about(raw, element) == names
 
 
 @cases(
@@ -2677,115 +2726,80 @@ SEND = {"type": "submit", "text": "Send", "parent": "Write"}
     ([ROLES], "Reader", []),
     ([ROLES], step("press", 1, key="ArrowDown"), ["Role"]),
     ([ROLES], step("press", 1, key="Escape"), []),
-    # Where a link leads, by whatever way.
-    ([{**LINK, "text": "Ada", "href": "/users/5/delete"}], None, ["Ada"]),
-    ([{**LINK, "text": "Ada", "href": "/?do=%64eleteUser"}], None, ["Ada"]),
-    ([{**LINK, "text": "Ada", "href": "/users/5"}], None, []),
-    ([{**LINK, "text": "Ada", "href": "/shop/#/account/remove"}], None, ["Ada"]),
-    *(([{**LINK, "text": "A", "href": f"{of}:x"}], None, ["A"]) for of in ("mailto", "javascript")),
     ([], step("navigate", url="/users/5/delete?sure=1"), ["/users/5/delete?sure=1"]),
     ([], step("navigate", url="/users/5"), []),
-    # Names: a title, a heading, none at all.
-    ([{"text": "Go", "title": "Erase everything"}], None, ["Go"]),
-    ([{"type": "submit", "text": "OK", "heading": "Close your account"}], None, ["OK"]),
-    ([{"text": "\u200b"}], step("double_click", 1), ["\u200b"]),
+    ([{"text": "\u200b"}], step("double_click", 1), [""]),
     ([{"text": ""}], step("hover", 1), []),
-    *(([{"text": blank}], None, [blank]) for blank in ("\u2800", "\u3164")),
-    *(([{"text": text}], None, [text]) for text in ("De\ufe0flete", "D\u20ddelete")),
-    # A button of a dialog that says so, but for those that only close it.
-    ([{"text": "OK", "inModal": True, "parent": "Delete account?"}], None, ["OK"]),
-    ([{"text": "Abbrechen", "inModal": True, "parent": "Delete account?"}], None, []),
-    ([{"text": "إلغاء", "type": "submit", "parent": "Delete account?"}], None, []),
-    ([{"text": "No", "title": "Delete", "type": "submit"}], None, ["No"]),
     # Enter in a field is its form's submit.
-    ([{"label": "Name", "type": "text", "parent": "Write"}, SEND], "Enter", ["Send"]),
-    ([{"label": "Find", "type": "search", "parent": "Find"}, SEND], "Enter", ["Send"]),
-    ([{"text": "Next"}, SEND], "Enter", []),
-    ([{"label": "Say", "type": "textarea"}], "Enter", ["Say"]),
-    ([{"label": "Find", "type": "search"}], "Enter", []),
+    ([{"label": "Name", "type": "text", "parent": "Write"}, SEND], ENTER, ["Send"]),
+    ([{"label": "Find", "type": "search", "parent": "Find"}, SEND], ENTER, ["Send"]),
+    ([{"text": "Next"}, SEND], ENTER, []),
+    ([{"label": "Say", "type": "textarea"}], ENTER, ["Say"]),
+    ([{"label": "Find", "type": "search"}], ENTER, []),
 )
 def test_what_sets_something_off_is_asked(elements: list[Json], raw: Any, asked: list[str]) -> None:
-    """Every kind of step that sets something off, and every way to say what it does."""
-    if isinstance(raw, str):
-        press = step("press", 1, key="Enter")
-        raw = press if raw == "Enter" else step("select", 1, inputData=raw)
-    found = asked_about(elements, steps(raw) if raw else None)
-    assert [name.strip("\u200b") for name in found] == [name.strip("\u200b") for name in asked]
+    """Every other kind of step that sets something off."""
+    one = step("select", 1, inputData=raw) if isinstance(raw, str) else raw
+    assert asked_about(steps(one), *elements) == asked
 
 
 def test_a_form_speaks_for_its_submits() -> None:
     """The words of the form that names a button count, those of another one do not."""
     forms = ['{"name":"Transfer money","submit":"Continue"}', '{"submit":"Search"}']
     for text, risky in {"Continue": True, "Search": False, "OK": True}.items():
-        assert bool(asked_about([{"type": "submit", "text": text}], forms=forms)) is risky
-
-
-GO = {"type": "navigate"}
-AWAY = "https://evil.example/steal"
+        assert bool(asked_about(click(1), {"type": "submit", "text": text}, forms=forms)) is risky
 
 
 @cases(
     "raw",
-    *(click(1), steps(step("double_click", 1)), steps(step("press", 1, key="Enter"))),
+    *(click(1), steps(step("double_click", 1)), steps(ENTER)),
     *(steps(step("press", 2, key="Enter")), steps(step("select", 1, inputData="x"))),
 )
 @pytest.mark.parametrize("kind", ["button", "submit", "link", "iframe"])
 def test_nothing_leads_to_another_website(raw: Json, kind: str) -> None:
     """Not the link around a button, not the target of a form, by no kind of step."""
-    elements: list[Json] = [
-        {"id": 1, "type": kind, "text": "Go", "href": AWAY},
-        {"id": 2, "type": "text", "label": "Find", "href": "" if kind == "submit" else AWAY},
-    ]
+    away = "https://evil.example/steal"
+    field = {"type": "text", "label": "Find", "href": "" if kind == "submit" else away}
     with pytest.raises(lf.ActionRejected, match="leaves"):
-        lf.check_action(raw, page_of({**PAGE_CONTEXT, "indexedElements": elements}))
+        lf.check_action(raw, page_of(showing({"type": kind, "text": "Go", "href": away}, field)))
+
+
+TEXT = {"type": "text", "label": "x"}
 
 
 @cases(
-    "restriction, element, what, allowed",
+    "restriction, element, raw, allowed",
     *(("submit", {"text": one}, click(1), False) for one in "Abschicken Valider 送信 Post".split()),
     *(("submit", {"type": kind}, click(1), False) for kind in ("image", "submit")),
     ("submit", {"type": "submit"}, steps(step("scroll_to", 1), step("click", 1)), False),
     *((rule, {"text": "Show more"}, click(1), True) for rule in ("navigate", "type", "submit")),
-    *(("navigate", {}, go, False) for go in ({**GO, "url": "/x"}, step("navigate", url="/x"))),
-    ("type", {"type": "input", "label": "x"}, step("type", 1, inputData="x"), False),
+    *(("navigate", {}, raw, False) for raw in (go("/x"), step("navigate", url="/x"))),
+    ("type", TEXT, step("type", 1, inputData="x"), False),
     ("submit", {"text": "Blog post"}, click(1), True),
-    ("submit", {"type": "text", "label": "x"}, step("press", 1, key="Enter"), False),
-    ("submit", {"type": "text", "label": "x"}, step("press", 1, key="Tab"), True),
+    *(("submit", TEXT, ENTER, False), ("submit", TEXT, step("press", 1, key="Tab"), True)),
     ("navigate", {"type": "submit", "href": "/found"}, click(1), True),
     ("navigate", {"text": "x", "href": "/found"}, click(1), False),
     ("navigate", {"text": "x", "href": "https://acme.com/shop/#a"}, click(1), True),
     ("type", BOX | {"label": "x"}, step("select", 1, inputData="on"), False),
     ("type", ROLES | {"label": "x"}, step("select", 1, inputData="on"), False),
     ("type", {"type": "number", "label": "x"}, step("press", 1, key="ArrowUp"), False),
-    ("type", {"type": "text", "label": "x"}, step("press", 1, key="Backspace"), False),
+    ("type", TEXT, step("press", 1, key="Backspace"), False),
     ("", {"type": "select", "label": "Expiry month"}, step("select", 1, inputData="5"), False),
     ("", {"type": "text", "label": "Passwort"}, step("press", 1, key="Backspace"), False),
     ("", RADIO | {"label": "Basic"}, step("press", 1, key="ArrowDown"), False),
 )
-def test_every_step_is_checked(restriction: str, element: Json, what: Json, allowed: bool) -> None:
+def test_every_step_is_checked(restriction: str, element: Json, raw: Json, allowed: bool) -> None:
     """By what the owner forbids, and by secrets: `select` and keys are clicks and typing; names of
     submits of all languages count. Without the restriction the same may run."""
-    context = {**PAGE_CONTEXT, "indexedElements": [{"id": 1, "type": "button", **element}]}
-    page = page_of(context, restrictions=[restriction] if restriction else [])
-    raw = what if "type" in what else steps(what)
+    raw, context = raw if "type" in raw else steps(raw), showing(element)
     with contextlib.nullcontext() if allowed else pytest.raises(lf.ActionRejected):
-        lf.check_action(raw, page)
+        lf.check_action(raw, page_of(context, restrictions=[restriction] if restriction else []))
     if restriction:
         lf.check_action(raw, page_of(context))
 
 
-SECRETS = "Hasło|Mot de passe|Contraseña|Senha|Wachtwoord|Şifre|كلمة المرور|पासवर्ड|暗証番号|密码"
-
-
-@pytest.mark.parametrize("label", SECRETS.split("|"))
-def test_secrets_of_all_languages(label: str) -> None:
-    assert lf.is_sensitive({"type": "text", "label": label})
-    assert not lf.is_sensitive({"type": "text", "label": f"{label[0]}."})
-
-
 @pytest.mark.parametrize(
-    "unit",
-    ["cancel ", "close a b c ", "買い物を続ける", "عرض الكل", "pass ", "x", "delete", "\u2067"],
+    "unit", "cancel |close a b c |買い物を続ける|عرض الكل|pass |x|delete|\u2067".split("|")
 )
 def test_risky_words_are_read_in_linear_time(unit: str) -> None:
     def seconds(times: int) -> float:
@@ -2797,61 +2811,6 @@ def test_risky_words_are_read_in_linear_time(unit: str) -> None:
     assert min(seconds(8000) for _ in range(5)) < 4 * min(seconds(4000) for _ in range(5)) + 0.001
 
 
-BLOCKS: dict[str, Json] = {
-    "pricing_cards": {
-        "plans": [
-            {"name": "Pro", "price": "12", "period": "month", "highlighted": True}
-            | {"features": ["All"], "cta_label": "Take it", "cta_url": "/pro"},
-            {"name": "Team", "highlighted": False, "cta_label": "Ask", "cta_action": "I want Team"},
-        ]
-    },
-    "feature_grid": {"features": [{"icon": "bolt", "title": "Fast", "body": "Very."}]},
-    "faq_list": {"items": [{"q": "Why?", "a": "So."}]},
-    "link_cards": {"cards": [{"title": "Docs", "description": "All", "url": "/a", "icon": "a"}]},
-}
-
-
-@pytest.mark.parametrize("kind", BLOCKS)
-def test_blocks_have_their_published_shapes(kind: str) -> None:
-    """They pass as they are, pass the schema's list of fields, and lose what they do not know."""
-    assert checked(block(kind, BLOCKS[kind]))["data"] == BLOCKS[kind]
-    ((name, items),) = BLOCKS[kind].items()
-    more = {name: [{**item, "script": "x"} for item in items], "more": 1}
-    assert checked(block(kind, more))["data"] == BLOCKS[kind]
-    data = lf.ACTIONS["render_ui_block"].fields["data"]["anyOf"]
-    (shape,) = (one["properties"][name] for one in data if name in one["properties"])
-    assert {field for item in items for field in item} <= set(shape["items"]["properties"])
-
-
-def test_a_block_is_cut_to_its_limits() -> None:
-    """At most 8 items, 280 characters a text; numbers are texts."""
-    items = [{"name": "x" * 500, "price": 9.5, "features": ["y" * 300] * 20} for _ in range(20)]
-    shown = checked(block("pricing_cards", {"items": [*items, 7]}))["data"]["plans"]
-    assert shown == [{"name": "x" * 280, "price": "9.5", "features": ["y" * 280] * 8}] * 8
-
-
-@cases(
-    "url, stays",
-    *((url, True) for url in ("/a", "?b", "https://acme.com/a", "http://other.example/x")),
-    *((url, False) for url in ("javascript:alert(1)", "data:text/html,x", "mailto:a@b.c", 5)),
-    *((url, False) for url in ("java\tscript:x", "https://[", "https://a@evil.example/", "")),
-)
-def test_a_bad_link_costs_the_link_alone(url: Any, stays: bool) -> None:
-    """http(s) of any website stays as it was written; the item and the block stay in any case."""
-    cards = [{"title": "x", "url": url}, {"title": "y"}]
-    shown = checked(block("link_cards", {"cards": cards}))["data"]["cards"]
-    assert shown == [{"title": "x"} | ({"url": url} if stays else {}), {"title": "y"}]
-
-
-def test_the_vocabulary_comes_from_one_list() -> None:
-    """Schema, prompt and validator know the same types of action."""
-    options = lf.REPLY_SCHEMA["schema"]["properties"]["action"]["anyOf"]
-    names = [o["properties"]["type"]["enum"][0] for o in options if "properties" in o]
-    assert names == list(lf.ACTIONS)
-    assert list(lf.REPLY_SCHEMA["schema"]["properties"]) == ["message", "answered", "action"]
-    assert all(f"- {name} {{" in lf.ACTION_HELP for name in names)
-
-
 words = st.sampled_from(
     [e["text"] for e in SHOP_ELEMENTS if "text" in e]
     + ["password", "x", "/x", "https://acme.com/", "https://evil.example/", "javascript:alert(1)"]
@@ -2861,16 +2820,15 @@ junk = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=4,
 )
-element_ids, anything = st.integers(0, 8) | junk, words | junk
+texts = words | junk
+more = {"elementId": st.integers(0, 8) | junk, "url": texts, "description": texts}
 raw_steps = st.fixed_dictionaries(
     {"action": st.sampled_from(lf.STEP_KINDS) | junk},
-    optional=dict.fromkeys(["inputData", "url", "description"], anything)
-    | {"elementId": element_ids, "waitDuration": st.integers(-5, 20_000) | junk},
+    optional={**more, "inputData": texts, "waitDuration": st.integers(-5, 20_000) | junk},
 )
 raw_plans = st.fixed_dictionaries(
     {"type": st.sampled_from(lf.PLAN_TYPES) | junk},
-    optional=dict.fromkeys(["steps", "actions"], st.lists(raw_steps, max_size=4) | junk)
-    | {"elementId": element_ids, "url": anything, "description": anything},
+    optional=more | dict.fromkeys(["steps", "actions"], st.lists(raw_steps, max_size=4) | junk),
 )
 raw_elements = st.fixed_dictionaries(
     {"id": st.integers(0, 8), "type": st.sampled_from(["link", "button", "input", "password"])},
@@ -2889,9 +2847,8 @@ raw_elements = st.fixed_dictionaries(
 def test_what_is_planned_is_valid(raw: Any, elements: list[Json], restrictions: list[str]) -> None:
     """For any action on any page: refused, or every step of it is allowed."""
     context = {**PAGE_CONTEXT, "indexedElements": elements}
-    page = page_of(context, restrictions=restrictions)
     try:
-        plan = checked(raw, page)
+        plan = checked(raw, page_of(context, restrictions=restrictions))
     except lf.ActionRejected:
         return
     if plan["type"] not in lf.PLAN_TYPES:
@@ -2913,13 +2870,6 @@ def test_what_is_planned_is_valid(raw: Any, elements: list[Json], restrictions: 
             assert one["url"].startswith("https://acme.com/")
             assert "navigate" not in restrictions
         assert 0 <= one.get("waitDuration", 0) <= 10_000
-
-
-def test_a_line_end_submits_nothing() -> None:
-    """Typed into a single-line field it becomes a space; a text area keeps it."""
-    for kind, typed in (("input", "a b"), ("textarea", "a\nb")):
-        raw, page = typing({"type": kind}, "a\nb")
-        assert checked(raw, page)["actions"][0]["inputData"] == typed
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4995,7 +4945,11 @@ HALF = json.dumps({"message": "I click.", "action": click(2)})
 @pytest.mark.parametrize(
     ("answer", "event", "data"),
     [
-        (ASK_NAME, "message", {"text": "Your name?", "isQuestion": True, "field": NAME_FIELD}),
+        (
+            ASK_NAME,
+            "message",
+            {"text": "Your name?", "isQuestion": True, "field": {"name": "name", "type": "text"}},
+        ),
         (("Our plans:", block("pricing_cards", CARDS)), "ui_block", SHOWN_CARDS),
         ({"type": "abort_workflow", "reason": "No cart."}, "message", {"text": "No cart."}),
         (confirming(click(2), **LABELS), "confirmation_required", LABELS),
