@@ -2497,10 +2497,13 @@ GOOD_URLS = {
     "about?x=1#y": f"{ORIGIN}/shop/about?x=1#y",
     "/search?u=https://evil.example": "https://acme.com/search?u=https://evil.example",
 }
-LINKS_OF_BLOCKS = {  # and whether they stay: http(s) of any website, as it was written
+LINKS_OF_BLOCKS: dict[
+    Any, bool
+] = {  # and whether they stay: http(s) of any website, as it was written
     **dict.fromkeys(("/a", "?b", "https://acme.com/a", "http://other.example/x"), True),
-    **dict.fromkeys(("javascript:alert(1)", "data:text/html,x", "mailto:a@b.c", 5), False),
+    **dict.fromkeys(("javascript:alert(1)", "data:text/html,x", "mailto:a@b.c"), False),
     **dict.fromkeys(("java\tscript:x", "https://[", "https://a@evil.example/", ""), False),
+    5: False,
 }
 
 
@@ -2711,7 +2714,7 @@ HARMLESS = "Cancel/Close/Show more/My orders/Payments explained/Borderless"
 def test_a_click_that_sets_something_off_is_asked(element: Json, asked: bool) -> None:
     """By each of its names, read by itself; a double click is a click."""
     name = element.get("text", element.get("value", element.get("name")))
-    names = [re.sub("[\u200b\U000e0041]", "", name)] if asked else []
+    names = [re.sub("[\u200b\U000e0041]", "", str(name))] if asked else []
     for raw in (click(1), steps(step("scroll_to", 1), step("double_click", 1))):
         assert asked_about(raw, element) == names
 
@@ -2963,15 +2966,6 @@ async def test_words_of_the_widget(server: Server, monkeypatch: Patch) -> None:
 # The model client: what streams look like
 
 
-@dataclasses.dataclass
-class Quirk:
-    name: str
-    raw: bytes
-    text: str  # for the visitor
-    cut_short: bool = False
-    tokens: int | None = None
-
-
 DONE = sse("[DONE]")
 HELLO = sse(chunk("Hello"), chunk(" world"), "[DONE]")
 HI_IN_TWO_LINES = b'data: {"choices":[{"delta":\ndata: {"content":"Hi"}}]}\n\n'
@@ -2979,79 +2973,72 @@ USAGE = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
 USAGE_IN_TWO = {"prompt_tokens": 5, "completion_tokens": 2}
 USAGE_EVENT = {"choices": [], "usage": {"total_tokens": 7}}
 BOOM = {"error": {"message": "SECRET provider text", "code": "overloaded"}}
+TOO_LONG_IN_STREAM = {"error": {"message": "maximum context length", "code": 400}}
 THOUGHT = {"choices": [{"delta": {"reasoning": "hm", "reasoning_content": "so"}}]}
 ROLE = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
 END = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
 SPICY = 'Grüße 👋🏽 "q" \\ \n\ttab </data> \u2028 ]}}],"x":[{'
-
 DEEP = functools.reduce(lambda inner, _: [{"text": inner}], range(50), cast(Any, "x"))
+# Events without text, and what is no event.
+NO_CHOICE: list[Json] = [{"choices": one} for one in ([], None, [None])]
+NO_CHOICE += [{"choices": [one]} for one in ({"index": 0}, {"delta": None})]
+ODD_PARTS: list[Any] = [None, "x", {"type": "image"}]
+ODD: list[Any] = [chunk(one) for one in (None, 5, {"a": 1}, True, ODD_PARTS, [], DEEP)]
+JUNK: list[Any] = [*("nonsense", "{", "[1,", "5", "null", '"error"', "[]", "true", "{}"), ["error"]]
+JUNK += [{"id": "x"}, {"object": ["error"]}]
+NO_ERROR: list[Any] = [None, False, {}]
+ODD_USAGE: list[Any] = [None, {"a": 1}, "many", {"prompt_tokens": 5}, {"total_tokens": 1e999}]
 
-QUIRKS = [
-    Quirk("plain", HELLO, "Hello world"),
-    Quirk("usual", sse(ROLE, chunk("Hello"), chunk(" world"), END, "[DONE]"), "Hello world"),
-    Quirk("crlf", HELLO.replace(b"\n", b"\r\n"), "Hello world"),
-    Quirk("crlf in an event", HI_IN_TWO_LINES.replace(b"\n", b"\r\n"), "Hi"),
-    Quirk("cr", HELLO.replace(b"\n", b"\r"), "Hello world"),
-    Quirk("comments", b": hi\n\n" + HELLO.replace(b"\n\n", b"\n\n: ping\n\n:\n"), "Hello world"),
-    Quirk("fields", b"retry: 5\nid: 1\nevent: message\n" + HELLO, "Hello world"),
-    Quirk("no space", HELLO.replace(b"data: ", b"data:"), "Hello world"),
-    Quirk("single line ends", HELLO.replace(b"\n\n", b"\n"), "Hello world"),
-    Quirk("no done", sse(chunk("Hello"), chunk(" world")), "Hello world"),
-    Quirk("no last line end", sse(chunk("Hello"), chunk(" world")).rstrip(), "Hello world"),
-    Quirk("empty choices", sse({"choices": []}, chunk("Hi"), {"choices": []}), "Hi"),
-    Quirk("no choices", sse({"id": "x"}, chunk("Hi"), {"choices": None}), "Hi"),
-    Quirk("no delta", sse({"choices": [{"index": 0}]}, chunk("Hi"), END), "Hi"),
-    Quirk("null delta", sse({"choices": [{"delta": None}]}, chunk("Hi")), "Hi"),
-    Quirk("null choice", sse({"choices": [None]}, chunk("Hi")), "Hi"),
-    Quirk("null content", sse(chunk(None), chunk("Hi"), chunk(None)), "Hi"),
-    Quirk("odd content", sse(chunk(5), chunk("Hi"), chunk({"a": 1}), chunk(True)), "Hi"),
-    Quirk("parts", sse(chunk([{"type": "text", "text": one} for one in "Hi"]), chunk([])), "Hi"),
-    Quirk("deep parts", sse(chunk(DEEP), chunk([{"text": "Hi"}]), "[DONE]"), "Hi"),
-    Quirk("odd parts", sse(chunk([None, "x", {"type": "image"}, {"text": "Hi"}])), "Hi"),
-    Quirk("usage", sse(chunk("Hi"), {"choices": [], "usage": USAGE}, "[DONE]"), "Hi", tokens=7),
-    Quirk("usage in two", sse(chunk("Hi"), {"usage": USAGE_IN_TWO}, "[DONE]"), "Hi", tokens=7),
-    Quirk("usage always", sse(chunk("Hi") | {"usage": USAGE}), "Hi", tokens=7),
-    Quirk("usage null", sse(chunk("Hi") | {"usage": None}, {"usage": {"a": 1}}), "Hi"),
-    Quirk("usage odd", sse(chunk("Hi"), {"choices": [], "usage": "many"}), "Hi"),
-    Quirk("reasoning", sse(THOUGHT, chunk("Hi"), THOUGHT), "Hi"),
-    Quirk("reasoning beside null", sse(chunk(None) | {"reasoning": "x"}, chunk("Hi")), "Hi"),
-    Quirk("think", sse(chunk("<thi"), chunk("nk>secret</th"), chunk("ink>Hi")), "Hi"),
-    Quirk("think in one", sse(chunk("<think>secret</think>"), chunk("Hi")), "Hi"),
-    Quirk("error null", sse(chunk("Hi") | {"error": None}), "Hi"),
-    Quirk("error first", sse(BOOM), ""),
-    Quirk("error later", sse(chunk("Hi"), BOOM), "Hi", cut_short=True),
-    Quirk("error then more", sse(chunk("a"), chunk("b"), BOOM, chunk("c")), "ab", cut_short=True),
-    Quirk("error as text", sse({"error": "SECRET provider text"}), ""),
-    Quirk("error object", sse({"object": "error", "message": "SECRET provider text"}), ""),
-    Quirk("html", b"<!doctype html>\n<html><body>\n\n<h1>502 SECRET</h1></body></html>", ""),
-    Quirk("nothing", b"", ""),
-    Quirk("only done", DONE, ""),
-    Quirk("only thoughts", sse(THOUGHT, THOUGHT, "[DONE]"), ""),
-    Quirk("no json", sse("nonsense", chunk("Hi"), "{", "[1,", "[DONE]"), "Hi"),
-    Quirk("scalars", sse("5", "null", '"error"', "[]", "true", chunk("Hi"), "{}"), "Hi"),
-    Quirk("no utf-8", b"data: \xff\xfe\n\n" + sse(chunk("Hi")), "Hi"),
-    Quirk("spicy", sse(chunk(SPICY), chunk(SPICY), END), SPICY * 2),
-    Quirk("escaped", b'data: {"choices":[{"delta":{"content":"\\ud83d\\ude00"}}]}\n\n' * 2, "😀😀"),
-    Quirk("two data lines", HI_IN_TWO_LINES, "Hi"),
-    Quirk("length", sse(chunk("Hi"), chunk("", finish_reason="length")), "Hi", cut_short=True),
-    Quirk("same", sse({"choices": [{"delta": {"role": "hi", "content": "hi"}}]}) * 3, "hihihi"),
-    Quirk("many", b"".join(sse(chunk(f"{n}") | {"id": n // 4}) for n in range(9)), "012345678"),
-    Quirk("final message", sse({"choices": [{"message": {"content": "Hi"}}]}), "Hi"),
-    Quirk("crlf and two data lines", b'data: {"a":\r\ndata: 5}\r\n\r\n' + sse(chunk("Hi")), "Hi"),
-    Quirk("text beside odd usage", sse(chunk("Hi") | {"usage": {"prompt_tokens": 5}}), "Hi"),
-    Quirk("text beside endless usage", sse(chunk("Hi") | {"usage": {"total_tokens": 1e999}}), "Hi"),
-    Quirk("lone surrogate", b'data: {"choices":[{"delta":{"content":"\\ud83d!"}}]}\n\n', "\ufffd!"),
-    Quirk("error after the end", sse(chunk("Hi"), END, BOOM), "Hi"),
-    Quirk("error with the end", sse(chunk("Hi", finish_reason="stop"), BOOM), "Hi"),
-    Quirk("error with a lone surrogate", b'data: {"error": "\\ud800 SECRET"}\n\n', ""),
-    Quirk("error that is nested", sse({"error": {"message": [[["SECRET"]]]}}), ""),
-    Quirk("error false", sse(chunk("Hi") | {"error": False}, chunk("!") | {"error": {}}), "Hi!"),
-    Quirk("list with error", sse(["error"], {"object": ["error"]}, chunk("Hi")), "Hi"),
-    Quirk("text after no json", sse("{", chunk("Hi")).replace(b"\n\n", b"\n"), "Hi"),
-    Quirk("usage after the end", sse(chunk("Hi"), END, USAGE_EVENT, "[DONE]"), "Hi", tokens=7),
-    Quirk("other fields", b"data\n:\ndat\ndatax: 5\n data: {}\n" + sse(chunk("Hi")), "Hi"),
-]
-QUIRK_TABLE = pytest.mark.parametrize("quirk", QUIRKS, ids=lambda quirk: quirk.name)
+QUIRKS: dict[str, tuple[bytes, str]] = {  # a stream, its text; "usage" has 7 tokens
+    "usual": (sse(ROLE, chunk("Hello"), chunk(" world"), END, "[DONE]"), "Hello world"),
+    "crlf": (HELLO.replace(b"\n", b"\r\n"), "Hello world"),
+    "crlf in an event": (HI_IN_TWO_LINES.replace(b"\n", b"\r\n"), "Hi"),
+    "cr": (HELLO.replace(b"\n", b"\r"), "Hello world"),
+    "comments": (b": hi\n\n" + HELLO.replace(b"\n\n", b"\n\n: ping\n\n:\n"), "Hello world"),
+    "fields": (b"retry: 5\nid: 1\nevent: message\n" + HELLO, "Hello world"),
+    "other fields": (b"data\n:\ndat\ndatax: 5\n data: {}\n" + HELLO, "Hello world"),
+    "no space": (HELLO.replace(b"data: ", b"data:"), "Hello world"),
+    "single line ends": (HELLO.replace(b"\n\n", b"\n"), "Hello world"),
+    "no done": (sse(chunk("Hello"), chunk(" world")), "Hello world"),
+    "no last line end": (sse(chunk("Hello"), chunk(" world")).rstrip(), "Hello world"),
+    "no choice": (sse(*NO_CHOICE, chunk("Hi"), *NO_CHOICE, END), "Hi"),
+    "odd content": (sse(*ODD, chunk("Hi"), *ODD), "Hi"),
+    "parts": (sse(chunk([*ODD_PARTS, *({"type": "text", "text": one} for one in "Hi")])), "Hi"),
+    "usage": (sse(chunk("Hi"), {"choices": [], "usage": USAGE}, "[DONE]"), "Hi"),
+    "usage in two": (sse(chunk("Hi"), {"usage": USAGE_IN_TWO}, "[DONE]"), "Hi"),
+    "usage always": (sse(chunk("Hi") | {"usage": USAGE}), "Hi"),
+    "usage after the end": (sse(chunk("Hi"), END, USAGE_EVENT, "[DONE]"), "Hi"),
+    "odd usage": (sse(*({"choices": [], "usage": one} for one in ODD_USAGE), chunk("Hi")), "Hi"),
+    "text beside it": (sse(*({**chunk("Hi"), "usage": one} for one in ODD_USAGE)), "Hi" * 5),
+    "reasoning": (sse(THOUGHT, chunk("Hi"), THOUGHT), "Hi"),
+    "reasoning beside null": (sse(chunk(None) | {"reasoning": "x"}, chunk("Hi")), "Hi"),
+    "think": (sse(chunk("<thi"), chunk("nk>secret</th"), chunk("ink>Hi")), "Hi"),
+    "think in one": (sse(chunk("<think>secret</think>"), chunk("Hi")), "Hi"),
+    "no error": (sse(*({**chunk("Hi"), "error": one} for one in NO_ERROR)), "HiHiHi"),
+    "error first": (sse(BOOM), ""),
+    "cut by an error": (sse(chunk("a"), chunk("b"), BOOM, chunk("c")), "ab"),
+    "error as text": (sse({"error": "SECRET provider text"}), ""),
+    "error object": (sse({"object": "error", "message": "SECRET provider text"}), ""),
+    "error with a lone surrogate": (b'data: {"error": "\\ud800 SECRET"}\n\n', ""),
+    "error that is nested": (sse({"error": {"message": [[["SECRET"]]]}}), ""),
+    "error after the end": (sse(chunk("Hi"), END, BOOM), "Hi"),
+    "error with the end": (sse(chunk("Hi", finish_reason="stop"), BOOM), "Hi"),
+    "too long after the end": (sse(chunk("Hi"), END, TOO_LONG_IN_STREAM), "Hi"),
+    "junk after the end": (sse(chunk("Hi"), END) + b"\x00\xff<html>", "Hi"),
+    "html": (b"<!doctype html>\n<html><body>\n\n<h1>502 SECRET</h1></body></html>", ""),
+    "only thoughts": (sse(THOUGHT, THOUGHT, "[DONE]"), ""),
+    "junk": (sse(*JUNK, chunk("Hi"), *JUNK, "[DONE]"), "Hi"),
+    "no utf-8": (b"data: \xff\xfe\n\n" + sse(chunk("Hi")), "Hi"),
+    "spicy": (sse(chunk(SPICY), chunk(SPICY), END), SPICY * 2),
+    "escaped": (b'data: {"choices":[{"delta":{"content":"\\ud83d\\ude00"}}]}\n\n' * 2, "😀😀"),
+    "lone surrogate": (b'data: {"choices":[{"delta":{"content":"\\ud83d!"}}]}\n\n', "\ufffd!"),
+    "two data lines": (HI_IN_TWO_LINES, "Hi"),
+    "text after no json": (sse("{", chunk("Hi")).replace(b"\n\n", b"\n"), "Hi"),
+    "cut by length": (sse(chunk("Hi"), chunk("", finish_reason="length")), "Hi"),
+    "same": (sse({"choices": [{"delta": {"role": "hi", "content": "hi"}}]}) * 3, "hihihi"),
+    "many": (b"".join(sse(chunk(f"{n}") | {"id": n // 4}) for n in range(9)), "012345678"),
+    "final message": (sse({"choices": [{"message": {"content": "Hi"}}]}), "Hi"),
+}
 
 
 def parse_stream(*reads: bytes) -> tuple[str, bool, int | None]:
@@ -3069,35 +3056,13 @@ def parse_stream(*reads: bytes) -> tuple[str, bool, int | None]:
     return said, bool(said) and (completion.cut_short or broken), completion.tokens
 
 
-@QUIRK_TABLE
-def test_stream_cut_anywhere(quirk: Any) -> None:
-    """A stream means the same, in one read or cut at any byte."""
-    expected = (quirk.text, quirk.cut_short, quirk.tokens)
-    assert parse_stream(quirk.raw) == expected
-    for at in range(len(quirk.raw)):
-        assert parse_stream(quirk.raw[:at], quirk.raw[at:]) == expected, quirk.raw[:at]
-    assert parse_stream(*(quirk.raw[i : i + 1] for i in range(len(quirk.raw)))) == expected
-
-
-@given(st.data())
-@settings(max_examples=150, deadline=None)
-def test_stream_of_any_texts(data: st.DataObject) -> None:
-    """Whatever the texts, and wherever the reads end, the text is that of a plain SSE reader."""
-    texts = data.draw(st.lists(st.text(max_size=20), max_size=12))
-    kinds = data.draw(st.lists(st.sampled_from([0, 1, 2]), min_size=12, max_size=12))
-    more: list[Json] = [{}, {"id": "x"}, {"usage": None}]
-    raw = b"".join(sse(chunk(t) | more[k]) for t, k in zip(texts, kinds, strict=False))
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=6)))
-    reads = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
-    reader, completion = lf.EventReader(), lf.Completion()
-    assert "".join(lf.read_events(reader.feed(r), completion)[0] for r in reads) == "".join(texts)
-
-
-def test_stream_with_long_lines() -> None:
-    """A line of 2 MB is read like any other."""
+def test_what_a_stream_can_hold_back_is_bounded() -> None:
+    """A line of 2 MB is read like any other; without end it is an error, as is half JSON."""
     raw = sse(chunk("Hel") | {"padding": "x" * 2_000_000}, chunk("lo")) + b":" + b"y" * 2_000_000
-    reads = [raw[i : i + 65536] for i in range(0, len(raw), 65536)]
-    assert parse_stream(*reads)[0] == "Hello"
+    assert parse_stream(*(raw[i : i + 65536] for i in range(0, len(raw), 65536)))[0] == "Hello"
+    for endless in (b"x" * 999, b"data: {" + b"'" * 999 + b"\n", b"data: [" + b"1," * 500 + b"\r"):
+        with pytest.raises(lf.ModelError, match="too long"):
+            parse_stream(*[endless] * (2 * lf.MAX_SSE_LINE_BYTES // 999))
 
 
 def expect_end(end: Json, text: str, cut_short: bool = False) -> None:
@@ -3111,16 +3076,25 @@ def expect_end(end: Json, text: str, cut_short: bool = False) -> None:
         assert end["data"]["text"]
 
 
-@QUIRK_TABLE
-async def test_stream_quirks(quirk: Quirk, visitor: Visitor, model: FakeModel, caplog: Log) -> None:
-    """Every quirk of a provider's stream ends visibly, and its own texts stay with us."""
-    model.scripts.append([quirk.raw])
+@pytest.mark.parametrize("name", QUIRKS)
+async def test_stream_quirks(name: str, visitor: Visitor, model: FakeModel, caplog: Log) -> None:
+    """A stream means the same, in one read or cut at any byte, and ends visibly; a provider's own
+    texts stay with us."""
+    raw, text = QUIRKS[name]
+    cut_short = name.startswith("cut")
+    expected = (text, cut_short, 7 if name.startswith("usage") else None)
+    assert parse_stream(raw) == expected
+    for at in range(len(raw)):
+        assert parse_stream(raw[:at], raw[at:]) == expected, raw[:at]
+    assert parse_stream(*(raw[i : i + 1] for i in range(len(raw)))) == expected
+    model.scripts.append([raw])
     await visitor.chat()
     frames = await visitor.turn()
-    expect_end(frames[-1], quirk.text, quirk.cut_short)
-    if quirk.text:
+    expect_end(frames[-1], text, cut_short)
+    if text:
         assert deltas(frames) == frames[-1]["data"]["text"]
     assert "SECRET" not in json.dumps(frames) + caplog.text
+    assert len(model.requests) == 1
 
 
 async def test_stream_in_many_reads(visitor: Visitor, model: FakeModel) -> None:
@@ -3134,68 +3108,48 @@ async def test_stream_in_many_reads(visitor: Visitor, model: FakeModel) -> None:
     assert (await visitor.turn())[-1]["data"]["text"] == "One two three four"
 
 
-TOO_LONG_IN_STREAM = {"error": {"message": "maximum context length", "code": 400}}
-
-
-def test_what_a_stream_can_hold_back_is_bounded() -> None:
-    """A line without end, and half JSON without end, are errors."""
-    for endless in (b"x" * 999, b"data: {" + b"'" * 999 + b"\n", b"data: [" + b"1," * 500 + b"\r"):
-        reads = [endless] * (2 * lf.MAX_SSE_LINE_BYTES // 999)
-        with pytest.raises(lf.ModelError, match="too long"):
-            parse_stream(*reads)
-
-
 # ---------------------------------------------------------------------------------------------
 # The model client: requests, retries, time-outs
 
 MUCH = {"site_tokens_per_day": 100_000}
 
 
-@with_config(llm={"model": "m-1", "temperature": 0.5, "max_tokens": 77})
-async def test_model_request(server: Server, model: FakeModel) -> None:
-    """A call asks for a stream and a json_schema reply, with the configured parameters."""
-    await (await server.visitor()).ask()
-    request = model.requests[0]
-    assert (request["model"], request["stream"]) == ("m-1", True)
-    assert (request["temperature"], request["max_tokens"]) == (0.5, 77)
-    assert request["stream_options"] == {"include_usage": True}
-    form = request["response_format"]
+async def test_model_request(model: FakeModel) -> None:
+    """A call asks for a stream and a json_schema reply, with the configured parameters; [llm.extra]
+    may change them; the API key travels as a bearer token."""
+    extra = {"response_format": {"type": "text"}, "temperature": 1, "seed": 5}
+    sent: Json = {"model": "m-1", "temperature": 0.5, "max_tokens": 77}
+    for key, llm in {"": sent, "sk-key": sent | {"extra": extra}}.items():
+        async with running(dataclasses.replace(make_config(model, llm=llm), api_key=key)) as server:
+            expect_end(await (await server.visitor()).ask(), "ok")
+    sent |= {"stream": True, "stream_options": {"include_usage": True}}
+    assert sent.items() <= model.requests[0].items()
+    form = model.requests[0]["response_format"]
     assert form["type"] == "json_schema"
     assert form["json_schema"]["schema"]["properties"]["message"]
-    assert "Authorization" not in model.headers[0]
-
-
-async def test_model_gets_the_key(serve: Serve, model: FakeModel) -> None:
-    """The API key travels as a bearer token."""
-    config = dataclasses.replace(make_config(model), api_key="sk-key")
-    async with lf.serving(config) as (_, url), Server(url) as server:
-        await (await server.visitor()).ask()
-    assert model.headers[0]["Authorization"] == "Bearer sk-key"
-
-
-async def test_refused_parameter_of_concurrent_calls(server: Server, model: FakeModel) -> None:
-    """Calls that are refused at the same time drop the parameter once."""
-    visitors = [await server.visitor() for _ in range(4)]
-    model.scripts.extend([complaint("json_schema is not supported")] * 4)
-    for end in await asyncio.gather(*(visitor.ask() for visitor in visitors)):
-        expect_end(end, "ok")
-    assert model.requests[-1]["response_format"] == {"type": "json_object"}
+    assert (sent | extra).items() <= model.requests[1].items()
+    assert [one.get("Authorization") for one in model.headers] == [None, "Bearer sk-key"]
 
 
 async def test_refused_parameter_that_is_old_news(server: Server, model: FakeModel) -> None:
-    """A late refusal does not bring back what was dropped meanwhile."""
-    late, quick = await server.visitor(), await server.visitor()
-    refuse = complaint("json_schema is not supported")
+    """Calls that are refused at the same time drop the parameter once; a late refusal does not
+    bring back what was dropped meanwhile."""
+    late, *quick = [await server.visitor() for _ in range(4)]
+    refuse = cast(Any, complaint("json_schema is not supported"))
 
     async def refuse_late(request: web.Request) -> web.StreamResponse:
-        await model.gate.acquire()
-        return await cast(Any, refuse)(request)  # type: ignore[no-any-return]
+        await model.at_gate(request)
+        return cast(web.StreamResponse, await refuse(request))
 
     model.scripts.append(refuse_late)
     await late.chat()
     await until(lambda: model.requests)
-    model.scripts.extend([refuse, complaint("stream_options is not supported")])
-    expect_end(await quick.ask(), "ok")
+    model.scripts.extend([refuse] * 3)
+    for end in await asyncio.gather(*(visitor.ask() for visitor in quick)):
+        expect_end(end, "ok")
+    assert model.requests[-1]["response_format"] == {"type": "json_object"}
+    model.scripts.append(complaint("stream_options is not supported"))
+    expect_end(await quick[0].ask(), "ok")
     model.gate.release()
     expect_end((await late.turn())[-1], "ok")
     assert "stream_options" not in model.requests[-1]
@@ -3208,47 +3162,53 @@ def refusing(code: int, said: str = "SECRET", **headers: str) -> Script:
 
 BUSY, *BROKEN = (refusing(code, Retry_After="0") for code in (429, 500, 503))
 THROTTLED = refusing(429, "Too many tokens, please wait", Retry_After="0")
+AT_ONCE, SOON = (0, 0.45), (0.45, 9)  # Retry-After: 0 is less than our backoff
 
 
 @cases(
-    "scripts, text, calls",
-    ([BUSY, reply("Hi")], "Hi", 2),
-    ([*BROKEN, reply("Hi")], "Hi", 3),
-    ([BUSY, BUSY, BUSY, reply("never")], "", 3),
-    *(([refusing(code)], "", 1) for code in (400, 401, 404)),
-    ([status(404, "SECRET")], "", 1),
-    ([status(307, {}, Location="/v1/chat/completions")], "", 1),  # nobody else gets the key
-    ([[sse(BOOM)]], "", 1),
+    "scripts, text, calls, seconds",
+    ([BUSY, reply("Hi")], "Hi", 2, AT_ONCE),
+    ([*BROKEN, reply("Hi")], "Hi", 3, AT_ONCE),
+    ([BUSY, BUSY, BUSY, reply("never")], "", 3, AT_ONCE),
+    *(([refusing(code)], "", 1, AT_ONCE) for code in (400, 401, 404)),
+    ([status(404, "SECRET")], "", 1, AT_ONCE),
+    ([status(307, {}, Location="/v1/chat/completions")], "", 1, AT_ONCE),  # nobody gets the key
+    ([[sse(BOOM)]], "", 1, AT_ONCE),
     # They are not about the length of the prompt, or about a parameter, whatever they name.
-    *(([THROTTLED] * 3, "", 3), ([refusing(401, "no key")], "", 1)),
-    *(([refusing(code, "temperature")], "", 1) for code in (401, 403, 404)),
-    *(([refusing(code, "temperature", Retry_After="0")], "ok", 2) for code in (429, 502, 503)),
+    *(([THROTTLED] * 3, "", 3, AT_ONCE), ([refusing(401, "no key")], "", 1, AT_ONCE)),
+    *(([refusing(code, "temperature")], "", 1, AT_ONCE) for code in (401, 403, 404)),
+    *(([refusing(code, "temperature", Retry_After="0")], "ok", 2, AT_ONCE) for code in (429, 503)),
+    ([refusing(500)], "ok", 2, SOON),
+    ([status(503, {}, Retry_After="0.9")], "ok", 2, (0.9, 5)),
+    # A connection that is reset before the first text: after 0.5 and 1.5 s.
+    *(([reset, [b": hello\n\n", cut_wire]], "ok", 3, (1.9, 9)), ([reset] * 4, "", 3, (1.9, 9))),
 )
 @with_config(limits=MUCH)
 async def test_retries(
-    scripts: list[Script], text: str, calls: int, visitor: Visitor, model: FakeModel, caplog: Log
+    scripts: list[Script],
+    text: str,
+    calls: int,
+    seconds: tuple[float, float],
+    visitor: Visitor,
+    model: FakeModel,
+    caplog: Log,
 ) -> None:
-    """429 and 5xx are retried twice; what a provider says is not shown; failures cost nothing."""
+    """429, 5xx and lost connections are retried twice, when the provider asks for it; what it says
+    is not shown; failures cost nothing."""
     model.scripts.extend(scripts)
-    with taking(0, 0.45):  # Retry-After: 0 is less than our backoff
+    with taking(*seconds):
         expect_end(end := await visitor.ask(), text)
     assert lf.ENGLISH("too_long") not in end["data"]["text"]
     assert len(model.requests) == calls
     assert "SECRET" not in json.dumps(visitor.frames) + caplog.text
-    failures = sum(1 for script in scripts if callable(script))
+    failures = sum(1 for script in scripts if callable(script) and script is not reset)
     logged = [r for r in caplog.records if re.search(r"HTTP [345]\d\d", r.getMessage())]
     assert len(logged) >= min(failures, calls)  # but the status is
+    assert ("(attempt 3)" in caplog.text) is (calls == 3 and not text)
     assert text or used(visitor.server) == (0, 0)
     model.scripts.clear()
     expect_end(await visitor.ask(), "ok")
     assert model.requests[-1].keys() == model.requests[0].keys()
-
-
-async def test_retry_honours_retry_after(visitor: Visitor, model: FakeModel) -> None:
-    """The next attempt waits as long as the provider asks for."""
-    model.scripts.append(status(503, {}, Retry_After="0.9"))
-    with taking(0.9, 5):
-        expect_end(await visitor.ask(), "ok")
 
 
 @cases(
@@ -3263,74 +3223,49 @@ async def test_retry_honours_retry_after(visitor: Visitor, model: FakeModel) -> 
 def test_retry_after(header: str | None, seconds: float | None) -> None:
     """Retry-After is honoured up to 10 s, as a number or as a date; what is odd counts as none."""
     assert lf.retry_after_seconds(header) == seconds
-
-
-def test_retry_after_date() -> None:
-    """A date in the future is so many seconds from now."""
     later = format_datetime(datetime.now(UTC) + timedelta(seconds=5), usegmt=True)
     assert 3 < (lf.retry_after_seconds(later) or 0) <= 5
-
-
-@cases("scripts, text", ([reset, [b": hello\n\n", cut_wire]], "ok"), ([reset] * 4, ""))
-async def test_connection_errors_are_retried(
-    scripts: list[Script], text: str, visitor: Visitor, model: FakeModel, caplog: Log
-) -> None:
-    """A new connection that is reset before the first text is tried again, twice."""
-    model.scripts.extend(scripts)
-    with taking(1.9, 9):  # 0.5 and 1.5 s
-        expect_end(await visitor.ask(), text)
-    assert len(model.requests) == 3
-    assert ("(attempt 3)" in caplog.text) is not bool(text)
 
 
 async def test_no_model_at_all(serve: Serve, caplog: Log) -> None:
     """An endpoint that refuses connections is tried three times, then the visitor is told."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-        server = await serve(llm={"base_url": f"http://127.0.0.1:{port}/v1"})
-        visitor = await server.visitor()
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+        visitor = await (await serve(llm={"base_url": url})).visitor()
         expect_end(await visitor.ask(), "")
     assert [m for m in caplog.messages if "attempt" in m][-1].endswith("(attempt 3)")
     assert (await visitor.history())[1][1].startswith(lf.ENGLISH("no_answer"))
 
 
 @pytest.mark.parametrize("said", ["Half an ans", '{"message": "Half an ans'])
-async def test_broken_stream_keeps_its_text(said: str, visitor: Visitor, model: FakeModel) -> None:
-    """A stream that breaks after text is not retried; it says that it was cut short."""
-    model.scripts.append([sse(chunk(said)), model.at_gate, cut_wire])
+@pytest.mark.parametrize("ending", ["breaks", "error", "length", "end"])
+async def test_what_is_cut_short(
+    said: str, ending: str, visitor: Visitor, model: FakeModel
+) -> None:
+    """A stream that breaks after text is not retried; it says that it was cut short. So is one that
+    ends by its length, by an error, even of the prompt's, or in its JSON."""
+    endings: dict[str, list[Step]] = {"breaks": [cut_wire], "error": [sse(TOO_LONG_IN_STREAM)]}
+    endings["length"] = [sse(chunk("", finish_reason="length")), pause, cut_wire]
+    model.scripts.append([sse(chunk(said)), model.at_gate, *endings.get(ending, [])])
     await visitor.chat()
     assert (await visitor.next())["data"]["delta"] == "Half an ans"
     model.gate.release()
-    frames = await visitor.turn()
-    expect_end(frames[-1], "Half an ans", cut_short=True)
-    assert deltas(visitor.frames) == frames[-1]["data"]["text"]
+    end = (await visitor.turn())[-1]
+    expect_end(end, "Half an ans", cut_short=ending != "end" or said[0] == "{")
+    assert deltas(visitor.frames) == end["data"]["text"]
     assert len(model.requests) == 1
-
-
-async def test_what_is_cut_short(visitor: Visitor, model: FakeModel) -> None:
-    """So is one that ends in its JSON, by its length, or by an error, even of the prompt's."""
-    scripts: list[Script] = [
-        [sse(chunk('{"message": "Half'))],
-        [sse(chunk("Half", finish_reason="length")), pause, cut_wire],
-        [sse(chunk("Half"), TOO_LONG_IN_STREAM)],
-    ]
-    for script in scripts:
-        model.scripts.append(script)
-        expect_end(await visitor.ask(), "Half", cut_short=True)
-    assert len(model.requests) == len(scripts)
 
 
 @with_config(limits={"init_per_minute": 1000})
 async def test_many_visitors_at_once(server: Server, model: FakeModel) -> None:
     """More than a hundred answers stream at the same time."""
     visitors = [await server.visitor() for _ in range(130)]
-    model.scripts.extend([[sse(chunk("Half")), model.at_gate, sse(chunk(" done"))]] * 130)
+    model.otherwise = [sse(chunk("Half")), model.at_gate, sse(chunk(" done"))]
     for visitor in visitors:
         await visitor.chat()
     for visitor in visitors:
         assert (await visitor.next())["data"]["delta"] == "Half"
-    for _ in visitors:
         model.gate.release()
     for visitor in visitors:
         assert (await visitor.turn())[-1]["data"]["text"] == "Half done"
@@ -3425,11 +3360,6 @@ async def text_response(text: str, code: int) -> web.StreamResponse:
     return web.Response(text=text, status=code, content_type=kind)
 
 
-def sees(model: FakeModel, number: int, *words: str) -> list[bool]:
-    prompt = model.prompt(number)
-    return [word in prompt for word in words]
-
-
 @pytest.mark.parametrize("wording", OVERFLOWS)
 @with_config(limits=MUCH)
 async def test_overflow(wording: str, visitor: Visitor, model: FakeModel, caplog: Log) -> None:
@@ -3437,173 +3367,124 @@ async def test_overflow(wording: str, visitor: Visitor, model: FakeModel, caplog
     the visitor is told to start over. There is no pause between them, none costs anything."""
     for number in range(4):
         await visitor.ask(f"question-{number}")
-    spent, calls = used(visitor.server)[0], len(model.requests)
+    spent = used(visitor.server)[0]
+    model.requests.clear()
     page = {"url": "https://acme.com/", "visibleText": "Begin " + "lorem ipsum " * 200 + "End"}
     model.scripts.extend([OVERFLOWS[wording]] * 4)
     with taking(0, 3):
         end = await visitor.ask("question-now", pageContext=page)
     assert end["event"] == "message"
     assert end["data"] == {"text": lf.ENGLISH("too_long"), "isError": True}
-    words = ("question-0", "question-3", "question-now", "Begin", "End")
-    assert [sees(model, calls + n, *words) for n in range(4)] == [
-        [True, True, True, True, True],
-        [False, True, True, True, True],
-        [False, False, True, True, True],
-        [False, False, True, True, False],
-    ]
-    assert len(model.requests) == calls + 4
-    sizes = [len(model.prompt(calls + n)) for n in range(4)]
-    assert sizes == sorted(sizes, reverse=True)
+    words = ["question-0", "question-3", "question-now", "Begin", "End"]
+    prompts = [model.prompt(number) for number in range(4)]
+    seen = [[word for word in words if word in prompt] for prompt in prompts]
+    assert seen == [words, words[1:], words[2:], words[2:4]]
+    assert prompts == sorted(prompts, key=len, reverse=True)
     assert model.requests[-1].keys() == model.requests[0].keys()  # no parameter was blamed
     assert used(visitor.server) == (spent, 0)
     assert "the prompt is too long" in warnings(caplog)
     model.scripts.append(OVERFLOWS[wording])
     expect_end(await visitor.ask("again"), "ok")  # what is short enough is answered
-    assert len(model.requests) == calls + 6
-
-
-async def test_a_page_that_speaks_of_context_windows(visitor: Visitor, model: FakeModel) -> None:
-    """A refusal that quotes the request is about the parameter that it names."""
-    quoted_page = {"detail": [{"loc": ["body", "response_format"], "input": "200K context window"}]}
-    model.scripts += [status(422, quoted_page)] * 2
-    assert (await visitor.ask())["data"]["text"] == "ok"
-    assert len(model.requests) == 3
-    assert "response_format" not in model.requests[-1]
+    assert len(model.requests) == 6
 
 
 EXTRA = {"frequency_penalty": 0.5, "reasoning_effort": "low", "top-k": 3, "logit_bias": {"5": -100}}
+TEXT_OR_JSON = complaint("Input should be 'text' or 'json_object'", 500)
+# A refusal that quotes the request is about the parameter that it names, whatever the page says.
+QUOTING = status(422, {"detail": [{"loc": ["response_format"], "input": "200K context window"}]})
+EVERY_NAME = "logit_bias temperature max_tokens max_completion_tokens".split()
+EVERY_FORM = [complaint(name) for name in (*EVERY_NAME, "json_schema", "json_object")]
 
 
 @cases(
     "complaints, expected",
-    ([complaint("Input should be 'text' or 'json_object'", 500)],
-     {"response_format": {"type": "json_object"}}),
-    ([complaint("Input should be 'text' or 'json_object'", 500),
-      complaint("json_object is not supported", 500)], {"response_format": None}),
+    ([TEXT_OR_JSON], {"response_format": {"type": "json_object"}}),
+    ([TEXT_OR_JSON, complaint("json_object is not supported", 500)], {"response_format": None}),
+    ([QUOTING] * 2, {"response_format": None}),
     ([complaint("stream_options", 500)], {"stream_options": None}),
     ([complaint("include_usage?", 422)], {"stream_options": None}),
     ([complaint("unknown field: frequency_penalty")], {"frequency_penalty": None}),
     ([complaint("reasoning_effort is for others", 422)], {"reasoning_effort": None}),
     ([complaint("Unknown parameter: 'top-k'.", 500)], {"top-k": None}),
-    ([complaint("max_tokens: use max_completion_tokens", 500)],
-     {"max_tokens": None, "max_completion_tokens": 1024}),
-    ([complaint(name) for name in "logit_bias temperature max_tokens max_completion_tokens"
-      " json_schema json_object".split()],
-     dict.fromkeys("logit_bias temperature max_tokens max_completion_tokens"
-                   " response_format".split())),
-)  # fmt: skip
+    (
+        [complaint("max_tokens: use max_completion_tokens", 500)],
+        {"max_tokens": None, "max_completion_tokens": 1024},
+    ),
+    (EVERY_FORM, dict.fromkeys([*EVERY_NAME, "response_format"])),
+)
 @with_config(llm={"extra": EXTRA, "max_tokens": 1024})
 async def test_refused_parameters(
     complaints: list[Script], expected: Json, server: Server, model: FakeModel, caplog: Log
 ) -> None:
     """A 400, 422 or 500 that names a parameter drops it, at once and for the process."""
-    visitor = await server.visitor()
     model.scripts.extend(complaints)
     with taking(0, 0.45):  # no backoff
-        expect_end(await visitor.ask(), "ok")
+        expect_end(await (await server.visitor()).ask(), "ok")
     assert not warnings(caplog)
     assert "the model does not take " + next(iter(expected)) in caplog.text
     assert len(model.requests) == len(complaints) + 1
     first, last = model.requests[0], model.requests[-1]
     assert EXTRA.items() <= first.items()
-    for name, value in expected.items():
-        assert last.get(name) == value
-    untouched = first.keys() - expected.keys()
-    assert all(last[name] == first[name] for name in untouched)
+    assert {name: last.get(name) for name in first | expected} == first | expected
     assert not last.keys() - first.keys() - {"max_completion_tokens"}
     expect_end(await (await server.visitor()).ask(), "ok")
     assert len(model.requests) == len(complaints) + 2
     assert model.requests[-1].keys() == last.keys()
 
 
-@with_config(llm={"extra": {"response_format": {"type": "text"}, "temperature": 1, "seed": 5}})
-async def test_extra_comes_before_what_is_asked_for(visitor: Visitor, model: FakeModel) -> None:
-    """[llm.extra] may change what is sent anyway."""
-    expect_end(await visitor.ask(), "ok")
-    assert model.requests[0]["response_format"] == {"type": "text"}
-    assert (model.requests[0]["temperature"], model.requests[0]["seed"]) == (1, 5)
-
-
-async def test_500_that_names_nothing(visitor: Visitor, model: FakeModel, caplog: Log) -> None:
-    """Only a 500 that names a parameter is about it."""
-    model.scripts.append(complaint("SECRET internal failure", 500))
-    with taking(0.45, 9):
-        expect_end(await visitor.ask(), "ok")
-    assert model.requests[0].keys() == model.requests[1].keys()
-    assert "HTTP 500 (invalid_request_error) (attempt 1)" in caplog.text
-    assert "SECRET" not in caplog.text
-
-
-async def close_after(request: web.Request) -> None:
-    """Let the server say keep-alive and close the connection once the response is out."""
-    assert request.transport is not None
-    asyncio.get_running_loop().call_later(0.02, request.transport.close)
-
-
-class Stale:
+@contextlib.asynccontextmanager
+async def stale_model(how: str, seen: Counter[str]) -> AsyncIterator[str]:
     """A model that answers a connection's first request and drops its second one unread."""
 
-    def __init__(self, how: str) -> None:
-        self.how, self.requests, self.dropped, self.url = how, 0, 0, ""
+    async def read_request(reader: asyncio.StreamReader) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        await reader.readexactly(int(head.split("content-length: ")[1].split("\r\n")[0]))
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            await self.read_request(reader)
-            self.requests += 1
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with (
+            contextlib.closing(writer),
+            contextlib.suppress(ConnectionError, asyncio.IncompleteReadError),
+        ):
+            await read_request(reader)
+            seen["answered"] += 1
             body = b"".join(reply("Hi"))
             head = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: keep-alive"
             writer.write(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
             await writer.drain()
-            await self.read_request(reader)  # it comes, and is not answered
-            self.dropped += 1
-            if self.how == "reset":
+            if how == "close soon":  # as llama-server does
+                await asyncio.sleep(0.02)
+            else:
+                await read_request(reader)  # it comes, and is not answered
+                seen["dropped"] += 1
+            if how == "reset":
                 wire, linger = writer.get_extra_info("socket"), struct.pack("ii", 1, 0)
                 wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            if self.how == "half an answer":
+            if how == "half an answer":
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Ty")
                 await writer.drain()
-        writer.close()
 
-    async def read_request(self, reader: asyncio.StreamReader) -> None:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-        await reader.readexactly(int(head.split("content-length: ")[1].split("\r\n")[0]))
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listener:
+        yield f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/v1"
 
 
-@contextlib.asynccontextmanager
-async def stale_model(how: str) -> Any:
-    stale = Stale(how)
-    async with await asyncio.start_server(stale.serve, "127.0.0.1", 0) as listener:
-        stale.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/v1"
-        yield stale
-
-
-@pytest.mark.parametrize("how", ["close", "reset", "half an answer"])
+@pytest.mark.parametrize("how", ["close", "close soon", "reset", "half an answer"])
 async def test_stale_connections(how: str, serve: Serve, caplog: Log) -> None:
     """A kept connection that turns out to be closed, or a pool of them, is no attempt: again at
     once, without a word in the log."""
-    async with stale_model(how) as stale:
-        server = await serve(llm={"base_url": stale.url})
+    seen, soon = Counter[str](), how == "close soon"
+    async with stale_model(how, seen) as url:
+        server = await serve(llm={"base_url": url})
         visitors = [await server.visitor() for _ in range(8)]
         with taking(0, 2.5):  # half a second each would be more
-            for _ in range(5):
+            for wait in (0, 0, 0.01, 0.03, 0.1):
                 expect_end(await visitors[0].ask(), "Hi")
-        assert (stale.requests, stale.dropped) == (5, 4)
+                await asyncio.sleep(wait if soon else 0)
+        assert (seen["answered"], seen["dropped"]) == (5, 0 if soon else 4)
         for _ in range(2):
             for end in await asyncio.gather(*(visitor.ask() for visitor in visitors)):
                 expect_end(end, "Hi")
-        assert stale.dropped >= 8
+        assert seen["dropped"] >= 8 or soon
         assert not warnings(caplog)
-
-
-async def test_server_that_closes_always(visitor: Visitor, model: FakeModel, caplog: Log) -> None:
-    """llama-server says keep-alive and closes: that costs no attempt, whenever it happens."""
-    for pause in (0, 0.01, 0.03, 0.1):
-        model.scripts += [[*reply("Hi"), close_after]] * 3  # a request may be read and not answered
-        expect_end(await visitor.ask(), "Hi")
-        model.scripts.clear()
-        await asyncio.sleep(pause)
-    assert not warnings(caplog)
-    assert len(model.requests) <= 8
 
 
 @with_config(llm={"parallel_calls": 2, "first_text_seconds": 0.6}, limits=MUCH)
@@ -3611,14 +3492,13 @@ async def test_parallel_calls(server: Server, model: FakeModel, caplog: Log) -> 
     """So many calls at once; the others wait in the queue, and waiting is no time-out."""
     visitors = [await server.visitor() for _ in range(6)]
     at_once: list[int] = []
-    busy = 0
+    busy: list[None] = []
 
     async def slowly(_: web.Request) -> None:
-        nonlocal busy
-        busy += 1
-        at_once.append(busy)
+        busy.append(None)
+        at_once.append(len(busy))
         await asyncio.sleep(0.4)
-        busy -= 1
+        busy.pop()
 
     model.scripts.extend([[slowly, *using(10)]] * 6)
     with taking(1.1, PATIENCE_SECONDS):  # longer than first_text_seconds
@@ -3657,25 +3537,35 @@ async def silent(_: web.Request) -> web.StreamResponse:
     return web.Response()
 
 
-def dripping(sign: bytes, *texts: str, times: int = 15) -> list[Step]:
-    """Texts, each after so many tenths of a second with a sign of life."""
-    signs: list[Step] = [sign, pause]
-    return [step for text in texts for step in [*signs * times, sse(chunk(text))]]
-
-
+PAUSES: list[Step] = [pause]
 LIFE: list[Json] = [{"content": None, "reasoning_content": "x"}, {"reasoning": "x"}]
 NO_LIFE = [b": keep-alive\n\n", b"\n\n", sse({"choices": []}), sse("ping"), sse(ROLE)]
 NO_LIFE += [sse({"choices": [{"delta": {"reasoning": "", "reasoning_content": None}}]})]
+LONG_LINE = b"data: " + b"x" * (lf.MAX_SSE_LINE_BYTES + 70_000)
 
 
 @cases(
     "case",  # first_text_seconds, NEXT_TEXT_SECONDS, script, text, how long it takes: low and high
     # Text that keeps coming moves the deadline.
-    (0.4, 0.4, dripping(NO_LIFE[0], *"0123456789", times=1), "0123456789", 0.9, 9),
+    (
+        0.4,
+        0.4,
+        [step for n in range(10) for step in (pause, sse(chunk(f"{n}")))],
+        "0123456789",
+        0.9,
+        9,
+    ),
     # Reasoning does so too, before the text and in its middle; keep-alive comments do not.
     *(
-        (0.8, 0.8, dripping(sse(life), "He", "llo"), "Hello", 1.8, 9)
-        for life in (THOUGHT, *({"choices": [{"delta": delta}]} for delta in LIFE))
+        (
+            0.8,
+            0.8,
+            [*[sse(one), pause] * 15, sse(chunk("He")), *[sse(one), pause] * 15, sse(chunk("llo"))],
+            "Hello",
+            1.8,
+            9,
+        )
+        for one in (THOUGHT, *({"choices": [{"delta": delta}]} for delta in LIFE))
     ),
     *(
         (0.5, 0.5, [sse(chunk(said)), *[sign, pause] * 100], said + "...", 0.45, 2)
@@ -3683,20 +3573,24 @@ NO_LIFE += [sse({"choices": [{"delta": {"reasoning": "", "reasoning_content": No
         for sign in NO_LIFE
     ),
     # Who has begun to think has first_text_seconds for the first text all the same.
-    (1, 0.2, [sse(THOUGHT), *[pause] * 6, sse(chunk("Hi"))], "Hi", 0, 9),
+    (1, 0.2, [sse(THOUGHT), *PAUSES * 6, sse(chunk("Hi"))], "Hi", 0, 9),
     # After the first text the next must come in NEXT_TEXT_SECONDS.
     (5, 0.3, [sse(chunk("Hi")), forever], "Hi...", 0.25, 2),
     # A server that accepts and says nothing at all is a time-out, too.
     (0.4, 9, silent, "...", 0.35, 2),
+    # After a finish_reason a stream is whole, whatever comes then; usage has 2 s.
+    *((9, 9, [sse(chunk("Hi"), END), pause, end], "Hi", 0, 9) for end in (cut_wire, LONG_LINE)),
+    (9, 9, [sse(chunk("Hi"), END), *PAUSES * 5, sse(USAGE_EVENT), forever], "Hi", 1.8, 4, 7),
 )
+@with_config(limits=MUCH)
 async def test_time_outs(
     case: Any, serve: Serve, model: FakeModel, monkeypatch: Patch, caplog: Log
 ) -> None:
     """The first text has first_text_seconds, each further one has NEXT_TEXT_SECONDS; then the
     answer is over ("..."), and not asked for again."""
-    first, later, script, text, low, high = case
+    first, later, script, text, low, high, *tokens = case
     monkeypatch.setattr(lf, "NEXT_TEXT_SECONDS", later)
-    server = await serve(model, llm={"first_text_seconds": first})
+    server = await serve(model, llm={"first_text_seconds": first}, limits=MUCH)
     visitor = await server.visitor()
     model.scripts.append(script)
     late = text.endswith("...")
@@ -3705,6 +3599,7 @@ async def test_time_outs(
     assert len(model.requests) == 1
     assert ("TimeoutError" in warnings(caplog)) is late
     assert late or not warnings(caplog)
+    assert not tokens or used(server) == (*tokens, 0)
     if late and not callable(script):
         await until(lambda: model.hung_up)
 
@@ -3724,10 +3619,9 @@ async def test_silence_after_finish_reason(visitor: Visitor, model: FakeModel, c
     """LiteLLM's usage 47 s late: the answer is whole after 2 s, with its action."""
     action = {"type": "ask_user", "field": {"name": "size", "label": "Size", "type": "text"}}
     script = act("Sure", action)[0].replace(sse("[DONE]"), b"")
-    pings: list[Step] = [b": ping\n\n", pause]
-    thoughts: list[Step] = [sse(THOUGHT), pause]
-    for ending in ([forever], pings * 100, thoughts * 100):
-        model.scripts.append([script, sse(END), *ending])
+    signs: list[list[Step]] = [[forever], [b": ping\n\n", pause], [sse(THOUGHT), pause]]
+    for sign in signs:
+        model.scripts.append([script, sse(END), *sign * 100])
         await visitor.chat()
         with taking(0.45, 1.5):
             frames = await visitor.turn()
@@ -3736,29 +3630,6 @@ async def test_silence_after_finish_reason(visitor: Visitor, model: FakeModel, c
         assert frames[-1]["data"]["isQuestion"] is True  # its action runs
     assert not warnings(caplog)
     assert used(visitor.server)[1] == 0
-
-
-@with_config(limits=MUCH)
-async def test_usage_after_a_finish_reason_counts(visitor: Visitor, model: FakeModel) -> None:
-    """Usage within the 2 s after a finish_reason is what the call cost."""
-    model.scripts.append([sse(chunk("Hi"), END), *[pause] * 5, sse(USAGE_EVENT), forever])
-    with taking(1.8, 4):
-        expect_end(await visitor.ask(), "Hi")
-    assert used(visitor.server) == (7, 0)
-
-
-ENDINGS: list[list[Step]] = [[], [sse(BOOM)], [sse(TOO_LONG_IN_STREAM)], [b"\x00\xff<html>"]]
-ENDINGS += [[sse({"error": {"code": 500}})], [pause, cut_wire]]
-ENDINGS += [[b"data: " + b"x" * (lf.MAX_SSE_LINE_BYTES + 70_000)]]
-
-
-@pytest.mark.parametrize("number", range(len(ENDINGS)))
-async def test_finish_reason(number: int, visitor: Visitor, model: FakeModel, caplog: Log) -> None:
-    """After a finish_reason a stream is whole, whatever comes then."""
-    model.scripts.append([sse(chunk("Hi"), END), *ENDINGS[number]])
-    expect_end(await visitor.ask(), "Hi")
-    assert len(model.requests) == 1
-    assert not warnings(caplog)
 
 
 @cases(
@@ -3775,7 +3646,8 @@ async def test_finish_reason(number: int, visitor: Visitor, model: FakeModel, ca
         ([sse(chunk(text), "[DONE]")], "no message", None)
         for text in ("{}", " \n", '{"action": null}', '{"message": ""}', "<think>SECRET</think>")
     ),
-    *((refusing(401), "HTTP 401", 0), (complaint("no such model SECRET", 404), "HTTP 404", 0)),
+    (refusing(401), "HTTP 401", 0),
+    (complaint("no such model SECRET", 404), "HTTP 404 (invalid_request_error)", 0),
     (status(302, {}, Location="/elsewhere"), "HTTP 302", 0),
     *(([sse(BOOM)], "", 0), (refusing(503, Retry_After="0"), "HTTP 503", 0)),
 )
@@ -3788,13 +3660,12 @@ async def test_answers_without_text(
     shown = "Returns\nYou can return everything within 30 days, free of charge.\n"
     page = {"url": "https://acme.com/returns", "visibleText": shown, "indexedElements": []}
     model.scripts.extend([script] * 3)
-    end = await visitor.ask("Within how many days can I return something?", pageContext=page)
-    assert end["event"] == "message"
-    assert end["data"]["isError"] is True
-    assert end["data"]["text"].startswith(lf.ENGLISH("no_answer"))
+    expect_end(end := await visitor.ask("How many days to return something?", pageContext=page), "")
+    text = end["data"]["text"]
+    assert text.startswith(lf.ENGLISH("no_answer"))
     model_failed = reason != "no message"  # else it has said that there is nothing to say
-    assert ("within 30 days" in end["data"]["text"]) is model_failed
-    assert (await visitor.history())[-1] == ("assistant", end["data"]["text"])
+    assert ("within 30 days" in text) is model_failed
+    assert (await visitor.history())[-1] == ("assistant", text)
     assert ("a turn got no whole answer" in warnings(caplog)) is model_failed
     assert reason in warnings(caplog)
     assert "SECRET" not in caplog.text + json.dumps(visitor.frames)
@@ -3810,31 +3681,24 @@ async def test_answers_without_text(
 async def test_answer_in_one_body(
     indent: int | None, kind: str, visitor: Visitor, model: FakeModel
 ) -> None:
-    """One JSON body is an answer, too, also one that arrives in pieces; an error in it is one."""
+    """One JSON body is an answer, too, also one that arrives in pieces; an error in it is one. What
+    a response is counts, not what its Content-Type says."""
     answer = {"choices": [{"message": {"content": "Hi"}}], "usage": {"total_tokens": 9}}
+    bodies = [" " + json.dumps(body, indent=indent) for body in (answer, BOOM, answer)]
 
-    async def whole(request: web.Request, body: Any = answer) -> web.StreamResponse:
+    async def whole(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": kind})
         await response.prepare(request)
-        for byte in (" " + json.dumps(body, indent=indent)).encode():
+        for byte in bodies.pop(0).encode():
             await response.write(b"%c" % byte)
         return response
 
-    model.scripts.extend([whole, lambda request: whole(request, BOOM), whole])
-    expect_end(await visitor.ask(), "Hi")
-    expect_end(await visitor.ask(), "")
-    expect_end(await visitor.ask(), "Hi")
+    bodies.append(HELLO.decode())
+    model.otherwise = whole
+    for text in ("Hi", "", "Hi"):
+        expect_end(await visitor.ask(), text)
     assert used(visitor.server) == (18, 0)
     assert len(model.requests) == 3
-
-
-async def test_a_stream_that_says_it_is_json(visitor: Visitor, model: FakeModel) -> None:
-    """What a response is counts, not what its Content-Type says."""
-
-    async def stream(request: web.Request) -> web.Response:
-        return web.Response(body=HELLO, content_type="application/json")
-
-    model.scripts.append(stream)
     expect_end(await visitor.ask(), "Hello world")
 
 
@@ -3842,16 +3706,11 @@ async def breath(_: web.Request) -> None:
     await asyncio.sleep(0.001)
 
 
-@pytest.mark.parametrize("flow", [(3, [breath]), (200, [breath]), (3, [])])
+@cases("flow", (3, [breath]), (200, [breath]), (3, []))
 @pytest.mark.parametrize("unit", ["I am sorry. ", "We sell coffee and tea in many sizes. "])
 @pytest.mark.parametrize("form", ["plain", "json"])
 async def test_a_reply_that_repeats_itself(
-    flow: tuple[int, list[Step]],
-    unit: str,
-    form: str,
-    visitor: Visitor,
-    model: FakeModel,
-    caplog: Log,
+    flow: Any, unit: str, form: str, visitor: Visitor, model: FakeModel, caplog: Log
 ) -> None:
     """A reply that says its last 200 characters three times in a row is stopped."""
     piece, pause = flow
@@ -3891,15 +3750,12 @@ PRIVATE = """127.0.0.1 10.0.0.1 192.168.1.1 169.254.169.254 100.64.0.1 0.0.0.0 2
 64:ff9b::7f00:1 64:ff9b:1::1 2002:7f00:1:: 2001:0:1::1 2001:db8::1 ::7f00:1"""
 
 
-def test_public_addresses() -> None:
-    """What leads to this machine or a network around it is not public, however it is written."""
+async def test_public_client(model: FakeModel) -> None:
+    """What leads to this machine or a network around it is not public, however it is written; the
+    client of public addresses reaches none of it, by number or name; the app's other one does."""
     assert [one for one in PRIVATE.split() if lf.is_public(one)] == []
     assert lf.is_public("8.8.8.8")
     assert lf.is_public("2606:4700::1111")
-
-
-async def test_public_client(model: FakeModel) -> None:
-    """It reaches no address of this machine, by number or name; the app's other client does."""
     port = model.url.split(":")[2].partition("/")[0]
     async with lf.new_client(public=True) as public, lf.new_client() as other:
         for host in ("127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "2130706433", "0"):
@@ -3918,127 +3774,114 @@ def quoted(text: str, ensure_ascii: bool = True) -> str:
     return json.dumps({"message": text}, ensure_ascii=ensure_ascii)
 
 
-@cases(
-    "raw, text",
-    *((quoted("Hello"), "Hello"), ('  \n{ "message" : "Hello" } ', "Hello")),
-    *((quoted(SPICY), SPICY), (quoted(SPICY, ensure_ascii=False), SPICY)),
-    (r'{"message":"\/ \b\f\n\r\t \" \\ \u00e9"}', '/ \b\f\n\r\t " \\ é'),
-    (r'{"message":"\\u0041 \\\" \\"}', '\\u0041 \\" \\'),
-    (r'{"message":"\ud83d\ude00\uD83D\uDE00"}', "😀😀"),
-    (r'{"message":"a\ud83d b"}', "a\ufffd b"),
-    (r'{"message":"a\ude00b\ud83d"}', "a\ufffdb\ufffd"),
-    (r'{"message":"\ud83d\ud83d\ude00"}', "\ufffd😀"),
-    (r'{"message":"it\'s \u00zz \x ok"}', "it's \ufffd00zz x ok"),
-    ('{"message":"two\nlines"}', "two\nlines"),
-    *(
-        (raw, "Hi")
-        for raw in (
-            # Any key order, and only the top-level message.
-            *('{"action":null,"message":"Hi"}', '{"message":"Hi","action":null}'),
-            *('{"message":"Hi","message":"no"}', '{"message":"Hi"} and {"message":"no"}'),
-            '{"a":{"message":"no","b":["message","no"]},"message":"Hi"}',
-            '{"a":[{"message":"no"}],"message":"Hi","z":{"message":"no"}}',
-            *('{"a":"message","message":"Hi"}', '{"a":["message"],"message":"Hi"}'),
-            *(r'{"a":"\"message\":\"no\"","message":"Hi"}', r'{"a\"":"\\","message":"Hi"}'),
-            *(r'{"mess\u0061ge":"Hi"}', '{"a":1.5e3,"b":true,"message":"Hi"}'),
-            # What one key wraps is the reply.
-            *('{"reply":{"message":"Hi","action":null}}', '{"answer":"Hi"}'),
-            # Fences, and thoughts, which are never shown.
-            *('```json\n{"message":"Hi"}\n```', '```\n{"message":"Hi"}```'),
-            *('\n```JSON {"message":"Hi"}\n```\n', "<think>secret</think>Hi"),
-            *("<THINK>secret</Think>Hi", "<think>a < b </thin </think>Hi"),
-            '<think>{"message":"secret"}</think>{"message":"Hi"}',
-        )
-    ),
-    ("<think>a</think>\n\nHi <think>b</think>there", "Hi there"),
-    ('{"message":"a<think>secret</think>b"}', "ab"),
-    *(
-        (nothing, "")
-        for nothing in (
-            *("", "{}", '{"message":""}', '{"a":{"b":{"message":"no"}}}', '{"message":null}'),
-            *('{"xmessage":"no","Message":"no"}', '{"message":5,"a":"no"}', '{"message":["no"]}'),
-            *('{"message":{"message":"no"}}', "<think>secret"),
-            *('{"mess', '{"message"', '{"message":', '{"message":"'),  # cut short
-        )
-    ),
-    *(
-        (plain, plain)  # plain text is the message
-        for plain in (
-            *("```python\nprint(1)\n```", "``double`` ticks", "`", "Hello there!", "Grüße 👋🏽"),
-            *('He said "message": no', "[1] is a footnote", "{name}, hello", "{", "<"),
-            *("{'message': 'no'}", '{"a", "b"} is a set', "1 < 2 <b> <t"),
-        )
-    ),
-    ("  Hello", "Hello"),
+ANSWERS = {  # the message of a reply; "Hi" and "" stand for many
+    **{quoted("Hello"): "Hello", '  \n{ "message" : "Hello" } ': "Hello", "  Hello": "Hello"},
+    **{quoted(SPICY): SPICY, quoted(SPICY, ensure_ascii=False): SPICY},
+    r'{"message":"\/ \b\f\n\r\t \" \\ \u00e9"}': '/ \b\f\n\r\t " \\ é',
+    r'{"message":"\\u0041 \\\" \\"}': '\\u0041 \\" \\',
+    r'{"message":"\ud83d\ude00\uD83D\uDE00"}': "😀😀",
+    r'{"message":"a\ud83d b"}': "a\ufffd b",
+    r'{"message":"a\ude00b\ud83d"}': "a\ufffdb\ufffd",
+    r'{"message":"\ud83d\ud83d\ude00"}': "\ufffd😀",
+    r'{"message":"it\'s \u00zz \x ok"}': "it's \ufffd00zz x ok",
+    '{"message":"two\nlines"}': "two\nlines",
+    "<think>a</think>\n\nHi <think>b</think>there": "Hi there",
+    '{"message":"a<think>secret</think>b"}': "ab",
     # Cut short.
-    *(('{"message": "Hel', "Hel"), ('{"message": "Hel\\', "Hel"), ('{"message": "Hel\\u00', "Hel")),
-    *(('{"message": "Hel\\ud83d', "Hel\ufffd"), ('{"message": "Hel\\ud83d\\u', "Hel\ufffd")),
+    **{'{"message": "Hel': "Hel", '{"message": "Hel\\': "Hel", '{"message": "Hel\\u00': "Hel"},
+    **{'{"message": "Hel\\ud83d': "Hel\ufffd", '{"message": "Hel\\ud83d\\u': "Hel\ufffd"},
+    '{"answered":true,"message":"The Pro plan costs $49 a': "The Pro plan costs $49 a",
+}
+HIS = (
+    # Any key order, and only the top-level message.
+    *('{"action":null,"message":"Hi"}', '{"message":"Hi","action":null}'),
+    *('{"message":"Hi","message":"no"}', '{"message":"Hi"} and {"message":"no"}'),
+    '{"a":{"message":"no","b":["message","no"]},"message":"Hi"}',
+    '{"a":[{"message":"no"}],"message":"Hi","z":{"message":"no"}}',
+    *('{"a":"message","message":"Hi"}', '{"a":["message"],"message":"Hi"}'),
+    *(r'{"a":"\"message\":\"no\"","message":"Hi"}', r'{"a\"":"\\","message":"Hi"}'),
+    *(r'{"mess\u0061ge":"Hi"}', '{"a":1.5e3,"b":true,"message":"Hi"}'),
+    # What one key wraps is the reply.
+    *('{"reply":{"message":"Hi","action":null}}', '{"answer":"Hi"}'),
+    # Fences, and thoughts, which are never shown.
+    *('```json\n{"message":"Hi"}\n```', '```\n{"message":"Hi"}```'),
+    *('\n```JSON {"message":"Hi"}\n```\n', "<think>secret</think>Hi"),
+    *("<THINK>secret</Think>Hi", "<think>a < b </thin </think>Hi"),
+    '<think>{"message":"secret"}</think>{"message":"Hi"}',
 )
+NOTHING = (
+    *("", "{}", '{"message":""}', '{"a":{"b":{"message":"no"}}}', '{"message":null}'),
+    *('{"xmessage":"no","Message":"no"}', '{"message":5,"a":"no"}', '{"message":["no"]}'),
+    *('{"message":{"message":"no"}}', "<think>secret"),
+    *('{"mess', '{"message"', '{"message":', '{"message":"'),  # cut short
+)
+PLAIN = (  # text is the message
+    *("```python\nprint(1)\n```", "``double`` ticks", "`", "Hello there!", "Grüße 👋🏽"),
+    *('He said "message": no', "[1] is a footnote", "{name}, hello", "{", "<"),
+    *("{'message': 'no'}", '{"a", "b"} is a set', "1 < 2 <b> <t"),
+)
+ANSWERS |= dict.fromkeys(HIS, "Hi") | dict.fromkeys(NOTHING, "") | {one: one for one in PLAIN}
+
+
+@pytest.mark.parametrize(("raw", "text"), ANSWERS.items())
 def test_reply_cut_anywhere(raw: str, text: str) -> None:
     """The message of a reply is the same, in one piece or cut at any character."""
 
     def read(*pieces: str) -> str:
         reader = lf.ReplyReader()
-        return "".join(map(reader.feed, pieces)) + reader.finish()[0]
-
-    def shown(said: str) -> str:
+        said = "".join(map(reader.feed, pieces)) + reader.finish()[0]
         return said if text or said.strip() else ""
 
-    assert shown(read(raw)) == text
+    assert read(raw) == text
     for at in range(len(raw)):
-        assert shown(read(raw[:at], raw[at:])) == text, raw[:at]
-    assert shown(read(*raw)) == text
+        assert read(raw[:at], raw[at:]) == text, raw[:at]
+    assert read(*raw) == text
 
 
-@given(st.text(), st.booleans(), st.lists(st.integers(0, 300), max_size=5))
-@settings(max_examples=150, deadline=None)
-def test_reply_of_any_text(text: str, ascii_only: bool, cuts: list[int]) -> None:
-    """Any message comes out as it went in, however it is escaped and cut."""
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_any_text_comes_out_as_it_went_in(data: st.DataObject) -> None:
+    """However it is escaped, wherever deltas and reads end, and whatever comes before it; the whole
+    reply is there at the end."""
+
+    def cut(raw: Any) -> list[Any]:
+        places = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=6)))
+        return [raw[a:b] for a, b in itertools.pairwise([0, *places, len(raw)])]
+
+    text, ascii_only, first = data.draw(st.tuples(st.text(), st.booleans(), st.booleans()))
+    prefix = data.draw(st.sampled_from(["", "<think>hm</think>```json\n"]))
     text = text.replace("<", "")  # thoughts are another matter
-    raw = json.dumps({"a": {"message": text}, "message": text}, ensure_ascii=ascii_only)
-    reader, at = lf.ReplyReader(), 0
-    said = ""
-    for cut in sorted(cuts):
-        said += reader.feed(raw[at:cut])
-        at = max(at, cut)
-    said += reader.feed(raw[at:])
+    whole = {"a": {"message": text}, "message": text, "action": {"type": "none"}}
+    keys = sorted(whole, reverse=first)
+    raw = prefix + json.dumps({key: whole[key] for key in keys}, ensure_ascii=ascii_only)
+    stream = b"".join(sse(chunk(one) | {"usage": None}) for one in cut(raw))
+    reader, events, completion = lf.ReplyReader(), lf.EventReader(), lf.Completion()
+    pieces = [lf.read_events(events.feed(one), completion)[0] for one in cut(stream)]
+    assert "".join(pieces) == raw
+    said = "".join(map(reader.feed, pieces))
     rest, reply_object = reader.finish()
-    assert said + rest == text
-    assert reply_object == {"a": {"message": text}, "message": text}
+    assert (said + rest, reply_object) == (text, whole)
 
 
 @cases(
-    "raw, text, unfinished",
-    ('{"answered":true,"message":"The Pro plan costs $49 a', "The Pro plan costs $49 a", True),
-    ('{"message":"The caf\\u00', "The caf", True),
-    ('{"message":"Hi","action":{"type":"nav', "Hi", True),
-    ('{"message":"Hi","n":' + "1" * 5000 + "}", "Hi", False),
-    ('{"message":"Hi"}', "Hi", False),
+    "pieces, said, unfinished",
+    # No text waits for the end of its string.
+    (
+        ['{"mess', 'age": "Hel', "lo \\u00e", "9 wor", 'ld", "action"', ": null}"],
+        ["", "Hel", "lo ", "é wor", "ld", "", ""],
+        False,
+    ),
+    (["Hel", "lo <t", "o> you"], ["Hel", "lo ", "<to> you", ""], False),
+    # What a reply that breaks off has said stays said, and it counts as unfinished.
+    (['{"answered":true,"message":"The Pro plan co'], ["", "The Pro plan co"], True),
+    (['{"message":"The caf\\u00'], ["The caf", ""], True),
+    (['{"message":"Hi","action":{"type":"nav'], ["Hi", ""], True),
+    (['{"message":"Hi","n":' + "1" * 5000 + "}"], ["Hi", ""], False),
 )
-def test_reply_that_is_cut(raw: str, text: str, unfinished: bool) -> None:
-    """What a reply that breaks off has said stays said, and it counts as unfinished."""
+def test_reply_streams_as_it_arrives(pieces: list[str], said: list[str], unfinished: bool) -> None:
     reader = lf.ReplyReader()
-    said = reader.feed(raw)
-    assert said + reader.finish()[0] == text
+    assert [*map(reader.feed, pieces), reader.finish()[0]] == said
     assert reader.unfinished is unfinished
-
-
-def test_reply_streams_as_it_arrives() -> None:
-    """No text waits for the end of its string."""
-    reader = lf.ReplyReader()
-    pieces = ['{"mess', 'age": "Hel', "lo \\u00e", "9 wor", 'ld", "action"', ": null}"]
-    assert [reader.feed(piece) for piece in pieces] == ["", "Hel", "lo ", "é wor", "ld", ""]
-    reader = lf.ReplyReader()
-    pieces = ["Hel", "lo <t", "o> you"]
-    assert [reader.feed(piece) for piece in pieces] == ["Hel", "lo ", "<to> you"]
-
-
-def test_reply_object() -> None:
-    """The whole reply is there at the end, for what stands beside the message."""
-    reader = lf.ReplyReader()
-    action = {"type": "click_element", "elementId": 5}
-    reader.feed("<think>hm</think>```json\n" + json.dumps({"action": action, "message": "Hi"}))
-    assert reader.finish()[1] == {"action": action, "message": "Hi"}
 
 
 # ---------------------------------------------------------------------------------------------
