@@ -3916,8 +3916,8 @@ def first_reply(message: str, page: Json = PAGE, found: lf.Found | None = None) 
     ("pricing please", ["you can use “Pricing”"]),
     ("When do you open?", ["nine in the morning"]),
     ("xyzzy", ["do not know", "other words"]),
-    ("", ["do not know"]),
-    ('"; DROP TABLE passage; --', ["do not know"]),
+    *(("", ["do not know"]), ('"; DROP TABLE passage; --', ["do not know"])),
+    *(("Is there a way to delete my account?", []), ("delete my account", [])),  # it is disabled
 )
 def test_guide(question: str, expected: list[str]) -> None:
     """It quotes the passage that answers, names the element asked for, or does not know."""
@@ -3927,6 +3927,8 @@ def test_guide(question: str, expected: list[str]) -> None:
     for words in expected:
         assert words in answer["message"]
     assert answer["answered"] == ("do not know" not in answer["message"])
+    assert "Delete account" not in answer["message"]
+    assert (answer["action"] or {}).get("elementId") != 4
 
 
 def test_the_guide_names_the_page_and_goes_there() -> None:
@@ -3942,18 +3944,15 @@ def test_the_guide_names_the_page_and_goes_there() -> None:
     assert first_reply("take me to pricing", found=found)["action"]["type"] == "click_element"
 
 
-def test_guide_offers_nothing_disabled() -> None:
-    """What cannot be used is not named as an answer."""
-    assert "Delete account" not in first_reply("Is there a way to delete my account?")["message"]
-    assert first_reply("delete my account")["action"] is None
-
-
 def test_the_guide_quotes_statements() -> None:
     """Not what somebody says, nor what announces the next line."""
     shown = '“Pro costs nothing!”\n"Pro: cheap, cheap, cheap."\nThe cheap Pro costs these:\n'
     shown += "The Pro plan costs 20 euros."
     said = first_reply("what does Pro cost?", {"visibleText": shown})["message"]
     assert [word in said for word in ("20 euros", "nothing", "cheap")] == [True, False, False]
+
+
+LABELS_OF_A_FORM = enumerate(("Name", "E-mail", "Phone", "Message"))
 
 
 @cases(
@@ -3963,11 +3962,15 @@ def test_the_guide_quotes_statements() -> None:
     {"visibleText": "\x00 ? ! . …" * 50, "indexedElements": [{}, {"id": 1}]},
     {"indexedElements": [{"text": '"' * 300}, {"value": "*"}]},
     {"visibleText": "pro " * 1000},
+    {"indexedElements": [{"id": n, "type": "input", "label": one} for n, one in LABELS_OF_A_FORM]},
 )
 def test_guide_on_any_page(context: Json) -> None:
-    """Whatever the page, there is an answer."""
+    """Whatever the page, there is an answer, and no message keeps the guide busy."""
     for question in ("pro", "Hello", "", "*", "x" * 5000):
         assert first_reply(question, context)["message"].strip()
+    with taking(0, 0.5):
+        for wish in ("click that ,i'm " * 300 + "\nx", "send " + "a" * 5000, 'type "' * 900):
+            first_reply(wish, context)
 
 
 @cases(
@@ -4025,47 +4028,54 @@ def guided(*talk: str, did: Sequence[str] = (), **task: Any) -> Json:
     return lf.guide_reply(lf.Task(talk[-1], did=list(did), **task), context, lf.Found(), history)
 
 
-def typed(reply: Json) -> dict[int, str]:
-    return {s["elementId"]: s["inputData"] for s in reply["action"].get("steps", ())}
+def does(reply: Json) -> Any:
+    """What a reply asks for, clicks, types into which elements, or the type of its action."""
+    action = reply["action"] or {}
+    typed = {one["elementId"]: one["inputData"] for one in action.get("steps", ())}
+    return action.get("question") or action.get("elementId") or typed or action.get("type")
 
 
-def test_the_guide_fills_the_form_it_stands_on() -> None:
-    """Facts alone are filled in and not sent; a button's form is asked for what it requires."""
-    facts = "My name is Ada King and my mail is ada@example.com"
-    assert typed(guided(facts)) == {2: "Ada King", 3: "ada@example.com"}
-    assert guided(facts, did=["type"])["action"]["type"] == "task_complete"
-    wish = "I want to request an appointment"
-    asked = guided(wish)["action"]
-    assert (asked["type"], asked["question"]) == ("ask_user", "What shall I put into “Your name”?")
-    assert typed(guided(wish, asked["question"], "I'm Ada")) == {2: "Ada"}
-    assert "E-mail" in guided(wish, asked["question"], "Ada", did=["type"])["action"]["question"]
-    assert guided("press play in the video")["action"]["elementId"] == 5  # no form
+FACTS, WISH = (
+    "My name is Ada King and my mail is ada@example.com",
+    "I want to request an appointment",
+)
+NAME, MAIL = (lf.ENGLISH("guide_ask", what=what) for what in ("Your name", "E-mail"))
+PLAY = "press play in the video"
 
 
-def test_the_guide_does_not_ask_for_what_was_given() -> None:
-    """Earlier messages count; an answer may be a whole sentence."""
-    wish = "request an appointment"
-    facts = guided("hi, I'm Ada", "Hello!", "ada@example.com", "Yes?", wish)
-    assert typed(facts) == {2: "Ada", 3: "ada@example.com"}
-    question = lf.ENGLISH("guide_ask", what="E-mail")
-    assert typed(guided(wish, question, "sure, it is ada@example.com")) == {3: "ada@example.com"}
-
-
-def test_a_question_is_no_answer() -> None:
-    """Asked for a name, the visitor may ask or want something else."""
-    asked = lf.ENGLISH("guide_ask", what="Your name")
-    assert guided("request an appointment", asked, "how much is it?")["action"] is None
-    assert guided("request an appointment", asked, "show me prices")["action"]["elementId"] == 1
+@cases(
+    "talk, task, expected",
+    # Facts alone are filled in and not sent; a button's form is asked for what it requires.
+    ([FACTS], {}, {2: "Ada King", 3: "ada@example.com"}),
+    ([FACTS], {"did": ["type"]}, "task_complete"),
+    ([WISH], {}, "What shall I put into “Your name”?"),
+    ([WISH, NAME, "I'm Ada"], {}, {2: "Ada"}),
+    ([WISH, NAME, "Ada"], {"did": ["type"]}, MAIL),
+    ([PLAY], {}, 5),  # no form
+    # Earlier messages count; an answer may be a whole sentence.
+    (
+        ["hi, I'm Ada", "Hello!", "ada@example.com", "Yes?", WISH],
+        {},
+        {2: "Ada", 3: "ada@example.com"},
+    ),
+    ([WISH, MAIL, "sure, it is ada@example.com"], {}, {3: "ada@example.com"}),
+    # Asked for a name, the visitor may ask or want something else.
+    *(([WISH, NAME, "how much is it?"], {}, None), ([WISH, NAME, "show me prices"], {}, 1)),
+    # What was refused or has failed is not tried again.
+    ([PLAY], {"rejections": 1}, None),
+    ([PLAY], {"did": ["click"], "failure": "it broke"}, "abort_workflow"),
+)
+def test_the_guide_fills_the_form_it_stands_on(talk: list[str], task: Json, expected: Any) -> None:
+    """As far as it was told, and asks for the rest."""
+    reply = guided(*talk, **task)
+    assert does(reply) == expected
+    assert reply["message"] == "" or "failure" not in task
 
 
 def test_the_guide_claims_nothing() -> None:
-    """A click without effect is not done; what was refused or has failed is not tried again."""
-    wish = "press play in the video"
-    assert "nothing has changed" in guided(wish, did=["click"], unchanged=1)["message"]
-    assert guided(wish, did=["click"])["message"].startswith("Done")
-    assert guided(wish, rejections=1)["action"] is None
-    failed = guided(wish, did=["click"], failure="it broke")
-    assert (failed["action"]["type"], failed["message"]) == ("abort_workflow", "")
+    """A click without effect is not done."""
+    assert "nothing has changed" in guided(PLAY, did=["click"], unchanged=1)["message"]
+    assert guided(PLAY, did=["click"])["message"].startswith("Done")
 
 
 def test_small_talk() -> None:
@@ -4107,8 +4117,7 @@ def test_the_guide_understands_every_language(row: str) -> None:
         {"id": at, "type": "link", "text": text, "href": f"https://acme.com/{at}"}
         for at, text in enumerate(("FAQ", label, "Blog"))
     ]
-    shown = {"url": "https://acme.com/", "indexedElements": elements}
-    page = lf.clean_context(shown, lf.LimitsConfig())
+    page = lf.clean_context({"url": ORIGIN, "indexedElements": elements}, lf.LimitsConfig())
 
     def reply(message: str) -> Json:
         return lf.guide_reply(lf.Task(message), page, lf.Found(), [], tag)
@@ -4259,13 +4268,10 @@ def judged(message: str, kind: str, wanted: str, texts: list[str], page: Json) -
     return "unknown" if admits else f"{said} {json.dumps(action)}"
 
 
-@pytest.mark.parametrize(
-    ("shown", "elements", "texts", "questions", "least"),
-    [
-        (NURSERY_SHOWN, NURSERY_ELEMENTS, NURSERY_TEXTS, NURSERY_QUESTIONS, 29),
-        (WORKSHOP_SHOWN, WORKSHOP_ELEMENTS, WORKSHOP_TEXTS, WORKSHOP_QUESTIONS, 15),
-    ],
-    ids=["nursery", "workshop"],
+@cases(
+    "shown, elements, texts, questions, least",
+    (NURSERY_SHOWN, NURSERY_ELEMENTS, NURSERY_TEXTS, NURSERY_QUESTIONS, 29),
+    (WORKSHOP_SHOWN, WORKSHOP_ELEMENTS, WORKSHOP_TEXTS, WORKSHOP_QUESTIONS, 15),
 )
 def test_questions_to_the_guide(
     shown: str, elements: list[Json], texts: list[str], questions: dict[str, str], least: int
@@ -4297,23 +4303,11 @@ async def test_guide_speaks_like_a_model(serve: Serve, tmp_path: Path) -> None:
     assert "20 euros" in (await visitor.ask("And the Pro plan?"))["data"]["text"]  # remembered page
 
 
-def test_hostile_wishes_cost_the_guide_no_time() -> None:
-    """No message of 5,000 characters keeps the offline guide busy."""
-    labels = enumerate(("Name", "E-mail", "Phone", "Message"))
-    fields = [{"id": n, "type": "input", "label": label} for n, label in labels]
-    started = time.monotonic()
-    for wish in ("click that ,i'm " * 300 + "\nx", "send " + "a" * 5000, 'type "' * 900):
-        first_reply(wish, {"indexedElements": fields})
-    assert time.monotonic() - started < 0.5
-
-
 # ---------------------------------------------------------------------------------------------
 # The turn: what the model is told
 
 
-@pytest.mark.parametrize(
-    ("count", "forgotten"), [(1, range(0)), (51, range(0)), (53, range(2, 3)), (201, range(2, 151))]
-)
+@cases("count, forgotten", (1, range(0)), (51, range(0)), (53, range(2, 3)), (201, range(2, 151)))
 def test_prompt_holds_first_and_last_messages(count: int, forgotten: range) -> None:
     """The model sees the first 2 and the last 50 messages."""
     talk = [{"role": ("user", "assistant")[n % 2], "content": f"<{n}>"} for n in range(count)]
@@ -4449,7 +4443,7 @@ async def test_a_new_picture_gets_a_new_nonce(visitor: Visitor, model: FakeModel
     assert [nonces.index(nonce) for nonce in nonces] == [0, 0, 2, 3]
 
 
-@pytest.mark.parametrize(("message", "elements", "text"), [(5000, 50, 5000), (5, 2, 10)])
+@cases("message, elements, text", (5000, 50, 5000), (5, 2, 10))
 async def test_long_page_is_cut(
     message: int, elements: int, text: int, serve: Serve, model: FakeModel
 ) -> None:
@@ -4467,16 +4461,9 @@ async def test_long_page_is_cut(
     assert "EDGE-OF-TEXT" not in model.prompt()
 
 
-def test_a_bloated_page_is_cut() -> None:
-    """However much a program sends as a page, what the model is told has a bound."""
-    fields = dict.fromkeys(("text", "label", "value", "name", "href", "parent"), "x" * 300)
-    context = lf.clean_context({"indexedElements": [{"id": 1, **fields}] * 50}, lf.LimitsConfig())
-    assert len(lf.describe_page(context)) <= 24_000
-
-
 def test_what_nobody_sees_costs_little() -> None:
     """A character that cannot be printed is a space, or nothing if it only joins or parts letters;
-    links of the site are relative."""
+    links of the site are relative. However much a program sends, the model is told little."""
     shown = [
         {"id": 1, "type": "button", "text": "Go\u200b\U000e0041\x07on", "inViewport": True},
         {"id": 2, "type": "link", "text": "All", "href": "https://acme.com/all", "isNew": True},
@@ -4488,6 +4475,9 @@ def test_what_nobody_sees_costs_little() -> None:
     assert '[2] link "All" href=/all NEW' in lines
     assert '[3] link "X" href=https://acme.com.evil.example/' in lines
     assert lines[-2:] == ["a b", "Delete"]
+    fields = dict.fromkeys(("text", "label", "value", "name", "href", "parent"), "x" * 300)
+    context = lf.clean_context({"indexedElements": [{"id": 1, **fields}] * 50}, lf.LimitsConfig())
+    assert len(lf.describe_page(context)) <= 24_000
 
 
 @pytest.mark.parametrize("field", ["pageContext", "context"])
@@ -4662,7 +4652,7 @@ async def test_a_refused_action_is_explained_to_the_model_twice(page: OpenPage) 
     ends = [event for event in names(page.visitor.frames) if event in TURN_ENDS]
     assert ends == ["message_done", "action_plan"]
     page.model.requests.clear()
-    bad = [click(99), {"type": "navigate", "url": "https://evil.example"}, click(5), click(1)]
+    bad = [click(99), go("https://evil.example"), click(5), click(1)]
     end = await page.ask("Go", *(("Trying.", action) for action in bad))
     assert told(end) == ("message", {"text": lf.ENGLISH("not_possible")})
     assert (len(page.model.requests), page.plans) == (3, 1)
@@ -4670,7 +4660,7 @@ async def test_a_refused_action_is_explained_to_the_model_twice(page: OpenPage) 
     assert "url leaves this website" in page.model.prompt(2)
 
 
-@pytest.mark.parametrize("effect", ["nothing", "raises", "cannot be sent"])
+@cases("effect", "nothing", "raises", "cannot be sent")
 async def test_an_action_without_a_good_effect_ends_visibly(
     effect: str, page: OpenPage, monkeypatch: Patch, caplog: Log
 ) -> None:
@@ -4694,8 +4684,8 @@ async def test_an_action_without_a_good_effect_ends_visibly(
 LABELS = {"message": "Show prices?", "confirm_label": "Do it", "cancel_label": "Stop"}
 
 
-@pytest.mark.parametrize("action", [click(8), confirming(click(8), **LABELS)])
-@pytest.mark.parametrize("confirmed", [True, False])
+@cases("action", click(8), confirming(click(8), **LABELS))
+@cases("confirmed", True, False)
 async def test_an_irreversible_click_waits(page: OpenPage, action: Json, confirmed: bool) -> None:
     """confirmation_required comes first whatever the model said, in the server's own words; one
     yes releases it, once."""
@@ -4717,31 +4707,30 @@ async def test_an_irreversible_click_waits(page: OpenPage, action: Json, confirm
     assert page.plans == int(confirmed)
 
 
-@pytest.mark.parametrize("url", ["/account/delete", "https://acme.com/account/delete"])
+@cases("url", "/account/delete", "https://acme.com/account/delete")
 async def test_going_where_an_irreversible_link_leads(page: OpenPage, url: str) -> None:
     """To navigate is no way around the question that a click on the link would raise."""
     links = {"Delete my account": "/account/delete", "Ada": "/users/5", "Buy": "http://[x", "": "/"}
     shown = [{"type": "link", "text": text, "href": to} for text, to in links.items()]
-    page.context = at("/", *({"id": n, **link} for n, link in enumerate(shown, 1)))
-    asked = await page.ask("Go", {"type": "navigate", "url": url})
+    page.context = showing(*shown, url="https://acme.com/")
+    asked = await page.ask("Go", go(url))
     assert asked["event"] == "confirmation_required"
     assert "Delete my account" in asked["data"]["message"]
     for harmless in ("/users/5", "/", "/?page=2", "?order=asc"):
-        assert planned(await page.ask("Go", {"type": "navigate", "url": harmless}))
+        assert planned(await page.ask("Go", go(harmless)))
 
 
 async def test_a_question_says_all_that_goes_with_it(page: OpenPage) -> None:
     """It lists every field with what is or will be in it, on a line, cut to 200 characters; a yes
     counts for these alone."""
     fields: list[Json] = [
-        {"id": 1, "type": "email", "label": "To", "value": "attacker@evil.example"},
-        {"id": 2, "type": "textarea", "label": "Message"},
-        {"id": 3, "type": "checkbox", "label": "Copy", "checked": True},
-        {"id": 4, "type": "text", "label": "Empty"},
-        {"id": 5, "type": "submit", "text": "Send"},
-        {"id": 6, "type": "text", "label": "Password hint", "value": "rex"},
+        {"type": "email", "label": "To", "value": "attacker@evil.example"},
+        {"type": "textarea", "label": "Message"},
+        {"type": "checkbox", "label": "Copy", "checked": True},
+        *({"type": "text", "label": "Empty"}, {"type": "submit", "text": "Send"}),
+        {"type": "text", "label": "Password hint", "value": "rex"},
     ]
-    page.context = at("/contact", *fields)
+    page.context = showing(*fields)
     twice = [step("type", 2, inputData=one) for one in ("x" * 250, "Hi\n- To: boss")]
     asked = await page.ask("Go", steps(*twice, step("click", 5)))
     lines = ["- To: attacker@evil.example", f"- Message: {'x' * 200}… → Hi - To: boss", "- Copy: ✓"]
@@ -4749,7 +4738,7 @@ async def test_a_question_says_all_that_goes_with_it(page: OpenPage) -> None:
         ["Shall I click “Send”?", "", "This goes with it:", *lines, "- Password hint: •••"]
     )
     fields[0]["value"] = "other@evil.example"
-    await page.visitor.send("update_context", context=at("/contact", *fields))
+    await page.visitor.send("update_context", context=showing(*fields))
     assert "rex" not in page.model.prompt()
     again = await page.answer(True)
     assert again["event"] == "confirmation_required"
@@ -4780,28 +4769,19 @@ async def test_a_scroll_that_shows_something_is_progress(page: OpenPage) -> None
     assert (frame["data"]["text"], page.plans) == ("Found.", 5)
 
 
+NAME_FIELD = {"name": "name", "type": "text"}
 CARDS = BLOCKS["pricing_cards"]
 SHOWN_CARDS = {"block_type": "pricing_cards", "data": CARDS, "message": "Our plans:"}
 HALF = json.dumps({"message": "I click.", "action": click(2)})
 
 
-@pytest.mark.parametrize(
-    ("answer", "event", "data"),
-    [
-        (
-            ASK_NAME,
-            "message",
-            {"text": "Your name?", "isQuestion": True, "field": {"name": "name", "type": "text"}},
-        ),
-        (("Our plans:", block("pricing_cards", CARDS)), "ui_block", SHOWN_CARDS),
-        ({"type": "abort_workflow", "reason": "No cart."}, "message", {"text": "No cart."}),
-        (confirming(click(2), **LABELS), "confirmation_required", LABELS),
-        (
-            [sse(chunk(HALF, finish_reason="length"))],
-            "message_done",
-            {"text": "I click." + CUT_SHORT},
-        ),
-    ],
+@cases(
+    "answer, event, data",
+    (ASK_NAME, "message", {"text": "Your name?", "isQuestion": True, "field": NAME_FIELD}),
+    (("Our plans:", block("pricing_cards", CARDS)), "ui_block", SHOWN_CARDS),
+    ({"type": "abort_workflow", "reason": "No cart."}, "message", {"text": "No cart."}),
+    (confirming(click(2), **LABELS), "confirmation_required", LABELS),
+    ([sse(chunk(HALF, finish_reason="length"))], "message_done", {"text": "I click." + CUT_SHORT}),
 )
 async def test_how_actions_arrive(answer: Any, event: str, data: Json, page: OpenPage) -> None:
     """A question, a block, an end, a wish to act; half a reply is no order."""
@@ -4818,11 +4798,11 @@ async def test_how_actions_arrive(answer: Any, event: str, data: Json, page: Ope
     expect_no_gaps(page.visitor.frames)
 
 
-@pytest.mark.parametrize(
-    ("change", "same"),
-    [({"id": 9}, False), ({"text": "Delete all"}, False), ({"disabled": True}, False),
-     ({"inViewport": False}, True)],
-)  # fmt: skip
+@cases(
+    "change, same",
+    *(({"id": 9}, False), ({"text": "Delete all"}, False), ({"disabled": True}, False)),
+    ({"inViewport": False}, True),
+)
 async def test_a_confirmed_action_is_checked_anew(page: OpenPage, change: Json, same: bool) -> None:
     """If the element is gone, disabled or another one by now, it does not run; an element is the
     same while it is called the same."""
@@ -4832,12 +4812,10 @@ async def test_a_confirmed_action_is_checked_anew(page: OpenPage, change: Json, 
     assert planned(end) if same else end["data"] == {"text": lf.ENGLISH("page_changed")}
 
 
-@pytest.mark.parametrize(
-    ("url", "text", "same"),
-    [
-        *(("/#top", "Go", True), ("/", "Log out", False), ("/b", "Go", False)),
-        *(("/b", "New", True), ("/", "", False)),
-    ],
+@cases(
+    "url, text, same",
+    *(("/#top", "Go", True), ("/", "Log out", False), ("/b", "Go", False)),
+    *(("/b", "New", True), ("/", "", False)),
 )
 async def test_a_number_of_another_element(page: OpenPage, url: str, text: str, same: bool) -> None:
     """A plan made for a page that changed while the model spoke must mean the same elements; they
@@ -4871,7 +4849,7 @@ async def test_what_the_page_knows_of_its_visitor(page: OpenPage) -> None:
     assert answer.body["details"]["field"] == "pageContext.visitorData"
 
 
-@pytest.mark.parametrize("ended_by", ["message", "stop", "other socket"])
+@cases("ended_by", "message", "stop", "other socket")
 async def test_a_pending_confirmation_is_gone_with_its_task(page: OpenPage, ended_by: str) -> None:
     """A new message or `stop` drops it; another visitor's yes does not release it."""
     await page.ask("Go", click(8))
@@ -4890,23 +4868,18 @@ async def test_a_pending_confirmation_is_gone_with_its_task(page: OpenPage, ende
     assert page.plans == 0
 
 
-IN_CIRCLES, SCROLLS = (
-    lf.ENGLISH("going_in_circles"),
-    [step("scroll_to", 2), step("wait", waitDuration=1)],
-)
+IN_CIRCLES = lf.ENGLISH("going_in_circles")
+SCROLLS = steps(step("scroll_to", 2), step("wait", waitDuration=1))
 
 
 @with_config(limits={"max_action_plans": 6})
-@pytest.mark.parametrize(
-    ("actions", "moves", "plans", "text"),
-    [
-        ([click(2)] * 9, True, 3, IN_CIRCLES),
-        ([{"type": "navigate", "url": "/a"}] * 9, True, 2, IN_CIRCLES),
-        ([steps(*SCROLLS)] * 9, True, 3, IN_CIRCLES),
-        ([click(n) for n in range(9)], False, 5, IN_CIRCLES),
-        ([click(n) for n in range(9)], True, 6, lf.ENGLISH("too_many_steps")),
-    ],
-    ids=["clicks", "navigation", "scrolling", "no effect", "max_action_plans"],
+@cases(
+    "actions, moves, plans, text",
+    ([click(2)] * 9, True, 3, IN_CIRCLES),
+    ([go("/a")] * 9, True, 2, IN_CIRCLES),
+    ([SCROLLS] * 9, True, 3, IN_CIRCLES),
+    ([click(n) for n in range(9)], False, 5, IN_CIRCLES),
+    ([click(n) for n in range(9)], True, 6, lf.ENGLISH("too_many_steps")),
 )
 async def test_a_task_ends_visibly(
     actions: list[Json], moves: bool, plans: int, text: str, page: OpenPage
@@ -4925,30 +4898,30 @@ async def test_results_that_belong_to_no_task_change_nothing(page: OpenPage) -> 
     """Another action's result, a continuation before the result, anything without a task, or for a
     plan that a new message or a stop has dropped."""
 
-    async def expect_nothing(fields: Json) -> None:
+    async def expect_nothing(action_id: str = "action-1") -> None:
         asked = len(page.model.requests)
-        await page.visitor.send("action_complete", **fields)
+        result = {"success": True}
+        await page.visitor.send("action_complete", actionId=action_id, result=result)
         await page.visitor.send("continue_task", context=PAGE_CONTEXT)
         await page.visitor.expect_open()
         assert len(page.model.requests) == asked
 
-    stale = {"actionId": "action-1", "result": {"success": True}}
-    await expect_nothing(stale)
+    await expect_nothing()
     plan = await page.ask("Go", click(2), "Fine.")
-    await expect_nothing(stale)
+    await expect_nothing()
     assert (await page.done(plan))["data"]["text"] == "Fine."
-    await expect_nothing(stale | {"actionId": planned(plan)["id"]})
+    await expect_nothing(planned(plan)["id"])
     plan = await page.ask("Go", click(2))
     assert (await page.ask("Something else", "New."))["data"]["text"] == "New."
-    await expect_nothing(stale | {"actionId": planned(plan)["id"]})
+    await expect_nothing(planned(plan)["id"])
     plan = await page.ask("Go", click(2))
     await page.visitor.send("stop")
     assert (await page.turn())["data"] == {"text": lf.ENGLISH("stopped")}
-    await expect_nothing(stale | {"actionId": planned(plan)["id"]})
+    await expect_nothing(planned(plan)["id"])
 
 
 @with_constants(SWEEP_SECONDS=0.05)
-@pytest.mark.parametrize("last", ["result", "new socket", "nothing"])
+@cases("last", "result", "new socket", "nothing")
 async def test_a_task_that_stops_says_so(last: str, page: OpenPage, monkeypatch: Patch) -> None:
     """No fresh page within 30 s of a result or a page load; a client that never reports at all."""
     silent = last == "nothing"
@@ -4961,23 +4934,22 @@ async def test_a_task_that_stops_says_so(last: str, page: OpenPage, monkeypatch:
     assert (await page.turn())["data"] == {"text": lf.ENGLISH("interrupted")}
 
 
-async def test_an_unanswered_plan_is_replayed_with_the_same_id(page: OpenPage) -> None:
-    """A client that lost its socket gets the plan again and can say that it has done it."""
-    plan = await page.ask("Go", click(2), "Fine.")
-    await page.visitor.ws.close()
-    await page.visitor.connect(last_seq=plan["seq"] - 1)
-    assert await page.visitor.next() == plan
-    assert (await page.done(plan))["data"]["text"] == "Fine."
-
-
-@pytest.mark.parametrize("event", ["continue_task", "update_context"])
-async def test_a_task_goes_on_after_a_page_load(page: OpenPage, event: str) -> None:
-    """The first context of the new socket continues the task; the model is told."""
+@cases("event", "continue_task", "update_context", "")
+async def test_a_task_goes_on_after_its_socket(page: OpenPage, event: str) -> None:
+    """The first context of a page that was loaded anew continues the task; a client that only lost
+    its socket gets the plan again, with the same id, and can say that it has done it."""
     plan = await page.ask("Go", click(1), "Arrived.")
-    await page.visitor.connect(last_seq=plan["seq"])
-    await page.visitor.send(event, context=at("/pricing"))
-    assert (await page.turn())["data"]["text"] == "Arrived."
-    assert "the page was loaded anew" in page.model.prompt()
+    if not event:
+        await page.visitor.ws.close()
+    await page.visitor.connect(last_seq=plan["seq"] - (not event))
+    if event:
+        await page.visitor.send(event, context=at("/pricing"))
+        end = await page.turn()
+    else:
+        assert await page.visitor.next() == plan
+        end = await page.done(plan)
+    assert end["data"]["text"] == "Arrived."
+    assert ("the page was loaded anew" in page.model.prompt()) is bool(event)
 
 
 async def test_a_hostile_page_cannot_lead_the_agent_away(page: OpenPage) -> None:
@@ -4986,8 +4958,7 @@ async def test_a_hostile_page_cannot_lead_the_agent_away(page: OpenPage) -> None
     link = {"id": 1, "type": "link", "text": text, "href": "https://evil.example/"}
     page.context = at("/", link, text=text)
     leave = steps(step("wait", waitDuration=1), step("navigate", url="//evil.example"))
-    there = {"type": "navigate", "url": "https://evil.example/"}
-    end = await page.ask("Go", there, click(1), leave)
+    end = await page.ask("Go", go("https://evil.example/"), click(1), leave)
     assert end["data"] == {"text": lf.ENGLISH("not_possible")}
     for request in page.model.requests:
         assert "evil.example" not in request["messages"][0]["content"]
@@ -5212,14 +5183,12 @@ FIELDS = {  # of the demo's form: label, type, what is put into it
 }
 
 
-@pytest.mark.parametrize(
-    ("path", "wish", "given"),
-    [
-        *((path, f"send a message, {ADA}", ADAS) for path in DEMO_PAGES),
-        ("/prices", "write to us that I am happy", {"message": "I am happy"}),
-        ("/", "I want to send a message", {}),
-        *((path, wish, COFFEE) for path in DEMO_PAGES for wish in WHOLE_MESSAGES),
-    ],
+@cases(
+    "path, wish, given",
+    *((path, f"send a message, {ADA}", ADAS) for path in DEMO_PAGES),
+    ("/prices", "write to us that I am happy", {"message": "I am happy"}),
+    ("/", "I want to send a message", {}),
+    *((path, wish, COFFEE) for path in DEMO_PAGES for wish in WHOLE_MESSAGES),
 )
 async def test_messages_from_the_demo(
     path: str, wish: str, given: dict[str, str], visit_demo: VisitDemo
@@ -5288,28 +5257,24 @@ async def test_an_account_of_the_demo_is_deleted(visit_demo: VisitDemo, path: st
     assert (await page.done(heard, at("/")))["event"] == "task_complete"
 
 
-async def test_a_form_without_a_button(serve: Serve) -> None:
-    """The guide does not claim to have sent what it could not send."""
-    form = {"id": 1, "type": "textarea", "text": "Message"}
-    page = OpenPage(await (await serve()).visitor(), context=at("/contact", form))
+async def test_forms_that_are_not_the_demos(serve: Serve) -> None:
+    """The guide does not claim to have sent what it could not send. What a newsletter further down
+    requires is not asked for, nor is its button clicked; what the visitor gives in so many words is
+    typed, and no password."""
+    visitor = await (await serve()).visitor()
+    page = OpenPage(visitor, context=showing({"type": "textarea", "text": "Message"}))
     end = await page.done(await page.ask("send a message: message: hello"))
     assert end["event"] == "task_complete"
     assert "no button" in end["data"]["message"]
-
-
-async def test_a_form_beside_another_one(serve: Serve) -> None:
-    """What a newsletter further down requires is not asked for, nor is its button clicked; what the
-    visitor gives in so many words is typed, and no password."""
     news, write = {"parent": "Newsletter"}, {"parent": "Write to us"}
-    form = [
-        {"id": 1, "type": "email", "text": "E-mail", "required": True, **news},
-        {"id": 2, "type": "button", "text": "Send me news", **news},
-        {"id": 3, "type": "text", "text": "Your name", "required": True, **write},
-        {"id": 4, "type": "textarea", "text": "Your message", **write},
-        {"id": 5, "type": "button", "text": "Send", **write},
-        {"id": 6, "type": "password", "text": "Password", **write},
-    ]
-    page = OpenPage(await (await serve()).visitor(), context=at("/contact", *form))
+    page.context = showing(
+        {"type": "email", "text": "E-mail", "required": True, **news},
+        {"text": "Send me news", **news},
+        {"type": "text", "text": "Your name", "required": True, **write},
+        {"type": "textarea", "text": "Your message", **write},
+        {"text": "Send", **write},
+        {"type": "password", "text": "Password", **write},
+    )
     plan = await page.ask("contact them with a message that all is well, my name is Ada")
     typed = [(s["elementId"], s["inputData"]) for s in planned(plan)["actions"]]
     assert typed == [(3, "Ada"), (4, "all is well")]
