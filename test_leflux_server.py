@@ -651,11 +651,7 @@ B_SITE = {"id": "b", "name": "B", "allowed_hosts": ["b.example"]}
     "sites, key, doubts",
     ([], "", ["there are no [[sites]], so nobody can chat"]),
     ([B_SITE], '"sk-1"', ["$LEFLUX_LLM_API_KEY is in quotes, which become part of the key"]),
-    (
-        [{"id": "a", "name": "A"}],
-        "",
-        ["sites[a] has no allowed_hosts, so nobody can chat there"],
-    ),
+    ([{"id": "a", "name": "A"}], "", ["sites[a] has no allowed_hosts, so nobody can chat there"]),
     ([B_SITE], "sk-1", []),
 )
 def test_doubts(sites: list[Json], key: str, doubts: list[str]) -> None:
@@ -1095,11 +1091,13 @@ async def test_log_is_bounded_while_all_chat(keeper: Visitor, tmp_path: Path) ->
     assert sum(after < before for before, after in itertools.pairwise(sizes)) >= 2
 
 
+@pytest.mark.parametrize("part", ["_copy_log", "_empty_log"])
 @with_constants(SWEEP_SECONDS=3600)
-async def test_stream_flows_during_a_slow_checkpoint(
-    keeper: Visitor, model: FakeModel, tmp_path: Path, monkeypatch: Patch
+async def test_slow_checkpoint(
+    part: str, keeper: Visitor, model: FakeModel, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    """While 50 MB of the log go to a slow disk a reply streams on, and messages are committed."""
+    """While 50 MB of the log go to a slow disk a reply streams on, and messages are committed;
+    while it is emptied slowly, what is to be acknowledged waits, and nothing else does."""
     server, other = keeper.server, await keeper.server.visitor()
     fillers = [await server.visitor(connect=False) for _ in range(5)]
     for number in range(60):
@@ -1107,29 +1105,44 @@ async def test_stream_flows_during_a_slow_checkpoint(
         session.remember("user", f"{number} " + "x" * 900_000)
         server.app.store.save(session)
     assert (tmp_path / "leflux.db-wal").stat().st_size > 50e6
-    slow_down(monkeypatch, 4)
+    begun, original = threading.Event(), getattr(lf.Store, part)
+
+    def slow(store: lf.Store) -> Any:
+        if not begun.is_set():
+            begun.set()
+            time.sleep(4)
+        return original(store)
+
+    monkeypatch.setattr(lf.Store, part, slow)
 
     async def pause(_: object) -> None:
         await asyncio.sleep(0.005)
 
-    deltas = [step for n in range(250) for step in (sse(chunk(f"{n} ")), pause)]
-    model.scripts.append([*deltas, sse("[DONE]")])
+    steps = [step for n in range(250) for step in (sse(chunk(f"{n} ")), pause)]
+    model.scripts.append([*steps, sse("[DONE]")])
     await keeper.chat()
-    await keeper.next()
-    checkpoint = asyncio.create_task(server.app.store.checkpoint())
     arrivals = [time.monotonic()]
     async with longest_stop() as stops:
-        while (await keeper.next())["event"] == "message_chunk":
+        checkpoint = asyncio.create_task(server.app.store.checkpoint())
+        await until(begun.is_set)
+        posted = asyncio.create_task(other.post("Meanwhile"))
+        with taking(0, 1):
+            assert (await server.call("GET", "/health")).status == 200
+            assert (await keeper.get()).status == 200
+        for _ in range(200):
+            assert (await keeper.next())["event"] == "message_chunk"
             arrivals.append(time.monotonic())
-            if len(arrivals) == 100:
-                assert not checkpoint.done()
-                assert (await other.post("Meanwhile")).status == 200
-                assert kept_messages(tmp_path, other.id)[0] == ("user", "Meanwhile")
-    assert not checkpoint.done()
-    assert max(after - before for before, after in itertools.pairwise(arrivals)) < 0.5
+        assert posted.done() is (part == "_copy_log")
+        assert not checkpoint.done()
+        assert (await posted).status == 200
+        assert checkpoint.done() is (part == "_empty_log")
+        assert kept_messages(tmp_path, other.id)[0] == ("user", "Meanwhile")
+        assert (await keeper.turn())[-1]["event"] == "message_done"
+        assert kept_messages(tmp_path, keeper.id) == await keeper.history()
+    assert max(after - before for before, after in itertools.pairwise(arrivals[1:])) < 0.5
     assert stops[0] < 0.5
     await checkpoint
-    assert (tmp_path / "leflux.db-wal").stat().st_size == 0
+    assert ((tmp_path / "leflux.db-wal").stat().st_size == 0) is (part == "_copy_log")
 
 
 @contextlib.contextmanager
@@ -1195,41 +1208,6 @@ async def test_disk_that_fails(
     assert (len(errors), "".join(errors).count("\n"), store.failing) == (2, 0, False)
     await keeper.ask("After")
     assert kept_messages(tmp_path, keeper.id) == await keeper.history()
-
-
-@with_config(limits=CROWD)
-async def test_commits_wait_for_an_emptied_log_and_the_loop_does_not(
-    keeper: Visitor, model: FakeModel, tmp_path: Path, monkeypatch: Patch
-) -> None:
-    """While the log is emptied slowly, what is to be acknowledged waits; nothing else does."""
-    visitor, server = keeper, keeper.server
-    other = await server.visitor()
-    begun, empty_log = asyncio.Event(), lf.Store._empty_log
-    loop = asyncio.get_running_loop()
-
-    def slow(store: lf.Store) -> bool:
-        loop.call_soon_threadsafe(begun.set)
-        time.sleep(1.5)
-        return empty_log(store)
-
-    async with longest_stop() as stops:
-        model.scripts.append([sse(chunk("Half")), model.at_gate, *reply(" a reply")])
-        await visitor.chat("Before")
-        await visitor.next()
-        monkeypatch.setattr(lf.Store, "_empty_log", slow)
-        await asyncio.wait_for(begun.wait(), PATIENCE_SECONDS)
-        monkeypatch.setattr(lf.Store, "_empty_log", empty_log)
-        model.gate.release()
-        posted = asyncio.create_task(other.post("Meanwhile"))
-        with taking(1, 9):
-            with taking(0, 1):
-                assert (await server.call("GET", "/health")).status == 200
-                assert (await visitor.get()).status == 200
-            assert (await visitor.turn())[-1]["event"] == "message_done"
-            assert (await posted).status == 200
-        assert len(kept_messages(tmp_path, visitor.id)) == 2
-        assert kept_messages(tmp_path, other.id)[0] == ("user", "Meanwhile")
-    assert stops[0] < 0.5
 
 
 DAMAGED_ROWS = "damaged rows of the database are left out"
