@@ -93,7 +93,10 @@ async def stream(request: web.Request, kind: str, tag: str) -> web.StreamRespons
 async def tell(kind: str, tag: str, say: Say, write: Callable[[bytes], Awaitable[None]]) -> None:
     """Stream what a kind of answer consists of."""
     text = reply_text(tag)
-    if kind in ACTIONS:
+    if kind == "letter":
+        letter = {"name": "Ada", "email": "ada@example.com", "message": f"letter {tag}"}
+        await say(json.dumps({"message": "", "action": {"type": "contact_owner", **letter}}))
+    elif kind in ACTIONS:
         await say(json.dumps({"message": f"Re {tag}: now.", "action": ACTIONS[kind]}))
     elif kind in ("ok", "flaky", "picky"):
         await say(json.dumps({"action": None, "message": text}))

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import random
+import re
 import sys
 import time
 from collections import Counter
@@ -26,7 +27,7 @@ TURN_ENDS = frozenset(
     "message_done message ui_block confirmation_required task_complete action_plan".split()
 )
 COMMON = (*WHOLE, *ACTIONS, "e500", "e503", "e429", "html", "gone", "cut", "error")
-RARE = ("flood", "flood", "endless")  # one turn in a hundred
+RARE = ("flood", "flood", "endless", *["letter"] * 3)  # one turn in a hundred
 SLOW = ("mute", "stuck")  # another one: they wait for the server's time-outs
 HABITS = ("drop", "reload", "stall", "nonsense", "stop", "interrupt", "patient", "patient")
 WAYS = ("answer",) * 6 + ("reload",) * 3 + ("ignore", "ignore", "half")  # with a plan
@@ -69,6 +70,8 @@ class Record:
         self.life = 0  # how often it has been started
         self.seen: Counter[str] = Counter()
         self.problems: list[str] = []
+        self.letters: set[str] = set()  # to the owner, of which the visitor was told that they go
+        self.clock_wrong_until = 0.0  # monotonic seconds
 
     def problem(self, text: str) -> None:
         self.problems.append(text)
@@ -113,6 +116,8 @@ class Visitor:
                 await asyncio.sleep(self.choose.uniform(0, 1))
         await self.ws.close()
         await self.check(self.id, self.sent, self.heard)
+        if time.monotonic() < self.record.clock_wrong_until + PATIENCE_SECONDS:
+            return  # what was active "in two days" does not count as idle after a restart
         if self.choose.random() < 0.2 or time.monotonic() > self.record.end:
             self.left.append(Left(self.id, self.sent, self.heard, self.active, time.monotonic()))
             return
@@ -343,6 +348,9 @@ class Visitor:
                 if frame["event"] == "joined":
                     await self.reply(asked, way)  # the first one may have been lost
             frame = await self.end(frame)
+            letter = re.search(r"letter m[\w-]+", str(asked["data"].get("message")))
+            if letter and frame["event"] == "task_complete":
+                self.record.letters.add(letter[0])
 
     async def reply(self, asked: Json, way: str) -> None:
         if asked["event"] == "confirmation_required":

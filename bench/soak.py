@@ -5,11 +5,14 @@
 Visitors chat, drop their sockets, reload, stall, send nonsense and delete their sessions, while
 the model errs, stalls and floods (faulty_model.py). In the first half of the time the
 server is killed (SIGKILL, at times SIGTERM) and started again; in the second its memory is
-watched, if there are 8 minutes or more in all. The exit code is 0 only if
+watched, if there are 8 minutes or more in all. Meanwhile a website is crawled, an owner works, and
+the machine errs: a full disk, a slow one, a clock that jumps by two days and back
+(hard_times.py). The exit code is 0 only if
 
 * every acknowledged message, and every answer a visitor saw the end of, is in the history, once
   and in order, also after a restart; what was deleted stays deleted;
 * every turn of an acknowledged message ended visibly;
+* every message to the owner that a visitor saw go arrived; what the owner erased stays erased;
 * the server's memory and its open files are flat, its log has no error and no session id, and
   its database is sound.
 
@@ -39,15 +42,21 @@ from pathlib import Path
 import aiohttp
 from aiohttp import web
 from faulty_model import answer
-from processes import ORIGIN, SERVER, Program, free_port, last_words, start, write_config
+from hard_times import Machine, Owner, expected, surrounded
+from processes import HERE, ORIGIN, Program, free_port, last_words, start, write_config
 from rude_visitors import IDLE_MINUTES, Lost, Record, Visitor
 
 # A server that was made to keep its turns (events, messages, task) grew by 11 KiB a turn. What is
 # found without a leak, up to 2, is garbage in cycles: some MiB of it wait for the collector.
 LEAK_KIB_PER_TURN = 4.0
 JUDGED_MINUTES = 2  # in a shorter time such garbage is all that there is to see
-MAIN_COUNTS = ("SIGKILL", "SIGTERM", "turns", "sessions checked", "files open at the end")
-FILES_OF_THE_STORE = 1  # opened with the first checkpoint: its own view of the log
+MAIN_COUNTS = (
+    *("SIGKILL", "SIGTERM", "full disk", "slow disk", "clock", "turns", "sessions checked"),
+    *("owner", "files open at the end"),
+)
+# With the first checkpoint the store's own view of the log; the knowledge's log; a crawl that runs
+# has a lock, and a connection.
+FILES_OPENED_LATER = 4
 
 
 class Soak(Record):
@@ -57,13 +66,15 @@ class Soak(Record):
         super().__init__(seconds, seed)
         self.folder = folder
         self.program: Program
+        self.machine = Machine(self, folder / "faults")
         self.samples: list[tuple[int, float, float, int]] = []  # life, time, RSS in KiB, turns
         self.longest_start = 0.0
 
     async def start(self, config: Path, port: int) -> None:
         asked = time.monotonic()
         log = self.folder / "server.log"
-        self.program = await start(log, port, SERVER, "--config", str(config))
+        arguments = (str(self.machine.faults), "--config", str(config))
+        self.program = await start(log, port, HERE / "bad_machine.py", *arguments)
         self.longest_start = max(self.longest_start, time.monotonic() - asked)
         self.life += 1
         self.up.set()
@@ -94,8 +105,9 @@ class Soak(Record):
             self.promised.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.promised.wait(), 5)
-            await self.stop(choose.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)))
-            await self.start(config, port)
+            async with self.machine.whole:
+                await self.stop(choose.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)))
+                await self.start(config, port)
 
     async def watch(self) -> None:
         while True:
@@ -135,27 +147,45 @@ async def run(soak: Soak, count: int) -> None:
     await web.TCPSite(model, "127.0.0.1", 0).start()
     model_url = f"http://127.0.0.1:{model.addresses[0][1]}"
     config = write_config(soak.folder, model_url, store=True, idle_minutes=IDLE_MINUTES)
-    await soak.start(config, port := free_port())
-    quiet_files = soak.program.open_files()
-    watcher = asyncio.create_task(soak.watch())
     try:
-        async with visitors_of(soak, count, f"http://127.0.0.1:{port}") as visitors:
-            killer = asyncio.create_task(soak.kill_at_times(config, port))
-            await asyncio.gather(*(visitor.live() for visitor in visitors))
-            await killer
-        await soak.expect_files(quiet_files + FILES_OF_THE_STORE)
-        watcher.cancel()
-        await soak.stop(signal.SIGKILL)
-        await soak.start(config, port)
-        async with visitors_of(soak, count, f"http://127.0.0.1:{port}") as last:
-            for one, then in zip(last, visitors, strict=True):
-                one.left, one.deleted = then.left, then.deleted
-                with contextlib.suppress(Lost):
-                    await one.look_back()
-        await soak.stop(signal.SIGTERM)
+        async with surrounded(soak) as around:
+            with config.open("a") as file:
+                file.write(around.config())
+            await live(soak, count, config, around.delivered)
     finally:
         await soak.program.end(signal.SIGKILL)
         await model.cleanup()
+
+
+async def live(soak: Soak, count: int, config: Path, delivered: set[str]) -> None:
+    await soak.start(config, port := free_port())
+    url, quiet_files = f"http://127.0.0.1:{port}", soak.program.open_files()
+    watcher = asyncio.create_task(soak.watch())
+    async with visitors_of(soak, count, url) as visitors:
+        owner = Owner(soak, visitors[0].http, url, soak.machine)
+        others = [owner.work(), soak.machine.break_at_times(lambda: soak.program)]
+        tasks = [asyncio.create_task(one) for one in others]
+        killer = asyncio.create_task(soak.kill_at_times(config, port))
+        await asyncio.gather(*(visitor.live() for visitor in visitors))
+        await killer
+        async with soak.machine.whole:  # no fault is under way
+            for task in tasks:
+                task.cancel()
+    for task in tasks:
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    await soak.expect_files(quiet_files + FILES_OPENED_LATER)
+    watcher.cancel()
+    await soak.stop(signal.SIGKILL)
+    await soak.start(config, port)
+    async with visitors_of(soak, count, url) as last:
+        for one, then in zip(last, visitors, strict=True):
+            one.left, one.deleted = then.left, then.deleted
+            with contextlib.suppress(Lost):
+                await one.look_back()
+        owner.http = last[0].http
+        await owner.look_back(delivered)
+    await soak.stop(signal.SIGTERM)
 
 
 @contextlib.asynccontextmanager
@@ -179,7 +209,9 @@ def verdict(soak: Soak) -> str:
     """Look at the memory and the log, and say it all in a table."""
     text = (soak.folder / "server.log").read_text(errors="replace")
     for line in text.splitlines():
-        if re.search(r"ERROR|CRITICAL|Traceback|Unclosed|never (awaited|retrieved)|Warning:", line):
+        if not expected(line) and re.search(
+            r"ERROR|CRITICAL|Traceback|Unclosed|never (awaited|retrieved)|Warning:", line
+        ):
             soak.problem(f"in the log: {line}")
         if re.search(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab]", line):
             soak.problem("a session id is in the log")
