@@ -4823,6 +4823,11 @@ class Guide:
         offer = self.say("guide_contacts" if ways else "guide_rephrase", what=", ".join(ways))
         return guide_says(f"{lead} {offer}", answered=wants_person and bool(ways))
 
+    def stand_in(self) -> str:
+        """What is added to the message that a model cannot be had; "" if nothing helps."""
+        found = self.answer(self.task.wish)
+        return f"\n\n{found['message']}" if found["answered"] or self.ways_to_reach() else ""
+
     def read_wish(
         self, fields: Sequence[Json], buttons: Sequence[Json]
     ) -> tuple[str, dict[int, str]]:
@@ -4963,11 +4968,6 @@ class Guide:
         return guide_says(said * (end != "abort_workflow"), action)
 
 
-def guide_reply(*about: Any) -> Json:
-    """Return the reply object of the offline guide; takes what Guide does. No network."""
-    return Guide(*about).reply()
-
-
 GUIDE_PIECE_SECONDS = 0.015  # so that one can see it stream
 
 
@@ -4978,8 +4978,8 @@ class OfflineGuide:
 
     async def reply(self, turn: Turn) -> AsyncGenerator[str, None]:
         context, history = turn.session.context, list(turn.session.history)
-        asked = (turn.task, context, turn.found, history, turn.language)
-        raw = json_text(await turn.app.knowledge.call(guide_reply, *asked))  # off the loop
+        guide = functools.partial(Guide, turn.task, context, turn.found, history, turn.language)
+        raw = json_text(await turn.app.knowledge.call(lambda: guide().reply()))  # off the loop
         for start in range(0, len(raw), 24):
             yield raw[start : start + 24]
             await asyncio.sleep(GUIDE_PIECE_SECONDS)
@@ -5041,7 +5041,7 @@ async def answer(turn: Turn) -> None:
                 emit_chunk(turn, "\n\n")
 
 
-def end_without_action(turn: Turn, failure: Exception | None) -> None:
+async def end_without_action(turn: Turn, failure: Exception | None) -> None:
     """End a turn whose reply decided nothing: with its text, else with what can be said."""
     if turn.said.strip():
         if turn.cut_short:
@@ -5052,10 +5052,8 @@ def end_without_action(turn: Turn, failure: Exception | None) -> None:
     if isinstance(failure, ContextOverflow):
         text = turn.say("too_long")
     elif isinstance(failure, ModelError):  # the guide is there when the model is not
-        guide = Guide(turn.task, turn.session.context, turn.found, language=turn.language)
-        found = guide.answer(turn.task.wish)
-        if found["answered"] or guide.ways_to_reach():
-            text += f"\n\n{found['message']}"
+        about = (turn.task, turn.session.context, turn.found, (), turn.language)
+        text += await turn.app.knowledge.call(lambda: Guide(*about).stand_in())  # off the loop
     elif failure is None:
         log.warning("a reply has no message")
     end_with_message(turn, text, isError=True)
@@ -5080,7 +5078,9 @@ async def run_turn(turn: Turn) -> None:
         log.exception("a turn failed")
     if not turn.finished:
         try:
-            end_without_action(turn, failure)
+            await end_without_action(turn, failure)
+        except asyncio.CancelledError:
+            return
         except Exception:
             log.exception("a turn failed in its end")
             end_with_message(turn, turn.say("no_answer"), isError=True)

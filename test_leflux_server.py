@@ -3830,7 +3830,7 @@ PAGE: Json = {
 def first_reply(message: str, page: Json = PAGE, found: lf.Found | None = None) -> Json:
     """What the guide replies to a first message on a page."""
     context = lf.clean_context(page, lf.LimitsConfig()) if page else {}
-    return lf.guide_reply(lf.Task(message), context, found or lf.Found(), [])
+    return lf.Guide(lf.Task(message), context, found or lf.Found(), []).reply()
 
 
 @cases(
@@ -3950,7 +3950,7 @@ def guided(*talk: str, did: Sequence[str] = (), **task: Any) -> Json:
     roles = itertools.cycle(["user", "assistant"])
     history = [{"role": role, "content": said} for role, said in zip(roles, talk, strict=False)]
     context = lf.clean_context(at("/book", *CALL_BACK), lf.LimitsConfig())
-    return lf.guide_reply(lf.Task(talk[-1], did=list(did), **task), context, lf.Found(), history)
+    return lf.Guide(lf.Task(talk[-1], did=list(did), **task), context, lf.Found(), history).reply()
 
 
 def does(reply: Json) -> Any:
@@ -4013,7 +4013,7 @@ def test_small_talk() -> None:
     thanks = {"en": "Thanks a lot!", "de": "Danke schön", "fr": "Merci beaucoup !"}
     thanks |= {"pt": "obrigada", "ja": "ありがとうございます"}
     for tag, said in thanks.items():
-        answer = lf.guide_reply(lf.Task(said), {}, lf.Found(), [], tag)
+        answer = lf.Guide(lf.Task(said), {}, lf.Found(), [], tag).reply()
         assert answer["message"] == lf.say(tag, "guide_welcome")
 
 
@@ -4045,7 +4045,7 @@ def test_the_guide_understands_every_language(row: str) -> None:
     page = lf.clean_context({"url": ORIGIN, "indexedElements": elements}, lf.LimitsConfig())
 
     def reply(message: str) -> Json:
-        return lf.guide_reply(lf.Task(message), page, lf.Found(), [], tag)
+        return lf.Guide(lf.Task(message), page, lf.Found(), [], tag).reply()
 
     assert reply(hello)["message"] == lf.say(tag, "guide_hello")
     assert reply(wish)["action"] == {"type": "click_element", "elementId": 1}
@@ -6555,7 +6555,7 @@ def elements(number: int, **fields: Any) -> Json:
 def guide(text: str, shown: str = "") -> None:
     page = {**elements(50, text="a b"), "visibleText": shown, "url": ORIGIN}
     task, past = lf.Task(text), [{"role": "user", "content": text}]
-    lf.guide_reply(task, page, lf.Found(), past)
+    lf.Guide(task, page, lf.Found(), past).reply()
 
 
 WIDE = "\ufdfa"  # NFKC makes 18 characters of it
@@ -8269,6 +8269,37 @@ async def test_turn_ends_after_a_bug(page: OpenPage, monkeypatch: Patch, caplog:
         assert "division" not in json.dumps(end)
         assert "ZeroDivisionError" in caplog.text
         caplog.clear()
+
+
+async def test_the_guide_stands_in_off_the_loop(
+    visitor: Visitor, model: FakeModel, monkeypatch: Patch
+) -> None:
+    """While the guide reads for a model that fails, others are served, and a stop is a stop."""
+    gate, begun, stand_in = threading.Event(), threading.Event(), lf.Guide.stand_in
+
+    def slow(guide: lf.Guide) -> str:
+        begun.set()
+        gate.wait(PATIENCE_SECONDS)
+        return stand_in(guide)
+
+    monkeypatch.setattr(lf.Guide, "stand_in", slow)
+    model.scripts.extend([status(401)] * 2)
+    await visitor.chat()
+    await until(begun.is_set)
+    assert (await visitor.server.call("GET", "/health")).status == 200
+    assert (await visitor.history()) == [("user", "Hello")]
+    gate.set()
+    expect_end((await visitor.turn())[-1], "")
+    gate.clear()
+    begun.clear()
+    await visitor.chat("Again")
+    await until(begun.is_set)
+    await visitor.send("stop")
+    assert (await visitor.next())["event"] == "message_done"
+    gate.set()
+    assert (await visitor.ask())["data"]["text"] == "ok"
+    said = [role for role, _ in await visitor.history()]
+    assert said == ["user", "assistant", "user", "user", "assistant"]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def ask_site(path: Path) -> Iterator[Result]:
                 hits = [question.answer in text for text in ranking(question)]
                 places[name] = hits.index(True) + 1 if question.answer and True in hits else 0
             found = knowledge.find(path.stem, question.text, question.earlier)
-            reply = lf.guide_reply(lf.Task(question.text), {}, found, [])
+            reply = lf.Guide(lf.Task(question.text), {}, found, []).reply()
             shares = any(words & subjects(text) for text in answers)
             yield Result(question, shares, places, not reply["answered"])
 
