@@ -207,7 +207,8 @@ class Visitor:
     async def hear(
         self, at_first_word: Callable[[], object] = lambda: None
     ) -> tuple[list[lf.Json], float]:
-        """Return what comes until the turn is over: nothing for a second after its end."""
+        """Return what comes until the turn is over: nothing for a second after its end. An error
+        is no word."""
         begun, first, events = time.monotonic(), 0.0, list[lf.Json]()
         while True:
             over = events and events[-1]["event"] != "message_chunk"
@@ -218,7 +219,8 @@ class Visitor:
             events.append(orjson.loads(frame.data))
             if not first:
                 first = time.monotonic() - begun
-                at_first_word()
+                if events[0]["event"] == "message_chunk":
+                    at_first_word()
 
     async def report(self, action_id: str) -> tuple[list[lf.Json], float]:
         result = {"success": True}
@@ -360,7 +362,10 @@ async def llama_rows() -> dict[str, str]:
             rows[row] = of(sum(map(heard_out, relay.calls)), 6)
         async with leflux(upstream, "local") as (_, visitor):
             kill = functools.partial(child.send_signal, signal.SIGKILL)
-            events, _ = await visitor.ask("Tell me about every plan", at_first_word=kill)
+            for number in range(5):  # until it has begun to say something
+                if child.returncode is None:
+                    question = f"{number}: Tell me about every plan"
+                    events, _ = await visitor.ask(question, at_first_word=kill)
             cut_short = lf.ENGLISH("cut_short")
             rows["killed in mid-stream"] = yes(cut_short in said(events), said(events))
     relay = Relay(f"{upstream}/chat/completions")
