@@ -61,6 +61,11 @@ and a line of ROUTES.
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - Debian 11 and Ubuntu 22.04 have older ones
+    sys.exit(f"leflux needs Python 3.11 or newer; this is {sys.version.split()[0]}")
+
 import argparse
 import asyncio
 import codecs
@@ -90,7 +95,6 @@ import signal
 import socket
 import sqlite3
 import struct
-import sys
 import time
 import tomllib
 import unicodedata

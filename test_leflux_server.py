@@ -644,6 +644,15 @@ async def test_check_validates_and_exits(tmp_path: Path) -> None:
         assert err.count("\n") == 1, err
 
 
+async def test_an_old_python_is_told() -> None:
+    """One line, instead of a traceback about the first module that it does not have."""
+    path = f"import sys; sys.path.insert(0, {str(lf.HERE)!r})"
+    pretend = f"{path}; sys.version_info = (3, 10, 13); import leflux_server"
+    code, said = await run_tool(sys.executable, "-c", pretend)
+    assert (code, said.count("\n")) == (1, 1)
+    assert said.startswith("leflux needs Python 3.11 or newer")
+
+
 B_SITE = {"id": "b", "name": "B", "allowed_hosts": ["b.example"]}
 
 
