@@ -575,11 +575,16 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.005)
 
 
+async def dial(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A bare connection to a server."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    return await asyncio.open_connection(host, int(port))
+
+
 async def raw_http(url: str, request: bytes) -> tuple[int, str, Any]:
     """Send bytes; return the status, head and JSON of the answer."""
-    host, _, port = url.removeprefix("http://").rpartition(":")
     async with asyncio.timeout(PATIENCE_SECONDS):
-        reader, writer = await asyncio.open_connection(host, int(port))
+        reader, writer = await dial(url)
         writer.write(request)
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         length = re.search(r"content-length: (\d+)", head, re.I)
