@@ -42,6 +42,7 @@ from conftest import (
     Script,
     Serve,
     Server,
+    cases,
     chunk,
     complaint,
     damage,
@@ -136,6 +137,13 @@ class Findings:
     def failed(self) -> set[str]:
         return {what for what, words in self.lines.items() if words.startswith("FAIL")}
 
+    def expect(self, failures: Mapping[str, str], url: str = "url") -> None:
+        """These and no others failed, with these words; "url" is the line about that URL."""
+        named = {url if what == "url" else what: words for what, words in failures.items()}
+        assert (self.failed(), self.code) == ({*named}, 1 if named else 0)
+        for what, words in named.items():
+            assert words in self.lines[what]
+
 
 def read_findings(code: int, out: str) -> Findings:
     lines = {}
@@ -186,14 +194,9 @@ async def test_doctor_finds_all_well(
 ) -> None:
     """A deployment that works: a line for each check, exit code 0, nothing left behind."""
     more = f"""
-        [llm]
-        base_url = "{model.url}"
-        [server]
-        trusted_proxies = ["{OUTSIDE}"]
-        [firebase]
-        project_id = "p"
-        keys_url = "{key_server.url}"
-        admins = ["olga"]
+        llm.base_url = "{model.url}"
+        server.trusted_proxies = ["{OUTSIDE}"]
+        firebase = {{ project_id = "p", keys_url = "{key_server.url}", admins = ["olga"] }}
     """
     key = {"LEFLUX_LLM_API_KEY": "sk-SECRET"}
     async with program(tmp_path, more, **key) as running, proxy(running.server) as url:
@@ -201,13 +204,10 @@ async def test_doctor_finds_all_well(
         call = ("--config", str(tmp_path / "config.toml"), f"{url}/")
         code, out, err = await run_doctor(*call, STATE_DIRECTORY=str(tmp_path), **key)
         stats = await running.server.call("GET", "/api/stats")
-        assert stats.body["activeSessions"] == 0
-        assert files_in(tmp_path) == before
-    assert err == ""
+        assert (stats.body["activeSessions"], files_in(tmp_path)) == (0, before)
+    assert (code, err) == (0, ""), out
     assert "SECRET" not in out
     findings = read_findings(code, out)
-    assert findings.code == 0, out
-    assert [words.split()[0] for words in findings.lines.values()] == ["ok"] * 9
     host = model.url.split("/")[2]
     expected = {
         "config": "1 site(s)",
@@ -223,8 +223,7 @@ async def test_doctor_finds_all_well(
     assert list(findings.lines) == list(expected)
     for what, words in expected.items():
         assert findings.lines[what].startswith(f"ok {words}")
-    assert len(model.requests) == 1
-    assert model.requests[0]["stream"] is True
+    assert [request["stream"] for request in model.requests] == [True]
     assert model.headers[0]["Authorization"] == "Bearer sk-SECRET"
 
 
@@ -247,20 +246,18 @@ async def test_doctor_stops_at_mistakes_in_the_call(tmp_path: Path) -> None:
     (tmp_path / "typo").write_text("[server]\nprot = 3002\n")
     (tmp_path / "lost").write_text('[[sites]]\nid = "a"\nname = "A"\nknowledge = ["none.md"]\n')
     (tmp_path / "good").write_text("")
-    config = {name: ("--config", str(tmp_path / name)) for name in ("typo", "lost")}
-    good = ("--config", str(tmp_path / "good"))
-    typo, lost, *urls = await asyncio.gather(
-        run_doctor(*config["typo"]),
-        run_doctor(*config["lost"], "http://localhost:1"),
-        run_doctor(*good, "chat.example.com"),
-        run_doctor(*good, "https://chat.example.com/path"),
-    )
-    for (code, out, err), words in ((typo, "server.prot"), (lost, "sites[a].knowledge")):
-        assert (code, out, err.count("\n")) == (2, "", 1)
-        assert words in err
-    for code, out, err in urls:
+    no_url = "must be a URL such as https://chat.example.com"
+    rows = {  # the file and a URL, and what is said
+        ("typo",): "server.prot",
+        ("lost", "http://localhost:1"): "sites[a].knowledge",
+        ("good", "chat.example.com"): no_url,
+        ("good", "https://chat.example.com/path"): no_url,
+    }
+    calls = [run_doctor("--config", str(tmp_path / name), *url) for name, *url in rows]
+    for (code, out, err), words in zip(await asyncio.gather(*calls), rows.values(), strict=True):
         assert (code, out) == (2, "")
-        assert "must be a URL such as https://chat.example.com" in err
+        assert words in err
+        assert words == no_url or err.count("\n") == 1
 
 
 async def test_doctor_hints_at_sites_without_hosts(ask: Ask) -> None:
@@ -282,31 +279,28 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 async def test_doctor_tries_a_copy_of_the_state(kept: Path, ask: Ask) -> None:
     """A database that is not in use is read as the next start will read it, and not changed."""
+    config = make_config(server=on_disk(kept))
     before = contents(kept)
-    findings = await ask(make_config(server=on_disk(kept)))
+    findings = await ask(config)
     assert findings.lines["state"] == f"ok {kept} can be written and holds 4 chat(s)"
     assert contents(kept) == before
-    async with running(make_config(server=on_disk(kept))) as server:  # it is not locked either
+    async with running(config) as server:  # it is not locked either
         assert len(server.app.sessions) == 4
-        findings = await ask(make_config(server=on_disk(kept)))
+        findings = await ask(config)
     assert findings.lines["state"] == f"ok {kept} is in use by a running server"
+    (kept / "leflux.db").unlink()
+    findings = await ask(config)
+    assert findings.lines["state"] == f"ok {kept} can be written and holds 0 chat(s)"
 
 
-@pytest.mark.parametrize("name", [*DAMAGES, "missing"])
+@pytest.mark.parametrize("name", DAMAGES)
 async def test_doctor_finds_unusable_databases(name: str, kept: Path, ask: Ask) -> None:
     """What would stop the start is said beforehand, and left as it is."""
-    if name == "missing":
-        (kept / "leflux.db").unlink()
-    else:
-        damage(kept, name)
+    damage(kept, name)
     before = contents(kept)
     findings = await ask(make_config(server=on_disk(kept)))
+    assert (findings.failed(), findings.code) == ({"state"}, 1)
     words = findings.lines["state"]
-    if name == "missing":
-        assert words == f"ok {kept} can be written and holds 0 chat(s)"
-        return
-    assert findings.failed() == {"state"}
-    assert findings.code == 1
     assert str(kept) in words
     assert "leflux-" not in words  # the copy's name
     assert contents(kept) == before
@@ -334,34 +328,29 @@ async def web_page(_: web.Request) -> web.Response:
     return web.Response(text="<html>SECRET data: hello</html>", content_type="text/html")
 
 
-@pytest.mark.parametrize(
-    ("script", "key", "words"),
-    [
-        (complaint("SECRET", 401), "sk-SECRET", "the key is refused (401)"),
-        (complaint("SECRET", 403), "sk-SECRET", "the key is refused (403)"),
-        (complaint("SECRET", 401), "", "it wants a key (401), and none is set"),
-        (complaint("SECRET", 402), "sk-SECRET", "the account is out of credit"),
-        (
-            status(429, {"error": {"code": "insufficient_quota"}}, Retry_After="0"),
-            "sk-SECRET",
-            "the account is out of credit",
-        ),
-        (status(429, {}, Retry_After="0"), "sk-SECRET", "too many requests for this key (429)"),
-        (complaint("no such model SECRET", 404), "", "it does not take the request (404)"),
-        (complaint("no such model SECRET", 400), "", "it does not take the request (400)"),
-        (
-            status(301, {}, Location="https://SECRET.example/"),
-            "",
-            "does not take the request (301)",
-        ),
-        (status(503, {}, Retry_After="0"), "", "the provider has a problem (503)"),
-        ([sse({"error": {"code": 402, "message": "SECRET"}})], "", "the account is out of credit"),
-        ([sse({"error": {"code": "x"}})], "", "the provider has a problem (in its stream)"),
-        (web_page, "", "no chat completion, perhaps a web page"),
-        ([sse("[DONE]")], "", "no chat completion"),
-        ([sse(chunk("Hm", finish_reason="length"), "[DONE]")], "", "its answer breaks off"),
-        ([sse(chunk("", finish_reason="length"), "[DONE]")], "", "its answer breaks off"),
-    ],
+CREDIT = "the account is out of credit"
+NO_CREDIT = {"error": {"code": "insufficient_quota"}}
+LONG = {"finish_reason": "length"}
+
+
+@cases(
+    "script, key, words",
+    (complaint("SECRET", 401), "sk-SECRET", "the key is refused (401)"),
+    (complaint("SECRET", 403), "sk-SECRET", "the key is refused (403)"),
+    (complaint("SECRET", 401), "", "it wants a key (401), and none is set"),
+    (complaint("SECRET", 402), "sk-SECRET", CREDIT),
+    (status(429, NO_CREDIT, Retry_After="0"), "sk-SECRET", CREDIT),
+    (status(429, {}, Retry_After="0"), "sk-SECRET", "too many requests for this key (429)"),
+    (complaint("no such model SECRET", 404), "", "it does not take the request (404)"),
+    (complaint("no such model SECRET", 400), "", "it does not take the request (400)"),
+    (status(301, {}, Location="https://SECRET.example/"), "", "does not take the request (301)"),
+    (status(503, {}, Retry_After="0"), "", "the provider has a problem (503)"),
+    ([sse({"error": {"code": 402, "message": "SECRET"}})], "", CREDIT),
+    ([sse({"error": {"code": "x"}})], "", "the provider has a problem (in its stream)"),
+    (web_page, "", "no chat completion, perhaps a web page"),
+    ([sse("[DONE]")], "", "no chat completion"),
+    ([sse(chunk("Hm", **LONG), "[DONE]")], "", "its answer breaks off"),
+    ([sse(chunk("", **LONG), "[DONE]")], "", "its answer breaks off"),
 )
 async def test_doctor_says_what_the_provider_means(
     script: Script, key: str, words: str, model: FakeModel, ask: Ask
@@ -369,50 +358,37 @@ async def test_doctor_says_what_the_provider_means(
     """Each refusal of a provider in words that say what to do, and nothing that it wrote."""
     model.scripts.extend([script] * 3)
     findings = await ask(dataclasses.replace(make_config(model), api_key=key))
-    assert findings.failed() == {"model"}
+    assert (findings.failed(), findings.code) == ({"model"}, 1)
     assert words in findings.lines["model"]
     assert "SECRET" not in str(findings)
-    assert findings.code == 1
 
 
-@pytest.mark.parametrize(
-    ("code", "body", "blamed"),
-    [
-        # LiteLLM, with a key that it does not know; Gemini; vLLM; a provider with a code alone
-        (400, {"error": {"message": "No connected db.", "type": "no_db_connection"}}, True),
-        (400, {"error": {"message": "Authentication Error, SECRET", "type": "auth_error"}}, True),
-        (400, [{"error": {"message": "API key not valid. SECRET", "code": 400}}], True),
-        (400, {"error": "Unauthorized"}, True),
-        (422, {"error": {"code": "invalid_api_key"}}, True),
-        (400, {"error": {"message": "no such model SECRET"}}, False),
-        (404, {"error": {"message": "It does not exist or you do not have access"}}, False),
-    ],
-)
-async def test_doctor_blames_the_key(
-    code: int, body: Any, blamed: bool, model: FakeModel, ask: Ask
-) -> None:
+async def test_doctor_blames_the_key(model: FakeModel, ask: Ask) -> None:
     """An error that speaks of the key blames neither model nor URL, whatever its status."""
-    model.scripts.extend([status(code, body)] * 3)
-    config = make_config(model)
-    for key, words in (("sk-SECRET", "the key is refused"), ("", "it wants a key")):
-        findings = await ask(dataclasses.replace(config, api_key=key))
-        words = words if blamed else "it does not take the request"
-        assert f"{words} ({code})" in findings.lines["model"]
-        assert "SECRET" not in str(findings)
-        model.scripts.extend([status(code, body)] * 3)
+    for code, error, blamed in (
+        # LiteLLM, with a key that it does not know; Gemini; vLLM; a provider with a code alone
+        (400, {"message": "No connected db.", "type": "no_db_connection"}, True),
+        (400, {"message": "Authentication Error, SECRET", "type": "auth_error"}, True),
+        (400, [{"error": {"message": "API key not valid. SECRET", "code": 400}}], True),
+        (400, "Unauthorized", True),
+        (422, {"code": "invalid_api_key"}, True),
+        (400, {"message": "no such model SECRET"}, False),
+        (404, {"message": "It does not exist or you do not have access"}, False),
+    ):
+        model.otherwise = status(code, error if isinstance(error, list) else {"error": error})
+        for key, words in (("sk-SECRET", "the key is refused"), ("", "it wants a key")):
+            findings = await ask(dataclasses.replace(make_config(model), api_key=key))
+            words = words if blamed else "it does not take the request"
+            assert f"{words} ({code})" in findings.lines["model"]
+            assert "SECRET" not in str(findings)
 
 
 async def test_doctor_takes_a_model_as_it_is(model: FakeModel, ask: Ask) -> None:
-    """A model that takes fewer parameters, or answers in plain text, is fine."""
+    """A model that takes fewer parameters, or answers in plain text, is fine. The answer that the
+    question asks for is one that the request's schema allows."""
     model.scripts.extend([complaint("json_schema is unknown"), [sse(chunk("ok"), "[DONE]")]])
     assert (await ask(make_config(model))).lines["model"].startswith("ok google/gemini")
-    assert len(model.requests) == 2
-
-
-async def test_question_fits_the_schema(model: FakeModel, ask: Ask) -> None:
-    """The answer that the question asks for is one that the request's schema allows."""
-    await ask(make_config(model))
-    (request,) = model.requests
+    request, _ = model.requests
     (message,) = request["messages"]
     wanted = json.loads(message["content"].partition(": ")[2])
     schema = request["response_format"]["json_schema"]["schema"]
@@ -504,19 +480,9 @@ async def test_doctor_says_why_it_cannot_connect(
                 assert words in findings.lines[what], findings
 
 
-@pytest.mark.parametrize(
-    ("url", "error"),
-    [
-        ("https://chat.example", aiohttp.ConnectionTimeoutError),
-        ("https://[::1]", aiohttp.ConnectionTimeoutError),
-        ("https://[::1]:8443", doctor.Failure),
-        ("http://chat.example", doctor.Failure),
-    ],
-)
-async def test_port_80_says_nothing_of_443(
-    url: str, error: type[Exception], monkeypatch: Patch
-) -> None:
+async def test_port_80_says_nothing_of_443(monkeypatch: Patch) -> None:
     """Where https fails, its own reason is told, and not that http is spoken next door."""
+    url = ""
 
     async def speaks(_: aiohttp.ClientSession, knocked: str, **__: Any) -> bool:
         if knocked.startswith(url):
@@ -525,19 +491,23 @@ async def test_port_80_says_nothing_of_443(
 
     monkeypatch.setattr(doctor, "speaks", speaks)
     async with lf.new_client() as http:
-        with pytest.raises(error):
-            await doctor.knock(http, url)
+        for url, error in (
+            ("https://chat.example", aiohttp.ConnectionTimeoutError),
+            ("https://[::1]", aiohttp.ConnectionTimeoutError),
+            ("https://[::1]:8443", doctor.Failure),
+            ("http://chat.example", doctor.Failure),
+        ):
+            with pytest.raises(error):
+                await doctor.knock(http, url)
 
 
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (OSError(errno.ENETUNREACH, "SECRET"), "it failed: Network is unreachable"),
-        (ConnectionResetError(errno.ECONNRESET, "SECRET"), "it failed: Connection reset by peer"),
-        (aiohttp.ServerDisconnectedError("SECRET"), "it failed (ServerDisconnectedError)"),
-        (aiohttp.ServerTimeoutError("SECRET"), "it does not answer in time"),
-        (KeyError("SECRET"), "it failed (KeyError)"),
-    ],
+@cases(
+    "error, words",
+    (OSError(errno.ENETUNREACH, "SECRET"), "it failed: Network is unreachable"),
+    (ConnectionResetError(errno.ECONNRESET, "SECRET"), "it failed: Connection reset by peer"),
+    (aiohttp.ServerDisconnectedError("SECRET"), "it failed (ServerDisconnectedError)"),
+    (aiohttp.ServerTimeoutError("SECRET"), "it does not answer in time"),
+    (KeyError("SECRET"), "it failed (KeyError)"),
 )
 def test_doctor_words_other_failures(error: Exception, words: str) -> None:
     """What else can go wrong has a name, too, and nothing of its own text is shown."""
@@ -547,32 +517,27 @@ def test_doctor_words_other_failures(error: Exception, words: str) -> None:
 
 async def test_doctor_reads_the_keys(key_server: KeyServer, ask: Ask) -> None:
     """Google's keys must arrive and be keys; that nobody may use them is a hint."""
-
-    async def sign_in() -> str:
-        firebase = {"project_id": "p", "keys_url": key_server.url}
-        return (await ask(make_config(firebase=firebase))).lines["sign-in"]
-
-    assert (await sign_in()).startswith("hint works, but nobody may use it")
-    key_server.certificates = {"key": "SECRET"}
-    assert "what it answers is not Google's certificates" in await sign_in()
-    key_server.instead = web_page
-    assert "what it answers is not Google's certificates" in await sign_in()
-    key_server.instead = cast(Any, status(404))
-    assert (await sign_in()).endswith("it answers 404. Is firebase.keys_url right?")
+    config = make_config(firebase={"project_id": "p", "keys_url": key_server.url})
+    for instead, certificates, words in (
+        (None, key_server.certificates, "hint works, but nobody may use it"),
+        (None, {"key": "SECRET"}, "what it answers is not Google's certificates"),
+        (web_page, {}, "what it answers is not Google's certificates"),
+        (status(404), {}, "it answers 404. Is firebase.keys_url right?"),
+    ):
+        key_server.instead, key_server.certificates = cast(Any, instead), certificates
+        assert words in (await ask(config)).lines["sign-in"]
 
 
 # The doctor: the way in
 
 
-@pytest.mark.parametrize(
-    ("name", "days", "proto", "failures"),
-    [
-        ("localhost", 90, "https", {}),
-        ("localhost", 5, "https", {"certificate": "it ends in 4 day(s). Renew it"}),
-        ("localhost", 90, "", {"site shop": "browsers refuse from https. Let the proxy send X-F"}),
-        ("localhost", -1, "https", {"url": "not valid: certificate has expired. Renew it"}),
-        ("else.example", 90, "https", {"url": "not valid: Hostname mismatch"}),
-    ],
+@cases(
+    "name, days, proto, failures",
+    ("localhost", 90, "https", {}),
+    ("localhost", 5, "https", {"certificate": "it ends in 4 day(s). Renew it"}),
+    ("localhost", 90, "", {"site shop": "browsers refuse from https. Let the proxy send X-F"}),
+    ("localhost", -1, "https", {"url": "not valid: certificate has expired. Renew it"}),
+    ("else.example", 90, "https", {"url": "not valid: Hostname mismatch"}),
 )
 async def test_doctor_looks_at_tls(
     name: str, days: float, proto: str, failures: Json, tmp_path: Path
@@ -589,112 +554,91 @@ async def test_doctor_looks_at_tls(
         call = ("--config", str(tmp_path / "config.toml"), url)
         code, out, err = await run_doctor(*call, SSL_CERT_FILE=str(tmp_path / "cert.pem"))
         assert (await running.server.call("GET", "/api/stats")).body["activeSessions"] == 0
+    assert err == ""
     findings = read_findings(code, out)
-    failed = {what.replace("url", url) for what in failures}
-    assert (findings.failed(), findings.code, err) == (failed, 1 if failed else 0, "")
-    for what, words in failures.items():
-        assert words in findings.lines[what.replace("url", url)]
+    findings.expect(failures, url)
     if not failures:
         assert findings.lines["certificate"] == "ok valid for 89 day(s) more"
         assert "over wss://localhost:" in findings.lines["site shop"]
 
 
-@pytest.mark.parametrize(
-    ("days", "left", "words"),
-    [
+def test_certificates_that_live_long_or_short() -> None:
+    """It should have been renewed when less than a seventh of its time is left."""
+    for days, left, words in (
         (90, 20, "valid for 20 day(s) more"),
         (90, 13, "it ends in 13 day(s)"),
         (6, 2, "valid for 2 day(s) more"),
         (0.5, 0.25, "valid for 6 hour(s) more"),
         (0.5, 0.05, "it ends in 1 hour(s)"),
-    ],
-)
-def test_certificates_that_live_long_or_short(days: float, left: float, words: str) -> None:
-    """It should have been renewed when less than a seventh of its time is left."""
-    times = {"notBefore": (left - days) * 86400, "notAfter": left * 86400}
-    written = {
-        name: time.strftime("%b %d %H:%M:%S %Y GMT", time.gmtime(NOW + seconds))
-        for name, seconds in times.items()
-    }
-    if words.startswith("valid"):
-        assert doctor.certificate_words(written, NOW) == words
-    else:
-        with pytest.raises(doctor.Failure, match=re.escape(words)):
-            doctor.certificate_words(written, NOW)
+    ):
+        times = {"notBefore": (left - days) * 86400, "notAfter": left * 86400}
+        written = {
+            name: time.strftime("%b %d %H:%M:%S %Y GMT", time.gmtime(NOW + seconds))
+            for name, seconds in times.items()
+        }
+        if words.startswith("valid"):
+            assert doctor.certificate_words(written, NOW) == words
+        else:
+            with pytest.raises(doctor.Failure, match=re.escape(words)):
+                doctor.certificate_words(written, NOW)
 
 
 GATEWAY: Json = {"": (502, {})}
+INNER = {"Host": "inner.example"}
 ELSEWHERE: Json = {"": (301, {"Location": "https://www.example.com/health"})}
 
 
-@pytest.mark.parametrize(
-    ("how", "failures"),
-    [
-        ({}, {}),
-        ({"forwarded_for": "append"}, {}),
-        ({"forwarded_for": "none"}, {"address": "the server sees 127.0.0.9 instead of 127.0.0.1"}),
-        ({"forwarded_for": "pass"}, {"address": "a forged X-Forwarded-For is believed"}),
-        ({"answers": GATEWAY}, {"url": "the proxy answers 502, as no leflux runs behind it"}),
-        ({"answers": ELSEWHERE}, {"url": "redirects (301). Ask about https://www.example.com "}),
-        ({"answers": {"": (404, {})}}, {"url": "HTTP 404, and not from leflux"}),
-        ({"answers": {"": (200, {})}}, {"url": "HTTP 200, and not from leflux"}),
-        ({"answers": {"POST": (405, {})}}, {"site shop": "HTTP 405, and not from leflux"}),
-        ({"answers": {"GET /embed.js": (404, {})}}, {"widget": "HTTP 404, and not from leflux"}),
-        ({"answers": {"GET /embed.js": (200, {})}}, {"widget": "HTTP 200, and not from leflux"}),
-        ({"answers": {"DELETE": (405, {})}}, {"site shop": "Let the proxy pass DELETE on"}),
-        ({"drops": ["origin"]}, {"site shop": "the Origin header does not arrive"}),
-        (
-            {"adds": {"Access-Control-Allow-Origin": "*"}},
-            {"site shop": "CORS headers come twice"},
-        ),
-        ({"upgrades": False}, {"site shop": "is not upgraded (200). Let the proxy speak HTTP/1.1"}),
-        ({"answers": {"GET /": (504, {})}}, {"url": "the proxy answers 504"}),
-        (
-            {"sends": {"Host": "inner.example"}},
-            {"site shop": "pages are told ws://inner.example, which is another address"},
-        ),
-    ],
+@cases(
+    "how, failures",
+    ({}, {}),
+    ({"forwarded_for": "append"}, {}),
+    ({"forwarded_for": "none"}, {"address": "the server sees 127.0.0.9 instead of 127.0.0.1"}),
+    ({"forwarded_for": "pass"}, {"address": "a forged X-Forwarded-For is believed"}),
+    ({"answers": GATEWAY}, {"url": "the proxy answers 502, as no leflux runs behind it"}),
+    ({"answers": ELSEWHERE}, {"url": "redirects (301). Ask about https://www.example.com "}),
+    ({"answers": {"": (404, {})}}, {"url": "HTTP 404, and not from leflux"}),
+    ({"answers": {"": (200, {})}}, {"url": "HTTP 200, and not from leflux"}),
+    ({"answers": {"POST": (405, {})}}, {"site shop": "HTTP 405, and not from leflux"}),
+    ({"answers": {"GET /embed.js": (404, {})}}, {"widget": "HTTP 404, and not from leflux"}),
+    ({"answers": {"GET /embed.js": (200, {})}}, {"widget": "HTTP 200, and not from leflux"}),
+    ({"answers": {"DELETE": (405, {})}}, {"site shop": "Let the proxy pass DELETE on"}),
+    ({"drops": ["origin"]}, {"site shop": "the Origin header does not arrive"}),
+    ({"adds": {"Access-Control-Allow-Origin": "*"}}, {"site shop": "CORS headers come twice"}),
+    ({"upgrades": False}, {"site shop": "is not upgraded (200). Let the proxy speak HTTP/1.1"}),
+    ({"upgrades": False, "demo": False}, {"site shop": "is not upgraded (404)"}),
+    ({"answers": {"GET /": (504, {})}}, {"url": "the proxy answers 504"}),
+    ({"sends": INNER}, {"site shop": "pages are told ws://inner.example, which is another addr"}),
 )
 async def test_doctor_looks_through_the_proxy(
     how: Any, failures: Json, serve: Serve, ask: Ask
 ) -> None:
     """Each mistake of a proxy in words that say how to fix it; the chat is deleted again."""
-    server = await serve(server=BEHIND_PROXY, sites=[SHOP])
+    how = dict(how)
+    server = await serve(server={**BEHIND_PROXY, "demo": how.pop("demo", True)}, sites=[SHOP])
     async with proxy(server, **how) as url:
         findings = await ask(make_config(server=BEHIND_PROXY, sites=[SHOP]), url)
-    failed = {what.replace("url", url) for what in failures}
-    assert (findings.failed(), findings.code) == (failed, 1 if failed else 0)
-    for what, words in failures.items():
-        assert words in findings.lines[what.replace("url", url)]
+    findings.expect(failures, url)
     assert not server.app.sessions or "DELETE" in str(how)
-
-
-async def test_doctor_without_demo_page(serve: Serve, ask: Ask) -> None:
-    """An upgrade that is lost is found where / is no page, too."""
-    server = await serve(server={**BEHIND_PROXY, "demo": False}, sites=[SHOP])
-    async with proxy(server, upgrades=False) as url:
-        findings = await ask(make_config(server=BEHIND_PROXY, sites=[SHOP]), url)
-    assert "is not upgraded (404)" in findings.lines["site shop"]
 
 
 async def test_doctor_compares_server_and_file(serve: Serve, ask: Ask, model: FakeModel) -> None:
     """A site or a key that is in the file and not in the running server, CORS, a full bucket."""
-    server = await serve(
-        server={**BEHIND_PROXY, "cors_origins": ["https://else.example"]},
-        sites=[SHOP],
-        limits={"init_per_minute": 1},
-    )
+    table = {**BEHIND_PROXY, "cors_origins": ["https://else.example"]}
+    server = await serve(server=table, sites=[SHOP], limits={"init_per_minute": 1})
+    unknown = "does not know https://other.example (403 host_not_registered). Put its host into"
     async with proxy(server) as url:
         sites = [OTHER, SHOP, {**OTHER, "id": "third", "allowed_hosts": ["third.com"]}]
         first = await ask(make_config(model, server=BEHIND_PROXY, sites=sites), url)
         again = await ask(make_config(server=BEHIND_PROXY, sites=[SHOP]), url)
-    assert first.failed() == {"model in use", "site other", "site shop", "site third"}
-    assert "the server's is offline, but remote" in first.lines["model in use"]
-    words = "does not know https://other.example (403 host_not_registered). Put its host into"
-    assert words in first.lines["site other"]
-    assert "Add it to server.cors_origins" in first.lines["site shop"]
-    assert again.failed() == {"site shop"}
-    assert "too many new chats from this address (429)" in again.lines["site shop"]
+    first.expect(
+        {
+            "model in use": "the server's is offline, but remote",
+            "site other": unknown,
+            "site shop": "Add it to server.cors_origins",
+            "site third": "",
+        }
+    )
+    again.expect({"site shop": "too many new chats from this address (429)"})
     assert not server.app.sessions
 
 
@@ -713,42 +657,33 @@ async def test_doctor_finds_sites_that_do_not_stay(serve: Serve, ask: Ask) -> No
 
 
 async def test_doctor_on_the_same_machine(serve: Serve, ask: Ask) -> None:
-    """Straight to the server from a trusted address: what strangers can forge does not show."""
-    server = await serve()
-    findings = await ask(make_config(), server.url)
-    assert findings.code == 0
-    assert findings.lines["address"].startswith("hint this machine (127.0.0.1) is one of")
-    assert findings.lines["site shop"].startswith("ok https://acme.com can chat")
-    assert findings.lines["site other"].startswith("ok https://other.example can chat")
-
-
-async def test_doctor_opens_a_chat_for_few_sites(serve: Serve, ask: Ask) -> None:
-    """Of many sites only the first are tried, as each costs a chat of the minute."""
+    """Straight to the server from a trusted address: what strangers can forge does not show. Of
+    many sites only the first are tried, as each costs a chat of the minute."""
     sites = [{"id": f"s{n}", "name": "S", "allowed_hosts": [f"s{n}.com:8443"]} for n in range(9)]
     server = await serve(sites=sites)
     findings = await ask(make_config(sites=sites), server.url)
     assert findings.code == 0
-    chats = [words for what, words in findings.lines.items() if what.startswith("site ")]
-    assert len(chats) == doctor.MAX_SITES
-    assert chats[0].startswith("ok https://s0.com:8443 can chat")
+    assert findings.lines["address"].startswith("hint this machine (127.0.0.1) is one of")
+    chats = {what: words for what, words in findings.lines.items() if what.startswith("site ")}
+    assert list(chats) == [f"site s{n}" for n in range(doctor.MAX_SITES)]
+    for number, words in enumerate(chats.values()):
+        assert words.startswith(f"ok https://s{number}.com:8443 can chat")
 
 
-@pytest.mark.parametrize(
-    ("own", "seen", "forgeable", "mark", "words"),
-    [
-        ("192.0.2.9", "192.0.2.9", False, "ok", "this machine"),
-        ("192.168.1.9", "8.8.4.4", False, "ok", "as the internet knows it"),
-        ("192.168.1.9", "2001:4860:1:2::", False, "ok", "as the internet knows it"),
-        ("2001:4860:1:2::7", "2001:4860:1:2::7", False, "ok", "2001:4860:1:2::7, this machine"),
-        ("192.168.1.9", "172.17.0.1", False, "FAIL", "sees 172.17.0.1 instead of 192.168.1.9"),
-        ("192.168.1.9", "127.0.0.1", False, "FAIL", "all visitors share one limit"),
-        ("192.168.1.9", "1.1.1.1", False, "FAIL", "all visitors share one limit"),
-        ("192.168.1.9", "", False, "FAIL", "the server sees none instead"),
-        ("192.168.1.9", "192.168.1.9", True, "FAIL", "a forged X-Forwarded-For is believed"),
-        ("127.0.0.1", "127.0.0.1", False, "ok", "this machine"),
-        ("127.0.0.1", "127.0.0.1", True, "hint", "Run the doctor on another one"),
-        ("::1", "127.0.0.1", False, "hint", "Run the doctor on another one"),
-    ],
+@cases(
+    "own, seen, forgeable, mark, words",
+    ("192.0.2.9", "192.0.2.9", False, "ok", "this machine"),
+    ("192.168.1.9", "8.8.4.4", False, "ok", "as the internet knows it"),
+    ("192.168.1.9", "2001:4860:1:2::", False, "ok", "as the internet knows it"),
+    ("2001:4860:1:2::7", "2001:4860:1:2::7", False, "ok", "2001:4860:1:2::7, this machine"),
+    ("192.168.1.9", "172.17.0.1", False, "FAIL", "sees 172.17.0.1 instead of 192.168.1.9"),
+    ("192.168.1.9", "127.0.0.1", False, "FAIL", "all visitors share one limit"),
+    ("192.168.1.9", "1.1.1.1", False, "FAIL", "all visitors share one limit"),
+    ("192.168.1.9", "", False, "FAIL", "the server sees none instead"),
+    ("192.168.1.9", "192.168.1.9", True, "FAIL", "a forged X-Forwarded-For is believed"),
+    ("127.0.0.1", "127.0.0.1", False, "ok", "this machine"),
+    ("127.0.0.1", "127.0.0.1", True, "hint", "Run the doctor on another one"),
+    ("::1", "127.0.0.1", False, "hint", "Run the doctor on another one"),
 )
 def test_doctor_judges_addresses(
     own: str, seen: str, forgeable: bool, mark: str, words: str
