@@ -6331,16 +6331,22 @@ async def test_max_sessions(server: Server) -> None:
 async def test_one_network_closes_nobody_out(server: Server) -> None:
     """A /56 gets 4 times what a /64 gets, a /48 16 times; what is refused is not remembered."""
 
+    begun = time.monotonic()
+
     async def inits(number: int, address: str) -> int:
         answers = [await init_from(server, address.format(n)) for n in range(number)]
         assert {answer.status for answer in answers} <= {200, 429}
         return sum(answer.status == 200 for answer in answers)
 
-    assert 40 <= await inits(60, "2001:db8:1:2{:02x}::1") <= 42  # a bucket leaks meanwhile
+    def leaked(per_minute: int) -> float:  # what a bucket has had back meanwhile
+        return (time.monotonic() - begun) * per_minute / 60 + 1
+
+    assert 40 <= (first := await inits(60, "2001:db8:1:2{:02x}::1")) <= 40 + leaked(40)
     before = len(server.app.buckets)
-    assert await inits(5, "2001:db8:1:2{:02x}::1") <= 1
-    assert len(server.app.buckets) <= before + 1
-    assert 120 <= await inits(150, "2001:db8:1:{:02x}00::1") <= 125
+    more = await inits(5, "2001:db8:1:2{:02x}::1")
+    assert first + more <= 40 + leaked(40)
+    assert len(server.app.buckets) <= before + max(more, 1)
+    assert 120 <= await inits(150, "2001:db8:1:{:02x}00::1") <= 120 + leaked(160)
     assert await inits(1, "2001:db8:2::1") == 1
 
 
