@@ -5053,13 +5053,13 @@ async def end_without_action(turn: Turn, failure: Exception | None) -> None:
         finish_turn(turn)
         return
     text = turn.say("no_answer")
+    if failure is None:
+        log.warning("a reply has no message")
     if isinstance(failure, ContextOverflow):
         text = turn.say("too_long")
-    elif isinstance(failure, ModelError):  # the guide is there when the model is not
+    else:  # the guide is there when the model is not
         about = (turn.task, turn.session.context, turn.found, (), turn.language)
         text += await turn.app.knowledge.call(lambda: Guide(*about).stand_in())  # off the loop
-    elif failure is None:
-        log.warning("a reply has no message")
     end_with_message(turn, text, isError=True)
 
 

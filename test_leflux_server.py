@@ -3590,18 +3590,17 @@ async def test_silence_after_finish_reason(visitor: Visitor, model: FakeModel, c
 async def test_answers_without_text(
     script: Script, reason: str, tokens: int | None, visitor: Visitor, model: FakeModel, caplog: Log
 ) -> None:
-    """They end in a message that isError, with what the guide finds if the model has failed;
-    they are logged with the reason, and cost nothing unless they are billed."""
+    """They end in a message that isError, with what the guide finds; they are logged with the
+    reason, and cost nothing unless they are billed."""
     shown = "Returns\nYou can return everything within 30 days, free of charge.\n"
     page = {"url": "https://acme.com/returns", "visibleText": shown, "indexedElements": []}
     model.scripts.extend([script] * 3)
     expect_end(end := await visitor.ask("How many days to return something?", pageContext=page), "")
     text = end["data"]["text"]
     assert text.startswith(lf.ENGLISH("no_answer"))
-    model_failed = reason != "no message"  # else it has said that there is nothing to say
-    assert ("within 30 days" in text) is model_failed
+    assert "within 30 days" in text
     assert (await visitor.history())[-1] == ("assistant", text)
-    assert ("a turn got no whole answer" in warnings(caplog)) is model_failed
+    assert ("a turn got no whole answer" in warnings(caplog)) is (reason != "no message")
     assert reason in warnings(caplog)
     assert "SECRET" not in caplog.text + json.dumps(visitor.frames)
     spent, reserved = used(visitor.server)
