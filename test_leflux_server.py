@@ -2582,7 +2582,7 @@ SECRET_FIELDS = {  # an attribute, and values that give a secret away
     "autocomplete": "current-password|new-password|one-time-code|cc-number|cc-csc|section-a billing"
     " cc-exp",
     "name": "userPassword|pwd|user[passwd]|cardNumber|card_number|cc-num|cvv|otp|ssn|CVVCode|pw"
-    "|OTPInput|SSNField|otp1|user_pass|onetimecode",
+    "|OTPInput|SSNField|otp1|user_pass|onetimecode|ccnum|ccExpMonth|cc_cvv2|PANNumber",
     "label": "Password|Credit card|Card number|Card|Security code|Verification code|IBAN|MM / YY"
     "|Bank account|Account number|Sort code|Social Security Number|National ID|Passport number"
     "|Passwort|Hasło|Mot de passe|Contraseña|Senha|Wachtwoord|Şifre|كلمة المرور|पासवर्ड|暗証番号"
