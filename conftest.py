@@ -791,9 +791,9 @@ def on_disk(folder: Path) -> Json:
     return {"state_dir": str(folder)}
 
 
-def opened(folder: Path) -> contextlib.closing[sqlite3.Connection]:
+def opened(folder: Path, name: str = "leflux.db") -> contextlib.closing[sqlite3.Connection]:
     """A server's database, as another program opens it."""
-    return contextlib.closing(sqlite3.connect(folder / "leflux.db", isolation_level=None))
+    return contextlib.closing(sqlite3.connect(folder / name, isolation_level=None))
 
 
 @contextlib.contextmanager
@@ -804,9 +804,9 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def query(folder: Path, sql: str) -> list[tuple[Any, ...]]:
+def query(folder: Path, sql: str, name: str = "leflux.db") -> list[tuple[Any, ...]]:
     """What another program reads from the database."""
-    with opened(folder) as db:
+    with opened(folder, name) as db:
         return db.execute(sql).fetchall()
 
 

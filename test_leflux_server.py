@@ -5219,28 +5219,29 @@ class Website:
         self.url = ""
         self.pages: dict[str, Any] = {}
         self.other: Any = 404
-        self.requests: list[tuple[str, float]] = []  # path, when
-        self.headers: dict[str, Mapping[str, str]] = {}
+        self.validators: dict[str, dict[str, str]] = {}  # headers that say which version it is
+        self.requests: list[tuple[str, float, Mapping[str, str]]] = []  # path, when, headers
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         path = request.path_qs
-        self.requests.append((path, time.monotonic()))
-        self.headers[path] = request.headers
-        page = self.pages.get(path, self.other)
+        self.requests.append((path, time.monotonic(), request.headers))
+        page, headers = self.pages.get(path, self.other), self.validators.get(path, {})
+        if callable(page):
+            return cast(web.StreamResponse, await page(request))
         if isinstance(page, int):
             return web.Response(status=page)
-        if isinstance(page, str) and page.startswith("->"):
-            return web.Response(status=302, headers={"Location": page[2:].strip()})
-        if isinstance(page, str | bytes):
-            page = page.replace("$", self.url).encode() if isinstance(page, str) else page
-            kind = "text/html" if "." not in path else "text/plain"
-            return web.Response(body=page, content_type=kind)
-        return cast(web.StreamResponse, await page(request))
+        if headers and {"If-None-Match", "If-Modified-Since"} & request.headers.keys():
+            return web.Response(status=304)
+        body = page.replace("$", self.url).encode() if isinstance(page, str) else page
+        if body.startswith(b"->"):
+            return web.Response(status=302, headers={"Location": body[2:].decode().strip()})
+        kind = "text/html" if "." not in path else "text/plain"
+        return web.Response(body=body, content_type=kind, headers=headers)
 
     def paths(self) -> list[str]:
         """What was asked for, but for robots.txt and sitemap.xml."""
-        found = [path for path, _ in self.requests]
-        return [one for one in found if one not in ("/robots.txt", "/sitemap.xml")]
+        files = ("/robots.txt", "/sitemap.xml")
+        return [path for path, _, _ in self.requests if path not in files]
 
 
 def links(*hrefs: str, text: str = "") -> str:
@@ -5369,36 +5370,29 @@ async def test_what_is_known_of_a_page(reader: Office, website: Website, model: 
 
 async def test_unchanged_pages_are_not_sent_again(reader: Office, website: Website) -> None:
     """A page is asked for on the conditions of its ETag or Last-Modified; its links still count."""
-    validators = {"/": ("ETag", '"1"'), "/a": ("Last-Modified", "yesterday")}
-    bodies = {"/": links("/a"), "/a": "<meta name=robots content=nofollow>" + links("/b")}
-
-    async def tagged(request: web.Request) -> web.Response:
-        if "If-None-Match" in request.headers or "If-Modified-Since" in request.headers:
-            return web.Response(status=304)
-        headers = dict([validators[request.path]])
-        return web.Response(text=bodies[request.path], content_type="text/html", headers=headers)
-
-    website.pages = {"/": tagged, "/a": tagged, "/b": "b"}
+    website.validators = {"/": {"ETag": '"1"'}, "/a": {"Last-Modified": "yesterday"}}
+    nofollow = "<meta name=robots content=nofollow>" + links("/b")
+    website.pages = {"/": links("/a"), "/a": nofollow, "/b": "b"}
     server = await reader()
     assert [(await crawl(server))["unchanged"] for _ in range(2)] == [0, 2]
-    assert website.headers["/"]["If-None-Match"] == '"1"'
-    assert website.headers["/a"]["If-Modified-Since"] == "yesterday"
-    assert website.headers["/"]["User-Agent"].startswith("leflux/")
+    sent = {path: headers for path, _, headers in website.requests}
+    assert sent["/"]["If-None-Match"] == '"1"'
+    assert sent["/a"]["If-Modified-Since"] == "yesterday"
+    assert sent["/"]["User-Agent"].startswith("leflux/")
     assert await kept_pages(server, website) == ["/", "/a"]
+
+
+RULES = [f"User-agent: *\n{r}" for r in ("Disallow: /", "Disallow: /%2F[", "Crawl-delay: ²")]
 
 
 @cases(
     "path, after, known",
     *(("/", page, "/ /a /a/b") for page in (503, 404, reset)),
-    *(
-        ("/robots.txt", f"User-agent: *\n{rule}", "/ /a /a/b")
-        for rule in ("Disallow: /", "Disallow: /%2F[", "Crawl-delay: ²")
-    ),
-    ("/robots.txt", 500, "/ /a /a/b"),
+    *(("/robots.txt", page, "/ /a /a/b") for page in (500, *RULES)),
     *(("/a", page, "/ /a /a/b") for page in (503, 429, reset)),
     *(("/a", page, "/") for page in (404, 410, "->http://evil.example")),
 )
-async def test_what_a_bad_day_leaves(
+async def test_bad_days(
     path: str, after: Any, known: str, reader: Office, website: Website
 ) -> None:
     """A site or a page that does not answer stays known; one that is gone does not."""
@@ -5420,8 +5414,8 @@ async def test_politeness(reader: Office, website: Website, monkeypatch: Patch) 
     assert (lf.CRAWL_SECONDS, lf.CRAWL_DELAY_SECONDS) == (1, 10)
     website.pages = {"/": "a", "/robots.txt": "User-agent: *\nCrawl-delay: 2"}
     await crawl(await reader())
-    times = [at for _, at in website.requests]
-    assert [path for path, _ in website.requests] == ["/robots.txt", "/", "/sitemap.xml"]
+    paths, times, _ = zip(*website.requests, strict=True)
+    assert paths == ("/robots.txt", "/", "/sitemap.xml")
     assert 0.95 < times[1] - times[0] < 1.9  # robots.txt is read, then its delay holds
     assert times[2] - times[1] > 1.95
 
@@ -5532,21 +5526,15 @@ def crawl_table(website: Website, **more: Any) -> str:
     return "\n".join(["[[sites]]", *lines])
 
 
-def knows(folder: Path, sql: str) -> list[tuple[Any, ...]]:
-    """What another program reads from a knowledge.db."""
-    with contextlib.closing(sqlite3.connect(folder / "knowledge.db")) as db:
-        return db.execute(sql).fetchall()
-
-
 def known_pages(folder: Path) -> list[str]:
     """The paths of the pages that are known."""
-    urls = knows(folder, "SELECT url FROM page WHERE source = 'page' ORDER BY url")
+    urls = query(folder, "SELECT url FROM page WHERE source = 'page' ORDER BY url", "knowledge.db")
     return [f"/{url.split('/', 3)[3]}" for (url,) in urls]
 
 
 def crawl_row(folder: Path) -> str:
-    """What a knowledge.db holds of the crawl of a site; before it begins, as if it had."""
-    rows = knows(folder, "SELECT row FROM crawl WHERE site = 'web'")
+    """What is on disk of the crawl of the one site that has one; before it begins, as if it had."""
+    rows = query(folder, "SELECT row FROM crawl", "knowledge.db")
     return cast(str, rows[0][0]) if rows else '"running":true'
 
 
@@ -5650,7 +5638,7 @@ async def test_traps(tmp_path: Path, website: Website) -> None:
     assert kinds["calendar"] < 50
     reasons = Counter(one["reason"] for one in json.loads(state)["state"]["errors"])
     assert {"is larger than 2 MiB", "took longer than 0.5 s", "answered 404"} <= reasons.keys()
-    asked = Counter(path for path, _ in website.requests)
+    asked = Counter(path for path, _, _ in website.requests)
     assert set(asked.values()) == {1}
     assert not any(path.startswith("/forbidden") for path in asked)
 
@@ -5879,13 +5867,7 @@ async def test_bodies(server: Server, visitor: Visitor) -> None:
     """A body is one JSON object of 256 KiB at most, whatever its Content-Type; all else is an error
     of the caller."""
     fine = b'{"sessionId": "%b", "message": "Hi"}' % visitor.id.encode()
-    kinds: tuple[Json, ...] = (
-        {},
-        GZIP,
-        {"Content-Encoding": "deflate"},
-        {"Content-Encoding": "br"},
-    )
-    plain, zipped, deflate, br = kinds
+    plain: Json = {}
 
     def nested(depth: int) -> bytes:
         lists = depth - 2
@@ -5900,7 +5882,7 @@ async def test_bodies(server: Server, visitor: Visitor) -> None:
         (200, {"Content-Type": "garbage;;="}, [fine]),
         (200, {"Content-Type": "application/x-www-form-urlencoded"}, [fine]),
         (200, charset("utf-16", "text/plain"), [fine.decode().encode("utf-16")]),
-        (200, zipped, [gzip.compress(fine)]),
+        (200, GZIP, [gzip.compress(fine)]),
         (400, plain, [b"", b"null", b"[]", b'"text"', b"{", b"{'message': 1}", nested(65)]),
         (400, plain, [fine + b"x", fine + fine, b"[" * 100_000]),
         *(
@@ -5910,9 +5892,9 @@ async def test_bodies(server: Server, visitor: Visitor) -> None:
         *((400, charset(name), [fine]) for name in ("klingon", "punycode", "base64", "utf-16")),
         (400, charset("ascii"), [b"\xff" + fine]),
         (400, charset("punycode", "a/b"), [b"-" + b"9" * 200_000]),  # quadratic time
-        (400, zipped, [b"this is no gzip", gzip.compress(fine)[:-12]]),
-        *((400, kind, [b"nonsense"]) for kind in (deflate, br)),
-        (413, zipped, [gzip.compress(b'{"a": "' + b"x" * 2**24 + b'"}')]),
+        (400, GZIP, [b"this is no gzip", gzip.compress(fine)[:-12]]),
+        *((400, {"Content-Encoding": kind}, [b"nonsense"]) for kind in ("deflate", "br")),
+        (413, GZIP, [gzip.compress(b'{"a": "' + b"x" * 2**24 + b'"}')]),
         (413, plain, [b'{"a": "' + b"x" * 2**18 + b'"}', fine[:-1].ljust(2**18) + b"}"]),
     ]
     for code, headers, bodies in rows:
@@ -7713,7 +7695,7 @@ async def write_to_owner(visitor: Visitor, model: FakeModel) -> Json:
 @with_constants(SWEEP_SECONDS=0.01)
 async def test_message(serve: Serve, model: FakeModel, key_server: KeyServer, hook: Hook) -> None:
     """The visitor sees and confirms the whole text; then it is kept, posted, and the owner's to
-    delete. Nothing is kept of what is not confirmed."""
+    delete. Nothing is kept of what is not confirmed. No chat program calls a team because of it."""
     shop = {**MANAGED, "notify_url": hook.url}
     server = await serve(model, **office(key_server, sites=[shop, FOREIGN]))
     page = OpenPage(await server.visitor(), model, SHOWN)
@@ -7722,10 +7704,12 @@ async def test_message(serve: Serve, model: FakeModel, key_server: KeyServer, ho
         messages = (await server.manage("GET", f"/{site}/messages", who="admin")).body["messages"]
         return cast(list[Json], messages)
 
+    text = "@everyone <!channel> <@U1> <@&9> <#C1>\n@here! a@b.example, a < b, @ada"
+    letter = {**LETTER, "message": text}
     for confirmed in (False, True):
-        asked = (await page.ask("Tell them", {"type": "contact_owner", **LETTER}))["data"]
-        text = "Please call me.\nIt is urgent.\n\nAda, ada@example.com"
-        assert asked["message"] == f"Shall I send this to Acme Shop?\n\n{text}"
+        asked = (await page.ask("Tell them", {"type": "contact_owner", **letter}))["data"]
+        question = f"Shall I send this to Acme Shop?\n\n{text}\n\nAda, ada@example.com"
+        assert asked["message"] == question
         assert await kept() == []
         if confirmed:  # it counts once
             await page.visitor.send("confirmation_response", confirmed=True)
@@ -7737,25 +7721,24 @@ async def test_message(serve: Serve, model: FakeModel, key_server: KeyServer, ho
     assert told(end) == ("task_complete", {"summary": said, "message": said})
     await until(lambda: hook.got)
     await until(lambda: all(letter.body["delivered"] for letter in server.app.letters.values()))
-    (letter,) = await kept()
-    shared = {**LETTER, "pageUrl": SHOWN["url"], "createdAt": letter["createdAt"]}
-    new = {"id": letter["id"], "sessionId": page.visitor.id, "delivered": True}
-    assert letter == {**shared, **new}
-    line = "Ada (ada@example.com) on Acme Shop: Please call me. It is urgent."
+    (listed,) = await kept()
+    shared = {**letter, "pageUrl": SHOWN["url"], "createdAt": listed["createdAt"]}
+    new = {"id": listed["id"], "sessionId": page.visitor.id, "delivered": True}
+    assert listed == {**shared, **new}
+    line = "Ada (ada@example.com) on Acme Shop: @|everyone <|!channel> <|@U1> <|@|&9> <|#C1>"
+    line = f"{line} @|here! a@b.example, a < b, @ada".replace("|", "\u200b")
     head = {"event": "message", "site": "shop"}
     assert hook.got == [{**head, **shared, "text": line, "content": line}]
     assert await kept("other") == []
-    answer = await server.manage("DELETE", f"/other/messages/{letter['id']}", who="admin")
+    answer = await server.manage("DELETE", f"/other/messages/{listed['id']}", who="admin")
     assert answer.error == (404, "not_found")
-    path = f"/shop/messages/{letter['id']}"
+    path = f"/shop/messages/{listed['id']}"
     assert (await server.manage("DELETE", path)).body == {"deleted": True}
     assert (await server.manage("DELETE", path)).error == (404, "not_found")
     assert await kept() == []
 
 
-@pytest.mark.parametrize(
-    "fields", [{"email": ""}, {"email": "ada at home"}, {"message": " "}, {"message": None}]
-)
+@cases("fields", {"email": ""}, {"email": "ada at home"}, {"message": " "}, {"message": None})
 async def test_unfinished_messages_to_the_owner(fields: Json, page: OpenPage) -> None:
     """The model is told what is missing, and asks for it."""
     asks = {"type": "ask_user", "question": "Your address?"}
@@ -7770,23 +7753,12 @@ async def test_limits_of_messages_to_the_owner(page: OpenPage, clock: Clock) -> 
     """Three an hour and session; others have their own. What is kept for a site is bounded."""
     visitor, model = page.visitor, page.model
     other = await visitor.server.visitor()
-    for writer, event in ((visitor, "task_complete"),) * 3 + (
-        (visitor, "message"),
-        (other, "task_complete"),
-    ):
-        end = await write_to_owner(writer, model)
-        assert end["event"] == event
-        assert event != "message" or end["data"]["text"] == lf.ENGLISH("too_many_letters")
+    ends = [await write_to_owner(one, model) for one in (*[visitor] * 4, other)]
+    assert names(ends) == [*["task_complete"] * 3, "message", "task_complete"]
+    assert ends[3]["data"]["text"] == lf.ENGLISH("too_many_letters")
     clock.ahead = 3601
-    assert (await write_to_owner(visitor, model))["event"] == "task_complete"
-    assert (await write_to_owner(visitor, model))["event"] == "message"
-
-
-def test_messages_to_the_owner_ring_for_nobody() -> None:
-    """What chat programs take for a call to all of a team is defused."""
-    texts = ("@everyone", "<!channel>", "<@U123>", "<@&99>", "<#C1>", "@here!")
-    assert all(lf.MENTION.search(text) for text in texts)
-    assert not any(lf.MENTION.search(text) for text in ("ada@example.com", "a < b", "@ada"))
+    ends = [await write_to_owner(visitor, model) for _ in range(2)]
+    assert names(ends) == ["task_complete", "message"]
 
 
 @with_constants(SWEEP_SECONDS=0.01)
@@ -7838,10 +7810,9 @@ async def test_the_guide_passes_messages_on(serve: Serve) -> None:
     visitor = await server.visitor()
     said = ["I want to talk to a human", "Hello, do you repair mugs?", "Ada", "none", "a@b.example"]
     heard = [(await visitor.ask(one))["data"] for one in said]
-    for one, what in zip(
-        heard, ("message", "name", "e-mail address", "e-mail address"), strict=False
-    ):
-        assert one["text"] == lf.ENGLISH("guide_ask", what=f"your {what}")
+    asked = ["message", "name", *["e-mail address"] * 2]
+    asks = [lf.ENGLISH("guide_ask", what=f"your {what}") for what in asked]
+    assert [one["text"] for one in heard[:-1]] == asks
     assert "Hello, do you repair mugs?\n\nAda, a@b.example" in heard[-1]["message"]
     await visitor.send("confirmation_response", confirmed=True)
     assert (await visitor.next())["event"] == "task_complete"
@@ -7851,21 +7822,6 @@ async def test_the_guide_passes_messages_on(serve: Serve) -> None:
     assert "I love it\n\nAda, ada@example.com" in (await visitor.ask(whole))["data"]["message"]
     await visitor.ask("talk to a human")
     assert (await visitor.ask("never mind"))["data"]["text"] == "All right, then not."
-
-
-def test_files_that_may_not_be_read(tmp_path: Path, monkeypatch: Patch, capsys: Any) -> None:
-    """The error of a file names it, and speaks of no address."""
-    (tmp_path / "config.toml").write_text("")
-    (tmp_path / "leflux.db").touch()
-    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))
-    denied = PermissionError(13, "Permission denied", "/state/leflux.db")
-
-    def find_person(*_: object) -> None:
-        raise denied
-
-    monkeypatch.setattr(lf, "find_person", find_person)
-    assert lf.main(["--config", str(tmp_path / "config.toml"), "--export", "x"]) == 1
-    assert capsys.readouterr().err == f"leflux: {denied}\n"
 
 
 async def test_export_and_erase(tmp_path: Path) -> None:
@@ -7915,6 +7871,9 @@ async def test_export_and_erase(tmp_path: Path) -> None:
     assert not {name for name in files_in(tmp_path) if name.endswith((".erase", ".new"))}
     code, out, _ = await run_program("--erase", "", STATE_DIRECTORY=str(tmp_path))
     assert (code, out) == (2, "")  # neither everybody is meant nor is a server to start
+    unreadable = "lf.find_person = lambda *_: open('/')"
+    said = await run_program("--export", "x", constants=unreadable, STATE_DIRECTORY=str(tmp_path))
+    assert said == (1, "", "leflux: [Errno 21] Is a directory: '/'\n")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8378,29 +8337,51 @@ async def reload(running: Program) -> str:
     return (await asyncio.wait_for(reading, PATIENCE_SECONDS)).decode()
 
 
-async def test_reload(tmp_path: Path) -> None:
-    """SIGHUP reads config.toml and the knowledge again, for open chats too; with a mistake in them
-    everything stays as it is."""
-    async with program(tmp_path) as running:
+def told_of(model: FakeModel, shutdown_seconds: float) -> str:
+    """The head of a config.toml."""
+    return f'[llm]\nbase_url = "{model.url}"\n[server]\nshutdown_seconds = {shutdown_seconds}\n'
+
+
+async def test_reload(tmp_path: Path, model: FakeModel) -> None:
+    """SIGHUP reads config.toml and the knowledge again, for open chats too, and a site that is gone
+    takes its chats along; server.demo holds from the start on. With a mistake nothing changes."""
+    gone = '[[sites]]\nid = "other"\nname = "Other"\nallowed_hosts = ["other.example"]\n'
+    async with program(tmp_path, told_of(model, 0.1) + gone) as running:
         path, server, new = tmp_path / "config.toml", running.server, "https://new.example"
-        before = path.read_text()
-        visitor = await server.visitor()
+        visitor, other = await server.visitor(), await server.visitor("https://other.example")
+        await visitor.ask()
+        before = after = path.read_text()
         (tmp_path / "facts.md").write_text("Zebras cost 5 euros.")
-        after = before.replace('"acme.com"', '"acme.com", "new.example"')
+        for old, edited in (
+            ('"acme.com"', '"acme.com", "new.example"'),
+            ("[llm]", '[llm]\nmodel = "new"'),
+            ("[server]", "[server]\ndemo = false"),
+            (gone, "[limits]\nchat_per_minute = 2\n"),
+        ):
+            after = after.replace(old, edited)
         path.write_text(f'{after}knowledge = ["facts.md"]\nconfig = {{ greeting = "New" }}\n')
         assert "read again" in await reload(running)
+        assert (await read_close(other.ws))[1] == 4404
         for mistake in ('nme = "x"', 'knowledge = ["none.md"]', "]"):
             path.write_text(f"{before}{mistake}\n")
             line = await reload(running)
             assert "ERROR leflux nothing is changed:" in line
             assert ("none.md" if "none" in mistake else str(path)) in line
         assert (await server.init(origin=new)).status == 200
+        assert (await server.call("GET", "/")).status == 200
         assert (await visitor.get()).body["siteConfig"]["greeting"] == "New"
-        assert "5 euros" in (await visitor.ask("How much is a zebra?"))["data"]["text"]
+        await visitor.ask("How much is a zebra?")
+        assert "5 euros" in model.prompt()
+        assert [request["model"] for request in model.requests] == [lf.LlmConfig().model, "new"]
+        newcomer = await server.visitor()
+        for _ in range(2):
+            await newcomer.ask()
+        assert (await newcomer.post()).status == 429
         path.write_text(before)
         assert "read again" in await reload(running)
         assert (await server.init(origin=new)).error == (403, "host_not_registered")
-        assert "do not know" in (await visitor.ask("How much is a zebra?"))["data"]["text"]
+        await visitor.ask("How much is a zebra?")
+        assert "5 euros" not in model.prompt()
         assert "Traceback" not in await running.stop()
 
 
@@ -8421,26 +8402,6 @@ async def test_closing_the_terminal(tmp_path: Path) -> None:
     assert await asyncio.wait_for(child.wait(), PATIENCE_SECONDS) == 0
 
 
-async def test_reload_renews_the_model(serve: Serve, model: FakeModel, tmp_path: Path) -> None:
-    """Another model and other limits hold from the next answer on; a site that is gone takes its
-    chats along."""
-    server = await serve(model)
-    visitor, other = await server.visitor(), await server.visitor("https://other.example")
-    await visitor.ask()
-    path = tmp_path / "config.toml"
-    path.write_text(
-        f'[llm]\nbase_url = "{model.url}"\nmodel = "new"\n[limits]\nchat_per_minute = 2\n'
-        '[[sites]]\nid = "shop"\nname = "New"\nallowed_hosts = ["acme.com"]\n'
-    )
-    await lf.read_again(server.app, path)
-    await visitor.ask()
-    assert [request["model"] for request in model.requests] == [lf.LlmConfig().model, "new"]
-    assert (await read_close(other.ws))[1] == 4404
-    assert server.app.config.server.port == 0  # as it was at the start
-    newcomer = await server.visitor()
-    assert [(await newcomer.post()).status for _ in range(3)] == [200, 200, 429]
-
-
 async def test_port_in_use(tmp_path: Path) -> None:
     """A port that is taken stops the start with one line."""
     (tmp_path / "c.toml").write_text("")
@@ -8450,11 +8411,6 @@ async def test_port_in_use(tmp_path: Path) -> None:
     assert code != 0
     assert "Traceback" not in err
     assert err.count("\n") == 1
-
-
-def told_of(model: FakeModel, shutdown_seconds: float) -> str:
-    """The head of a config.toml."""
-    return f'[llm]\nbase_url = "{model.url}"\n[server]\nshutdown_seconds = {shutdown_seconds}\n'
 
 
 async def test_graceful_shutdown(tmp_path: Path, model: FakeModel) -> None:
