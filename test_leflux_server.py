@@ -723,8 +723,6 @@ def test_kept_events_take_no_more_memory_than_they_need() -> None:
 # ---------------------------------------------------------------------------------------------
 # Addresses
 
-PROXIES = ["127.0.0.1", "10.0.0.0/8", "::1", "fd00::/8"]
-
 
 @cases(
     "peers, headers, client",  # "+" joins headers of one request; "-": none
@@ -749,7 +747,8 @@ PROXIES = ["127.0.0.1", "10.0.0.0/8", "::1", "fd00::/8"]
 )
 def test_client_address(peers: str, headers: str, client: str) -> None:
     """A client is the peer, or what trusted proxies say; IPv6 counts per /64."""
-    proxies = make_config(server={"trusted_proxies": PROXIES}).server.trusted_proxies
+    trusted = {"trusted_proxies": ["127.0.0.1", "10.0.0.0/8", "::1", "fd00::/8"]}
+    proxies = make_config(server=trusted).server.trusted_proxies
     for peer, written in itertools.product(peers.split(), headers.split("|")):
         forwarded = [] if written == "-" else written.split("+")
         address = lf.client_address(lf.parse_ip(peer), forwarded, proxies)
@@ -874,12 +873,18 @@ async def leave(visitor: Visitor, how: str) -> None:
 
 
 async def test_delete_during_a_turn(keeper: Visitor, model: FakeModel, tmp_path: Path) -> None:
-    """A session that is deleted while the model speaks is not written after all."""
+    """DELETE stops a running turn, closes the socket and leaves nothing behind; nothing of what the
+    model says is written after all."""
     model.scripts.append([sse(chunk("SECRET")), model.at_gate, *reply("SECRET")])
     await keeper.chat("SECRET")
     await keeper.next()
     await leave(keeper, "delete")
+    assert (await read_close(keeper.ws))[1] == 4404
+    assert keeper.server.app.sessions == {}
+    for gone in (keeper.get, keeper.post, keeper.delete):
+        assert (await gone()).error == (404, "session_not_found")
     model.gate.release()
+    await until(lambda: model.hung_up)
     await until(lambda: not traces(tmp_path, "SECRET", keeper.id))
     await asyncio.sleep(0.1)
     assert traces(tmp_path, "SECRET", keeper.id) == []
@@ -2110,22 +2115,14 @@ def test_knowledge_is_split_into_passages() -> None:
 
 @cases(
     "document, passages",
-    ("# Dogs\n\nAll do.\n- small dogs\n- big\n  dogs\n", ["All do.", "small dogs", "big dogs"]),
-    ("# Dogs\n1. Sit\n2) Stay", ["Sit", "Stay"]),
-    ("# Dogs\n| breed | age |\n|---|--:|\n| pug | 3 |", ["breed | age", "pug | 3"]),
-    ("Dogs\n====\nAll are welcome.", ["All are welcome."]),
-    ("Dogs\n----\r\nAll are\r\nwelcome.", ["All are welcome."]),
-    ("Dogs\n\nAll are welcome.\n\nAt any time.", ["All are welcome.", "At any time."]),
-    ("Dogs:\nAll are welcome.", ["All are welcome."]),
-    ("**Dogs**\n\n- welcome\n\n---\n", ["welcome"]),
-)
-def test_headings_and_lists(document: str, passages: list[str]) -> None:
-    """Headings of any style stand over their text; items and rows are lines of a passage."""
-    assert passages_of(document) == ["\n".join(["Dogs", *passages])]
-
-
-@cases(
-    "document, passages",
+    ("# Dogs\n\nAll do.\n- small\n- big\n  dogs\n", ["Dogs\nAll do.\nsmall\nbig dogs"]),
+    ("# Dogs\n1. Sit\n2) Stay", ["Dogs\nSit\nStay"]),
+    ("# Dogs\n| breed | age |\n|---|--:|\n| pug | 3 |", ["Dogs\nbreed | age\npug | 3"]),
+    ("Dogs\n====\nAll are welcome.", ["Dogs\nAll are welcome."]),
+    ("Dogs\n----\r\nAll are\r\nwelcome.", ["Dogs\nAll are welcome."]),
+    ("Dogs\n\nAll are welcome.\n\nAny time.", ["Dogs\nAll are welcome.\nAny time."]),
+    ("Dogs:\nAll are welcome.", ["Dogs\nAll are welcome."]),
+    ("**Dogs**\n\n- welcome\n\n---\n", ["Dogs\nwelcome"]),
     ("# Care\n## Mint\nCut it.\n# Tours\nSundays.", ["Care: Mint\nCut it.", "Tours\nSundays."]),
     ("## Sit\nNow.\n## Stay\n### Long\nOh.", ["Sit\nNow.", "Stay: Long\nOh."]),
     ("Dogs?\nYes.\n\nCats?\nNo.", ["Dogs?\nYes.", "Cats?\nNo."]),
@@ -2135,8 +2132,9 @@ def test_headings_and_lists(document: str, passages: list[str]) -> None:
     ("Open till 9\n\nDr. May is in. Bo is out.", ["Open till 9\nDr. May is in. Bo is out."]),
     ("# Nothing below", []),
 )
-def test_what_is_a_heading(document: str, passages: list[str]) -> None:
-    """A short line above a text; not the beginning of a sentence, a number, or the last line."""
+def test_headings_and_lists(document: str, passages: list[str]) -> None:
+    """Headings of any style stand over their text, and so does a short line, but for the beginning
+    of a sentence, a number or the last line; items and rows are lines of a passage."""
     assert passages_of(document) == passages
 
 
@@ -5349,37 +5347,31 @@ async def test_what_is_crawled(name: str, reader: Office, website: Website) -> N
 
 
 async def test_what_is_known_of_a_page(reader: Office, website: Website, model: FakeModel) -> None:
-    """An answer comes from the page; a crawl finds nothing new later, and drops what is gone."""
+    """An answer comes from the page; a crawl finds nothing new later, and drops what is gone. It
+    asks on the conditions of an ETag or Last-Modified; the links of a page count all the same."""
     moon = "<h2>Moon</h2><p>Made of gouda. <a href=tel:+493012345>x</a>"
-    website.pages = {"/": links("/a"), "/a": moon}
+    nofollow = "<meta name=robots content=nofollow>" + links("/c")
+    website.pages = {"/": links("/a", "/b"), "/a": moon, "/b": nofollow, "/c": "c"}
+    website.validators = {"/": {"ETag": '"1"'}, "/b": {"Last-Modified": "yesterday"}}
     server = await reader()
     first = await crawl(server)
-    assert (first["fetched"], first["unchanged"], first["failed"]) == (2, 0, 0)
+    assert (first["fetched"], first["unchanged"], first["failed"]) == (3, 0, 0)
     (page,) = (await server.manage("GET", "/shop/pages?limit=1&offset=1")).body["pages"]
     assert page == {**page, "url": f"{website.url}/a", "title": "Moon", "chars": 16, "status": "ok"}
     assert first["startedAt"] <= page["fetchedAt"] <= first["finishedAt"]
     visitor = await server.visitor()
     assert "gouda" in (await visitor.ask("What is the moon made of?"))["data"]["text"]
     second = await crawl(server)
-    assert (second["fetched"], second["unchanged"]) == (2, 2)
-    website.pages["/"] = "Nothing here"
+    assert (second["fetched"], second["unchanged"]) == (3, 3)
+    sent = {path: headers for path, _, headers in website.requests}
+    assert sent["/"]["If-None-Match"] == '"1"'
+    assert sent["/b"]["If-Modified-Since"] == "yesterday"
+    assert sent["/"]["User-Agent"].startswith("leflux/")
+    assert await kept_pages(server, website) == ["/", "/a", "/b"]
+    website.pages["/"], website.validators = "Nothing here", {}
     await crawl(server)
     assert await kept_pages(server, website) == ["/"]
     assert "gouda" not in (await visitor.ask("What is the moon made of?"))["data"]["text"]
-
-
-async def test_unchanged_pages_are_not_sent_again(reader: Office, website: Website) -> None:
-    """A page is asked for on the conditions of its ETag or Last-Modified; its links still count."""
-    website.validators = {"/": {"ETag": '"1"'}, "/a": {"Last-Modified": "yesterday"}}
-    nofollow = "<meta name=robots content=nofollow>" + links("/b")
-    website.pages = {"/": links("/a"), "/a": nofollow, "/b": "b"}
-    server = await reader()
-    assert [(await crawl(server))["unchanged"] for _ in range(2)] == [0, 2]
-    sent = {path: headers for path, _, headers in website.requests}
-    assert sent["/"]["If-None-Match"] == '"1"'
-    assert sent["/a"]["If-Modified-Since"] == "yesterday"
-    assert sent["/"]["User-Agent"].startswith("leflux/")
-    assert await kept_pages(server, website) == ["/", "/a"]
 
 
 RULES = [f"User-agent: *\n{r}" for r in ("Disallow: /", "Disallow: /%2F[", "Crawl-delay: ²")]
@@ -5772,43 +5764,44 @@ async def test_session_and_its_history(server: Server, model: FakeModel) -> None
     assert await visitor.history() == [*first, ("user", "Second"), ("assistant", sorry)]
 
 
-async def test_delete(server: Server, visitor: Visitor, model: FakeModel) -> None:
-    """DELETE stops a running turn, closes the socket and leaves nothing behind."""
-    model.scripts.append([sse(chunk("Half")), forever])
-    await visitor.chat()
-    await visitor.next()
-    answer = await visitor.delete()
-    assert (answer.status, answer.body) == (200, {"deleted": True})
-    assert (await read_close(visitor.ws))[1] == 4404
-    await until(lambda: model.hung_up)
-    assert server.app.sessions == {}
-    for gone in (visitor.get, visitor.post, visitor.delete):
-        assert (await gone()).error == (404, "session_not_found")
+async def test_stats_and_health(server: Server, visitor: Visitor, model: FakeModel) -> None:
+    """Anyone may ask how the server is; ?client adds the caller's own address, ?deep when a call of
+    the model worked and failed last, and in what way."""
 
+    async def health(query_string: str = "", **headers: str) -> Json:
+        answer = await server.call("GET", f"/health{query_string}", origin=None, headers=headers)
+        timestamp = datetime.fromisoformat(answer.body.pop("timestamp"))
+        assert timestamp.utcoffset() == timedelta(0)
+        assert abs(timestamp - datetime.now(UTC)) < timedelta(seconds=10)
+        return cast(Json, answer.body)
 
-async def test_stats_and_health(server: Server, visitor: Visitor) -> None:
-    """Anyone may ask how the server is; with ?client it adds the caller's own address."""
+    fine: Json = {"status": "ok", "llm": "remote"}
+    assert await health() == fine
+    assert await health("?client") == fine | {"client": "127.0.0.1"}
+    client = "2001:db8:1:2:3::4"
+    assert await health("?client=1", **{"X-Forwarded-For": client}) == fine | {"client": client}
+    assert (await health("?deep"))["model"] == {"lastSuccess": None, "lastFailure": None}
     await server.visitor()
     await visitor.ask()
     stats = (await server.call("GET", "/api/stats", origin=None)).body
     assert 0 <= stats.pop("uptimeSeconds") < 60
     assert stats == {"activeSessions": 2, "messagesProcessed": 1, "version": lf.__version__}
-    health = (await server.call("GET", "/health", origin=None)).body
-    timestamp = datetime.fromisoformat(health.pop("timestamp"))
-    assert timestamp.utcoffset() == timedelta(0)
-    assert abs(timestamp - datetime.now(UTC)) < timedelta(seconds=10)
-    assert health == {"status": "ok", "llm": "remote"}
-    for query_string, headers, address in (
-        ("client", {}, "127.0.0.1"),
-        ("client=1", {"X-Forwarded-For": "2001:db8:1:2:3::4"}, "2001:db8:1:2:3::4"),
-    ):
-        asked = (await server.call("GET", f"/health?{query_string}", headers=headers)).body
-        assert asked == health | {"timestamp": asked["timestamp"], "client": address}
+    worked = (await health("?deep"))["model"]["lastSuccess"]
+    model.scripts.append(status(401, {"error": {"code": "bad_key", "message": "key sk-1 of Ada"}}))
+    model.scripts.append([sse(chunk("Half")), cut_wire])
+    for kind in ("HTTP 401 (bad_key)", "the stream broke off"):
+        await visitor.ask()
+        after = await health("?deep")
+        failed = after["model"]["lastFailure"]["at"]
+        assert datetime.fromisoformat(failed) > datetime.fromisoformat(worked)
+        called = {"lastSuccess": worked, "lastFailure": {"kind": kind, "at": failed}}
+        assert after == fine | {"model": called}
 
 
 @pytest.mark.parametrize("demo", [True, False])
 async def test_the_widget_is_for_every_page(serve: Serve, demo: bool) -> None:
-    """/embed.js may be loaded from anywhere, with and without Origin, demo or not."""
+    """/embed.js may be loaded from anywhere, with and without Origin, demo or not; cors_origins
+    names those who may read other answers."""
     server = await serve(server={"demo": demo, "cors_origins": ["https://acme.com"]})
     expected = {
         "Content-Type": "text/javascript; charset=utf-8",
@@ -5822,6 +5815,9 @@ async def test_the_widget_is_for_every_page(serve: Serve, demo: bool) -> None:
         assert answer.raw == (lf.HERE / "widget" / "embed.js").read_bytes()
         headers = [pair for pair in answer.headers.items() if pair[0] in expected]
         assert sorted(headers) == sorted(expected.items())
+    assert (await server.init()).headers["Access-Control-Allow-Origin"] == ORIGIN
+    health = await server.call("GET", "/health", origin="https://other.example")
+    assert "Access-Control-Allow-Origin" not in health.headers
     head = await server.call("HEAD", "/embed.js", origin=None)
     told = (head.status, head.raw, head.headers["Content-Length"], head.headers["ETag"])
     assert told == (200, b"", str(len(answer.raw)), answer.headers["ETag"])
@@ -6079,14 +6075,6 @@ async def test_expectations(start: str, expected: str, server: Server) -> None:
     assert "nosniff" in head
 
 
-@with_config(server={"cors_origins": [ORIGIN]})
-async def test_cors_for_some(server: Server) -> None:
-    """cors_origins names those who may read our answers."""
-    assert (await server.init()).headers["Access-Control-Allow-Origin"] == ORIGIN
-    answer = await server.call("GET", "/health", origin="https://other.example")
-    assert "Access-Control-Allow-Origin" not in answer.headers
-
-
 async def test_a_client_that_leaves_in_mid_body_is_no_error(server: Server) -> None:
     """Nothing is logged (see quiet_log) and the server goes on."""
     _, writer = await dial(server.url)
@@ -6169,28 +6157,6 @@ async def test_numbers_are_for_trusted_addresses(serve: Serve) -> None:
         assert answer.status == 200 if welcome else answer.error == (404, "not_found")
         answer = await server.call("GET", "/health?deep", headers=headers)
         assert ("model" in answer.body) == welcome, (forwarded_for, metrics_from)
-
-
-async def test_deep_health(server: Server, visitor: Visitor, model: FakeModel) -> None:
-    """/health?deep says when a call of the model worked and failed last, and in what way."""
-
-    async def deep() -> Json:
-        answer = await server.call("GET", "/health?deep", origin=None)
-        assert answer.body["status"] == "ok"
-        return cast(Json, answer.body["model"])
-
-    assert await deep() == {"lastSuccess": None, "lastFailure": None}
-    await visitor.ask()
-    worked = (await deep())["lastSuccess"]
-    assert datetime.fromisoformat(worked)
-    model.scripts.append(status(401, {"error": {"code": "bad_key", "message": "key sk-1 of Ada"}}))
-    model.scripts.append([sse(chunk("Half")), cut_wire])
-    for kind in ("HTTP 401 (bad_key)", "the stream broke off"):
-        await visitor.ask()
-        after = await deep()
-        failure = {"kind": kind, "at": max(worked, after["lastFailure"]["at"])}
-        assert after == {"lastSuccess": worked, "lastFailure": failure}
-        assert failure["at"] > worked
 
 
 async def test_owner_page(serve: Serve, tmp_path: Path, monkeypatch: Patch) -> None:
