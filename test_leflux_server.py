@@ -1703,30 +1703,38 @@ async def test_kill_under_load(tmp_path: Path, model: FakeModel) -> None:
 
 
 async def test_shutdown_flushes_everything(tmp_path: Path, model: FakeModel) -> None:
-    """SIGTERM: the end of every turn is heard and on disk, the cut-off ones too, exit code 0."""
+    """SIGTERM: the end of every turn is heard and on disk, those too that outlive shutdown_seconds
+    and are settled as cut short; exit code 0."""
     settings = "[server]\nshutdown_seconds = 0.2\n[limits]\nsite_tokens_per_day = 1000000\n"
     more = f'[llm]\nbase_url = "{model.url}"\n{settings}'
     async with program(tmp_path, more) as run:
-        done, streaming, confirming = [await run.server.visitor() for _ in range(3)]
+        visitors = [await run.server.visitor() for _ in range(4)]
+        done, streaming, silent, confirming = visitors
         model.scripts.append(act("Shall I?", {**CLICK, "elementId": 2}))
         await confirming.ask("Delete it", pageContext=SHOWN)
-        model.scripts.append([sse(chunk("Half")), forever])
-        await streaming.chat("Long")
+        for visitor, said in ((streaming, "Half"), (silent, "")):
+            model.scripts.append([sse(chunk(said)), forever])
+            await visitor.chat("Long")
+            await until(lambda: not model.scripts)
         await streaming.next()
         await done.chat("Short")
         run.child.send_signal(signal.SIGTERM)
-        ends = [(await visitor.turn())[-1] for visitor in (done, streaming, confirming)]
-        for visitor in (done, streaming, confirming):
+        ends = [(await visitor.turn())[-1] for visitor in visitors]
+        for visitor in visitors:
             assert (await read_close(visitor.ws))[1] == 1001
         assert (await run.end())[0] == 0
     assert files_in(tmp_path) == {"config.toml", "leflux.db", "knowledge.db"}
-    assert kept_messages(tmp_path, done.id) == [("user", "Short"), ("assistant", "ok")]
-    cut = kept_messages(tmp_path, streaming.id)
-    assert cut == [("user", "Long"), ("assistant", f"Half{CUT_SHORT}")]
+    assert names(ends) == [*["message_done"] * 3, "message"]
+    for visitor, asked, answer in (
+        (done, "Short", "ok"),
+        (streaming, "Long", f"Half{CUT_SHORT}"),
+        (silent, "Long", CUT_SHORT.strip()),
+    ):
+        assert kept_messages(tmp_path, visitor.id) == [("user", asked), ("assistant", answer)]
+        assert deltas(visitor.frames) == answer
     assert kept_messages(tmp_path, confirming.id)[-1] == ("assistant", lf.ENGLISH("interrupted"))
-    assert [end["event"] for end in ends] == ["message_done", "message_done", "message"]
     async with program(tmp_path, more) as run:
-        for visitor, end in zip((done, streaming, confirming), ends, strict=True):
+        for visitor, end in zip(visitors, ends, strict=True):
             visitor.server = run.server
             await visitor.connect(end["seq"] - 1)
             assert await visitor.next() == end
@@ -7205,48 +7213,43 @@ async def test_hosts_of_others(admin: Server) -> None:
 
 
 async def test_changes_are_kept(key_server: KeyServer, tmp_path: Path) -> None:
-    """Changes are on disk when they are answered, and hold after a restart, kill -9 or not."""
+    """Changes are on disk when they are answered, and hold after a restart, kill -9 or not. An edit
+    of config.toml reaches every field that no patch covers, and only those."""
 
-    def config(folder: str) -> lf.Config:
-        return make_config(**office(key_server, server=on_disk(tmp_path / folder)))
+    def config(folder: str, *sites: Json) -> lf.Config:
+        tables = {"server": on_disk(tmp_path / folder), "sites": [*sites, FOREIGN]}
+        return make_config(**office(key_server, **tables))
 
     changes: Json = {"name": "New", "owners": ["eve"], "allowedHosts": ["new.example"]}
-    async with running(config("one")) as server:
+    async with running(config("one", MANAGED)) as server:
         await patched(server, changes, "admin")
-        await patched(server, {"launcher": {"size": "sm"}}, "admin", "/shop/config")
+        patch = {"greeting": "Patched", "launcher": {"size": "sm"}}
+        await patched(server, patch, "admin", "/shop/config")
         snapshot(tmp_path / "one", tmp_path / "two")
-        await patched(server, {"name": None}, "admin")
+        last = await patched(server, {"name": None, "instructions": "Patched"}, "admin")
         snapshot(tmp_path / "one", tmp_path / "three")
     launcher = {**MANAGED_CONFIG["launcher"], "size": "sm"}
-    expected = {**MANAGED_SITE, **changes, "config": {**MANAGED_CONFIG, "launcher": launcher}}
-    for folder, name in (("one", "Acme Shop"), ("two", "New"), ("three", "Acme Shop")):
-        async with running(config(folder)) as server:
-            assert await server.details() == expected | {"name": name}
+    patched_config = {**MANAGED_CONFIG, "greeting": "Patched", "launcher": launcher}
+    first = {**MANAGED_SITE, **changes, "config": patched_config}
+    assert last == {**first, "name": "Acme Shop", "instructions": "Patched"}
+    for folder, expected in (("one", last), ("two", first), ("three", last)):
+        async with running(config(folder, MANAGED)) as server:
+            assert await server.details() == expected
             assert (await server.init(origin="https://new.example")).status == 200
             assert (await server.init()).status == 403
             assert (await server.manage("GET", "/shop", who="stranger")).status == 200
-
-
-async def test_edits_of_the_file(key_server: KeyServer, tmp_path: Path) -> None:
-    """An edit of config.toml reaches every field that no patch covers, and only those."""
-    tables = office(key_server, server=on_disk(tmp_path))
-    async with running(make_config(**tables)) as server:
-        await patched(server, {"instructions": "Patched"})
-        patch = {"greeting": "Patched", "launcher": {"size": "sm"}}
-        await patched(server, patch, path="/shop/config")
     site_config: Json = {"greeting": "Edited", "launcher": {"shape": "squircle", "size": "md"}}
     edited: Json = {"name": "Edited", "instructions": "Edited", "allowed_hosts": ["edited.example"]}
-    tables["sites"] = [{**MANAGED, **edited, "config": site_config}, FOREIGN]
-    expected = {"name": "Edited", "instructions": "Patched", "allowedHosts": ["edited.example"]}
-    launcher = {**MANAGED_CONFIG["launcher"], "shape": "squircle"}
-    async with running(make_config(**tables)) as server:
+    async with running(config("one", {**MANAGED, **edited, "config": site_config})) as server:
+        last = {**last, "name": "Edited", "allowedHosts": ["edited.example"]}
+        await patched(server, {"allowedHosts": None}, "admin")
         for greeting, size in (("Patched", "sm"), ("Edited", "md")):
-            config = {"greeting": greeting, "launcher": {**launcher, "size": size}}
-            config = {**MANAGED_CONFIG, **config}
-            assert await server.details() == {**MANAGED_SITE, **expected, "config": config}
-            await patched(server, {"greeting": None, "launcher": None}, path="/shop/config")
-    tables["sites"] = [FOREIGN]  # a site that is taken out of the file is gone
-    async with running(make_config(**tables)) as server:
+            changed_launcher = {**launcher, "shape": "squircle", "size": size}
+            mixed = {**MANAGED_CONFIG, "greeting": greeting, "launcher": changed_launcher}
+            assert await server.details() == {**last, "config": mixed}
+            back = {"greeting": None, "launcher": None}
+            await patched(server, back, "admin", "/shop/config")
+    async with running(config("one")) as server:  # a site that is taken out of the file is gone
         assert (await server.manage("GET", "/shop", who="admin")).error == (404, "not_found")
 
 
@@ -8400,26 +8403,6 @@ async def test_graceful_shutdown(tmp_path: Path, model: FakeModel) -> None:
         assert (await visitor.turn())[-1]["data"]["text"] == "Half done"
         for one in (visitor, idle):
             assert (await read_close(one.ws))[1] == 1001
-        assert (await running.end())[0] == 0
-
-
-async def test_shutdown_settles_long_turns(tmp_path: Path, model: FakeModel) -> None:
-    """A turn that outlives shutdown_seconds is settled as cut short."""
-    async with program(tmp_path, told_of(model, 0.3)) as running:
-        visitors = [await running.server.visitor() for _ in range(2)]
-        for visitor, said in zip(visitors, ("", "Half"), strict=True):
-            model.scripts.append([sse(chunk(said)), forever])
-            await visitor.chat()
-            await until(lambda: not model.scripts)
-        await visitor.next()
-        running.child.send_signal(signal.SIGTERM)
-        for visitor, said in zip(visitors, ("", "Half"), strict=True):
-            end = (await visitor.turn())[-1]
-            assert end["event"] == "message_done"
-            assert end["data"]["text"].startswith(said)
-            assert CUT_SHORT.strip() in end["data"]["text"]
-            assert deltas(visitor.frames) == end["data"]["text"]
-            assert (await read_close(visitor.ws))[1] == 1001
         assert (await running.end())[0] == 0
 
 
