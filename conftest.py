@@ -418,9 +418,12 @@ class Server:
     async def init(self, **more: Any) -> Answer:
         return await self.call("POST", "/api/session/init", {}, **more)
 
-    async def visitor(self, origin: str = ORIGIN, *, connect: bool = True) -> Visitor:
+    async def visitor(
+        self, origin: str = ORIGIN, *, connect: bool = True, page: str = ""
+    ) -> Visitor:
         """A new session, and a socket that has joined it."""
-        answer = await self.init(origin=origin)
+        body = {"pageUrl": page} if page else {}
+        answer = await self.call("POST", "/api/session/init", body, origin=origin)
         assert answer.status == 200, answer.raw
         visitor = Visitor(self, answer.body["sessionId"], origin)
         if connect:
