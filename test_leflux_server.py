@@ -822,18 +822,13 @@ LAST_EVENTS = [  # the ends of a turn, and what of them the history keeps
 ]
 
 
-@pytest.mark.parametrize(("event", "script", "shown"), LAST_EVENTS)
+@cases("case", *LAST_EVENTS)
 async def test_end_of_a_turn(
-    event: str,
-    script: Script,
-    shown: str,
-    keeper: Visitor,
-    model: FakeModel,
-    monkeypatch: Patch,
-    tmp_path: Path,
+    case: Any, keeper: Visitor, model: FakeModel, monkeypatch: Patch, tmp_path: Path
 ) -> None:
     """What ends a turn is committed before its first event is handed to the socket; who misses
     its last one in a crash gets it with lastSeq, nobody else."""
+    event, script, shown = case
     next_frame, kept_at_end = lf.Connection.next_frame, list[int]()
 
     def frame_and_what_is_kept(connection: lf.Connection) -> bytes | None:
@@ -1005,20 +1000,15 @@ def reading(folder: Path) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("crowd", "slow"), [(0, 0), (6, 0), (6, 0.03)])
+@cases("load", (0, 0), (6, 0), (6, 0.03))  # how many chat meanwhile; how slow the disk is
 @pytest.mark.parametrize("how", ["delete", "idle"])
 @with_config(limits={**CROWD, "keep_days": 0})
 async def test_gone_sessions(
-    how: str,
-    crowd: int,
-    slow: float,
-    keeper: Visitor,
-    model: FakeModel,
-    tmp_path: Path,
-    monkeypatch: Patch,
+    how: str, load: Any, keeper: Visitor, model: FakeModel, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """What is deleted, or idle and not to be kept, is in no file of the state 5 s later, however
     much is written meanwhile."""
+    crowd, slow = load
     slow_down(monkeypatch, slow)
     leaving = await keeper.server.visitor()
     for visitor, mark in ((leaving, "SECRET"), (keeper, "STAYING")):
@@ -1279,9 +1269,7 @@ async def test_damaged_log(
 
 
 @pytest.mark.parametrize("disk", [True, False])
-async def test_histories_have_a_bound_in_memory(
-    disk: bool, serve: Serve, model: FakeModel, tmp_path: Path
-) -> None:
+async def test_many_histories(disk: bool, serve: Serve, model: FakeModel, tmp_path: Path) -> None:
     """The chats that were unused longest leave the memory; from the disk they come back, as if
     nothing had been; without one they are dropped."""
     limits = {**CROWD, "history_mb": 1}
@@ -1930,9 +1918,7 @@ async def test_tokens_are_settled_with_usage(limit: int, serve: Serve, model: Fa
     *(([sse(chunk("x" * length)), forever], length) for length in (0, 400)),  # to be stopped
 )
 @with_config(limits={"site_tokens_per_day": 100_000})
-async def test_tokens_are_estimated(
-    script: list[Step], said: int, visitor: Visitor, model: FakeModel
-) -> None:
+async def test_estimated_tokens(script: Any, said: int, visitor: Visitor, model: FakeModel) -> None:
     """Without usage 4 characters count as a token, of what was asked and what was said, also in a
     call that is cut or stopped; it holds nothing afterwards."""
     model.scripts.append(script)
@@ -3197,9 +3183,7 @@ async def test_no_model_at_all(serve: Serve, caplog: Log) -> None:
 
 @pytest.mark.parametrize("said", ["Half an ans", '{"message": "Half an ans'])
 @pytest.mark.parametrize("ending", ["breaks", "error", "length", "end"])
-async def test_what_is_cut_short(
-    said: str, ending: str, visitor: Visitor, model: FakeModel
-) -> None:
+async def test_what_is_cut(said: str, ending: str, visitor: Visitor, model: FakeModel) -> None:
     """A stream that breaks after text is not retried; it says that it was cut short. So is one that
     ends by its length, by an error, even of the prompt's, or in its JSON."""
     endings: dict[str, list[Step]] = {"breaks": [cut_wire], "error": [sse(TOO_LONG_IN_STREAM)]}
@@ -3623,9 +3607,7 @@ async def test_answers_without_text(
 
 @pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
 @pytest.mark.parametrize("indent", [None, 2])
-async def test_answer_in_one_body(
-    indent: int | None, kind: str, visitor: Visitor, model: FakeModel
-) -> None:
+async def test_one_body(indent: Any, kind: str, visitor: Visitor, model: FakeModel) -> None:
     """One JSON body is an answer, too, also one that arrives in pieces; an error in it is one. What
     a response is counts, not what its Content-Type says."""
     answer = {"choices": [{"message": {"content": "Hi"}}], "usage": {"total_tokens": 9}}
@@ -4596,9 +4578,7 @@ async def test_a_refused_action_is_explained_to_the_model_twice(page: OpenPage) 
 
 
 @cases("effect", "nothing", "raises", "cannot be sent")
-async def test_an_action_without_a_good_effect_ends_visibly(
-    effect: str, page: OpenPage, monkeypatch: Patch, caplog: Log
-) -> None:
+async def test_bad_effects(effect: str, page: OpenPage, monkeypatch: Patch, caplog: Log) -> None:
     """Whatever a new entry of ACTIONS does or does not do, the visitor is not left waiting."""
 
     def apply(turn: lf.Turn, action: Json) -> None:
@@ -4816,9 +4796,7 @@ SCROLLS = steps(step("scroll_to", 2), step("wait", waitDuration=1))
     ([click(n) for n in range(9)], False, 5, IN_CIRCLES),
     ([click(n) for n in range(9)], True, 6, lf.ENGLISH("too_many_steps")),
 )
-async def test_a_task_ends_visibly(
-    actions: list[Json], moves: bool, plans: int, text: str, page: OpenPage
-) -> None:
+async def test_task_ends(actions: Any, moves: bool, plans: int, text: str, page: OpenPage) -> None:
     """The same element clicked 3 times, a URL navigated to twice in a row, 3 plans that scroll, 5
     plans after which the page is the same, and limits.max_action_plans."""
     page.context = at("/0", *B)
@@ -5130,9 +5108,7 @@ FIELDS = {  # of the demo's form: label, type, what is put into it
     ("/", "I want to send a message", {}),
     *((path, wish, COFFEE) for path in DEMO_PAGES for wish in WHOLE_MESSAGES),
 )
-async def test_messages_from_the_demo(
-    path: str, wish: str, given: dict[str, str], visit_demo: VisitDemo
-) -> None:
+async def test_demo_messages(path: str, wish: str, given: Json, visit_demo: VisitDemo) -> None:
     """The form is found, and filled in as far as the wish goes; all else that it requires is asked
     for, one after the other; sending needs a yes."""
     page, values = await visit_demo(path), dict[str, str]()
@@ -5386,9 +5362,7 @@ RULES = [f"User-agent: *\n{r}" for r in ("Disallow: /", "Disallow: /%2F[", "Craw
     *(("/a", page, "/ /a /a/b") for page in (503, 429, reset)),
     *(("/a", page, "/") for page in (404, 410, "->http://evil.example")),
 )
-async def test_bad_days(
-    path: str, after: Any, known: str, reader: Office, website: Website
-) -> None:
+async def test_bad_day(path: str, after: Any, known: str, reader: Office, website: Website) -> None:
     """A site or a page that does not answer stays known; one that is gone does not."""
     website.pages = {"/": links("/a"), "/a": links("/a/b"), "/a/b": "b"}
     server = await reader()
@@ -7532,18 +7506,15 @@ async def test_activity_of_a_site(archive: Server, model: FakeModel, tmp_path: P
     await sweep_now(archive, visitors[2])
     body = (await activity("?days=7")).body
     assert body.keys() == {"days", "questions", "unanswered", "pages"}
-    week = [str(datetime.now(UTC).date() - timedelta(n)) for n in range(6, -1, -1)]
-    assert [day["day"] for day in body["days"]] == week
-    tokens = body["days"][-1]["tokens"]
-    assert tokens > 0
+    *week, today = (str(datetime.now(UTC).date() - timedelta(n)) for n in range(6, -1, -1))
     used = {"chats": 4, "messages": 6, "tasksDone": 1, "tasksFailed": 1, "unanswered": 1}
-    used |= {"tokens": tokens}
-    assert body["days"][-1] == {"day": week[-1], **used}
-    assert body["days"][0] == {"day": week[0], **dict.fromkeys(used, 0)}
-    questions = [(-one["count"], one["text"]) for one in body["questions"]]
-    assert [count for count, _ in questions] == [-2, -2, -1, -1]
-    texts = ["Do it", "when do you open", "Do you ship?", "Who are you?"]
-    assert [text for _, text in sorted(questions)] == texts
+    used["tokens"] = body["days"][-1]["tokens"]
+    assert used["tokens"] > 0
+    unused = [{"day": day, **dict.fromkeys(used, 0)} for day in week]
+    assert body["days"] == [*unused, {"day": today, **used}]
+    counts = {one["text"]: one["count"] for one in body["questions"]}
+    assert [*counts.values()] == [2, 2, 1, 1]
+    assert counts == {"Do it": 2, "when do you open": 2, "Do you ship?": 1, "Who are you?": 1}
     assert datetime.fromisoformat(body["questions"][0]["lastAsked"]).tzinfo is not None
     (missing,) = body["unanswered"]
     assert (missing["text"], missing["sessionId"]) == ("Do you ship?", visitors[2].id)
@@ -8026,9 +7997,7 @@ async def test_turn_ends_after_a_bug(page: OpenPage, monkeypatch: Patch, caplog:
         caplog.clear()
 
 
-async def test_the_guide_stands_in_off_the_loop(
-    visitor: Visitor, model: FakeModel, monkeypatch: Patch
-) -> None:
+async def test_guide_stands_in(visitor: Visitor, model: FakeModel, monkeypatch: Patch) -> None:
     """While the guide reads for a model that fails, others are served, and a stop is a stop."""
     gate, begun, stand_in = threading.Event(), threading.Event(), lf.Guide.stand_in
 
