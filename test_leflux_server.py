@@ -912,29 +912,24 @@ async def test_long_conversations(counts: Sequence[int], serve: Serve, tmp_path:
         copy = snapshot(folder, tmp_path / str(number))
         async with running(make_config(server=on_disk(copy))) as restarted:
             again = restarted.app.sessions[visitor.id]
-            assert again.history == session.history
-            assert again.message_count == session.message_count
+            assert (again.history, again.message_count) == (session.history, session.message_count)
             rows = query(copy, "SELECT number FROM message")
             assert len(rows) == min(session.message_count, lf.MAX_HISTORY)
 
 
-async def test_without_a_state_dir_nothing_is_written(tmp_path: Path, monkeypatch: Patch) -> None:
-    """state_dir = "" keeps everything in memory."""
-    monkeypatch.chdir(tmp_path)
-    async with running(make_config(None, tmp_path)) as server:
-        visitor = await server.visitor()
-        await visitor.ask()
-        assert (await visitor.delete()).status == 200
-    assert files_in(tmp_path) == set()
-
-
-async def test_state_directory_of_systemd(tmp_path: Path) -> None:
-    """$STATE_DIRECTORY overrides state_dir; of several the first one counts."""
+async def test_state_directory_of_systemd(tmp_path: Path, monkeypatch: Patch) -> None:
+    """$STATE_DIRECTORY overrides state_dir; of several the first one counts. Without any state_dir
+    nothing is written."""
     more = '[server]\nstate_dir = "unused"\n'
     folder = tmp_path / "first"
     async with program(tmp_path, more, STATE_DIRECTORY=f"{folder}:{tmp_path / 'second'}") as run:
         await (await run.server.visitor()).ask()
         assert len(query(folder, "SELECT * FROM session")) == 1
+    monkeypatch.chdir(tmp_path)
+    async with running(make_config(None, tmp_path)) as server:
+        visitor = await server.visitor()
+        await visitor.ask()
+        assert (await visitor.delete()).status == 200
     assert files_in(tmp_path) == {"config.toml", "first"}
 
 
@@ -1817,8 +1812,7 @@ async def test_messages_per_day(server: Server, model: FakeModel, clock: Clock) 
     await visitor.ask("One", clientMessageId="one")
     await second.ask("Two")
     answer = await visitor.post("Three", clientMessageId="three")
-    assert answer.error == BUDGET_SPENT
-    assert answer.body["message"] == REFUSAL
+    assert (answer.error, answer.body["message"]) == (BUDGET_SPENT, REFUSAL)
     assert (await second.post("Four")).error == BUDGET_SPENT
     assert await visitor.history() == [("user", "One"), ("assistant", "ok")]
     assert len(model.requests) == 2
@@ -2453,9 +2447,7 @@ GOOD_URLS = {
     "about?x=1#y": f"{ORIGIN}/shop/about?x=1#y",
     "/search?u=https://evil.example": "https://acme.com/search?u=https://evil.example",
 }
-LINKS_OF_BLOCKS: dict[
-    Any, bool
-] = {  # and whether they stay: http(s) of any website, as it was written
+LINKS_OF_BLOCKS: dict[Any, bool] = {  # and whether they stay: http(s) of any website
     **dict.fromkeys(("/a", "?b", "https://acme.com/a", "http://other.example/x"), True),
     **dict.fromkeys(("javascript:alert(1)", "data:text/html,x", "mailto:a@b.c"), False),
     **dict.fromkeys(("java\tscript:x", "https://[", "https://a@evil.example/", ""), False),
@@ -2632,6 +2624,8 @@ SEND = {"type": "submit", "text": "Send", "parent": "Write"}
 ENTER = step("press", 1, key="Enter")
 RISKY = """Delete/Remove item/BUY NOW/Pay/Purchase/Place order/Send message/Transfer money
 Unsubscribe/Cancel subscription/Deletes all/Cancel my order/Place your order"""
+RISKY_LINKS = """/orders/5/cancel /konto/loeschen /users/5/delete /?do=%64eleteUser
+/shop/#/account/remove mailto:x javascript:x"""
 HARMLESS = "Cancel/Close/Show more/My orders/Payments explained/Borderless"
 
 
@@ -2653,14 +2647,8 @@ HARMLESS = "Cancel/Close/Show more/My orders/Payments explained/Borderless"
     ({"type": "submit", "text": "OK", "parent": "Delete your account?"}, True),
     ({"type": "submit", "text": "OK", "heading": "Close your account"}, True),
     # Where a link leads, by whatever way.
-    *((LINK | {"text": "A", "href": url}, True) for url in ("/orders/5/cancel", "/konto/loeschen")),
+    *((LINK | {"text": "A", "href": url}, True) for url in RISKY_LINKS.split()),
     *((LINK | {"text": "A", "href": url}, False) for url in ("/help/how-to-cancel", "/users/5")),
-    *(
-        (LINK | {"text": "A", "href": url}, True)
-        for url in ("/users/5/delete", "/?do=%64eleteUser")
-    ),
-    ({**LINK, "text": "A", "href": "/shop/#/account/remove"}, True),
-    *(({**LINK, "text": "A", "href": f"{scheme}:x"}, True) for scheme in ("mailto", "javascript")),
     # A button of a dialog that says so, but for those that only close it.
     ({"text": "OK", "inModal": True, "parent": "Delete account?"}, True),
     ({"text": "Abbrechen", "inModal": True, "parent": "Delete account?"}, False),
@@ -5181,8 +5169,7 @@ async def test_forms_that_are_not_the_demos(serve: Serve) -> None:
     typed = [(s["elementId"], s["inputData"]) for s in planned(plan)["actions"]]
     assert typed == [(3, "Ada"), (4, "all is well")]
     asked = await page.done(plan)
-    assert asked["event"] == "confirmation_required"
-    assert asked["data"]["confirm_label"] == "Send"
+    assert (asked["event"], asked["data"]["confirm_label"]) == ("confirmation_required", "Send")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7796,8 +7783,7 @@ async def test_upgrade_needs_a_site(path: str, server: Server, visitor: Visitor)
             await server.socket(f"{path}?sessionId={visitor.id}", origin)
         assert caught.value.status == 403
         answer = await server.call("GET", path, origin=origin, headers=UPGRADE | KEY)
-        assert answer.error == (403, "host_not_registered")
-        assert answer.body["host"] == host
+        assert (answer.error, answer.body["host"]) == ((403, "host_not_registered"), host)
     for count, more in ((1, {}), (2, {}), (3, {"Sec-WebSocket-Version": "12"}), (3, {})):
         headers = dict([*UPGRADE.items()][:count]) | more
         answer = await server.call("GET", path, headers=headers)
@@ -8291,9 +8277,7 @@ async def test_port_in_use(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         code, _, err = await run_program("--config", str(tmp_path / "c.toml"), LEFLUX_PORT=port)
-    assert code != 0
-    assert "Traceback" not in err
-    assert err.count("\n") == 1
+    assert (code, err.count("\n"), "Traceback" in err) == (1, 1, False)
 
 
 async def test_graceful_shutdown(tmp_path: Path, model: FakeModel) -> None:
