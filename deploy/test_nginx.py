@@ -157,29 +157,46 @@ async def test_visit_through_nginx(
     assert visitor.id not in proxy.logs()
 
 
-async def test_http_leads_to_https(serve: Serve, tmp_path: Path) -> None:
-    """But for the files with which certbot proves that the domain is ours."""
+async def test_requests_through_nginx(
+    serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What nginx answers by itself, what it compresses, and how much it takes."""
     challenge = tmp_path / "www" / ".well-known" / "acme-challenge"
     challenge.mkdir(parents=True)
     (challenge / "token").write_text("proof")
-    async with nginx(tmp_path, await serve()) as proxy, aiohttp.ClientSession() as http:
+    async with nginx(tmp_path, await serve()) as proxy, proxy.visitors() as site:
+        # http leads to https, but for the files with which certbot proves that the domain is ours.
         url = f"http://127.0.0.1:{proxy.http_port}"
-        async with http.get(f"{url}/.well-known/acme-challenge/token") as response:
+        async with site.http.get(f"{url}/.well-known/acme-challenge/token") as response:
             assert await response.text() == "proof"
-        async with http.get(f"{url}/path?query", allow_redirects=False) as response:
-            assert response.status == 301
-            assert response.headers["Location"] == "https://127.0.0.1/path?query"
+        async with site.http.get(f"{url}/path?query", allow_redirects=False) as response:
+            moved = (response.status, response.headers["Location"])
+            assert moved == (301, "https://127.0.0.1/path?query")
 
-
-async def test_doctor_before_nginx(
-    serve: Serve, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The doctor takes the 400 of nginx to http:// at its TLS port for what it is."""
-    async with nginx(tmp_path, await serve()) as proxy:
+        # The doctor takes the 400 of nginx to http:// at its TLS port for what it is.
         address = f"127.0.0.1:{proxy.port}"
         assert await doctor.run_doctor(make_config(), f"http://{address}") == 1
-    said = capsys.readouterr().out
-    assert f"FAIL  http://{address}: it speaks https, not http. Use https://{address}\n" in said
+        said = f"FAIL  http://{address}: it speaks https, not http. Use https://{address}\n"
+        assert said in capsys.readouterr().out
+
+        # /embed.js is compressed, and a browser that has it is told so; nothing else is.
+        zipped = {"Accept-Encoding": "gzip"}
+        answer = await site.call("GET", "/embed.js", headers=zipped)
+        cached = {"Vary": "Accept-Encoding", "Cache-Control": "no-cache"}
+        assert {"Content-Encoding": "gzip", **cached}.items() <= dict(answer.headers).items()
+        assert answer.raw == (lf.HERE / "widget" / "embed.js").read_bytes()
+        known = {**zipped, "If-None-Match": answer.headers["ETag"]}
+        assert (await site.call("GET", "/embed.js", headers=known)).status == 304
+        answer = await site.call("GET", "/api/stats", headers=zipped)
+        assert "Content-Encoding" not in answer.headers
+
+        # The server's own 413 reaches its client; what is far too large ends at nginx.
+        answer = await site.call("POST", "/api/chat", data=b" " * (lf.MAX_BODY_BYTES + 1))
+        assert answer.error == (413, "payload_too_large")
+        assert answer.headers["Access-Control-Allow-Origin"]
+        async with site.http.post(f"{site.url}/api/chat", data=b" " * 600 * 1024) as response:
+            assert response.status == 413
+        assert (await site.init()).status == 200
 
 
 @pytest.fixture
@@ -195,52 +212,26 @@ async def mirror() -> AsyncIterator[Server]:
         yield Server(str(server.make_url("")).rstrip("/"))
 
 
-FORGED = {
-    "X-Forwarded-For": "203.0.113.9",
-    "X-Forwarded-Proto": "http",
-    "X-Forwarded-Host": "evil.example",
-}
-
-
-async def test_nginx_speaks_the_truth(mirror: Server, tmp_path: Path) -> None:
-    """What the server is told of a client is nginx's own word, whatever the client says."""
-    async with nginx(tmp_path, mirror) as proxy, proxy.visitors("127.0.0.2") as site:
-        for path in ("/", "/ws", "/api/chat", "/embed.js"):
-            headers = {**FORGED, "Host": "chat.example.com:8443"}
-            async with site.http.get(site.url + path, headers=headers) as response:
-                told = CIMultiDict(await response.json())
-            assert told.getall("X-Forwarded-For") == ["127.0.0.2"]
-            assert told.getall("X-Forwarded-Proto") == ["https"]
-            assert told.getall("X-Forwarded-Host") == ["chat.example.com:8443"]
-            assert told.getall("Host") == ["chat.example.com:8443"]
-
-
-async def test_upgrades_through_nginx(mirror: Server, tmp_path: Path) -> None:
-    """Only where the socket is, and only to a WebSocket, may a client upgrade."""
+async def test_headers_through_nginx(mirror: Server, tmp_path: Path) -> None:
+    """What the server is told of a client is nginx's own word, whatever the client says; only
+    where the socket is, and only to a WebSocket, may a client upgrade."""
+    host = "chat.example.com:8443"
+    truth = {"For": "127.0.0.2", "Proto": "https", "Host": host}
+    forged = {"For": "203.0.113.9", "Proto": "http", "Host": "evil.example"}
+    forged = {f"X-Forwarded-{name}": value for name, value in forged.items()}
     paths = ["/", "/?sessionId=x", "/ws", "/ws/", "/api/chat", "/embed.js", "/x/ws"]
-    async with nginx(tmp_path, mirror) as proxy, proxy.visitors() as site:
-        for protocol, path in itertools.product(("WebSocket", "h2c"), paths):
-            headers = {"Connection": "upgrade", "Upgrade": protocol}
+    async with nginx(tmp_path, mirror) as proxy, proxy.visitors("127.0.0.2") as site:
+        for protocol, path in itertools.product(("", "WebSocket", "h2c"), paths):
+            upgrade = {"Connection": "upgrade", "Upgrade": protocol} if protocol else {}
+            headers = {**forged, "Host": host, **upgrade}
             async with site.http.get(site.url + path, headers=headers) as response:
                 told = CIMultiDict(await response.json())
+            for name, value in truth.items():
+                assert told.getall(f"X-Forwarded-{name}") == [value]
+            assert told.getall("Host") == [host]
             asked = told.get("Connection") == "upgrade" and told.get("Upgrade") == "WebSocket"
             assert asked == (protocol == "WebSocket" and path in paths[:3])
             assert asked or "Connection" not in told
-
-
-async def test_widget_through_nginx(serve: Serve, tmp_path: Path) -> None:
-    """/embed.js is compressed, and a browser that has it is told so; nothing else is."""
-    async with nginx(tmp_path, await serve()) as proxy, proxy.visitors() as site:
-        zipped = {"Accept-Encoding": "gzip"}
-        answer = await site.call("GET", "/embed.js", headers=zipped)
-        assert answer.headers["Content-Encoding"] == "gzip"
-        assert answer.headers["Vary"] == "Accept-Encoding"
-        assert answer.headers["Cache-Control"] == "no-cache"
-        assert answer.raw == (lf.HERE / "widget" / "embed.js").read_bytes()
-        known = {**zipped, "If-None-Match": answer.headers["ETag"]}
-        assert (await site.call("GET", "/embed.js", headers=known)).status == 304
-        answer = await site.call("GET", "/api/stats", headers=zipped)
-        assert "Content-Encoding" not in answer.headers
 
 
 async def test_addresses_through_nginx(serve: Serve, tmp_path: Path) -> None:
@@ -257,18 +248,6 @@ async def test_addresses_through_nginx(serve: Serve, tmp_path: Path) -> None:
     assert [*server.app.buckets] == ["init 127.0.0.2", "init 127.0.0.3"]
 
 
-async def test_large_bodies_through_nginx(serve: Serve, tmp_path: Path) -> None:
-    """The server's own 413 reaches its client; what is far too large ends at nginx."""
-    server = await serve()
-    async with nginx(tmp_path, server) as proxy, proxy.visitors() as site:
-        answer = await site.call("POST", "/api/chat", data=b" " * (lf.MAX_BODY_BYTES + 1))
-        assert answer.error == (413, "payload_too_large")
-        assert answer.headers["Access-Control-Allow-Origin"]
-        async with site.http.post(f"{site.url}/api/chat", data=b" " * 600 * 1024) as response:
-            assert response.status == 413
-        assert (await site.init()).status == 200
-
-
 async def test_quiet_sockets_through_nginx(
     serve: Serve, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -276,9 +255,8 @@ async def test_quiet_sockets_through_nginx(
     patience = re.search(r"proxy_read_timeout (\d+)s", NGINX_SITE.read_text())
     assert patience
     assert int(patience[1]) > 2 * lf.PING_SECONDS
-    server = await serve()
     changes = {patience[0]: "proxy_read_timeout 1s"}
-    async with nginx(tmp_path, server, **changes) as proxy, proxy.visitors() as site:
+    async with nginx(tmp_path, await serve(), **changes) as proxy, proxy.visitors() as site:
         monkeypatch.setattr(lf, "PING_SECONDS", 0.3)
         alive = await site.visitor()
         reading = asyncio.create_task(alive.next())  # answers the pings
@@ -308,50 +286,46 @@ DOMAINS = [f"site{number}.example" for number in range(40)]
 MANY: Json = {"id": "many", "name": "Many", "allowed_hosts": DOMAINS}
 
 
-async def test_each_site_stays_on_one_instance(serve: Serve, tmp_path: Path) -> None:
-    """All pages of a domain, with and without Origin, come to the same of several servers."""
-    servers = [await serve(sites=[MANY], limits={"init_per_minute": 1000}) for _ in range(3)]
+async def test_each_site_stays_on_one_instance(
+    serve: Serve, key_server: KeyServer, tmp_path: Path
+) -> None:
+    """All pages of a domain, with and without Origin, come to the same of several servers.
+
+    An owner's request goes there, too, by X-Leflux-Host, with which visitors cannot choose.
+    """
+    tables = office(key_server, sites=[{**MANY, "owners": ["olga"]}])
+    servers = [await serve(**tables, limits={"init_per_minute": 1000}) for _ in range(3)]
     async with (
         nginx(tmp_path, *servers) as proxy,
         proxy.visitors("127.0.0.2") as one,
         proxy.visitors("127.0.0.3") as other,
     ):
         homes = []
-        for domain in DOMAINS:
+        for number, domain in enumerate(DOMAINS):
+            chosen = {"X-Leflux-Host": DOMAINS[number - 1]}  # it counts for nothing here
             pages = [f"https://{domain}", f"http://www.{domain}", f"https://a.b.{domain}:8443"]
-            answers = [await site.init(origin=page) for page in pages for site in (one, other)]
+            asked = [
+                (site, {"origin": page, "headers": more})
+                for page in pages
+                for site, more in ((one, {}), (other, {}), (one, chosen))
+            ]
+            answers = [await site.init(**more) for site, more in asked]
             ids = {answer.body["sessionId"] for answer in answers}
             (home,) = [server for server in servers if ids & server.app.sessions.keys()]
             assert ids <= home.app.sessions.keys()
             homes.append(home)
             # A page on the host of the server itself sends no Origin when it asks.
             same_origin = {"Host": domain, "Sec-Fetch-Site": "same-origin"}
-            path = f"/api/session/{answers[0].body['sessionId']}"
-            assert (await other.call("GET", path, origin=None, headers=same_origin)).status == 200
-        assert all(server in homes for server in servers)
-
-
-async def test_owners_reach_the_process_of_their_site(
-    serve: Serve, key_server: KeyServer, tmp_path: Path
-) -> None:
-    """An owner's request goes where the pages of the host go that X-Leflux-Host names; visitors
-    cannot choose."""
-    tables = office(key_server, sites=[{**MANY, "owners": ["olga"]}])
-    servers = [await serve(**tables, limits={"init_per_minute": 1000}) for _ in range(3)]
-    async with nginx(tmp_path, *servers) as proxy, proxy.visitors() as site:
-        homes = []
-        for number, domain in enumerate(DOMAINS):
-            chosen = {"X-Leflux-Host": DOMAINS[number - 1]}  # it counts for nothing here
-            answer = await site.init(origin=f"https://www.{domain}", headers=chosen)
-            session_id = answer.body["sessionId"]
-            (home,) = [server for server in servers if session_id in server.app.sessions]
-            homes.append(home)
-            path = f"/api/admin/sites/many/sessions/{session_id}"
-            headers = {**bearer("owner"), "X-Leflux-Host": domain}
-            answer = await site.call("GET", path, origin=site.url, headers=headers)
-            assert answer.status == 200, domain
-            path = f"/api/session/{session_id}"
-            assert (await site.call("GET", path, origin=f"https://{domain}")).status == 200
+            owner = {**bearer("owner"), "X-Leflux-Host": domain}
+            session_id = answers[-1].body["sessionId"]
+            for path, origin, headers in (
+                ("session", None, same_origin),
+                ("session", f"https://{domain}", {}),
+                ("admin/sites/many/sessions", other.url, owner),
+            ):
+                path = f"/api/{path}/{session_id}"
+                answer = await other.call("GET", path, origin=origin, headers=headers)
+                assert answer.status == 200, (domain, path)
         assert all(server in homes for server in servers)
 
 
