@@ -19,7 +19,7 @@ from urllib.parse import parse_qs
 
 import pytest
 from aiohttp import web
-from playwright.async_api import FrameLocator, Locator, Page, expect
+from playwright.async_api import FrameLocator, Locator, Page, Request, expect
 
 import leflux_server as lf
 from conftest import (
@@ -104,44 +104,31 @@ class Google:
     def reply(self, path: str, body: Json) -> Json | str:
         """What Google answers, or the error that it names."""
         if path == "/token":
-            assert body.keys() == {"grant_type", "refresh_token"}
-            assert body["grant_type"] == "refresh_token"
             kind, _, email = body["refresh_token"].partition(" of ")
             assert kind == "refresh token"
-            return {
-                "id_token": self.token(email),
-                "refresh_token": body["refresh_token"],
-                "expires_in": str(self.lifetime),
-                "token_type": "Bearer",
-                "user_id": email,
-                "project_id": PROJECT,
-            }
+            assert body == {"grant_type": "refresh_token", "refresh_token": f"{kind} of {email}"}
+            about = {"token_type": "Bearer", "user_id": email, "project_id": PROJECT}
+            kept = {"refresh_token": body["refresh_token"], "expires_in": str(self.lifetime)}
+            return {"id_token": self.token(email), **kept, **about}
         if path == "/v1/accounts:sendOobCode":
             if body["requestType"] == "PASSWORD_RESET":
                 assert body.keys() == {"requestType", "email"}
                 return {"email": body["email"]} if body["email"] in ACCOUNTS else "EMAIL_NOT_FOUND"
-            assert body.keys() == {"requestType", "idToken"}
-            assert body["requestType"] == "VERIFY_EMAIL"
+            assert body == {"requestType": "VERIFY_EMAIL", "idToken": body["idToken"]}
             return {"email": EVE}
         assert path == "/v1/accounts:signInWithPassword"
-        assert body.keys() == {"email", "password", "returnSecureToken"}
-        assert body["returnSecureToken"] is True
         email, password = body["email"], body["password"]
+        assert body == {"email": email, "password": password, "returnSecureToken": True}
         if "@" not in email:
             return "INVALID_EMAIL"
         if not password:
             return "MISSING_PASSWORD"
         if email not in ACCOUNTS or password != PASSWORD:
             return "INVALID_LOGIN_CREDENTIALS"
-        return {
-            "kind": "identitytoolkit#VerifyPasswordResponse",
-            "localId": email.partition("@")[0],
-            "email": email,
-            "registered": True,
-            "idToken": self.token(email),
-            "refreshToken": f"refresh token of {email}",
-            "expiresIn": str(self.lifetime),
-        }
+        about = {"kind": "identitytoolkit#VerifyPasswordResponse", "registered": True}
+        about |= {"localId": email.partition("@")[0], "email": email}
+        kept = {"refreshToken": f"refresh token of {email}", "expiresIn": str(self.lifetime)}
+        return {"idToken": self.token(email), **kept, **about}
 
 
 @pytest.fixture
@@ -203,7 +190,24 @@ async def office(serve: Serve, key_server: KeyServer, google: Google, model: Fak
 async def sign_in(page: Page, email: str = OLGA, password: str = PASSWORD) -> None:
     await page.get_by_label("E-mail address").fill(email)
     await page.get_by_label("Password").fill(password)
-    await page.get_by_role("button", name="Sign in").click()
+    await press(page, "Sign in")
+
+
+async def press(page: Page, *names: str) -> None:
+    """Press buttons, one after the other."""
+    for name in names:
+        await page.get_by_role("button", name=name).click()
+
+
+async def save(page: Page) -> None:
+    await press(page, "Save")
+    await expect(page.get_by_text("Saved.")).to_be_visible()
+
+
+async def follow(page: Page, name: str) -> None:
+    """Follow a link to a view with that heading."""
+    await page.get_by_role("link", name=name).click()
+    await page.get_by_role("heading", name=name).first.wait_for()
 
 
 @pytest.fixture
@@ -275,24 +279,24 @@ async def test_a_whole_day(
 
     # What was asked yesterday.
     page = await visit(f"{server.url}/owner")
+    rows, said = page.locator(".line"), page.get_by_role("dialog").locator("li")
     await sign_in(page)
     await page.get_by_text("The figures").click()
     await expect(page.get_by_role("row", name=yesterday)).to_have_text(f"{yesterday}22")
     await expect(page.get_by_role("list").filter(has_text=QUESTION)).to_be_visible()
-    await page.get_by_role("link", name="Conversations").click()
-    await expect(page.locator(".line")).to_have_count(2)
-    await page.locator(".line").first.click()
-    said = page.get_by_role("dialog").locator("li")
+    await follow(page, "Conversations")
+    await expect(rows).to_have_count(2)
+    await rows.first.click()
     await expect(said.nth(0)).to_contain_text("When does the roastery open?")
     await expect(said.nth(1)).to_contain_text("opens at nine")
-    await page.get_by_role("button", name="Close").click()
+    await press(page, "Close")
 
     # A question without an answer gets one, and the next visitor hears it.
-    await page.get_by_role("link", name="Knowledge").click()
+    await follow(page, "Knowledge")
     field = page.get_by_label(re.compile("^Answer to"))
     await expect(field).to_have_accessible_name(f"Answer to “{QUESTION}”")
     await field.fill(ANSWER)
-    await page.get_by_role("button", name="Answer it").click()
+    await press(page, "Answer it")
     await expect(page.get_by_text("has found an answer")).to_be_visible()
     async with listening(answer) as url:
         guest = await visit(url)
@@ -301,12 +305,11 @@ async def test_a_whole_day(
         await expect(widget(guest, ".bot").last).to_contain_text(ANSWER)
 
         # A colour, in the preview and on the site.
-        await page.get_by_role("link", name="Looks").click()
+        await follow(page, "Looks")
         await page.get_by_label("Colour", exact=True).fill("#006400")
         green = ("background-color", "rgb(0, 100, 0)")
         await expect(widget(page.frame_locator("iframe"), ".bar")).to_have_css(*green)
-        await page.get_by_role("button", name="Save").click()
-        await expect(page.get_by_text("Saved.")).to_be_visible()
+        await save(page)
         await guest.reload()
         await expect(widget(guest, ".bar")).to_have_css(*green)
 
@@ -316,22 +319,21 @@ async def test_a_whole_day(
         await until(lambda: hook.got)
         await guest.close()
     assert "I love it" in hook.got[0]["message"]
-    await page.get_by_role("link", name="Messages").click()
+    await follow(page, "Messages")
     await expect(page.locator(".cards > li")).to_contain_text("I love it")
 
     # A chat is erased.
-    await page.get_by_role("link", name="Conversations").click()
-    await expect(page.locator(".line")).to_have_count(3)
+    await follow(page, "Conversations")
+    await expect(rows).to_have_count(3)
     await page.get_by_role("searchbox").fill("open")
-    await page.get_by_role("button", name="Search").click()
-    await expect(page.locator(".line")).to_have_count(1)
-    await page.locator(".line").click()
-    await page.get_by_role("button", name="Erase").click()
-    await page.get_by_role("button", name="Erase it").click()
-    await expect(page.locator(".line")).to_have_count(0)
+    await press(page, "Search")
+    await expect(rows).to_have_count(1)
+    await rows.click()
+    await press(page, "Erase", "Erase it")
+    await expect(rows).to_have_count(0)
     await page.get_by_role("searchbox").fill("")
-    await page.get_by_role("button", name="Search").click()
-    await expect(page.locator(".line")).to_have_count(2)
+    await press(page, "Search")
+    await expect(rows).to_have_count(2)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -364,22 +366,31 @@ async def test_wrong_sign_in(visit: Visit, office: Server, google: Google) -> No
 
 
 async def test_sign_in(visit: Visit, office: Server, google: Google) -> None:
-    """Signed in for this tab: it survives a reload, and nothing is left after signing out."""
-    page = await visit(f"{office.url}/owner#/shop/settings")
+    """Signed in for this tab: it survives a reload, and nothing is left after signing out.
+
+    Requests for a site say which host it has, so that a proxy finds the process it lives in.
+    """
+    page = await visit("about:blank")
+    said: list[tuple[str, str | None]] = []
+    path = "/api/admin/sites"
+
+    def listen(request: Request) -> None:
+        if path in request.url:
+            host = request.headers.get("x-leflux-host")
+            said.append((request.url.partition(path)[2], host))
+
+    page.on("request", listen)
+    await page.goto(f"{office.url}/owner?host=shop.example#/shop/settings")
     await sign_in(page)
-    await expect(page.get_by_role("heading", name="Acme Shop")).to_be_visible()
-    assert google.calls == [
-        {
-            "call": "/v1/accounts:signInWithPassword",
-            "email": OLGA,
-            "password": PASSWORD,
-            "returnSecureToken": True,
-        }
-    ]
+    heading = page.get_by_role("heading", name="Acme Shop")
+    await expect(heading).to_be_visible()
+    call = {"call": "/v1/accounts:signInWithPassword", "email": OLGA, "password": PASSWORD}
+    assert google.calls == [{**call, "returnSecureToken": True}]
+    assert {("", None), ("", "shop.example"), ("/shop", "localhost")} == set(said)
     await page.reload()
-    await expect(page.get_by_role("heading", name="Acme Shop")).to_be_visible()
+    await expect(heading).to_be_visible()
     assert await page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
-    await page.get_by_role("button", name="Sign out").click()
+    await press(page, "Sign out")
     await expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
     assert await page.evaluate("sessionStorage.length") == 0
     assert OLGA not in await page.content()
@@ -388,15 +399,13 @@ async def test_sign_in(visit: Visit, office: Server, google: Google) -> None:
 
 async def test_forgotten_password(visit: Visit, office: Server, google: Google) -> None:
     page = await visit(f"{office.url}/owner")
-    forgot = page.get_by_role("button", name="I forgot my password")
-    await forgot.click()
+    await press(page, "I forgot my password")
     await expect(page.get_by_role("alert")).to_contain_text("Enter your e-mail address")
     await page.get_by_label("E-mail address").fill(OLGA)
-    await forgot.click()
+    await press(page, "I forgot my password")
     await expect(page.get_by_text(f"An e-mail to {OLGA}")).to_be_visible()
-    [call] = google.calls
     wanted = {"requestType": "PASSWORD_RESET", "email": OLGA}
-    assert call == {"call": "/v1/accounts:sendOobCode", **wanted}
+    assert google.calls == [{"call": "/v1/accounts:sendOobCode", **wanted}]
 
 
 async def test_proving_an_address(visit: Visit, office: Server, google: Google) -> None:
@@ -404,10 +413,10 @@ async def test_proving_an_address(visit: Visit, office: Server, google: Google) 
     page = await visit(f"{office.url}/owner")
     await sign_in(page, EVE)
     await expect(page.get_by_text("This account owns no site here")).to_contain_text(EVE)
-    await page.get_by_role("button", name="Send me an e-mail").click()
+    await press(page, "Send me an e-mail")
     await expect(page.get_by_text("Sent.")).to_be_visible()
     google.claims.append({"email_verified": True})
-    await page.get_by_role("button", name="I have opened it").click()
+    await press(page, "I have opened it")
     await expect(page.get_by_role("heading", name="Acme Shop")).to_be_visible()
     assert [call["call"] for call in google.calls[1:]] == ["/v1/accounts:sendOobCode", "/token"]
 
@@ -418,25 +427,22 @@ AGED = """() => { // an hour later
 }"""
 
 
-async def test_tokens_are_renewed(enter: Open, office: Server, google: Google) -> None:
-    """A token is renewed shortly before its end, or when the server refuses it; once at a time."""
+async def test_tokens_are_renewed(enter: Open, google: Google) -> None:
+    """A token is renewed shortly before its end, or when the server refuses it; once at a time.
+
+    A refresh token that is refused leads to the sign-in, and that back to where one was.
+    """
     google.lifetime = 50  # less than the minute that is left for its renewal
     page = await enter("settings")
     assert [call["call"] for call in google.calls][1:] == ["/token"] * (len(google.calls) - 1)
     google.lifetime = 3600
-    for refused, tab in enumerate(("Looks", "Settings")):
+    for refused, tab in enumerate(("Settings", "Looks")):
         google.calls.clear()
         google.claims.extend([{"exp": NOW - 60}] * refused)  # the clocks differ
         await page.evaluate(AGED)
         await page.reload()
-        await page.get_by_role("link", name=tab).click()
-        await page.get_by_role("heading", name=tab).wait_for()
+        await follow(page, tab)
         assert [call["call"] for call in google.calls] == ["/token"] * (1 + refused)
-
-
-async def test_a_sign_in_that_has_ended(enter: Open, google: Google) -> None:
-    """A refresh token that is refused leads to the sign-in, and that back to where one was."""
-    page = await enter("looks")
     await page.evaluate(AGED)
     google.refusal = "TOKEN_EXPIRED"
     await page.reload()
@@ -452,16 +458,13 @@ async def test_when_nothing_answers(visit: Visit, office: Server, google: Google
     for url, words in (
         (f"{google.url}/**", "The sign-in service cannot be reached"),
         ("**/api/admin/sites", "The server cannot be reached"),
+        ("**/api/admin/sites/shop", "The server cannot be reached"),
     ):
         await page.route(url, lambda route: route.abort())
         await sign_in(page)
         await expect(page.get_by_role("alert")).to_contain_text(words)
         await page.unroute(url)
-    await page.route("**/api/admin/sites/shop", lambda route: route.abort())
-    await sign_in(page)
-    await expect(page.get_by_role("alert")).to_contain_text("The server cannot be reached")
-    await page.unroute("**/api/admin/sites/shop")
-    await page.get_by_role("button", name="Try again").click()
+    await press(page, "Try again")
     await page.get_by_role("heading", name="Settings").wait_for()
 
 
@@ -488,6 +491,7 @@ REFUSED = [  # tab, field, what is written, what it is told
 async def test_errors_stand_at_their_fields(enter: Open, office: Server) -> None:
     """What the API refuses is said at the field, which gets the focus; nothing is saved."""
     page = await enter("settings")
+    told, invalid = page.locator("form .told").first, page.locator("[aria-invalid]")
     for tab, name, text, words in REFUSED:
         await page.goto(f"{office.url}/owner#/shop/{tab}")
         await page.get_by_role("heading", level=2, name=tab).wait_for()
@@ -497,43 +501,42 @@ async def test_errors_stand_at_their_fields(enter: Open, office: Server) -> None
         await page.get_by_role("button", name="Save").first.click()
         await expect(field).to_have_accessible_description(re.compile(re.escape(words)))
         await expect(field).to_be_focused()
-        await expect(page.locator("[aria-invalid]")).to_have_count(1)
-        told = page.locator("form .told").first
+        await expect(invalid).to_have_count(1)
         await expect(told).to_be_empty()
         await field.fill(before)
         await page.get_by_role("button", name="Save").first.click()
         await expect(told).to_contain_text("Saved.")
-        await expect(page.locator("[aria-invalid]")).to_have_count(0)
+        await expect(invalid).to_have_count(0)
     assert office.app.site_patches["shop"] == {"config": {}}
 
 
-# The fields of siteConfig: what they are called, what is put in, and the value of it.
-FIELDS: dict[str, tuple[str, str | bool, Any]] = {
-    "siteName": ("Name", "Acme", "Acme"),
-    "greeting": ("Greeting", "Good **morning**", "Good **morning**"),
-    "primaryColor": ("Colour", "#006400", "#006400"),
-    "layout": ("Layout", "side-panel", "side-panel"),
-    "position": ("Position", "top-left", "top-left"),
-    "logoUrl": ("Logo", "/logo.png", "/logo.png"),
+# The fields of siteConfig: what they are called, what is put in, and the value of it, if another.
+FIELDS: dict[str, tuple[Any, ...]] = {
+    "siteName": ("Name", "Acme"),
+    "greeting": ("Greeting", "Good **morning**"),
+    "primaryColor": ("Colour", "#006400"),
+    "layout": ("Layout", "side-panel"),
+    "position": ("Position", "top-left"),
+    "logoUrl": ("Logo", "/logo.png"),
     "quickChips": ("Button 2", "Hours", ({"text": "Hours"},)),
-    "launcher.shape": ("Shape", "squircle", "squircle"),
+    "launcher.shape": ("Shape", "squircle"),
     "launcher.size": ("Size", "large", "lg"),
-    "launcher.icon": ("Icon", "cursor", "cursor"),
-    "launcher.position": ("Its position", "top-right", "top-right"),
+    "launcher.icon": ("Icon", "cursor"),
+    "launcher.position": ("Its position", "top-right"),
     "launcher.offsetX": ("Distance from the side", "12", 12),
     "launcher.offsetY": ("Distance from top or bottom", "1.5", 1.5),
-    "launcher.glow": ("It glows", False, False),
-    "launcher.hidden": ("Hide it: the page has a button of its own", True, True),
-    "nudge.enabled": ("Show it", True, True),
-    "nudge.message": ("What it says", "Need help?", "Need help?"),
-    "nudge.style": ("Its style", "card", "card"),
+    "launcher.glow": ("It glows", False),
+    "launcher.hidden": ("Hide it: the page has a button of its own", True),
+    "nudge.enabled": ("Show it", True),
+    "nudge.message": ("What it says", "Need help?"),
+    "nudge.style": ("Its style", "card"),
     "nudge.delay": ("After milliseconds", "0", 0),
-    "nudge.dismissable": ("It can be dismissed", True, True),
-    "typography.headingFont": ("Font of headings", "Georgia, serif", "Georgia, serif"),
-    "typography.bodyFont": ("Font of texts", "Arial", "Arial"),
-    "typography.headingWeight": ("Weight of headings", "bold", "bold"),
+    "nudge.dismissable": ("It can be dismissed", True),
+    "typography.headingFont": ("Font of headings", "Georgia, serif"),
+    "typography.bodyFont": ("Font of texts", "Arial"),
+    "typography.headingWeight": ("Weight of headings", "bold"),
     "typography.buttonRadius": ("Roundness of buttons", "8", 8),
-    "language": ("Language", "de", "de"),
+    "language": ("Language", "de"),
     "words": (
         "Words of your own",
         "send: Go: now\nstop: Halt",
@@ -562,81 +565,73 @@ async def test_every_field_of_looks(enter: Open, office: Server) -> None:
     assert FIELDS.keys() == {*flat(lf.SITE_CONFIG_RULES)}
     page = await enter("looks")
     before = office.app.sites["shop"].config
-    for name, value, _ in FIELDS.values():
+    for name, value, *_ in FIELDS.values():
         await put_in(page, name, value)
-    save = page.get_by_role("button", name="Save")
-    await save.click()
-    await expect(page.get_by_text("Saved.")).to_be_visible()
+    await save(page)
     config = office.app.sites["shop"].config
     assert {path: reduce(operator.getitem, path.split("."), config) for path in FIELDS} == {
-        path: value for path, (_, _, value) in FIELDS.items()
+        path: about[-1] for path, about in FIELDS.items()
     }
     await page.reload()
     await expect(page.get_by_label("Words of your own")).to_have_value("send: Go: now\nstop: Halt")
     await put_in(page, "Words of your own", "stop: Halt")
-    await save.click()
-    await expect(page.get_by_text("Saved.")).to_be_visible()
+    await save(page)
     assert office.app.sites["shop"].config["words"] == {"stop": "Halt"}
-    for name, value, _ in FIELDS.values():
+    for name, value, *_ in FIELDS.values():
         field = page.get_by_label(name, exact=True)
         if isinstance(value, str) and await field.evaluate("(one) => one.localName") != "select":
             await field.fill("")
-    await save.click()
-    await expect(page.get_by_text("Saved.")).to_be_visible()
+    await save(page)
     config = office.app.sites["shop"].config
     assert (config["greeting"], config["primaryColor"]) == ("Welcome!", "#8a4b2a")
     assert config.keys() == before.keys()
 
 
 async def test_preview(enter: Open, office: Server) -> None:
-    """The real widget follows the form while one types, and leaves the focus there."""
+    """The real widget follows the form while one types, and leaves the focus there; a link away
+    from what is not saved asks first."""
     page = await enter("looks")
-    preview = page.frame_locator("iframe")
-    await expect(widget(preview, ".bar")).to_have_css("background-color", "rgb(138, 75, 42)")
-    await expect(widget(preview, ".bot")).to_have_text("Welcome!")
-    colour = page.get_by_label("Colour", exact=True)
+    bar, bot, panel, launcher = (
+        widget(page.frame_locator("iframe"), one) for one in (".bar", ".bot", ".panel", ".launcher")
+    )
+    await expect(bar).to_have_css("background-color", "rgb(138, 75, 42)")
+    await expect(bot).to_have_text("Welcome!")
+    colour, greeting = page.get_by_label("Colour", exact=True), page.get_by_label("Greeting")
     for written, picked in (("#0a6", "#00aa66"), ("no colour", "#00aa66"), ("navy", "#000080")):
         await colour.fill(written)
         await expect(page.get_by_label("Pick a colour")).to_have_value(picked)
     await colour.fill("")
     await colour.press_sequentially("#006400", delay=120)  # it is drawn anew meanwhile
-    await expect(widget(preview, ".bar")).to_have_css("background-color", "rgb(0, 100, 0)")
+    await expect(bar).to_have_css("background-color", "rgb(0, 100, 0)")
     await page.wait_for_timeout(600)
     await expect(colour).to_be_focused()
     await expect(colour).to_have_value("#006400")
     await page.get_by_label("Layout").select_option("side-panel")
-    await page.get_by_label("Greeting").fill("Good morning")
-    await expect(widget(preview, ".bot")).to_have_text("Good morning")
+    await greeting.fill("Good morning")
+    await expect(bot).to_have_text("Good morning")
     await page.get_by_label("Screen").select_option("phone")
-    box = await widget(preview, ".panel").bounding_box()
-    assert box
-    assert box["width"] == 390
+    assert await panel.evaluate("(one) => one.getBoundingClientRect().width") == 390
     await page.get_by_label("The chat is open").uncheck()
-    await expect(widget(preview, ".panel")).to_be_hidden()
-    await expect(widget(preview, ".launcher")).to_be_visible()
+    await expect(panel).to_be_hidden()
+    await expect(launcher).to_be_visible()
     assert office.app.site_patches == {}
     assert not office.app.sessions
 
-
-async def test_unsaved_changes(enter: Open) -> None:
-    """A link away from what was written, but not saved, asks first."""
-    page = await enter("looks")
-    greeting, away = page.get_by_label("Greeting"), page.get_by_role("link", name="Settings")
-    await greeting.fill("Good morning")
+    away = page.get_by_role("link", name="Settings")
     await away.click()
-    await page.get_by_role("button", name="Cancel").click()
+    await press(page, "Cancel")
     await expect(greeting).to_have_value("Good morning")
     await away.click()
-    await page.get_by_role("button", name="Leave").click()
+    await press(page, "Leave")
     await page.get_by_role("heading", name="Settings").wait_for()
-    await page.get_by_role("link", name="Looks").click()
+    await follow(page, "Looks")
     await expect(greeting).to_have_value("Welcome!")
 
 
 async def test_settings(enter: Open, office: Server, hook: Hook) -> None:
     """Settings hold at once and stay; a button tells whether the notify URL works."""
     page = await enter("settings")
-    await page.get_by_role("button", name="Test the address").click()
+    await press(page, "Test the address")
     address = page.get_by_label("Address for messages")
     await expect(address).to_have_accessible_description(re.compile("is not set"))
     office.app.public_http = office.app.http  # which may reach this machine
@@ -645,14 +640,13 @@ async def test_settings(enter: Open, office: Server, hook: Hook) -> None:
         await page.get_by_label(name, exact=True).fill(text)
     for name in ("send forms", "Paused: visitors get the refusal"):
         await page.get_by_label(name).check()
-    await page.get_by_role("button", name="Save").click()
-    await expect(page.get_by_text("Saved.")).to_be_visible()
+    await save(page)
     site = office.app.sites["shop"]
     assert (site.name, site.refusal, site.restrictions) == ("Acme", "Closed.", ("submit",))
     assert (site.paused, site.notify_url) == (True, hook.url)
     assert site.allowed_hosts == (("localhost", None), ("localhost", 8000))
     for hook.status, words in ((500, "It did not arrive: HTTP 500"), (204, "It has arrived.")):
-        await page.get_by_role("button", name="Test the address").click()
+        await press(page, "Test the address")
         await expect(page.get_by_text(words)).to_be_visible()
     assert [one["event"] for one in hook.got] == ["test", "test"]
     await page.reload()
@@ -661,7 +655,7 @@ async def test_settings(enter: Open, office: Server, hook: Hook) -> None:
     await expect(page.get_by_label("send forms")).to_be_checked()
     for name in ("Name", "Address for messages"):  # back to what config.toml says
         await page.get_by_label(name, exact=True).fill("")
-    await page.get_by_role("button", name="Save").click()
+    await press(page, "Save")
     await expect(page.get_by_label("Name")).to_have_value("Acme Shop")
     assert office.app.sites["shop"].notify_url == ""
 
@@ -676,31 +670,33 @@ async def test_conversations(
     await until(lambda: len(model.requests) == 51)
     model.scripts.append(act("On it.", {"type": "click_element", "elementId": 1}))
     visitor = await office.visitor("http://localhost")
-    await visitor.chat("Question 51", pageContext={**SHOWN, "indexedElements": [BUTTON]})
-    await visitor.turn()
+    await visitor.ask("Question 51", pageContext={**SHOWN, "indexedElements": [BUTTON]})
     plan = visitor.frames[-1]["data"]["actions"][0]["id"]
     await visitor.send("action_complete", actionId=plan, result={"success": True})
     await visitor.send("continue_task", context={**SHOWN, "title": "Prices"})
     await visitor.turn()
     page = await visit(f"{office.url}/owner#/shop/conversations")
+    rows, dialog = page.locator(".line"), page.get_by_role("dialog")
+    said = dialog.locator("li")
+
+    async def search(words: str) -> None:
+        await page.get_by_role("searchbox").fill(words)
+        await page.keyboard.press("Enter")
+
     await sign_in(page)
-    rows = page.locator(".line")
     await expect(rows).to_have_count(50)
     await expect(rows.first).to_contain_text("now")
-    await page.get_by_role("button", name="Older ones").click()
+    await press(page, "Older ones")
     await expect(rows).to_have_count(52)
     await expect(page.get_by_role("button", name="Older ones")).to_have_count(0)
-    await page.get_by_role("searchbox").fill("question 51")
-    await page.keyboard.press("Enter")
+    await search("question 51")
     await expect(rows).to_have_count(1)
     await rows.click()
-    said = page.get_by_role("dialog").locator("li")
     await expect(said.first).to_have_text("VisitorQuestion 51")
-    await expect(page.get_by_role("dialog")).to_contain_text(visitor.id)  # for --export, --erase
+    await expect(dialog).to_contain_text(visitor.id)  # for --export, --erase
     await expect(said.filter(has_text="Action")).to_contain_text("Prices")
     await page.keyboard.press("Escape")
-    await page.get_by_role("searchbox").fill("nothing of this kind")
-    await page.keyboard.press("Enter")
+    await search("nothing of this kind")
     await expect(page.get_by_text("No conversations here.")).to_be_visible()
 
 
@@ -709,15 +705,14 @@ async def test_reading_a_website(
     visit: Visit, serve: Serve, key_server: KeyServer, google: Google, model: FakeModel
 ) -> None:
     """A website is read while one looks on."""
+    links = "".join(f'<a href="/{number}">Page {number}</a>' for number in range(1, 8))
+    body = f"<h1>Coffee</h1><p>A text of this page.</p>{links}"
 
     async def answer(request: web.Request) -> web.Response:
-        links = "".join(f'<a href="/{number}">Page {number}</a>' for number in range(1, 8))
-        if request.path == "/7" or not re.fullmatch("/[1-6]?", request.path):
+        if not re.fullmatch("/[1-6]?", request.path):
             raise web.HTTPNotFound
-        body = (
-            f"<title>Page {request.path}</title><h1>Coffee</h1><p>A text of this page.</p>{links}"
-        )
-        return web.Response(text=body, content_type="text/html")
+        title = f"<title>Page {request.path}</title>"
+        return web.Response(text=title + body, content_type="text/html")
 
     async with listening(answer) as url:
         site = {**SITE, "crawl_hours": 0}
@@ -725,20 +720,18 @@ async def test_reading_a_website(
         server.app.public_http = server.app.http  # which may reach this machine
         page = await visit(f"{server.url}/owner#/shop/knowledge")
         await sign_in(page)
-        start = page.get_by_role("button", name="Read it now")
-        await start.click()
+        await press(page, "Read it now")
         address = page.get_by_label("Address")
         await expect(address).to_have_accessible_description(re.compile("is not set"))
         await address.fill(f"{url}/")
         await page.get_by_role("button", name="Save").last.click()
         await expect(page.get_by_text("Saved.")).to_be_visible()
-        await start.click()
+        await press(page, "Read it now")
         told = page.get_by_role("status").filter(has_text="Reading")
         await expect(told).to_have_text(re.compile("Reading: [1-8] of 8"))
         assert await page.get_by_role("progressbar").get_attribute("max") == "8"
-        await expect(
-            page.get_by_text("7 pages read, 0 of them unchanged, 1 failed")
-        ).to_be_visible()
+        words = "7 pages read, 0 of them unchanged, 1 failed"
+        await expect(page.get_by_text(words)).to_be_visible()
     await expect(page.get_by_role("row", name="Page /3")).to_contain_text("ok")
     await expect(page.get_by_role("table", name="What could not be read")).to_contain_text("/7")
 
@@ -746,34 +739,32 @@ async def test_reading_a_website(
 async def test_snippets(enter: Open, office: Server) -> None:
     """Snippets are added, changed and deleted, one at a time."""
     page = await enter("knowledge")
+    answer, snippet = page.get_by_label("Answer").first, page.locator("summary", has_text="Where")
     await page.get_by_text("Add a snippet").click()
     await page.get_by_label("Question").fill("Where are you?")
     for text in ("", "x" * 2001):
-        await page.get_by_label("Answer").fill(text)
-        await page.get_by_role("button", name="Add").click()
+        await answer.fill(text)
+        await press(page, "Add")
         words = re.compile("^Answer must be .* 1 to 2,000 characters")
-        await expect(page.get_by_label("Answer")).to_have_accessible_description(words)
-        await expect(page.get_by_label("Answer")).to_be_focused()
-    await page.get_by_label("Answer").fill("In Berlin.")
-    await page.get_by_role("button", name="Add").click()
-    await page.locator("summary", has_text="Where are you?").click()
-    await expect(page.get_by_label("Answer").first).to_have_value("In Berlin.")
-    await page.get_by_label("Answer").first.fill("In Bern.")
+        await expect(answer).to_have_accessible_description(words)
+        await expect(answer).to_be_focused()
+    await answer.fill("In Berlin.")
+    await press(page, "Add")
+    await snippet.click()
+    await expect(answer).to_have_value("In Berlin.")
+    await answer.fill("In Bern.")
     await page.get_by_role("button", name="Save").first.click()
     await until(lambda: "In Bern." in json.dumps(office.app.site_patches["shop"]))
-    await page.locator("summary", has_text="Where are you?").click()
-    await page.get_by_role("button", name="Delete").click()
-    await expect(page.locator("summary", has_text="Where are you?")).to_have_count(0)
+    await snippet.click()
+    await press(page, "Delete")
+    await expect(snippet).to_have_count(0)
     assert office.app.site_patches["shop"]["snippets"] == []
 
 
 async def test_messages(enter: Open, office: Server, model: FakeModel) -> None:
     """Messages are shown as text, whatever is in them, and deleted once the owner is sure."""
-    said = {
-        "name": "<b>Ada</b>",
-        "email": "ada@example.com",
-        "message": "<img src=x onerror=alert(1)>",
-    }
+    said = {"name": "<b>Ada</b>", "email": "ada@example.com"}
+    said["message"] = "<img src=x onerror=alert(1)>"
     model.scripts.append(act("", {"type": "contact_owner", **said}))
     visitor = await office.visitor("http://localhost")
     await visitor.ask("Tell them", pageContext={**SHOWN, "url": "javascript:alert(1)"})
@@ -783,11 +774,9 @@ async def test_messages(enter: Open, office: Server, model: FakeModel) -> None:
     card = page.locator(".cards > li")
     await expect(card).to_contain_text(said["message"])
     await expect(card.get_by_role("link")).to_have_attribute("href", "mailto:ada@example.com")
-    await card.get_by_role("button", name="Delete").click()
-    await page.get_by_role("button", name="Cancel").click()
+    await press(page, "Delete", "Cancel")
     assert len(office.app.letters) == 1
-    await card.get_by_role("button", name="Delete").click()
-    await page.get_by_role("button", name="Delete it").click()
+    await press(page, "Delete", "Delete it")
     await expect(page.get_by_text("Nobody has left a message.")).to_be_visible()
     assert office.app.letters == {}
 
@@ -838,14 +827,12 @@ PHONES: tuple[Json, ...] = ({"width": 320, "height": 640}, {"width": 844, "heigh
 async def test_on_a_phone(enter: Open, office: Server, size: Json) -> None:
     """Nothing is wider than the screen, and no field so small that a phone zooms in."""
     page = await enter("settings", is_mobile=True, **size)
+    fields = page.locator("input:not([readonly]), textarea, select")
+    small = "(fields) => fields.filter((one) => parseFloat(getComputedStyle(one).fontSize) < 16)"
     for tab in TABS:
         await page.goto(f"{office.url}/owner#/shop/{tab}")
         await page.get_by_role("heading", level=2, name=tab).wait_for()
         assert await page.evaluate("document.documentElement.scrollWidth") == size["width"], tab
-        small = (
-            "(fields) => fields.filter((one) => parseFloat(getComputedStyle(one).fontSize) < 16)"
-        )
-        fields = page.locator("input:not([readonly]), textarea, select")
         assert await fields.evaluate_all(small) == []
 
 
@@ -863,21 +850,22 @@ async def tab_to(page: Page, selector: str) -> None:
 async def test_by_keyboard(visit: Visit, office: Server) -> None:
     """Everything can be reached and done with the keyboard, and the focus is never lost."""
     page = await visit(f"{office.url}/owner#/shop/settings")
+    keyboard = page.keyboard
     await expect(page.get_by_label("E-mail address")).to_be_focused()
-    await page.keyboard.type(OLGA)
-    await page.keyboard.press("Tab")
-    await page.keyboard.type(PASSWORD)
-    await page.keyboard.press("Enter")
+    await keyboard.type(OLGA)
+    await keyboard.press("Tab")
+    await keyboard.type(PASSWORD)
+    await keyboard.press("Enter")
     await page.get_by_role("heading", name="Settings").wait_for()
     await tab_to(page, "nav a[href$=looks]")
-    await page.keyboard.press("Enter")
+    await keyboard.press("Enter")
     await page.get_by_role("heading", name="Looks").wait_for()
     await expect(page.locator("nav a[aria-current=page]")).to_be_focused()
     await tab_to(page, "textarea")
-    await page.keyboard.press("Control+a")
-    await page.keyboard.type("Good morning!")
+    await keyboard.press("Control+a")
+    await keyboard.type("Good morning!")
     await tab_to(page, "button[type=submit]")
-    await page.keyboard.press("Enter")
+    await keyboard.press("Enter")
     await expect(page.get_by_text("Saved.")).to_be_visible()
     await expect(page.get_by_role("button", name="Save")).to_be_focused()
     assert office.app.sites["shop"].config["greeting"] == "Good morning!"
@@ -888,34 +876,29 @@ async def test_by_keyboard(visit: Visit, office: Server) -> None:
 
 
 async def test_new_sites(enter: Open, office: Server) -> None:
-    """An admin makes a site, hands it over to its owner, and deletes it; owners cannot."""
+    """An admin makes a site, hands it over to its owner, and deletes it."""
     page = await enter("settings", email=BOSS)
     await page.get_by_role("link", name="leflux").click()
-    make = page.get_by_role("button", name="Make it")
-    for host, words in (("https://acme.com", "acme.com"), ("other.example", "another site")):
-        await page.get_by_label("Host").fill(host)
+    host = page.get_by_label("Host")
+    for name, words in (("https://acme.com", "acme.com"), ("other.example", "another site")):
+        await host.fill(name)
         await page.get_by_label("Name").fill("Acme")
-        await make.click()
-        await expect(page.get_by_label("Host")).to_have_accessible_description(re.compile(words))
-    await page.get_by_label("Host").fill("acme.com")
-    await make.click()
+        await press(page, "Make it")
+        await expect(host).to_have_accessible_description(re.compile(words))
+    await host.fill("acme.com")
+    await press(page, "Make it")
     await page.get_by_role("heading", level=2, name="Settings").wait_for()
     await page.get_by_label("Owners").fill(OLGA)
-    await page.get_by_role("button", name="Save").click()
-    await expect(page.get_by_text("Saved.")).to_be_visible()
+    await save(page)
     assert office.app.sites["acme-com"].owners == (OLGA,)
-    await page.get_by_role("button", name="Delete this site").click()
-    await page.get_by_role("button", name="Cancel").click()
-    await page.get_by_role("button", name="Delete this site").click()
-    await page.get_by_role("button", name="Delete it").click()
+    await press(page, "Delete this site", "Cancel", "Delete this site", "Delete it")
     await expect(page.get_by_role("heading", name="Your sites")).to_be_visible()
     assert await page.locator(".cards a").all_inner_texts() == ["Acme Shop", "Other"]
     assert office.app.sites.keys() == {"shop", "other"}
     # A site of config.toml cannot be deleted here.
-    await page.get_by_role("link", name="Acme Shop").click()
-    await page.get_by_role("link", name="Settings").click()
-    await page.get_by_role("button", name="Delete this site").click()
-    await page.get_by_role("button", name="Delete it").click()
+    await follow(page, "Acme Shop")
+    await follow(page, "Settings")
+    await press(page, "Delete this site", "Delete it")
     await expect(page.get_by_role("alert")).to_contain_text("config.toml")
 
 
@@ -929,25 +912,6 @@ async def test_what_owners_cannot(enter: Open, office: Server) -> None:
     await expect(page.get_by_role("button", name="Make it")).to_have_count(0)
     await page.goto(f"{office.url}/owner#/other/settings")
     await expect(page.get_by_role("alert")).to_be_visible()
-
-
-async def test_requests_name_the_host(visit: Visit, office: Server) -> None:
-    """Requests for a site say which host it has, so that a proxy finds the process it lives in."""
-    page = await visit("about:blank")
-    said: list[tuple[str, str | None]] = []
-    path = "/api/admin/sites"
-    page.on(
-        "request",
-        lambda one: (
-            said.append((one.url.partition(path)[2], one.headers.get("x-leflux-host")))
-            if path in one.url
-            else None
-        ),
-    )
-    await page.goto(f"{office.url}/owner?host=shop.example#/shop/settings")
-    await sign_in(page)
-    await page.get_by_role("heading", name="Settings").wait_for()
-    assert {("", None), ("", "shop.example"), ("/shop", "localhost")} == set(said)
 
 
 # ---------------------------------------------------------------------------------------------
