@@ -13,22 +13,25 @@ import functools
 import itertools
 import json
 import re
+import signal
 import socket
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
-from playwright.async_api import Locator, Page, Request, Route, WebSocket, expect
+from playwright import async_api as api
+from playwright.async_api import Locator, Page, Route, WebSocket, expect
 
 import leflux_server as lf
 from conftest import (
     FakeModel,
     Json,
     Pages,
+    Request,
     Script,
     Serve,
     Server,
@@ -37,9 +40,11 @@ from conftest import (
     chunk,
     cut_wire,
     forever,
+    marked,
     program,
     sse,
     until,
+    with_config,
 )
 
 SHIPPED = tomllib.loads((lf.HERE / "config.toml").read_text())
@@ -50,13 +55,16 @@ DEMO: Json = SHIPPED["sites"][0]
 # Helpers: pages on a server of their own, a model that names elements, a visitor who chats.
 
 
+Answerer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
 def says(message: str, **action: Any) -> list[bytes]:
     """A script of the model that says something and, with a type, does something."""
     reply = {"message": message, "action": action or None}
     return [sse(chunk(json.dumps(reply)), "[DONE]")]
 
 
-def does(*steps: Json, message: str = "On it.") -> Script:
+def does(*steps: Json, message: str = "On it.") -> Answerer:
     """A script that carries out steps; "on" names an element by words of its line."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -79,15 +87,43 @@ def does(*steps: Json, message: str = "On it.") -> Script:
     return answer
 
 
+def ends(summary: str) -> list[bytes]:
+    return says("", type="task_complete", summary=summary)
+
+
+def gives_up(reason: str) -> list[bytes]:
+    return says("", type="abort_workflow", reason=reason)
+
+
+def asks(question: str, **field: str) -> list[bytes]:
+    return says("", type="ask_user", question=question, **{"field_type": "text", **field})
+
+
 def click(name: str) -> Json:
     return {"action": "click", "on": name}
+
+
+def fill(name: str, text: str, action: str = "type") -> Json:
+    return {"action": action, "on": name, "inputData": text}
+
+
+def wait(milliseconds: int) -> Json:
+    return {"action": "wait", "waitDuration": milliseconds}
+
+
+def go(url: str) -> Json:
+    return {"action": "navigate", "url": url}
+
+
+ADD = "<main><button onclick='this.after(`+`)'>Add</button></main>"
+MAIN = "<main><h1>Hi</h1>%s</main>"
 
 
 class Guest:
     """A visitor with an open chat, and everything that their browser sends and hears."""
 
-    def __init__(self, page: Page) -> None:
-        self.page = page
+    def __init__(self, page: Page, model: FakeModel | None = None) -> None:
+        self.page, self.model = page, model
         self.said: list[Json] = []
         self.heard: list[Json] = []
         self.joins: list[str] = []  # addresses of its sockets
@@ -100,7 +136,7 @@ class Guest:
         ws.on("framesent", lambda frame: self.said.append(json.loads(frame)))
         ws.on("framereceived", lambda frame: self.heard.append(json.loads(frame)))
 
-    def _on_request(self, request: Request) -> None:
+    def _on_request(self, request: api.Request) -> None:
         if request.url.endswith("/api/chat") and request.method == "POST":
             self.posts.append(json.loads(request.post_data or ""))
 
@@ -108,9 +144,15 @@ class Guest:
         await self.page.click("leflux-widget .launcher")
         return self
 
-    async def ask(self, text: str) -> None:
+    async def ask(self, text: str, *scripts: Script, hears: str = "") -> None:
+        """Say something, to which the model has these scripts, and wait for an answer perhaps."""
+        if scripts:
+            assert self.model
+            self.model.scripts.extend(scripts)
         await self.page.fill("leflux-widget textarea", text)
         await self.page.press("leflux-widget textarea", "Enter")
+        if hears:
+            await self.hears(hears)
 
     def see(self, selector: str, text: str | re.Pattern[str] | None = None) -> Locator:
         return self.page.locator(f"leflux-widget {selector}", has_text=text)
@@ -151,14 +193,6 @@ class Guest:
 Meet = Callable[..., Any]
 
 
-@pytest.fixture
-def meet(visit: Visit) -> Meet:
-    async def start(url: str, **options: Any) -> Guest:
-        return await Guest(await visit(url, **options)).open()
-
-    return start
-
-
 async def chat_server(
     serve: Serve, pages: Pages | None = None, model: FakeModel | None = None, **tables: Any
 ) -> Server:
@@ -169,6 +203,38 @@ async def chat_server(
     if pages:
         pages.server = server.url
     return server
+
+
+@pytest.fixture
+async def server(request: Request, serve: Serve, model: FakeModel, pages: Pages) -> Server:
+    """A server with a fake model, whose site the pages are."""
+    return await chat_server(serve, pages, model, **marked(request, "config"))
+
+
+@pytest.fixture
+def meet(visit: Visit, server: Server, model: FakeModel, pages: Pages) -> Meet:
+    """A guest with an open chat at an address, or on a page with this body.
+
+    meet("<main>Hello</main>", script="data-consent", before="a script", width=390)
+    """
+
+    async def start(
+        page: str = "<main>Hello</main>",
+        script: str = "async",
+        before: str = "",
+        policy: str = "",
+        **options: Any,
+    ) -> Guest:
+        if not page.startswith("http"):
+            headers = {"Content_Security_Policy": policy} if policy else {}
+            page = pages.add("/", page, script, **headers)
+        tab = await visit("about:blank", **options)
+        await tab.add_init_script(before)
+        guest = Guest(tab, model)
+        await tab.goto(page)
+        return await guest.open()
+
+    return start
 
 
 async def shop(serve: Serve, model: FakeModel | None = None, **config: Any) -> str:
@@ -182,84 +248,59 @@ async def shop(serve: Serve, model: FakeModel | None = None, **config: Any) -> s
 # Mount
 
 
-async def test_second_tag_does_nothing(visit: Visit, serve: Serve, pages: Pages) -> None:
-    """Two tags on a page are one widget, and one session."""
-    server = await chat_server(serve, pages)
-    tag = f'<script src="{server.url}/embed.js"></script>'
-    page = await visit(pages.add("/", tag))
-    await page.wait_for_function("window.LeFlux?.getState().ready")
-    await page.add_script_tag(url=f"{server.url}/embed.js")
-    assert await page.locator("leflux-widget").count() == 1
+async def test_tags(visit: Visit, model: FakeModel, pages: Pages, server: Server) -> None:
+    """What a page calls before the chat is there is done once it is; a second tag does nothing."""
+    early = """<script>
+        new MutationObserver((_, observer) => {
+          if (!window.LeFlux) return;
+          observer.disconnect();
+          LeFlux.on("leflux:reply", ({ detail }) => { window.heard = detail.text; });
+          LeFlux.send("Sent early");
+        }).observe(document, { childList: true, subtree: true });
+    </script>"""
+    guest = Guest(await visit(pages.add("/", f"{early}<button>Press</button>", script="")))
+    await guest.hears("ok")
+    assert await guest.page.evaluate("heard") == "ok"
+    await guest.page.add_script_tag(url=f"{server.url}/embed.js")
+    assert await guest.page.locator("leflux-widget").count() == 1
     assert len(server.app.sessions) == 1
 
 
-async def test_unknown_host_is_left_alone(visit: Visit, serve: Serve, pages: Pages) -> None:
-    """On a page that is not registered the widget leaves no trace but one line in the console."""
-    await chat_server(serve, pages)
-    url = pages.add("/", "<p>Just a page</p>").replace("localhost", "127.0.0.1")
-    page = await visit("about:blank")
-    lines: list[str] = []
-    page.on("console", lambda line: lines.append(line.text))
-    await page.goto(url)
-    await until(lambda: any("allowed_hosts" in line for line in lines))
-    lines = [line for line in lines if "Failed to load resource" not in line]
-    assert len(lines) == 1
-    assert "127.0.0.1" in lines[0]
-    assert await page.evaluate("window.LeFlux") is None
-    assert await page.evaluate("document.documentElement.children.length") == 2
-    assert "leflux-widget" not in await page.content()
-
-
-async def test_copied_script_says_where_it_belongs(visit: Visit, pages: Pages) -> None:
-    """embed.js from the website's own address finds no server there, and says so once."""
+async def test_unknown_hosts_are_left_alone(visit: Visit, pages: Pages, server: Server) -> None:
+    """On a page that is not registered the widget leaves no trace but one line in the console;
+    so does embed.js from the website's own address, where it finds no server."""
     page = await visit("about:blank")
     lines, tries = list[str](), list[str]()
     page.on("console", lambda line: lines.append(line.text))
     page.on("request", lambda request: tries.append(request.url))
+    await page.goto(pages.add("/", "<p>Just a page</p>").replace("localhost", "127.0.0.1"))
+    await until(lambda: any("allowed_hosts" in line for line in lines))
+    [line] = [line for line in lines if "Failed to load resource" not in line]
+    assert "127.0.0.1" in line
+    assert await page.evaluate("window.LeFlux") is None
+    assert await page.evaluate("document.documentElement.children.length") == 2
+    assert "leflux-widget" not in await page.content()
+
     path = lf.HERE / "widget" / "embed.js"
     await page.route("**/copied.js", lambda route: route.fulfill(path=path))
-    url = pages.add("/", '<script src="/copied.js"></script>')
-    await page.goto(url)
-    await until(lambda: sum(one.endswith("/init") for one in tries) == 3)
-    said = [line for line in lines if line.startswith("leflux: ")]
+    await page.goto(pages.add("/", '<script src="/copied.js"></script>'))
+    await until(lambda: sum(one == f"{pages.url}/api/session/init" for one in tries) == 3)
+    said = [line for line in lines if line.startswith("leflux: ") and pages.url in line]
     assert len(said) == 1
-    assert url.removesuffix("/") in said[0]
 
 
 # ---------------------------------------------------------------------------------------------
 # Chat
 
-MARKDOWN = """\
-Some **bold**, *italic* and `code <b>`.
-A second line with [a link](/prices) and https://example.com/x_y_z.
-
-1. one
-2. two
-
-- **dash**
-- snake_case_word
-
-```
-<i>fenced</i>
-```
-مرحبا"""
+TEXT = "Some **bold** and [a link](/prices).\n\nسعر"  # its marks: see test_look.py
 
 
-async def test_streamed_answer(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+async def test_streamed_answer(meet: Meet, model: FakeModel, pages: Pages) -> None:
     """An answer grows in its bubble while the model speaks, and can be stopped."""
-    await chat_server(serve, pages, model)
-    guest = await meet(pages.add("/", "<main>Hello</main>"))
-    first, second = MARKDOWN[:40], MARKDOWN[40:]
-    escaped = [json.dumps(part)[1:-1] for part in (first, second)]
-    model.scripts.append(
-        [
-            model.at_gate,
-            sse(chunk('{"message": "' + escaped[0])),
-            model.at_gate,
-            sse(chunk(escaped[1] + '"}'), "[DONE]"),
-        ]
-    )
-    await guest.ask("Show me **everything**")
+    guest = await meet()
+    start, end = (json.dumps(part)[1:-1] for part in (TEXT[:20], TEXT[20:]))
+    pieces = [sse(chunk('{"message": "' + start)), sse(chunk(end + '"}'), "[DONE]")]
+    await guest.ask("Show me **everything**", [model.at_gate, pieces[0], model.at_gate, pieces[1]])
     assert await guest.see(".user").inner_text() == "Show me **everything**"
     await guest.see(".dots").wait_for()
     await guest.see(".stop").wait_for()
@@ -270,18 +311,12 @@ async def test_streamed_answer(meet: Meet, serve: Serve, model: FakeModel, pages
     await expect(guest.see(".stop")).to_be_visible()
     model.gate.release()
     await expect(guest.see(".stop")).to_be_hidden()
-    html = await bubble.evaluate("node => node.innerHTML.replace(/\\n(?=<)/g, '')")
     link = f'<a href="{pages.url}/prices" rel="noopener nofollow">a link</a>'
-    assert "<strong>bold</strong>, <em>italic</em> and <code>code &lt;b&gt;</code>." in html
-    assert link in html
-    assert ' target="_blank">https://example.com/x_y_z</a>.' in html
-    assert '<ol dir="auto"><li>one</li><li>two</li></ol>' in html
-    assert "<li><strong>dash</strong></li><li>snake_case_word</li></ul>" in html
-    assert "&lt;i&gt;fenced&lt;/i&gt;</code></pre>" in html
-    assert html.endswith('<p dir="auto">مرحبا</p>')
+    assert await bubble.inner_html() == (
+        f'<p dir="auto">Some <strong>bold</strong> and {link}.</p><p dir="auto">سعر</p>'
+    )
 
-    model.scripts.append([sse(chunk('{"message": "This goes on')), forever])
-    await guest.ask("Tell me more")
+    await guest.ask("Tell me more", [sse(chunk('{"message": "This goes on')), forever])
     await guest.see(".bot", "This goes on").wait_for()
     await guest.see(".stop").click()
     await until(lambda: guest.heard[-1]["event"] == "message_done")
@@ -290,17 +325,11 @@ async def test_streamed_answer(meet: Meet, serve: Serve, model: FakeModel, pages
     assert guest.sent("stop")
     await until(lambda: model.hung_up)
 
-    model.scripts.append([sse(chunk('{"message": "Long')), forever])
-    await guest.ask("Once more")
+    await guest.ask("Once more", [sse(chunk('{"message": "Long')), forever])
     await guest.see(".bot", "Long").wait_for()
-    await guest.ask("Never mind")  # settles the answer before
-    await guest.hears("ok")
-    assert (await guest.log())[-4:] == [
-        "user: Once more",
-        "bot: Long",
-        "user: Never mind",
-        "bot: ok",
-    ]
+    await guest.ask("Never mind", hears="ok")  # settles the answer before
+    wanted = ["user: Once more", "bot: Long", "user: Never mind", "bot: ok"]
+    assert (await guest.log())[-4:] == wanted
 
 
 HOSTILE = [
@@ -316,25 +345,21 @@ HOSTILE = [
 ]
 
 
-async def test_hostile_reply(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+async def test_hostile_reply(meet: Meet, model: FakeModel) -> None:
     """Whatever a model says is text: nothing runs, nothing is slow, and no link is a script."""
-    await chat_server(serve, pages, model)
-    guest = await meet(pages.add("/", "<main>Hello</main>"))
+    guest = await meet()
 
     def count(event: str, wanted: int) -> bool:
         return [frame["event"] for frame in guest.heard].count(event) == wanted
 
-    tags = "a br code em li ol p pre span strong ul".split()
+    texts = "title name q a body description icon price period cta_label cta_url url".split()
     for number, text in enumerate(HOSTILE):
-        texts = "title name q a body description icon price period cta_label cta_url url".split()
-        block = {**dict.fromkeys(texts, text[:300]), "features": [text[:300], 7, None]}
-        data = {"items": [block, "not an object", None, {**block, "cta_action": text}]}
-        block_type = list(lf.BLOCKS)[number % 4]
-        model.scripts.append(says(text, type="render_ui_block", block_type=block_type, data=data))
-        await guest.ask(f"Attack {number}")
+        card = {**dict.fromkeys(texts, text[:300]), "features": [text[:300], 7, None]}
+        data = {"items": [card, "not an object", None, {**card, "cta_action": text}]}
+        block = {"block_type": list(lf.BLOCKS)[number % 4], "data": data}
+        await guest.ask("Attack", says(text, type="render_ui_block", **block))
         await until(functools.partial(count, "ui_block", number + 1))
-        model.scripts.append(says(text, type="ask_user", question=text, field_type=text))
-        await guest.ask(f"Attack {number} again")
+        await guest.ask("And again", says(text, type="ask_user", question=text, field_type=text))
         await until(functools.partial(count, "message", number + 1))
     await expect(guest.see(".stop")).to_be_hidden()
     found: list[str] = await guest.page.evaluate(
@@ -342,7 +367,8 @@ async def test_hostile_reply(meet: Meet, serve: Serve, model: FakeModel, pages: 
             .querySelectorAll(".log > .bot, .log > .bot *")].flatMap((node) => [node.localName,
             ...[...node.attributes].map((a) => `${a.name}=${a.value}`)])"""
     )
-    assert {name for name in found if "=" not in name} <= {"div", *tags}
+    tags = set("div a br code em li ol p pre span strong ul".split())
+    assert {name for name in found if "=" not in name} <= tags
     names = {name.partition("=")[0] for name in found if "=" in name}
     assert names <= {"class", "dir", "href", "rel", "target", "start", "tabindex"}
     assert not [name for name in found if re.match(r"href=(?!https?://)", name)]
@@ -351,55 +377,43 @@ async def test_hostile_reply(meet: Meet, serve: Serve, model: FakeModel, pages: 
     assert await guest.page.evaluate("window.hit") is None
 
 
-async def test_questions_and_blocks(
-    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
-) -> None:
-    """A question brings the right keyboard; all four blocks are shown as cards."""
-    await chat_server(serve, pages, model)
-    guest = await meet(pages.add("/", "<main>Hello</main>"))
+PLANS: list[Json] = [
+    {"name": "Pro", "price": "€18", "period": "a month", "highlighted": True}
+    | {"features": ["Two bags", "Post"], "cta_label": "Choose Pro", "cta_action": "I want Pro"},
+    {"name": "Free", "cta_label": "Begin", "cta_url": "https://other.example/"},
+]
+CARDS: dict[str, tuple[list[Json], str]] = {  # of each type of block, and what is seen of them
+    "pricing_cards": (PLANS, "Pro\n€18 a month\nTwo bags\nPost\nChoose Pro\nFree\nBegin"),
+    "feature_grid": (
+        [{"title": "Fast", "body": "It is **fast**.", "icon": "🚀"}],
+        "🚀\nFast\nIt is fast.",
+    ),
+    "faq_list": ([{"q": "When?", "a": "Now."}], "When?"),
+    "link_cards": (
+        [{"title": "Prices", "url": "/prices", "description": "All of them"}],
+        "Prices\nAll of them",
+    ),
+}
+
+
+async def test_questions_and_blocks(meet: Meet, model: FakeModel, pages: Pages) -> None:
+    """A question brings the right keyboard; all four blocks are shown as cards, and read out."""
+    guest = await meet()
     area = guest.see("textarea")
     for kind, mode in {"email": "email", "tel": "tel", "number": "decimal", "x": "text"}.items():
-        question = {"question": f"Your {kind}?", "field_name": kind, "field_type": kind}
-        model.scripts.append(says("", type="ask_user", **question))
-        await guest.ask("Go on")
-        await guest.hears(f"Your {kind}?")
+        question = asks(f"Your {kind}?", field_name=kind, field_type=kind)
+        await guest.ask("Go on", question, hears=f"Your {kind}?")
         assert await area.evaluate("node => node.inputMode") == mode
         await expect(area).to_be_focused()
     await guest.ask("Ada")
     assert await area.evaluate("node => node.inputMode") == "text"
     await guest.hears("ok")
 
-    items = {
-        "pricing_cards": [
-            {
-                "name": "Pro",
-                "price": "€18",
-                "period": "a month",
-                "highlighted": True,
-                "features": ["Two bags", "Post"],
-                "cta_label": "Choose Pro",
-                "cta_action": "I want Pro",
-            },
-            {"name": "Free", "cta_label": "Begin", "cta_url": "https://other.example/"},
-        ],
-        "feature_grid": [{"title": "Fast", "body": "It is **fast**.", "icon": "🚀"}],
-        "faq_list": [{"q": "When?", "a": "Now."}],
-        "link_cards": [{"title": "Prices", "url": "/prices", "description": "All of them"}],
-    }
-    shown = {
-        "pricing_cards": "Pro\n€18 a month\nTwo bags\nPost\nChoose Pro\nFree\nBegin",
-        "feature_grid": "🚀\nFast\nIt is fast.",
-        "faq_list": "When?",
-        "link_cards": "Prices\nAll of them",
-    }
-    for block_type, data in items.items():
-        model.scripts.append(
-            says("Look:", type="render_ui_block", block_type=block_type, data={"items": data})
-        )
-        await guest.ask("Show me")
-        await guest.see(".cards", shown[block_type].split("\n")[0]).wait_for()
-        card = guest.see(".cards").last
-        assert re.sub(r"\n+", "\n", await card.inner_text()) == shown[block_type]
+    for block_type, (items, shown) in CARDS.items():
+        block = {"block_type": block_type, "data": {"items": items}}
+        await guest.ask("Show me", says("Look:", type="render_ui_block", **block))
+        await guest.see(".cards", shown.split("\n")[0]).wait_for()
+        assert re.sub(r"\n+", "\n", await guest.see(".cards").last.inner_text()) == shown
         await expect(guest.see(".stop")).to_be_hidden()
     await guest.see("summary").click()
     await guest.see(".card", "Now.").wait_for()
@@ -410,22 +424,36 @@ async def test_questions_and_blocks(
     await expect(guest.see(".card.highlighted h3")).to_have_text("Pro")
     await guest.see(".card button", "Choose Pro").click()
     await guest.see(".user", "I want Pro").wait_for()
+    await guest.hears("ok")
+
+    # Without a message it is announced; what is no text in it is left out.
+    data = {"items": ["no card", {"title": "New", "body": "Cheap", "icon": None}]}
+    block = {"block_type": "feature_grid", "data": data}
+    await guest.ask("Why you?", says("", type="render_ui_block", **block))
+    await guest.see(".cards", "Cheap").wait_for()
+    await expect(guest.see(".quiet[aria-live]")).to_contain_text("New")
+    await expect(guest.see(".cards").last.locator(".card")).to_have_count(1)
 
 
-async def test_confirmation(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
-    """A delicate click waits for the visitor's yes; no, or another message, means no."""
-    await chat_server(serve, pages, model)
-    button = "<main><button onclick='this.after(`gone `)'>Delete it</button></main>"
-    guest = await meet(pages.add("/", button))
-    yes = guest.see(".choices button:first-child:enabled")
-    no = guest.see(".choices button:last-child:enabled")
-    model.scripts.append(does(click("Delete it")))
-    await guest.ask("Delete it")
+async def test_confirmation(meet: Meet, model: FakeModel) -> None:
+    """A delicate click waits for the visitor's yes; no, or another message, means no.
+
+    The keyboard's focus goes to the careful answer, and back to the input once it is given.
+    """
+    guest = await meet("<main><button onclick='this.after(`gone `)'>Delete it</button></main>")
+    shown, enabled = guest.see(".confirm button:visible"), guest.see(".confirm button:enabled")
+    await guest.ask("Delete it", does(click("Delete it")))
     await guest.see(".confirm", "Shall I click “Delete it”?").wait_for()
-    await expect(no).to_be_focused()
-    await no.click()
+    await expect(guest.page.get_by_role("group", name="Shall I click")).to_be_visible()
+    await expect(guest.page.get_by_role("button", name="No")).to_be_focused()
+    await guest.page.keyboard.press("Shift+Tab")
+    await expect(guest.see(".confirm .accent")).to_be_focused()
+    for key in ("Tab", "Enter"):
+        await guest.page.keyboard.press(key)
     await guest.hears(lf.ENGLISH("not_confirmed"))
-    await expect(yes).to_have_count(0)
+    await expect(guest.see("textarea")).to_be_focused()
+    await expect(shown).to_have_text(["No"])
+    await expect(enabled).to_have_count(0)
     assert await guest.page.inner_text("main") == "Delete it"
 
     # Both are still of the current turn, which a reload hears again: once each, and no button.
@@ -433,24 +461,22 @@ async def test_confirmation(meet: Meet, serve: Serve, model: FakeModel, pages: P
     await guest.page.reload()
     await guest.see(".confirm").wait_for()
     await guest.see(".bot", lf.ENGLISH("not_confirmed")).wait_for()
-    await expect(guest.see(".confirm button:enabled")).to_have_count(0)
+    await expect(enabled).to_have_count(0)
     bubbles = [line for line in before if not line.startswith("confirm")]
     assert [line for line in await guest.log() if not line.startswith("confirm")] == bubbles
     await expect(guest.see(".confirm")).to_have_count(1)
 
-    model.scripts.append(does(click("Delete it")))
-    await guest.ask("Delete it, really")
-    await yes.click()
-    model.scripts.append(says("", type="task_complete", summary="It is deleted."))
+    await guest.ask("Delete it, really", does(click("Delete it")))
+    await enabled.first.click()
+    model.scripts.append(ends("It is deleted."))
     await guest.hears("It is deleted.")
     assert await guest.page.inner_text("main") == "Delete itgone"
     assert guest.results()[-1]["success"] is True
 
-    model.scripts.append(does(click("Delete it")))
-    await guest.ask("And again")
-    await expect(guest.see(".confirm button:enabled")).to_have_count(2)
+    await guest.ask("And again", does(click("Delete it")))
+    await expect(enabled).to_have_count(2)
     await guest.ask("No, tell me a joke")
-    await expect(guest.see(".confirm button:enabled")).to_have_count(0)
+    await expect(enabled).to_have_count(0)
     await guest.hears("ok")
     assert await guest.page.inner_text("main") == "Delete itgone"
 
@@ -478,68 +504,44 @@ ENDS: dict[str, tuple[Json, list[str]]] = {  # what ends a turn of text, and wha
 }
 
 
-async def test_what_follows_a_text(
-    visit: Visit, serve: Serve, model: FakeModel, pages: Pages
-) -> None:
+REPLIES = """window.replies = []; addEventListener('leflux:reply',
+    ({ detail }) => replies.push(`bot: ${detail.text.replaceAll('*', '')}`))"""
+
+
+async def test_what_follows_a_text(meet: Meet, model: FakeModel) -> None:
     """The event after a turn's text has a bubble of its own, none for the same words.
 
     A reload shows the same, and is no news.
     """
-    await chat_server(serve, pages, model)
-    url = pages.add("/", "<main><button>Red</button></main>")
-
-    async def see(action: Json, more: list[str]) -> None:
-        guest = Guest(await visit("about:blank"))
-        await guest.page.add_init_script(
-            "window.replies = []; addEventListener('leflux:reply', "
-            "({ detail }) => replies.push(`bot: ${detail.text.replaceAll('*', '')}`))"
-        )
-        await guest.page.goto(url)
-        await guest.open()
+    for action, more in ENDS.values():
+        guest = await meet("<main><button>Red</button></main>", before=REPLIES)
         wanted = ["bot: Hello!", "user: Go", WHICH_SHOWN, *more]
-
-        async def is_seen() -> None:
+        replies = [re.sub("^confirm: (.*[?]).*", r"bot: \1", line) for line in wanted[2:]]
+        replies = [line for line in replies if line.startswith("bot: ")]
+        await guest.ask("Go", act(WHICH, action or None))
+        for heard in (replies, []):
             await expect(guest.see(".log > :not(.chips)")).to_have_count(len(wanted))
             await expect(guest.see(".stop")).to_be_hidden()
             assert [" ".join(line.split()) for line in await guest.log()] == wanted
-
-        await guest.ask("Go")
-        await is_seen()
-        replies = [re.sub("^confirm: (.*[?]).*", r"bot: \1", line) for line in wanted[2:]]
-        replies = [line for line in replies if line.startswith("bot: ")]
-        assert await guest.page.evaluate("replies") == replies
-        await guest.page.reload()
-        await until(lambda: guest.sent("update_context"))  # what is replayed comes before
-        await is_seen()
-        assert await guest.page.evaluate("replies") == []
-
-    for action, more in ENDS.values():
-        model.scripts.append(act(WHICH, action or None))
-        await see(action, more)
+            assert await guest.page.evaluate("replies") == heard
+            if heard:
+                await guest.page.reload()
+                await until(functools.partial(guest.sent, "update_context"))  # replays come before
 
 
-async def test_text_before_a_plan(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+async def test_text_before_a_plan(meet: Meet, model: FakeModel) -> None:
     """Between a turn's text and its plan the agent is still at work, and takes no focus."""
-    await chat_server(serve, pages, model)
-    body = "<main><input aria-label='City'><button onclick='this.after(`+`)'>Add</button></main>"
-    guest = await meet(pages.add("/", body))
+    guest = await meet(ADD.replace("<main>", "<main><input aria-label='City'>"))
     await guest.see(".stop").evaluate(
         """(stop) => { window.seen = [];
             new MutationObserver(() => seen.push(!stop.hidden)).observe(stop, { attributes: true });
             document.querySelector("input").addEventListener("blur", () => seen.push("blur")); }"""
     )
-    model.scripts += [
-        does(fill("City", "Bremen"), message="First the city."),
-        [model.at_gate, *says("That is it.")],
-    ]
-    await guest.ask("Fill it in")
+    bremen = does(fill("City", "Bremen"), message="First the city.")
+    await guest.ask("Fill it in", bremen, [model.at_gate, *says("That is it.")])
     await until(guest.results)
-    assert await guest.log() == [
-        "bot: Hello!",
-        "user: Fill it in",
-        "bot: First the city.",
-        "bot: The assistant is working",
-    ]
+    wanted = ["user: Fill it in", "bot: First the city.", "bot: The assistant is working"]
+    assert await guest.log() == ["bot: Hello!", *wanted]
     model.gate.release()
     await guest.hears("That is it.")
     await expect(guest.see("textarea")).to_be_focused()
@@ -547,16 +549,14 @@ async def test_text_before_a_plan(meet: Meet, serve: Serve, model: FakeModel, pa
 
     # Stopped in its text, a turn has no plan.
     plan = json.dumps({"message": "I add one.", "action": PRESS | {"elementId": 2}})
-    cut = plan.index(" one")
-    model.scripts.append([sse(chunk(plan[:cut])), model.at_gate, sse(chunk(plan[cut:]), "[DONE]")])
-    await guest.ask("Add one")
+    start, end = plan.split(" one", 1)
+    pieces = [sse(chunk(start)), model.at_gate, sse(chunk(f" one{end}"), "[DONE]")]
+    await guest.ask("Add one", pieces)
     await guest.see(".bot", "I add").wait_for()
     await guest.see(".stop").click()
     await until(lambda: guest.heard[-1]["event"] == "message_done")
     model.gate.release()
-    model.scripts.append(says("Here."))
-    await guest.ask("Hello?")
-    await guest.hears("Here.")
+    await guest.ask("Hello?", says("Here."), hears="Here.")
     assert (await guest.log())[-4:] == ["user: Add one", "bot: I add", "user: Hello?", "bot: Here."]
     assert (await guest.page.inner_text("main")).strip() == "Add"
 
@@ -573,46 +573,30 @@ BREAKING = """
 """
 
 
-async def test_cut_wire_before_the_end(
-    visit: Visit, serve: Serve, model: FakeModel, pages: Pages
-) -> None:
+async def test_cut_wire_before_the_end(meet: Meet, model: FakeModel) -> None:
     """When the socket breaks between a turn's text and what follows, that comes once, too."""
-    await chat_server(serve, pages, model)
-    url = pages.add("/", "<main><button onclick='this.after(`+`)'>Add</button></main>")
-    page = await visit("about:blank")
-    await page.add_init_script(BREAKING)
-    await page.goto(url)
-    guest = await Guest(page).open()
-    model.scripts += [does(click("Add"), message="I add one."), says("Now?", **ENDS["end"][0])]
-    await guest.ask("Add one")
-    await guest.hears("All done.")
-    model.scripts.append(says(WHICH, **ENDS["question in the same words"][0]))
-    await guest.ask("And now?")
-    await guest.hears("Shall it be")
+    guest = await meet(ADD, before=BREAKING)
+    plan, end = does(click("Add"), message="I add one."), says("Now?", **ENDS["end"][0])
+    await guest.ask("Add one", plan, end, hears="All done.")
+    question = says(WHICH, **ENDS["question in the same words"][0])
+    await guest.ask("And now?", question, hears="Shall it be")
     await until(lambda: len(guest.joins) == 4)
-    model.scripts.append(says("", type="ask_user", question=WHICH))  # asked once more
-    await guest.ask("No")
+    await guest.ask("No", asks(WHICH))  # asked once more
     await expect(guest.see(".bot", "Shall it be")).to_have_count(2)
-    assert await guest.log() == [
-        "bot: Hello!",
-        "user: Add one",
-        "bot: I add one.",
-        "bot: Now?",
-        "bot: All done.",
-        "user: And now?",
-        WHICH_SHOWN,
-        "user: No",
-        WHICH_SHOWN,
-    ]
-    assert await page.inner_text("main") == "Add+"
+    said = ["Hello!", "I add one.", "Now?", "All done."]
+    added = [f"bot: {text}" for text in said]
+    added.insert(1, "user: Add one")
+    assert await guest.log() == [*added, "user: And now?", WHICH_SHOWN, "user: No", WHICH_SHOWN]
+    assert await guest.page.inner_text("main") == "Add+"
     assert len(guest.joins) == 4
     assert all(re.search("lastSeq=[1-9]", address) for address in guest.joins[1:])
 
 
-async def test_errors_and_retry(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+@with_config(limits={"chat_per_minute": 2, "site_messages_per_day": 4})
+async def test_errors_and_retry(meet: Meet, model: FakeModel, server: Server) -> None:
     """What fails is said in words; a retry is the same message, which the server starts once."""
-    server = await chat_server(serve, pages, model, limits={"chat_per_minute": 2})
-    guest = await meet(pages.add("/", "<main>Hello</main>"))
+    guest = await meet()
+    alert, retry = guest.page.get_by_role("alert"), guest.page.get_by_role("button", name="Try ag")
     failures = ["before", "after", "before", "before"]
 
     async def fail(route: Route) -> None:
@@ -623,65 +607,56 @@ async def test_errors_and_retry(meet: Meet, serve: Serve, model: FakeModel, page
 
     await guest.page.route("**/api/chat", fail)
     await guest.ask("Hello?")
-    await guest.see(".error", "cannot be reached").wait_for()
+    await expect(alert).to_have_text("The server cannot be reached just now.")
     await expect(guest.see(".stop")).to_be_hidden()
-    await guest.see(".error button", "Try again").click()
+    await retry.click()
     await guest.hears("ok")
-    await expect(guest.see(".error")).to_have_count(0)
-    await expect(guest.see(".pending")).to_have_count(0)
+    await expect(alert).to_have_count(0)
+    await expect(guest.see(":is(.error, .pending)")).to_have_count(0)
+    await expect(guest.see("textarea")).to_be_focused()
     assert len({post["clientMessageId"] for post in guest.posts}) == 1
     assert len(guest.posts) == 5
     assert len(model.requests) == 1
-    assert (await guest.log())[-2:] == ["user: Hello?", "bot: ok"]
+    assert await guest.log() == ["bot: Hello!", "user: Hello?", "bot: ok"]
 
-    await guest.ask("Another")
-    await guest.hears("ok")
+    await guest.ask("Another", hears="ok")
     await guest.ask("One too many")
     await guest.see(".error", re.compile(r"Please try again in \d+ s\.")).wait_for()
-    await guest.see(".error button", "Try again").wait_for()
     server.app.buckets.clear()
-    await guest.see(".error button").click()
+    await retry.click()
     await until(lambda: len(model.requests) == 3)
     await guest.hears("ok")
 
-    model.scripts.append([cut_wire])
-    model.scripts.append([cut_wire])
-    model.scripts.append([cut_wire])
     server.app.buckets.clear()
-    await guest.ask("And now?")
+    await guest.ask("And now?", [cut_wire], [cut_wire], [cut_wire])
     await guest.see(".bot.error", lf.ENGLISH("no_answer")).wait_for()
     await expect(guest.see(".stop")).to_be_hidden()
 
-
-async def test_budget_has_no_retry(
-    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
-) -> None:
-    """When the day's budget is spent the site's own words say so; trying again would not help."""
-    await chat_server(serve, pages, model, limits={"site_messages_per_day": 1})
-    guest = await meet(pages.add("/", "<main>Hello</main>"))
-    await guest.ask("One")
-    await guest.hears("ok")
-    await guest.ask("Two")
+    # When the day's budget is spent the site's own words say so; trying again would not help.
+    await guest.ask("And tomorrow?")
     await guest.see(".error", "for today").wait_for()
-    assert await guest.see(".error button").count() == 0
+    await expect(retry).to_have_count(0)
 
 
-async def test_long_messages(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
-    """A counter appears near 5,000 characters, counted as people and the server count."""
-    await chat_server(serve, pages, model)
-    guest = await meet(pages.add("/", "<main>Hello</main>"))
-    counter, area, send = guest.see(".counter"), guest.see("textarea"), guest.see("form button")
-    await area.fill("a" * 4499)
-    await expect(counter).to_be_hidden()
-    await area.fill("🙂" * 4999 + "ab")
-    await expect(counter).to_have_text("5001 / 5000")
-    await expect(send.last).to_be_disabled()
+async def test_long_messages(meet: Meet, model: FakeModel, server: Server) -> None:
+    """A counter appears near 5,000 characters, counted as people and the server count; above
+    them, sending waits."""
+    guest = await meet()
+    counter, area = guest.see(".counter"), guest.see("textarea")
+    send = guest.page.get_by_role("button", name="Send", exact=True)
+    for length, shown in ((4000, ""), (4499, ""), (4990, "4990 / 5000"), (5001, "5001 / 5000")):
+        await area.fill("🙂" * (length - 1) + "a")
+        assert await counter.inner_text() == shown
+        await expect(counter).to_be_visible(visible=shown != "")
+        await expect(send).to_be_enabled(enabled=length <= 5000)
+        assert await area.get_attribute("aria-invalid") == str(length > 5000).lower()
     await area.press("Enter")
+    await expect(guest.see(".user")).to_have_count(0)
     await area.press("Backspace")
     await expect(counter).to_have_text("5000 / 5000")
     await area.press("Enter")
     await guest.hears("ok")
-    assert model.requests[-1]["messages"][-1]["content"].endswith("🙂a")
+    assert model.requests[-1]["messages"][-1]["content"].endswith("🙂" * 5000)
     await expect(counter).to_be_hidden()
     await guest.page.evaluate("LeFlux.send('b'.repeat(5001))")
     await guest.see(".error", "too long").wait_for()
@@ -726,46 +701,51 @@ class Wire:
                 writer.write(data)
         writer.transport.abort()
 
-    def cut(self) -> None:
+    def cut(self, *, is_up: bool = True) -> None:
+        self.is_up = is_up
         for writer in self.writers:
             writer.transport.abort()
         self.writers.clear()
 
 
-def streams(model: FakeModel, *pieces: str) -> None:
-    """The next answer comes in pieces, and waits at the gate between them."""
-    steps: list[Any] = [sse(chunk('{"message": "'))]
-    for piece in pieces:
-        steps += [sse(chunk(piece)), model.at_gate]
-    model.scripts.append([*steps, sse(chunk('"}'), "[DONE]")])
+def streams(model: FakeModel, *pieces: str) -> Script:
+    """An answer that comes in pieces, and waits at the gate between them."""
+    steps = [step for piece in pieces for step in (sse(chunk(piece)), model.at_gate)]
+    return [sse(chunk('{"message": "')), *steps, sse(chunk('"}'), "[DONE]")]
 
 
-async def test_session_is_kept(visit: Visit, serve: Serve, model: FakeModel, pages: Pages) -> None:
+STORED_SESSION = "Object.keys(localStorage).find((key) => key.endsWith(' session'))"
+
+
+async def change_session(guest: Guest, change: str) -> None:
+    """Change what the browser has stored of the session, and reload."""
+    await guest.page.evaluate(
+        f"""() => {{ const key = {STORED_SESSION}, kept = JSON.parse(localStorage[key]);
+            {change}; localStorage[key] = JSON.stringify(kept); }}"""
+    )
+    await guest.page.reload()
+
+
+async def test_session_is_kept(meet: Meet, model: FakeModel, server: Server) -> None:
     """The chat goes on after a reload, for 24 hours; an older one, or a lost one, begins anew."""
-    server = await chat_server(serve, pages, model)
-    guest = await Guest(await visit(pages.add("/", "<main>Hello</main>"))).open()
-    await guest.ask("Remember me")
-    await guest.hears("ok")
+    guest = await meet()
+    await guest.ask("Remember me", hears="ok")
     [kept] = server.app.sessions
-    stored = "Object.keys(localStorage).find((key) => key.endsWith(' session'))"
-    assert await guest.page.evaluate(f"JSON.parse(localStorage[{stored}]).id") == kept
+    assert await guest.page.evaluate(f"JSON.parse(localStorage[{STORED_SESSION}]).id") == kept
 
-    replies = "window.replies = 0; document.addEventListener('leflux:reply', () => replies++)"
-    await guest.page.add_init_script(replies)
-    gets: list[str] = []
-    guest.page.on("request", lambda request: gets.append(f"{request.method} {request.url}"))
+    await guest.page.add_init_script(REPLIES)
+    calls: list[str] = []
+    guest.page.on("request", lambda request: calls.append(f"{request.method} {request.url}"))
     await guest.page.reload()
     await guest.see(".bot", "ok").wait_for()  # the panel is open as before
     await until(lambda: guest.sent("update_context"))  # the page has shown itself
     assert await guest.log() == ["bot: Hello!", "user: Remember me", "bot: ok"]
-    assert f"GET {server.url}/api/session/{kept}" in gets
-    assert not [line for line in gets if "session/init" in line]
-    assert await guest.page.evaluate("replies") == 0  # it is no news
+    assert f"GET {server.url}/api/session/{kept}" in calls
+    assert not [line for line in calls if "session/init" in line]
+    assert await guest.page.evaluate("replies") == []  # it is no news
 
     lf.drop_session(server.app, server.app.sessions[kept])  # idle for too long, say
-    model.scripts.append(says("Yes, I am."))
-    await guest.ask("Are you still there?")
-    await guest.hears("Yes, I am.")
+    await guest.ask("Are you still there?", says("Yes, I am."), hears="Yes, I am.")
     await expect(guest.see(".dots")).to_have_count(0)
     assert (await guest.log())[-5:] == [
         "user: Remember me",
@@ -776,28 +756,18 @@ async def test_session_is_kept(visit: Visit, serve: Serve, model: FakeModel, pag
     ]
     assert len(server.app.sessions) == 1
 
-    await guest.page.evaluate(
-        f"""() => {{
-            const key = {stored}, kept = JSON.parse(localStorage[key]);
-            kept.at -= 24 * 3600 * 1000;
-            localStorage[key] = JSON.stringify(kept);
-        }}"""
-    )
-    await guest.page.reload()
+    await change_session(guest, "kept.at -= 24 * 3600 * 1000")
     await guest.page.wait_for_function("LeFlux?.getState().ready")
     assert await guest.log() == ["bot: Hello!"]
     assert len(server.app.sessions) == 2
 
+    # A chat that began while public_url was wrong finds the socket once that is fixed.
+    await guest.ask("Hi", hears="ok")
+    await change_session(guest, "kept.wsUrl = 'ws://localhost:1'")
+    await guest.ask("And now?", says("Still here."), hears="Still here.")
+    assert len(server.app.sessions) == 2
 
-async def test_reload_over_plain_http(
-    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
-) -> None:
-    """By IP and plain http a browser's GET does not say whose it is: the chat begins anew."""
-    server = await chat_server(serve, pages, model)
-    guest = await meet(pages.add("/", "<main>Hello</main>"))
-    await guest.ask("Hello")
-    await guest.hears("ok")
-
+    # By IP and plain http a browser's GET does not say whose it is: the chat begins anew.
     async def refuse(route: Route) -> None:
         refusal = {"error": "host_not_registered", "message": "Who?", "details": {}}
         is_get = route.request.method == "GET"
@@ -805,20 +775,15 @@ async def test_reload_over_plain_http(
 
     await guest.page.route("**/api/session/*", refuse)
     await guest.page.reload()
-    await guest.ask("Hello again")
-    await guest.hears("ok")
+    await guest.ask("Hello again", hears="ok")
     assert await guest.log() == ["bot: Hello!", "user: Hello again", "bot: ok"]
-    assert len(server.app.sessions) == 2
+    assert len(server.app.sessions) == 3
 
 
-async def test_reload_in_the_middle(
-    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
-) -> None:
+async def test_reload_in_the_middle(meet: Meet, model: FakeModel) -> None:
     """A reload in the middle of a stream shows what was said and what is still to come."""
-    await chat_server(serve, pages, model)
-    guest = await meet(pages.add("/", "<main>Hello</main>"))
-    streams(model, "One, ", "two, ", "three.")
-    await guest.ask("Count")
+    guest = await meet()
+    await guest.ask("Count", streams(model, "One, ", "two, ", "three."))
     await guest.see(".bot", "One,").wait_for()
     await guest.page.reload()
     await guest.see(".bot", "One,").wait_for()
@@ -833,18 +798,15 @@ async def test_reload_in_the_middle(
     assert len(model.requests) == 1
 
 
-async def test_cut_wire(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+async def test_cut_wire(meet: Meet, model: FakeModel, pages: Pages, server: Server) -> None:
     """A broken socket comes back with lastSeq: nothing is lost, nothing comes twice."""
-    server = await chat_server(serve, pages, model)
     async with Wire(server.url) as wire:
         pages.server = wire.url
-        body = "<main><button onclick='this.after(`+`)'>Add</button></main>"
-        guest = await meet(pages.add("/", body))
-        streams(model, "One, ", "two, ", "three.")
-        await guest.ask("Count")
+        guest = await meet(ADD)
+        added = guest.page.locator("main")
+        await guest.ask("Count", streams(model, "One, ", "two, ", "three."))
         await guest.see(".bot", "One,").wait_for()
-        wire.is_up = False
-        wire.cut()
+        wire.cut(is_up=False)
         await guest.see(".banner", "Reconnecting…").wait_for()
         model.gate.release()
         wire.is_up = True
@@ -860,22 +822,17 @@ async def test_cut_wire(meet: Meet, serve: Serve, model: FakeModel, pages: Pages
         assert await guest.log() == ["bot: Hello!", "user: Count", "bot: One, two, three."]
 
         # Cut while it acts: the report comes when the socket is back, and the task goes on.
-        model.scripts.append(does(click("Add"), click("Add"), click("Add")))
-        model.scripts.append(says("", type="task_complete", summary="All added."))
-        await guest.ask("Add three")
+        await guest.ask("Add three", does(*[click("Add")] * 3), ends("All added."))
         await guest.see(".ring").wait_for()
-        wire.is_up = False
-        wire.cut()
-        await until_text(guest.page, "main", "Add+++")
+        wire.cut(is_up=False)
+        await expect(added).to_have_text("Add+++", use_inner_text=True)
         wire.is_up = True
         await guest.page.evaluate("dispatchEvent(new Event('online'))")  # it comes back at once
         await guest.hears("All added.")
-        assert await guest.page.inner_text("main") == "Add+++"
+        assert await added.inner_text() == "Add+++"
 
         # The report itself is lost on the way: it is said again.
-        model.scripts.append(does(click("Add")))
-        model.scripts.append(says("", type="task_complete", summary="One more."))
-        await guest.ask("Add one")
+        await guest.ask("Add one", does(click("Add")), ends("One more."))
         await guest.see(".ring").wait_for()
         await guest.page.evaluate(
             """() => { const { prototype } = WebSocket, { send } = prototype;
@@ -886,14 +843,17 @@ async def test_cut_wire(meet: Meet, serve: Serve, model: FakeModel, pages: Pages
                 }; }"""
         )
         await guest.hears("One more.")
-        assert await guest.page.inner_text("main") == "Add++++"
+        assert await added.inner_text() == "Add++++"
 
 
-async def until_text(page: Page, selector: str, text: str) -> None:
-    await expect(page.locator(selector)).to_have_text(text, use_inner_text=True)
+RESTARTS = {
+    "SIGTERM": "(The answer was cut short.)",
+    "SIGKILL": lf.ENGLISH("restarted"),
+    "forgetful": "The answer got lost.",
+}
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL", "forgetful"])
+@pytest.mark.parametrize("how", RESTARTS)
 async def test_restart_in_the_middle(
     visit: Visit, model: FakeModel, pages: Pages, tmp_path: Path, how: str
 ) -> None:
@@ -909,98 +869,70 @@ async def test_restart_in_the_middle(
     environ = {"LEFLUX_PORT": port} | ({"STATE_DIRECTORY": ""} if state else {})
     async with program(tmp_path, more, **environ) as run:
         pages.server = run.server.url
-        guest = await Guest(await visit(pages.add("/", "<main>Hello</main>"))).open()
-        streams(model, "One, ", "two.")
-        await guest.ask("Count")
+        guest = await Guest(await visit(pages.add("/", "<main>Hello</main>")), model).open()
+        await guest.ask("Count", streams(model, "One, ", "two."))
         await guest.see(".bot", "One,").wait_for()
-        if how == "SIGTERM":
-            run.child.terminate()
-        else:
-            run.child.kill()
+        run.child.send_signal(signal.SIGTERM if how == "SIGTERM" else signal.SIGKILL)
         await run.end()
         await guest.see(".banner", "Reconnecting…").wait_for()
     async with program(tmp_path, more, **environ):
-        endings = {
-            "SIGTERM": "(The answer was cut short.)",
-            "SIGKILL": lf.ENGLISH("restarted"),
-            "forgetful": "The answer got lost.",
-        }
-        await guest.hears(endings[how])
+        await guest.hears(RESTARTS[how])
         await expect(guest.see(".banner")).to_be_hidden()
-        assert sum(endings[how] in line for line in await guest.log()) == 1
-        await guest.ask("Go on")
-        await guest.hears("ok")
+        assert sum(RESTARTS[how] in line for line in await guest.log()) == 1
+        await guest.ask("Go on", hears="ok")
         assert (await guest.log())[-2:] == ["user: Go on", "bot: ok"]
-
-
-async def in_two_tabs(visit: Visit, url: str) -> tuple[Guest, Guest]:
-    """A visitor's chat of one message, and the newer tab, which has taken it."""
-    one = await Guest(await visit(url)).open()
-    await one.ask("First")
-    await one.hears("ok")
-    two = Guest(await one.page.context.new_page())
-    await two.page.goto(url)
-    await one.see(".banner", "open in another tab").wait_for()
-    return one, two
-
-
-async def test_two_tabs(visit: Visit, serve: Serve, model: FakeModel, pages: Pages) -> None:
-    """The chat is in one tab at a time; the other says so, and can take it back."""
-    await chat_server(serve, pages, model)
-    url = pages.add("/", "<main><button onclick='this.after(`+`)'>Add</button></main>")
-    one, two = await in_two_tabs(visit, url)
-    await two.open()
-    await two.see(".bot", "ok").wait_for()
-    model.scripts.append(says("Second answer"))
-    await two.ask("Second")
-    await two.hears("Second answer")
-
-    await one.see(".banner button", "Use it here").click()
-    await two.see(".banner", "open in another tab").wait_for()
-    await one.hears("Second answer")
-    said = ["user: First", "bot: ok", "user: Second", "bot: Second answer"]
-    assert await one.log() == ["bot: Hello!", *said]
-
-    # A plan is with tab one when tab two takes over by writing: it is not carried out there.
-    model.scripts.append(does({"action": "wait", "waitDuration": 3000}, click("Add")))
-    await one.ask("Add")
-    await until(lambda: one.heard[-1]["event"] == "action_plan")
-    model.scripts.append(says("Third answer"))
-    await two.ask("Third")
-    await two.hears("Third answer")
-    assert await two.page.inner_text("main") == "Add"
-    assert (await two.log())[-2:] == ["user: Third", "bot: Third answer"]
-    await one.see(".banner", "open in another tab").wait_for()
-    assert not one.results()
 
 
 HIDDEN = """Object.defineProperty(document, "visibilityState",
     { configurable: true, get: () => window.isShown ? "visible" : "hidden" });"""
 
 
-async def test_tab_in_the_background(
-    visit: Visit, serve: Serve, model: FakeModel, pages: Pages
-) -> None:
-    """A tab that is opened in the background takes the chat over when it becomes visible."""
-    await chat_server(serve, pages, model)
-    url = pages.add("/", "<main>Hello</main>")
-    one, two = await in_two_tabs(visit, url)
+async def test_two_tabs(meet: Meet, model: FakeModel, pages: Pages) -> None:
+    """The chat is in one tab at a time; the other says so, and can take it back."""
+    one = await meet(ADD.replace("</main>", "<button>Send order</button></main>"))
+    await one.ask("First", hears="ok")
+    two = Guest(await one.page.context.new_page(), model)
+    await two.page.goto(pages.url)
+    elsewhere, here = "open in another tab", "Use it here"
+    await one.see(".banner", elsewhere).wait_for()
     await two.open()
-    await one.see(".banner button", "Use it here").click()
-    await two.see(".banner", "open in another tab").wait_for()
+    await two.see(".bot", "ok").wait_for()
+    await two.ask("Second", says("Second answer"), hears="Second answer")
 
+    await one.see(".banner button", here).click()
+    await two.see(".banner", elsewhere).wait_for()
+    await one.hears("Second answer")
+    said = ["user: First", "bot: ok", "user: Second", "bot: Second answer"]
+    assert await one.log() == ["bot: Hello!", *said]
+
+    # A plan is with tab one when tab two takes over by writing: it is not carried out there.
+    await one.ask("Add", does(wait(3000), click("Add")))
+    await until(lambda: one.heard[-1]["event"] == "action_plan")
+    await two.ask("Third", says("Third answer"), hears="Third answer")
+    assert "+" not in await two.page.inner_text("main")
+    assert (await two.log())[-2:] == ["user: Third", "bot: Third answer"]
+    await one.see(".banner", elsewhere).wait_for()
+    assert not one.results()
+
+    # What is asked there can no longer be answered there, until the chat is taken back.
+    await two.ask("Order", does(click("Send order")))
+    await expect(two.see(".confirm button").first).to_be_enabled()
+    await one.see(".banner button", here).click()
+    await two.see(".banner", elsewhere).wait_for()
+    await expect(two.see(".confirm button").first).to_be_disabled()
+
+    # A tab that is opened in the background takes the chat over when it becomes visible.
     await two.page.add_init_script(HIDDEN)
     count = len(two.joins)
     await two.page.reload()
     await two.page.wait_for_function("LeFlux?.getState().ready")
-    await two.see(".bot", "ok").wait_for()  # its panel is open, as before
-    await one.ask("Second")
-    await one.hears("ok")
+    await two.see(".bot", "Third answer").wait_for()  # its panel is open, as before
+    await one.ask("Fourth", hears="ok")
     assert len(two.joins) == count
     await expect(one.see(".banner")).to_be_hidden()
     await two.page.evaluate("isShown = true, document.dispatchEvent(new Event('visibilitychange'))")
-    await one.see(".banner", "open in another tab").wait_for()
-    await two.see(".user", "Second").wait_for()
+    await one.see(".banner", elsewhere).wait_for()
+    await two.see(".user", "Fourth").wait_for()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1052,54 +984,50 @@ PAGE = """
 """
 
 
-async def test_what_is_seen(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+FOUND: dict[str, Json] = {  # what is indexed of that page, by its text or name, and how
+    "Prices": {"type": "link", "href": "/prices", "parent": "Main"},
+    "Colour": {"type": "select", "options": ["Red", "Blue"], "value": "Blue"},
+    "Newsletter": {"type": "checkbox", "checked": True, "parent": "Choices"},
+    "Large": {"type": "radio", "checked": False},
+    "Dark mode": {"type": "switch", "checked": True},
+    "Details": {"type": "text", "readonly": True},
+    "More": {"type": "summary"},
+    "Note": {"type": "textbox", "value": "My note"},
+    "E-mail": {"type": "email", "disabled": True, "autocomplete": "email"},
+    "Join now": {"type": "button", "inputType": "submit", "parent": "Sign up"},
+    "Join later": {"type": "submit"},
+    "Not now": {"disabled": True},
+    "Drawn": {"type": "link", "href": "/svg"},
+    "Close": {"ariaLabel": "Close"},
+    "Search": {"type": "button"},
+    "Logo": {"href": "/img"},
+    "In the shadow": {"type": "button"},
+    "name": {"placeholder": "Your name", "required": True, "value": "Ada"},
+    "id": {"text": "Details"},
+    "elements2": {"value": "Long text"},
+}
+
+
+async def test_what_is_seen(meet: Meet, model: FakeModel, pages: Pages) -> None:
     """The picture of a page has what a visitor can use and read, and no secrets."""
-    await chat_server(serve, pages, model)
-    guest = await meet(pages.add("/", PAGE))
+    guest = await meet(PAGE)
     await guest.page.evaluate("LeFlux.setVisitorData({plan: 'Pro', seats: 3})")
-    await guest.ask("What is here?")
-    await guest.hears("ok")
+    await guest.ask("What is here?", hears="ok")
     context = guest.context
-    assert context["url"] == f"{pages.url}/"
-    assert context["title"] == "Page /"
+    assert (context["url"], context["title"]) == (f"{pages.url}/", "Page /")
     text = context["visibleText"]
-    assert "Some text to read." in text
-    assert text.count("Everything") == 1
-    assert "Open from nine to five" in text
-    assert "Unread" not in text
-    assert "Hello!" not in text  # its own
+    counts = {"Some text to read.": 1, "Everything": 1, "Open from nine to five": 1}
+    counts |= {"Unread": 0, "Hello!": 0}  # and not its own
+    assert {part: text.count(part) for part in counts} == counts
 
     elements: dict[str, Json] = {}
     for element in context["indexedElements"]:
+        element["href"] = element.get("href", "").removeprefix(pages.url)
         elements.setdefault(element["text"] or element.get("ariaLabel", ""), element)
+    elements |= {one["name"]: one for one in context["indexedElements"] if "name" in one}
     assert not elements.keys() & set("Gone Unseen Clear Tiny Inert Hidden Folded".split())
-    expected: dict[str, Json] = {
-        "Prices": {"type": "link", "href": f"{pages.url}/prices", "parent": "Main"},
-        "Colour": {"type": "select", "options": ["Red", "Blue"], "value": "Blue"},
-        "Newsletter": {"type": "checkbox", "checked": True, "parent": "Choices"},
-        "Large": {"type": "radio", "checked": False},
-        "Dark mode": {"type": "switch", "checked": True},
-        "Details": {"type": "text", "readonly": True},
-        "More": {"type": "summary"},
-        "Note": {"type": "textbox", "value": "My note"},
-        "E-mail": {"type": "email", "disabled": True, "autocomplete": "email"},
-        "Join now": {"type": "button", "inputType": "submit", "parent": "Sign up"},
-        "Join later": {"type": "submit"},
-        "Not now": {"disabled": True},
-        "Drawn": {"type": "link", "href": "/svg"},
-        "Close": {"ariaLabel": "Close"},
-        "Search": {"type": "button"},
-        "Logo": {"href": f"{pages.url}/img"},
-        "In the shadow": {"type": "button"},
-    }
-    for name, wanted in expected.items():
+    for name, wanted in FOUND.items():
         assert wanted.items() <= elements[name].items(), name
-    named = {e["name"]: e for e in context["indexedElements"] if "name" in e}
-    assert {"placeholder": "Your name", "required": True, "value": "Ada"}.items() <= named[
-        "name"
-    ].items()
-    assert named["id"]["text"] == "Details"
-    assert named["elements2"]["value"] == "Long text"
     numbers = [element["id"] for element in context["indexedElements"]]
     assert len(set(numbers)) == len(numbers)
     fields = context["forms"][0].pop("fields")
@@ -1107,70 +1035,68 @@ async def test_what_is_seen(meet: Meet, serve: Serve, model: FakeModel, pages: P
     assert form == {"name": "Sign up", "heading": "Everything", "submit": "Join now, Join later"}
     assert "Kennwort" in fields
 
-    sent = json.dumps(guest.posts)
-    assert "s3cret" not in sent
-    assert "s3cret" not in model.prompt()
+    assert "s3cret" not in json.dumps(guest.posts) + model.prompt()
     assert "'plan'" in model.prompt() or '"plan"' in model.prompt()
     secret = [f for f in context["indexedElements"] if lf.is_sensitive(f)]
     assert len(secret) == 5
     assert not [field for field in secret if "value" in field]
 
 
-async def test_secret_fields(visit: Visit, serve: Serve, pages: Pages) -> None:
-    """Every field that the server takes for a secret one is one for the widget, too."""
-    names = """password userPassword pwd PIN otp totp 2fa verification-code cc-csc cardNumber
-        card_holder cvv expiry MM/YY Kartennummer IBAN bic sortCode bankAccount accountNumber
-        ssn socialSecurity nationalId passport-no taxId dni one-time-code pass\u00adword
-        contraseña security.code""".split()
-    plain = "name email pinboard company subject spinner city comment cardigan".split()
-    for name in names:
-        assert lf.is_sensitive({"name": name}), name
-    for name in plain:
-        assert not lf.is_sensitive({"name": name}), name
-    server = await chat_server(serve, pages)
-    body = "".join(f'<p><input name="{name}" value="v-{name}"></p>' for name in [*names, *plain])
-    guest = await Guest(await visit(pages.add("/", body))).open()
-    await guest.ask("Hello")
-    await until(lambda: guest.posts)
+SECRET = """password userPassword pwd PIN otp totp 2fa verification-code cc-csc cardNumber
+    card_holder cvv expiry MM/YY Kartennummer IBAN bic sortCode bankAccount accountNumber
+    ssn socialSecurity nationalId passport-no taxId dni one-time-code pass\u00adword
+    contraseña security.code""".split()
+PLAIN = "name email pinboard company subject spinner city comment cardigan".split()
+HIDING = "elements parentElement getAttribute closest matches querySelectorAll shadowRoot".split()
+
+
+async def test_names_of_fields(meet: Meet, model: FakeModel) -> None:
+    """Every field that the server takes for a secret one is one for the widget, too; fields called
+    like what a form is asked for cost their own form at most."""
+    assert {name: lf.is_sensitive({"name": name}) for name in [*SECRET, *PLAIN]} == {
+        **dict.fromkeys(SECRET, True),
+        **dict.fromkeys(PLAIN, False),
+    }
+    body = "".join(f'<p><input name="{name}" value="v-{name}"></p>' for name in [*SECRET, *PLAIN])
+    guest = await meet(body)
+    await guest.ask("Hello", hears="ok")
     values = [element.get("value") for element in guest.context["indexedElements"]]
-    assert [value for value in values if value] == [f"v-{name}" for name in plain]
-    assert len(values) == len(names) + len(plain)
-    assert server.app.sessions
+    assert [value for value in values if value] == [f"v-{name}" for name in PLAIN]
+    assert len(values) == len(SECRET) + len(PLAIN)
+
+    forms = "".join(f"<form><input name='{name}' aria-label='{name}'></form>" for name in HIDING)
+    guest = await meet(MAIN % f"{forms}<img name='forms' src='data:,'><button>Fine</button>")
+    await guest.ask("Hello", hears="ok")
+    assert "Fine" in [element["text"] for element in guest.context["indexedElements"]]
 
 
-async def test_the_nearest_fifty(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+async def test_the_nearest_fifty(meet: Meet, model: FakeModel) -> None:
     """Of many elements the dialog's come first, then those in view; each keeps its number."""
-    await chat_server(serve, pages, model)
     many = "".join(f"<p><a href='/{n}'>Link {n}</a></p>" for n in range(200))
-    dialog = "<dialog open style='position: fixed'><button>Agree</button></dialog>"
-    url = pages.add("/", many + dialog)
-    guest = await meet(url)
+    guest = await meet(
+        f"{many}<dialog open style='position: fixed'><button>Agree</button></dialog>"
+    )
     await guest.page.evaluate("scrollTo(0, document.links[100].offsetTop)")
-    await guest.ask("What is here?")
-    await guest.hears("ok")
-    first = guest.context["indexedElements"]
-    assert len(first) == 50
-    assert first[0]["text"] == "Agree"
-    assert first[0]["inModal"] is True
-    assert first[1]["text"] in ("Link 99", "Link 100")
-    assert first[1]["inViewport"] is True
-    assert first[-1]["text"] < "Link 99"
-    assert "inViewport" not in first[-1]
+    await guest.ask("What is here?", hears="ok")
+    found = guest.context["indexedElements"]
+    agree, first, *_, last = found
+    assert (agree["text"], agree["inModal"]) == ("Agree", True)
+    assert first["text"] in ("Link 99", "Link 100")
+    assert first["inViewport"] is True
+    assert last["text"] < "Link 99"
+    assert "inViewport" not in last
     assert guest.context["visibleText"].startswith("Agree")
-    await guest.ask("And now?")
-    await guest.hears("ok")
-    assert guest.context["indexedElements"] == first
-    assert [element["id"] for element in first] == list(range(1, 51))
+    await guest.ask("And now?", hears="ok")
+    assert guest.context["indexedElements"] == found
+    assert [element["id"] for element in found] == list(range(1, 51))
 
 
 async def test_single_page_navigation(
-    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+    meet: Meet, model: FakeModel, pages: Pages, server: Server
 ) -> None:
     """When a router changes the page, the server gets the new picture."""
-    server = await chat_server(serve, pages, model)
-    guest = await meet(pages.add("/", "<main><h1>Home</h1></main>"))
-    await guest.ask("Hello")
-    await guest.hears("ok")
+    guest = await meet("<main><h1>Home</h1></main>")
+    await guest.ask("Hello", hears="ok")
     await guest.page.evaluate(
         """() => { history.pushState({}, "", "/about");
             setTimeout(() => { document.querySelector("main").innerHTML =
@@ -1226,60 +1152,41 @@ FORM = """
 """
 
 
-def fill(name: str, text: str, action: str = "type") -> Json:
-    return {"action": action, "on": name, "inputData": text}
-
-
-async def test_filling_a_form(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+async def test_filling_a_form(meet: Meet, model: FakeModel) -> None:
     """Each kind of field takes what is typed or chosen, frameworks hear of it, the rest fails."""
-    await chat_server(serve, pages, model)
-    guest = await meet(pages.add("/", FORM))
-    model.scripts.append(
-        does(
-            fill("Plain", "Ada “L” 🙂"),
-            fill("Controlled", "kept"),
-            fill("Phone", "5551234567"),
-            fill("Story", "Once\nupon a time"),
-            fill("Born", "1815-12-10"),
-            fill("Rich", "new text"),
-            fill("Colour", "blue", "select"),
-            fill("Sizes", "M", "select"),
-            fill("Later", "no", "select"),
-            fill("Terms", "yes", "select"),
-            click("Press"),
-            click("Shape"),
-            {"action": "wait", "waitDuration": 1},
-            {"action": "scroll_to", "on": "Far away"},
-        )
-    )
-    model.scripts.append(says("", type="task_complete", summary="Filled."))
-    await guest.ask("Fill it in")
+    guest = await meet(FORM)
+    steps = [
+        fill("Plain", "Ada “L” 🙂"),
+        fill("Controlled", "kept"),
+        fill("Phone", "5551234567"),
+        fill("Story", "Once\nupon a time"),
+        fill("Born", "1815-12-10"),
+        fill("Rich", "new text"),
+        fill("Colour", "blue", "select"),
+        fill("Sizes", "M", "select"),
+        fill("Later", "no", "select"),
+        fill("Terms", "yes", "select"),
+        click("Press"),
+        click("Shape"),
+        wait(1),
+        {"action": "scroll_to", "on": "Far away"},
+    ]
+    await guest.ask("Fill it in", does(*steps), ends("Filled."))
     await guest.see(".ring").wait_for()
     await guest.hears("Filled.")
     [result] = guest.results()
-    assert [step for step in result["results"] if not step["success"]] == []
-    assert result["success"] is True
-    assert result["completedSteps"] == result["totalSteps"] == 14
-    assert [step.get("text") for step in result["results"]][:8] == [
-        "Ada “L” 🙂",
-        "kept",
-        "(555) 123-4567",
-        "Once upon a time",
-        "1815-12-10",
-        "new text",
-        "Blue",
-        "M",
-    ]
-    assert await guest.page.inner_text("#rich") == "new text"
-    assert await guest.page.evaluate("[state, field('Controlled').value]") == ["kept", "kept"]
-    assert await guest.page.input_value("textarea") == "Once\nupon a time"
-    assert await guest.page.is_checked("[type=radio]")
-    assert await guest.page.is_checked("[type=checkbox]")
-    assert await guest.page.inner_text("#done") == "clicked drawn"
-    heard = await guest.page.evaluate("heard")
-    assert {"Plain", "Controlled", "Phone", "Story", "Colour", "Sizes"} <= set(heard)
-    assert "press Shape" in heard
-    assert await guest.page.evaluate("scrollY") > 1000
+    results = result.pop("results")
+    assert [step for step in results if not step["success"]] == []
+    assert {"success": True, "completedSteps": 14, "totalSteps": 14}.items() <= result.items()
+    texts = ["Ada “L” 🙂", "kept", "(555) 123-4567", "Once upon a time", "1815-12-10"]
+    assert [step.get("text") for step in results][:8] == [*texts, "new text", "Blue", "M"]
+    assert await guest.page.evaluate(
+        """[state, field('Controlled').value, field('Rich').innerText, field('Story').value,
+            document.querySelectorAll(':is([type=radio], [type=checkbox]):checked').length,
+            document.querySelector('#done').innerText, scrollY > 1000]"""
+    ) == ["kept", "kept", "new text", "Once\nupon a time", 2, "clicked drawn", True]
+    wanted = {"Plain", "Controlled", "Phone", "Story", "Colour", "Sizes", "press Shape"}
+    assert wanted <= set(await guest.page.evaluate("heard"))
     await expect(guest.see(".ring")).to_be_hidden()
     await expect(guest.see("textarea")).to_be_focused()  # back to the visitor
 
@@ -1299,71 +1206,59 @@ FAILURES: list[tuple[Json, str, str]] = [  # a step, what spoils it, what is sai
 ]
 
 
-async def test_failed_steps(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+async def test_failed_steps(meet: Meet, model: FakeModel) -> None:
     """A sequence stops at its first failed step, and the model is told which and why."""
-    await chat_server(serve, pages, model)
-    url = pages.add("/", FORM)
 
     async def answer(request: web.Request) -> web.StreamResponse:
         prompt = (await request.json())["messages"][-1]["content"]
         if told := re.search(r"failed at step 2: .*", prompt):
-            reply = says("", type="abort_workflow", reason=told[0])
-            return web.Response(body=reply[0], content_type="text/event-stream")
+            return web.Response(body=gives_up(told[0])[0], content_type="text/event-stream")
         step, spoil, _ = FAILURES[int(re.findall(r"Try (\d+)", prompt)[-1])]
-        first = click("Press") if spoil else {"action": "wait", "waitDuration": 0}
-        script = does(first, step, fill("Plain", "never"))
-        assert callable(script)
-        return await script(request)
+        return await does(click("Press") if spoil else wait(0), step, fill("Plain", "never"))(
+            request
+        )
 
     async def fail(numbers: range) -> None:
-        guest = await meet(url)
-        for number in numbers:
+        guest = await meet(FORM)
+        for count, number in enumerate(numbers, start=1):
             step, spoil, reason = FAILURES[number]
             press = f"() => {{ field('{step['on']}').{spoil} }}" if spoil else "null"
             await guest.page.evaluate(f"document.querySelector('form button').onclick = {press}, 0")
             await guest.ask(f"Try {number}")
-            await until(lambda: len(guest.results()) == numbers.index(number) + 1)  # noqa: B023
+            await until(lambda: len(guest.results()) == count)  # noqa: B023
             result = guest.results()[-1]
-            assert result["success"] is False
-            assert (result["completedSteps"], result["totalSteps"]) == (1, 3)
-            assert len(result["results"]) == 2
-            assert reason in result["results"][1]["error"]
-            await guest.hears(f"failed at step 2: {result['results'][1]['error']}")
+            [_, failed] = result.pop("results")
+            wanted = {"success": False, "completedSteps": 1, "totalSteps": 3}
+            assert wanted.items() <= result.items()
+            assert reason in failed["error"]
+            await guest.hears(f"failed at step 2: {failed['error']}")
         assert await guest.page.input_value("[aria-label=Plain]") == ""
 
     model.scripts.extend([answer] * (2 * len(FAILURES)))
     await asyncio.gather(*(fail(range(n, len(FAILURES), 3)) for n in range(3)))
 
 
-async def test_settled_while_acting(
-    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
-) -> None:
+async def test_settled_while_acting(meet: Meet, model: FakeModel) -> None:
     """A new message, or stop, ends what is being done: no further step runs, none is reported."""
-    await chat_server(serve, pages, model)
-    guest = await meet(
-        pages.add("/", "<main><button onclick='this.after(`+`)'>Add</button></main>")
-    )
-    wait = {"action": "wait", "waitDuration": 400}
-    model.scripts.append(does(click("Add"), wait, click("Add"), click("Add")))
-    await guest.ask("Add three")
-    await until_text(guest.page, "main", "Add+")
-    await guest.ask("Wait, no!")
-    await guest.hears("ok")
-    model.scripts.append(does(click("Add"), wait, click("Add"), click("Add")))
-    await guest.ask("Do it then")
-    await until_text(guest.page, "main", "Add++")
+    guest = await meet(ADD)
+    added = guest.page.locator("main")
+    three = does(click("Add"), wait(400), click("Add"), click("Add"))
+    await guest.ask("Add three", three)
+    await expect(added).to_have_text("Add+", use_inner_text=True)
+    await guest.ask("Wait, no!", hears="ok")
+    await guest.ask("Do it then", three)
+    await expect(added).to_have_text("Add++", use_inner_text=True)
     await guest.see(".stop").click()
     await guest.hears(lf.ENGLISH("stopped"))
-    model.scripts.append(does(click("Add")))
-    model.scripts.append(says("", type="task_complete", summary="Added."))
-    await guest.ask("Add one")
-    await guest.hears("Added.")
-    assert await guest.page.inner_text("main") == "Add+++"
+    await guest.ask("Add one", does(click("Add")), ends("Added."), hears="Added.")
+    assert await added.inner_text() == "Add+++"
     assert len(guest.results()) == 1
 
 
 ROUTER = """
 <nav><a href="/one">One</a></nav><main>Home</main>
+<a href="/users/5" data-turbo-method="delete"
+  onclick="localStorage.gone = 1; event.preventDefault()">Remote</a>
 <script>
   document.addEventListener("click", (event) => { // as single-page frameworks do
     const link = event.target.closest("a");
@@ -1381,66 +1276,65 @@ ROUTER = """
 """
 
 
-async def test_navigation(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+async def test_navigation(meet: Meet, model: FakeModel, pages: Pages) -> None:
     """Routers take what they know, the browser loads the rest; the task goes on after that."""
-    await chat_server(serve, pages, model)
     pages.add("/two", "<main>Two</main>")
     pages.add("/swallowed", "<main>Loaded</main>")
-    guest = await meet(pages.add("/", ROUTER))
+    pages.add("/users/5", "<main>Ada</main>")
+    guest = await meet(ROUTER)
     for url, text, loads in [
         ("/one", "At /one", 0),  # by its link
         ("/other", "At /other", 0),  # by a delegated handler
         ("/two", "Two", 1),
     ]:
         before = len(pages.visits)
-        model.scripts.append(does({"action": "navigate", "url": url}))
-        model.scripts.append(says("", type="task_complete", summary=f"Now at {url}."))
-        await guest.ask(f"Go to {url}")
-        await guest.hears(f"Now at {url}.")
+        await guest.ask("Go", does(go(url)), ends(f"Now at {url}."), hears=f"Now at {url}.")
         assert text in model.prompt()
         assert f"→ {pages.url}{url}" in model.prompt()
         assert guest.results()[-1]["success"] is True
         assert await guest.page.inner_text("main") == text
         assert len([v for v in pages.visits[before:] if "favicon" not in v]) == loads
-    await guest.page.goto(f"{pages.url}/")
-    model.scripts.append(does({"action": "navigate", "url": "/swallowed"}))
-    model.scripts.append(says("", type="task_complete", summary="Still there."))
-    await guest.ask("Go")
-    await guest.hears("Still there.")
-    assert await guest.page.inner_text("main") == "Loaded"
+    # To go to an address is not to click a link that does something else with it.
+    for url, text in (("/swallowed", "Loaded"), ("/users/5", "Ada")):
+        await guest.page.goto(f"{pages.url}/")
+        await guest.ask("Go", does(go(url)), ends(f"Now at {text}."), hears=f"Now at {text}.")
+        assert await guest.page.inner_text("main") == text
+    assert await guest.page.evaluate("localStorage.gone") is None
 
     # The server allows a site's other hosts and ports; the widget stays on its own origin.
-    model.scripts.append(does({"action": "navigate", "url": "http://localhost:1/"}))
-    model.scripts.append(says("", type="abort_workflow", reason="Not there."))
-    await guest.ask("Leave")
-    await guest.hears("Not there.")
+    away = does(go("http://localhost:1/"))
+    await guest.ask("Leave", away, gives_up("Not there."), hears="Not there.")
     assert guest.results()[-1]["success"] is False
     assert "not on this website" in guest.results()[-1]["error"]
 
 
-async def test_task_over_pages(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+async def test_task_over_pages(meet: Meet, model: FakeModel, pages: Pages, server: Server) -> None:
     """A click that loads another page is reported from there, once, and the task goes on."""
-    server = await chat_server(serve, pages, model)
     count = "<script>sessionStorage.n = Number(sessionStorage.n || 0) + 1</script>"
     pages.add("/next", f"<main><h1>Next</h1><a href='/last'>Further</a></main>{count}")
     pages.add("/last", f"<main><h1>Last</h1><button>End</button></main>{count}")
-    guest = await meet(pages.add("/", "<main><a href='/next'>Next page</a></main>"))
-    model.scripts.append(does(click("Next page"), message="To the next."))
-    model.scripts.append(does(click("Further"), fill("Further", "never"), message="And further."))
-    model.scripts.append(says("", type="task_complete", summary="There."))
-    await guest.ask("Go to the end")
-    await guest.hears("There.")
+    guest = await meet("<main><a href='/next'>Next page</a></main>")
+    await guest.ask(
+        "Go to the end",
+        does(click("Next page"), message="To the next."),
+        does(click("Further"), fill("Further", "never"), message="And further."),
+        ends("There."),
+        hears="There.",
+    )
     assert len(model.requests) == 3
     assert "<h1>" not in model.prompt(1)
-    assert "URL: " + pages.url + "/next" in model.prompt(1)
-    assert "done. URL" in model.prompt(1)
-    assert "URL: " + pages.url + "/last" in model.prompt(2)
-    assert "failed at step 2: another page was loaded" in model.prompt(2)
+    for number, words in (
+        (1, f"URL: {pages.url}/next"),
+        (1, "done. URL"),
+        (2, f"URL: {pages.url}/last"),
+        (2, "failed at step 2: another page was loaded"),
+    ):
+        assert words in model.prompt(number)
     assert await guest.page.evaluate("sessionStorage.n") == "2"
     single, sequence = guest.results()
     assert single["success"] is True
-    assert sequence["success"] is False
-    assert (sequence["completedSteps"], sequence["totalSteps"]) == (1, 2)
+    wanted = {"success": False, "completedSteps": 1, "totalSteps": 2}
+    assert wanted.items() <= sequence.items()
     said = [line for line in await guest.log() if line.startswith("bot: ")]
     assert said == ["bot: Hello!", "bot: To the next.", "bot: And further.", "bot: There."]
     [session] = server.app.sessions.values()
@@ -1452,49 +1346,47 @@ async def test_task_over_pages(meet: Meet, serve: Serve, model: FakeModel, pages
     await guest.page.go_back(wait_until="commit")
     await until(lambda: session.context["url"] == f"{pages.url}/")
     await guest.see(".bot", "There.").wait_for()
-    await guest.ask("Where am I?")
-    await guest.hears("ok")
+    await guest.ask("Where am I?", hears="ok")
     assert (await guest.log())[-3:] == ["bot: There.", "user: Where am I?", "bot: ok"]
 
 
-async def test_sheet_makes_room(visit: Visit, serve: Serve, model: FakeModel, pages: Pages) -> None:
-    """On a phone the sheet is half as high while the agent acts, on the next page too."""
-    await chat_server(serve, pages, model)
-    pages.add("/next", "<main><h1>Next</h1></main>")
-    page = await visit(pages.add("/", "<main><a href='/next'>Next</a></main>"), 390, 844)
-    guest = await Guest(page).open()
+@pytest.mark.parametrize("width", [390, 1280])
+async def test_next_page(meet: Meet, model: FakeModel, pages: Pages, width: int) -> None:
+    """On a page that the agent has loaded the focus is where it was, in the chat; on a phone the
+    sheet is half as high while the agent acts."""
+    pages.add("/next", MAIN % "<button>There</button>")
+    guest = await meet("<main><a href='/next'>Next</a></main>", width=width, height=844)
     height = "node => node.offsetHeight"
-    assert await guest.see(".panel").evaluate(height) == 844
-    model.scripts.append(does(click("Next"), message="To the next."))
-    there = says("", type="task_complete", summary="There.")
-    model.scripts.append([model.at_gate, *there])
-    await guest.ask("Go on")
-    await page.wait_for_url("**/next")
+    before = await guest.see(".panel").evaluate(height)
+    to_the_next = does(click("Next"), message="To the next.")
+    await guest.ask("Go on", to_the_next, [model.at_gate, *ends("There.")])
+    await guest.page.wait_for_url("**/next")
     await until(guest.results)
-    assert await guest.see(".panel").evaluate(height) == 422
+    if width == 390:
+        assert (before, await guest.see(".panel").evaluate(height)) == (844, 422)
+    else:
+        await expect(guest.see("textarea")).to_be_focused()
     model.gate.release()
     await guest.hears("There.")
-    assert await guest.see(".panel").evaluate(height) == 844
+    assert await guest.see(".panel").evaluate(height) == before
+    assert guest.context["indexedElements"][0]["id"] > 1  # numbers go on
 
 
 async def test_leaving_in_the_middle(
-    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+    meet: Meet, model: FakeModel, pages: Pages, server: Server
 ) -> None:
     """A visitor who leaves during a plan finds it reported as cut off, and never done twice."""
-    server = await chat_server(serve, pages, model)
     body = "<main><button onclick='sessionStorage.n = 1 + (+sessionStorage.n || 0)'>Add</button>"
     pages.add("/other", body)
-    guest = await meet(pages.add("/", body))
-    model.scripts.append(does(click("Add"), {"action": "wait", "waitDuration": 9000}, click("Add")))
-    model.scripts.append(says("", type="abort_workflow", reason="It was cut off."))
-    await guest.ask("Add two")
+    guest = await meet(body)
+    two = does(click("Add"), wait(9000), click("Add"))
+    await guest.ask("Add two", two, gives_up("It was cut off."))
     await guest.page.wait_for_function("sessionStorage.n == 1")
     await guest.page.goto(f"{pages.url}/other")
     await guest.hears("It was cut off.")
     await guest.page.go_back(wait_until="commit")
     await guest.see(".bot", "It was cut off.").wait_for()
-    assert guest.results()[-1]["totalSteps"] == 3
-    assert guest.results()[-1]["success"] is False
+    assert {"success": False, "totalSteps": 3}.items() <= guest.results()[-1].items()
     assert await guest.page.evaluate("sessionStorage.n") == "1"
 
     # A message that is on its way when the page is left arrives all the same.
@@ -1504,17 +1396,14 @@ async def test_leaving_in_the_middle(
     assert (await guest.log())[-2:] == ["user: On my way", "bot: ok"]
 
     # A plan that was made for the page before is never carried out on another page.
-    plan = does(click("Add"))
     started = asyncio.Event()
 
     async def slow(request: web.Request) -> web.StreamResponse:
         started.set()
         await model.at_gate(request)
-        assert callable(plan)
-        return await plan(request)
+        return await does(click("Add"))(request)
 
-    model.scripts += [slow, says("Where were we?")]
-    await guest.ask("Add one")
+    await guest.ask("Add one", slow, says("Where were we?"))
     await started.wait()
     [session] = server.app.sessions.values()
     await guest.page.goto(f"{pages.url}/")
@@ -1529,32 +1418,12 @@ async def test_leaving_in_the_middle(
 # Pages that make it hard
 
 
-MAIN = "<main><h1>Hi</h1>%s</main>"
-
-
-async def test_navigate_presses_nothing(
-    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
-) -> None:
-    """To go to an address is not to click a link that does something else with it."""
-    await chat_server(serve, pages, model)
-    pages.add("/users/5", "<p>Ada</p>")
-    press = 'onclick="localStorage.gone = 1; event.preventDefault()"'
-    links = f"<a href='/users/5' data-turbo-method='delete' {press}>Remote</a>"
-    guest = await meet(pages.add("/", MAIN % links))
-    model.scripts.append(does({"action": "navigate", "url": f"{pages.url}/users/5"}))
-    await guest.ask("Show me Ada")
-    await guest.page.wait_for_url("**/users/5")
-    assert await guest.page.evaluate("localStorage.gone") is None
-
-
-async def test_modal_dialog(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+async def test_modal_dialog(meet: Meet, model: FakeModel) -> None:
     """A modal dialog of the page makes all else inert, but not the chat that is asked for a yes."""
-    await chat_server(serve, pages, model)
     form = "<form method=dialog onsubmit='window.sent = 1'><button>Send message</button></form>"
     body = f"<button onclick='d.showModal()'>Write to us</button><dialog id=d>{form}</dialog>"
-    guest = await meet(pages.add("/", MAIN % body))
-    model.scripts += [does(click("Write to us")), does(click("Send message"))]
-    await guest.ask("Send it")
+    guest = await meet(MAIN % body)
+    await guest.ask("Send it", does(click("Write to us")), does(click("Send message")))
     await guest.see(".confirm button", "Send message").click()
     await guest.page.wait_for_function("window.sent")
     await guest.hears("ok")
@@ -1563,151 +1432,41 @@ async def test_modal_dialog(meet: Meet, serve: Serve, model: FakeModel, pages: P
     assert "Hi" in guest.context["visibleText"]
 
 
-@pytest.mark.parametrize("way", ["delayed click", "click", "navigate"])
-async def test_late_leaving(
-    way: str, meet: Meet, serve: Serve, model: FakeModel, pages: Pages
-) -> None:
-    """A page that is left slowly, or without "beforeunload", is not reported as unchanged."""
-    await chat_server(serve, pages, model)
-    deaf = """<script>const add = window.addEventListener;
-        window.addEventListener = function(name, ...more) {
-          if (name !== "beforeunload") add.call(this, name, ...more); };</script>"""
-    fade = "event.preventDefault(); setTimeout(() => location.href = this.href, 900)"
-    link = {"delayed click": f'<a href="/next" onclick="{fade}">Onwards</a>', "navigate": ""}
-    body = MAIN % link.get(way, '<a href="/next">Onwards</a>')
-    pages.add("/next", "<main>The next page</main>")
-    guest = await meet(pages.add("/", body if way == "delayed click" else deaf + body))
+async def test_focus_stays_with_who_types(meet: Meet, model: FakeModel) -> None:
+    """A question that arrives takes no focus from who types on the page, or in the chat; after a
+    reload its answer can be seen.
 
-    async def slow(route: Route) -> None:
-        await asyncio.sleep(1.5)
-        await route.continue_()
-
-    await guest.page.route("**/next", slow)
-    go = {"action": "navigate", "url": f"{pages.url}/next"}
-    model.scripts += [does(go if way == "navigate" else click("Onwards")), says("There we are.")]
-    await guest.ask("Go on")
-    await guest.hears("There we are.")
-    assert len(model.requests) == 2
-    assert "The next page" in model.prompt()
-
-
-async def test_forms_that_hide_their_own_names(
-    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
-) -> None:
-    """Fields called like what a form is asked for cost their own form at most."""
-    await chat_server(serve, pages, model)
-    names = (
-        "elements parentElement getAttribute closest matches querySelectorAll shadowRoot".split()
-    )
-    forms = "".join(f"<form><input name='{name}' aria-label='{name}'></form>" for name in names)
-    body = forms + "<img name='forms' src='data:,'><button>Fine</button>"
-    guest = await meet(pages.add("/", MAIN % body))
-    await guest.ask("Hello")
-    await guest.hears("ok")
-    assert "Fine" in [element["text"] for element in guest.context["indexedElements"]]
-
-
-async def test_button_named_by_its_picture(
-    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
-) -> None:
-    """An icon's title is the name of its button, so that a click on it asks first."""
-    await chat_server(serve, pages, model)
+    An icon's title is the name of its button, so that a click on it asks first.
+    """
     icon = "<svg width=20 height=20 role=img><title>Delete account</title></svg>"
-    guest = await meet(pages.add("/", MAIN % f"<button onclick='gone = 1'>{icon}</button>"))
-    model.scripts.append(does(click("Delete account")))
-    await guest.ask("Clean up")
-    await guest.see(".confirm").wait_for()
-    assert not await guest.page.evaluate("window.gone")
-
-
-async def test_blocks_are_read_out(
-    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
-) -> None:
-    """A block without a message is announced; what is no text in it is left out."""
-    await chat_server(serve, pages, model)
-    guest = await meet(pages.add("/", MAIN % ""))
-    data = {"items": ["no card", {"title": "Fast", "body": "Cheap", "icon": None}]}
-    model.scripts.append(says("", type="render_ui_block", block_type="feature_grid", data=data))
-    await guest.ask("Why you?")
-    await guest.see(".cards", "Cheap").wait_for()
-    await expect(guest.see(".quiet[aria-live]")).to_contain_text("Fast")
-    await expect(guest.see(".card")).to_have_count(1)
-
-
-async def test_socket_address_from_before(
-    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
-) -> None:
-    """A chat that began while public_url was wrong finds the socket once that is fixed."""
-    await chat_server(serve, pages, model)
-    guest = await meet(pages.add("/", MAIN % ""))
-    await guest.ask("Hi")
-    await guest.hears("ok")
-    await guest.page.evaluate(
-        """() => { const key = Object.keys(localStorage).find((name) => name.endsWith("session"));
-            const kept = JSON.parse(localStorage[key]);
-            localStorage[key] = JSON.stringify({ ...kept, wsUrl: "ws://localhost:1" }); }"""
-    )
-    await guest.page.reload()
-    model.scripts.append(says("Still here."))
-    await guest.ask("And now?")
-    await guest.hears("Still here.")
-
-
-async def test_focus_stays_on_the_page(
-    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
-) -> None:
-    """Who types into the page while a question or a card arrives goes on typing there."""
-    await chat_server(serve, pages, model)
-    guest = await meet(pages.add("/", MAIN % "<input id=note><button>Send order</button>"))
-    question = says("", type="ask_user", question="Which one?", field_name="x", field_type="text")
-    for script, seen in ((question, ".bot >> text=Which one?"), (None, ".confirm")):
-        model.scripts.append([model.at_gate, *question] if script else does(click("Send order")))
-        await guest.ask("Hello")
+    guest = await meet(MAIN % f"<input id=note><button onclick='gone = 1'>{icon}</button>")
+    delete = does(click("Delete account"))
+    for script, seen in (
+        ([model.at_gate, *asks("Which?")], ".bot >> text=Which?"),
+        (delete, ".confirm"),
+    ):
+        await guest.ask("Hello", script)
         await guest.page.focus("#note")
         model.gate.release()
         await guest.see(seen).wait_for()
         await guest.page.keyboard.type("abc")
     assert await guest.page.input_value("#note") == "abcabc"
 
-
-async def test_card_in_a_tab_that_lost_the_chat(
-    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
-) -> None:
-    """What is asked there can no longer be answered there, until the chat is taken back."""
-    await chat_server(serve, pages, model)
-    url = pages.add("/", MAIN % "<button>Send order</button>")
-    guest = await meet(url)
-    model.scripts.append(does(click("Send order")))
-    await guest.ask("Order")
-    await expect(guest.see(".confirm button").first).to_be_enabled()
-    other = await guest.page.context.new_page()
-    await other.goto(url)
-    await guest.see(".banner", "another tab").wait_for()
-    await expect(guest.see(".confirm button").first).to_be_disabled()
-
-
-async def test_clearing_while_a_session_begins(
-    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
-) -> None:
-    """What was cleared before it went out does not go out."""
-    await chat_server(serve, pages, model)
-    guest = await meet(pages.add("/", MAIN % ""))
-    await guest.page.evaluate("LeFlux.clearConversation()")
-    begun, gate = asyncio.Event(), asyncio.Event()
-
-    async def slow(route: Route) -> None:
-        begun.set()
-        await gate.wait()
-        await route.continue_()
-
-    await guest.page.route("**/api/session/init", slow)
-    await guest.ask("A secret")
-    await begun.wait()
-    await guest.page.evaluate("LeFlux.clearConversation()")
-    gate.set()
-    await guest.ask("Hello")
-    await guest.hears("ok")
-    assert [post["message"] for post in guest.posts] == ["Hello"]
+    await guest.ask("Delete it", delete)
+    await guest.see("textarea").fill("and")
+    await expect(guest.see(".confirm")).to_have_count(2)
+    await guest.page.keyboard.type(" more")
+    assert await guest.see("textarea").input_value() == "and more"
+    await guest.see(".choices button:last-child:enabled").click()
+    await guest.hears(lf.ENGLISH("not_confirmed"))
+    assert not await guest.page.evaluate("window.gone")
+    await guest.see("textarea").fill("")
+    await guest.page.reload()
+    await guest.see(".confirm.no").wait_for()
+    await guest.ask("Thanks", hears="ok")
+    await guest.page.reload()
+    await guest.see(".bot", "Shall I click").last.wait_for()
+    await expect(guest.see(".note").last).to_have_text("No")
 
 
 LINKS = "".join(f"<li><a href='/{n}'>Link {n}</a></li>" for n in range(300))
@@ -1812,36 +1571,28 @@ SEEN: dict[str, Json | None] = {  # what is indexed of that page, and how
 }
 
 
-async def test_what_is_indexed(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
-    """Of 300 links and all else, what can be used is seen with its state, the important first."""
-    await chat_server(serve, pages, model)
-    guest = await meet(pages.add("/", BUSY))
-    await guest.ask("What is here?")
-    await guest.hears("ok")
+async def test_what_is_indexed(meet: Meet, model: FakeModel, pages: Pages) -> None:
+    """Of 300 links and all else, what can be used is seen, the important first.
+
+    Each element's state is in test_engines.py.
+    """
+    guest = await meet(BUSY)
+    await guest.ask("What is here?", hears="ok")
     texts = [element["text"] for element in guest.context["indexedElements"]]
     assert len(texts) == 50
     assert {"Link 0", "Search", "Mail", "Join", "Fruit"} <= set(texts)
     assert not {"Link 299", "Accept cookies", "Share"} & set(texts)
     await guest.page.evaluate("document.querySelector('nav').remove()")
-    await guest.ask("And now?")
-    await guest.hears("ok")
-    context = guest.context
-    elements = {element["text"]: element for element in context["indexedElements"]}
-    for name, wanted in SEEN.items():
-        if wanted is None:
-            assert name not in elements
-        else:
-            found = {**elements[name]}
-            found["href"] = found.get("href", "").removeprefix(pages.url)
-            assert wanted.items() <= found.items(), name
-    rows = [one["row"] for one in context["indexedElements"] if one["text"] == "Edit"]
-    assert rows == ["Ada", "Bob"]
+    await guest.ask("And now?", hears="ok")
+    found = guest.context["indexedElements"]
+    assert [one["row"] for one in found if one["text"] == "Edit"] == ["Ada", "Bob"]
+    links = [one["href"] for one in found if one["text"] == "Inside a link"]
+    assert links == [f"{pages.url}/around"]
+    elements = {one["text"]: one for one in found}
     assert "value" not in elements["Fruit"]
-    inside = [one for one in context["indexedElements"] if one["text"] == "Inside a link"]
-    assert [one["href"] for one in inside] == [f"{pages.url}/around"]
     assert "Framed text" in guest.context["visibleText"]
     assert list(elements)[-2:] == ["Accept cookies", "Share"]
-    new = {one["text"] for one in guest.context["indexedElements"] if one.get("isNew")}
+    new = {one["text"] for one in found if one.get("isNew")}
     assert {"Share", "Accept cookies"} <= new
     assert not new & {"Card one", "Fruit"}
 
@@ -1882,45 +1633,40 @@ STEPS: list[tuple[Json, str, str]] = [  # a step, what it does (a line of JavaSc
 ]
 
 
-async def test_each_kind_of_step(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
-    """Each step does what a visitor would have done, or says why not and leaves all as it was."""
-    await chat_server(serve, pages, model, limits={"chat_per_minute": 60})
-    guest = await meet(pages.add("/", BUSY.replace(LINKS, "")))
-    await guest.page.evaluate("field = (name) => document.querySelector(`[aria-label=${name}]`)")
-    for number, (step, effect, error) in enumerate(STEPS):
-        wait = {"action": "wait", "waitDuration": 0}
-        model.scripts += [does(step, wait), says("", type="task_complete", summary=f"At {number}.")]
-        await guest.ask("Go on")
-        await guest.hears(f"At {number}.")
-        [result] = [one for one in guest.results()[number]["results"] if "elementId" in one]
-        assert error in result.get("error", ""), step
-        assert result["success"] is not bool(error), (step, result)
-        said = "said = document.querySelector('#log').textContent, "
-        assert await guest.page.evaluate(said + effect), step
-    links = guest.see(".bot a")
-    assert await links.all_inner_texts() == ["Elsewhere", "Pops up"]
-
-
-LATE = {  # what a click brings later, with the time in ms
-    "router": "setTimeout(() => { history.pushState({}, '', '/late'); main.append('late') }, 900)",
-    "data": "main.ariaBusy = 'true', setTimeout(() => {"
-    " main.append('late'); main.ariaBusy = 'false' }, 2500)",
-    "leaving": "setTimeout(() => { location.href = '/late' }, 1300)",
+DEAF = """<script>const add = window.addEventListener;
+    window.addEventListener = function(name, ...more) {
+      if (name !== "beforeunload") add.call(this, name, ...more); };</script>"""
+FADE = "event.preventDefault(); setTimeout(() => location.href = this.href, 900)"
+LATE = {  # what a page does late, with the time in ms
+    "router": "<button onclick=\"setTimeout(() => { history.pushState({}, '', '/late');"
+    " main.append('late') }, 900)\">Go</button>",
+    "data": "<button onclick=\"main.ariaBusy = 'true', setTimeout(() => {"
+    " main.append('late'); main.ariaBusy = 'false' }, 2500)\">Go</button>",
+    "leaving": "<button onclick=\"setTimeout(() => location.href = '/late', 1300)\">Go</button>",
+    "slow after a while": f'<a href="/late" onclick="{FADE}">Go</a>',
+    "slow without beforeunload": f'{DEAF}<a href="/late">Go</a>',
+    "slow to navigate": DEAF,
 }
 
 
 @pytest.mark.parametrize("what", LATE)
 async def test_picture_of_a_page_at_rest(
-    what: str, meet: Meet, serve: Serve, model: FakeModel, pages: Pages
+    what: str, meet: Meet, model: FakeModel, pages: Pages
 ) -> None:
-    """After a step the picture is taken when what it has set off is there."""
-    await chat_server(serve, pages, model)
+    """After a step the picture is taken when what it has set off is there; a page that is left
+    slowly, or without "beforeunload", is not reported as unchanged."""
     pages.add("/late", "<main>late</main>")
-    body = f'<main id="main"><button onclick="{LATE[what]}">Go</button></main>'
-    guest = await meet(pages.add("/", body))
-    model.scripts += [does(click("Go")), says("There.")]
-    await guest.ask("Go")
-    await guest.hears("There.")
+    guest = await meet(f'<main id="main"><h1>Hi</h1>{LATE[what]}</main>')
+
+    async def slow(route: Route) -> None:
+        await asyncio.sleep(1.5)
+        await route.continue_()
+
+    if "slow" in what:
+        await guest.page.route("**/late", slow)
+    step = go(f"{pages.url}/late") if "navigate" in what else click("Go")
+    await guest.ask("Go", does(step), says("There."), hears="There.")
+    assert len(model.requests) == 2
     assert "late" in model.prompt().split("Visible text:")[-1]
 
 
@@ -1940,74 +1686,6 @@ TRAPS = {  # as in focus-trap, Bootstrap, MUI and Radix: the focus, the mouse or
     " if (key === 'Escape') box.remove() }, true)",
     "native": "box.showModal()",
 }
-
-
-@pytest.mark.parametrize("kind", TRAPS)
-async def test_modals_of_the_page(kind: str, visit: Visit, serve: Serve, pages: Pages) -> None:
-    """A modal of the page that keeps focus and wheel to itself leaves the chat usable."""
-    await chat_server(serve, pages)
-    tag, role = ("dialog", "") if kind == "native" else ("div", "role=dialog")
-    box = f"<{tag} {role} id=box><input id=field></{tag}><script>{TRAPS[kind]}</script>"
-    box += "<script>var left = 0; field.addEventListener('focusout', () => left++)</script>"
-    page = await visit(pages.add("/", box))
-    await page.locator("leflux-widget .launcher").wait_for()
-    await page.focus("#field")
-    await page.wait_for_timeout(600 if kind == "native" else 0)
-    guest = await Guest(page).open()
-    await page.keyboard.type("Hello")
-    assert await guest.see("textarea").input_value() == "Hello"
-    await guest.see("textarea").click()
-    await page.keyboard.type("!")
-    assert await guest.see("textarea").input_value() == "Hello!"
-    assert await page.evaluate("left") == 1  # the field knows that it is left
-    await guest.see(".log").evaluate("(log) => { log.firstChild.style.height = '2000px' }")
-    await guest.see(".log").hover()
-    await page.mouse.wheel(0, 100)
-    await expect(guest.see(".log")).not_to_have_js_property("scrollTop", 0)
-    await page.keyboard.press("Escape")
-    await page.wait_for_function("!LeFlux.isOpen()")
-    assert await page.locator("#box").count() == 1
-    assert await page.input_value("#field") == ""
-
-
-async def test_confirmation_while_typing(
-    meet: Meet, serve: Serve, model: FakeModel, pages: Pages
-) -> None:
-    """A question does not take the focus from who types; after a reload its answer can be seen."""
-    await chat_server(serve, pages, model)
-    guest = await meet(pages.add("/", MAIN % "<button>Send order</button>"))
-    model.scripts.append(does(click("Send order")))
-    await guest.ask("Order")
-    await guest.see("textarea").fill("and")
-    await guest.see(".confirm").wait_for()
-    await guest.page.keyboard.type(" more")
-    assert await guest.see("textarea").input_value() == "and more"
-    await guest.see(".choices button:last-child:enabled").click()
-    await guest.hears(lf.ENGLISH("not_confirmed"))
-    await guest.see("textarea").fill("")
-    await guest.page.reload()
-    await guest.see(".confirm.no").wait_for()
-    await guest.ask("Thanks")
-    await guest.hears("ok")
-    await guest.page.reload()
-    await guest.see(".bot", "Shall I click").wait_for()
-    await expect(guest.see(".note")).to_have_text(["No"])
-
-
-async def test_focus_after_a_page(
-    visit: Visit, serve: Serve, model: FakeModel, pages: Pages
-) -> None:
-    """On a page that the agent has loaded the focus is where it was: in the chat."""
-    await chat_server(serve, pages, model)
-    pages.add("/next", MAIN % "<button>There</button>")
-    guest = await Guest(await visit(pages.add("/", MAIN % "<a href='/next'>Next</a>"))).open()
-    model.scripts += [does(click("Next")), [model.at_gate, *says("There we are.")]]
-    await guest.ask("Go on")
-    await guest.page.wait_for_url("**/next")
-    await expect(guest.see("textarea")).to_be_focused()
-    model.gate.release()
-    await guest.hears("There we are.")
-    assert guest.context["indexedElements"][0]["id"] > 1  # numbers go on
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2056,18 +1734,16 @@ async def test_languages(visit: Visit, serve: Serve, pages: Pages) -> None:
         await guest.see(".error button").wait_for()
         await page.unroute("**/api/chat")
         texts = await guest.see(".root").evaluate(TEXTS)
-        assert words["widget"]["retry"] in texts
-        assert words["widget"]["unreachable"] in texts
-        assert "Ωmega" in texts
-        assert words["server"]["no"] in texts
+        own, said = words["widget"], words["server"]
+        assert {own["retry"], own["unreachable"], "Ωmega", said["no"]} <= set(texts)
         if tag != "en":
-            assert not (english - set(words["server"].values())) & set(texts), tag
+            assert not (english - set(said.values())) & set(texts), tag
             assert not [t for t in texts if any(w in t for w in english if len(w) > 12)], tag
         assert await page.evaluate("LeFlux.getLanguage()") == f"{tag}-XX"
         for seen in (".panel", "textarea"):
             direction = await guest.see(seen).evaluate("(one) => getComputedStyle(one).direction")
             assert direction == ("rtl" if tag == "ar" else "ltr")
-        await guest.see(f"[aria-label='{words['widget']['clear']}']").click()
+        await guest.see(f"[aria-label='{own['clear']}']").click()
         await page.evaluate("localStorage.clear(), sessionStorage.clear()")
     tags = [url.rpartition("/")[2] for url in asked if "/words/" in url]
     assert tags == [f"{tag}.json" for tag in WORDS if tag != "en"]
@@ -2098,24 +1774,23 @@ SNIPPETS = """<script>
 
 
 async def test_published_snippets(
-    visit: Visit, serve: Serve, model: FakeModel, pages: Pages
+    visit: Visit, model: FakeModel, pages: Pages, server: Server
 ) -> None:
     """Each method, getter and event of LeFlux's published API once, with its details."""
-    server = await chat_server(serve, pages, model)
     pages.add("/next", "<main>Next</main>")
     body = f"{SNIPPETS}<main><button>Press</button><a href='#next'>Further</a></main>"
-    guest = Guest(await visit(pages.add("/", body)))
+    guest = Guest(await visit(pages.add("/", body)), model)
     page = guest.page
+    get = page.evaluate
 
     async def tell(script: str, *events: str) -> list[Json]:
         """Run a snippet, wait for these events, return their details."""
-        await page.evaluate(f"heard = []; {script}; 0")
-        names = list(dict.fromkeys(events))
+        await get(f"heard = []; {script}; 0")
         await page.wait_for_function(
-            "(names) => names.every((name) => heard.some(([one]) => one === name))", arg=names
+            "(names) => names.every((name) => heard.some(([one]) => one === name))", arg=events
         )
-        heard = await page.evaluate("heard")
-        return [next(detail for name, detail in heard if name == one) for one in names]
+        heard = await get("heard")
+        return [next(detail for name, detail in heard if name == one) for one in events]
 
     [state, language] = await tell(
         "LeFlux.on('ready', ({ detail }) => heard.push(['ready', detail]), 0),"
@@ -2124,132 +1799,106 @@ async def test_published_snippets(
         "language-detected",
     )
     idle = {
-        "ready": True,
-        "open": False,
-        "expanded": False,
-        "conversation": "idle",
-        "language": "en",
-        "sessionId": await page.evaluate("LeFlux.getSessionId()"),
-        "layout": "floating",
-        "host": pages.url.removeprefix("http://"),
+        **{"ready": True, "open": False, "expanded": False, "conversation": "idle"},
+        **{"language": "en", "layout": "floating", "host": pages.url.removeprefix("http://")},
+        "sessionId": await get("LeFlux.getSessionId()"),
     }
-    assert state == await page.evaluate("LeFlux.getState()") == idle
+    assert state == await get("LeFlux.getState()") == idle
     assert language == {"lang": "en", "prev": None}
-    assert await page.evaluate("[LeFlux.isReady(), LeFlux.isOpen(), LeFlux.isExpanded()]") == [
-        True,
-        False,
-        False,
-    ]
-    await page.evaluate("LeFlux.showLauncher(false)")
-    await expect(guest.see(".launcher")).to_be_hidden()
-    await page.evaluate("LeFlux.showLauncher(true)")
-    await expect(guest.see(".launcher")).to_be_visible()
+    are = "[LeFlux.isReady(), LeFlux.isOpen(), LeFlux.isExpanded()]"
+    assert await get(are) == [True, False, False]
+    for shown in (False, True):
+        await get("(shown) => LeFlux.showLauncher(shown)", shown)
+        await expect(guest.see(".launcher")).to_be_visible(visible=shown)
     assert await tell("LeFlux.open()", "open") == [{"source": "api"}]
     assert await tell("LeFlux.toggle()", "close") == [{"source": "api"}]
-    await page.evaluate("heard = []")
+    await get("heard = []")
     await guest.open()
     await guest.see("[aria-label='Close the chat']").click()
-    assert await page.evaluate("heard") == [
-        ["open", {"source": "click"}],
-        ["close", {"source": "click"}],
-    ]
+    assert await get("heard") == [[name, {"source": "click"}] for name in ("open", "close")]
     await tell("LeFlux.dock()", "expand", "open")
-    assert (await page.evaluate("LeFlux.getState()"))["layout"] == "side-panel"
-    assert await page.evaluate("LeFlux.isExpanded()") is True
+    assert await get("[LeFlux.getState().layout, LeFlux.isExpanded()]") == ["side-panel", True]
     await tell("LeFlux.undock()", "collapse")
-    assert await page.evaluate("LeFlux.isExpanded()") is False
+    assert await get("LeFlux.isExpanded()") is False
 
-    streams(model, "Good ", "day")
+    model.scripts.append(streams(model, "Good ", "day"))
     message, started = await tell("LeFlux.send(' Hello ')", "message", "typing-start")
     assert message | {"ts": 0} == {"text": "Hello", "ts": 0, "sessionId": idle["sessionId"]}
     assert started == {}
-    assert (await page.evaluate("LeFlux.getState()"))["conversation"] == "typing"
+    assert await get("LeFlux.getState().conversation") == "typing"
     model.gate.release()
     model.gate.release()
     await guest.hears("Good day")
     await page.wait_for_function("LeFlux.getState().conversation === 'idle'")
-    heard = await page.evaluate("heard")
-    assert [name for name, _ in heard if name != "state-change"] == [
-        "message",
-        "typing-start",
-        "typing-end",
-        "on",
-        "reply",
-    ]
+    heard = await get("heard")
+    names = [name for name, _ in heard if name != "state-change"]
+    assert names == ["message", "typing-start", "typing-end", "on", "reply"]
     states = [(one["prev"], one["state"]) for name, one in heard if name == "state-change"]
     chain = ["idle", "processing", "typing", "processing", "idle"]
     assert states == list(itertools.pairwise(chain))
     reply = next(detail for name, detail in heard if name == "reply")
-    assert reply | {"ts": 0} == {"text": "Good day", "ts": 0, "isQuestion": False, "isError": False}
-    assert abs(reply["ts"] - time.time() * 1000) < 60_000
+    assert abs(reply.pop("ts") - time.time() * 1000) < 60_000
+    assert reply == {"text": "Good day", "isQuestion": False, "isError": False}
 
-    model.scripts.append(says("", type="ask_user", question="Which?", field_type="text"))
+    model.scripts.append(asks("Which?"))
     [reply] = await tell("off(), LeFlux.ask('What is there?')", "reply")
     assert (reply["text"], reply["isQuestion"]) == ("Which?", True)
-    assert "on" not in [name for name, _ in await page.evaluate("heard")]
+    assert "on" not in [name for name, _ in await get("heard")]
     await page.wait_for_function("LeFlux.getState().conversation === 'awaiting-input'")
-    assert guest.posts[-1]["intent"] == "ask"
-    assert "intent" not in guest.posts[0]
+    assert [post.get("intent") for post in guest.posts] == [None, "ask"]
 
-    model.scripts += [does(click("Press")), does({"action": "navigate", "url": "/#next"})]
-    model.scripts.append(says("", type="task_complete", summary="Pressed."))
-    action, navigating, done = await tell(
-        "LeFlux.send('Press it')", "action", "navigating", "task_complete"
-    )
-    assert action == {"type": "click_element", "target": "Press", "description": "click Press"}
-    assert navigating == {"url": f"{pages.url}/#next", "method": "link"}
-    assert done == {"summary": "Pressed."}
-    await page.evaluate("LeFlux.setVisitorData({ plan: 'Pro' }), LeFlux.reindex()")
+    model.scripts += [does(click("Press")), does(go("/#next")), ends("Pressed.")]
+    assert await tell("LeFlux.send('Press it')", "action", "navigating", "task_complete") == [
+        {"type": "click_element", "target": "Press", "description": "click Press"},
+        {"url": f"{pages.url}/#next", "method": "link"},
+        {"summary": "Pressed."},
+    ]
+    await get("LeFlux.setVisitorData({ plan: 'Pro' }), LeFlux.reindex()")
     await until(lambda: guest.context.get("visitorData") == {"plan": "Pro"})
     [error] = await tell("LeFlux.send('x'.repeat(5001))", "error")
     assert error == {"code": "invalid_message", "message": "That is too long for one message."}
+
+    # What was cleared before it went out does not go out.
     [old] = server.app.sessions
-    await page.evaluate("LeFlux.clearConversation()")
+    await get("LeFlux.clearConversation()")
     await until(lambda: old not in server.app.sessions)
     assert await guest.log() == ["bot: Hello!"]
+    begun, gate = asyncio.Event(), asyncio.Event()
+
+    async def slow(route: Route) -> None:
+        begun.set()
+        await gate.wait()
+        await route.continue_()
+
+    await page.route("**/api/session/init", slow)
+    await get("LeFlux.send('A secret')")
+    await begun.wait()
+    await get("LeFlux.clearConversation()")
+    gate.set()
+    await guest.ask("Hello again", hears="ok")
+    assert [post["message"] for post in guest.posts[3:]] == ["Hello again"]
     await tell("LeFlux.close()", "close")
 
     assert await tell("LeFlux.destroy()", "destroy") == [{}]
     assert await page.locator("leflux-widget").count() == 0
-    names = "open close toggle send ask setVisitorData dock undock clearConversation showLauncher"
-    await page.evaluate(
+    methods = "open close toggle send ask setVisitorData dock undock clearConversation showLauncher"
+    await get(
         "(names) => { heard = []; for (const name of names.split(' ')) LeFlux[name]('x'); }",
-        f"{names} reindex destroy off on",
+        f"{methods} reindex destroy off on",
     )
-    dead = idle | {"ready": False, "sessionId": None}
-    assert await page.evaluate("LeFlux.getState()") == dead
-    assert await page.evaluate("heard") == []
+    assert await get("LeFlux.getState()") == idle | {"ready": False, "sessionId": None}
+    assert await get("heard") == []
     await page.add_script_tag(url=f"{server.url}/embed.js")  # and once more
     await guest.open()
-    await guest.ask("Again")
-    await guest.hears("ok")
-
-
-async def test_api_before_it_is_ready(
-    visit: Visit, serve: Serve, model: FakeModel, pages: Pages
-) -> None:
-    """What a page calls before the chat is there is done once it is."""
-    await chat_server(serve, pages, model)
-    early = """<script>
-        new MutationObserver((_, observer) => {
-          if (!window.LeFlux) return;
-          observer.disconnect();
-          LeFlux.on("leflux:reply", ({ detail }) => { window.heard = detail.text; });
-          LeFlux.send("Sent early");
-        }).observe(document, { childList: true, subtree: true });
-    </script>"""
-    guest = Guest(await visit(pages.add("/", f"{early}<button>Press</button>", script="")))
-    await guest.hears("ok")
-    assert await guest.page.evaluate("heard") == "ok"
+    await guest.ask("Again", hears="ok")
 
 
 STORED = "Object.keys(localStorage).concat(Object.keys(sessionStorage), document.cookie || [])"
 
 
-async def test_nothing_is_stored_before(visit: Visit, serve: Serve, pages: Pages) -> None:
+async def test_nothing_is_stored_before(visit: Visit, pages: Pages, server: Server) -> None:
     """The browser stores nothing before the visitor opens the chat; with data-consent, not even
     the server is asked before LeFlux.allow()."""
-    server = await chat_server(serve, pages)
     page = await visit(pages.add("/", "<input name=email>", script="data-consent"))
     assert await page.evaluate("Object.keys(LeFlux)") == ["allow"]
     assert await page.locator("leflux-widget").count() == len(server.app.sessions) == 0
@@ -2265,22 +1914,19 @@ async def test_nothing_is_stored_before(visit: Visit, serve: Serve, pages: Pages
     assert {"leflux:userData", f"leflux {server.url} session"} <= set(stored)
 
 
-async def test_visitor_memory(visit: Visit, serve: Serve, model: FakeModel, pages: Pages) -> None:
+async def test_visitor_memory(meet: Meet, model: FakeModel, pages: Pages) -> None:
     """What a visitor has typed into forms is offered to later ones for 30 days, secrets never."""
-    await chat_server(serve, pages, model)
     form = """<input name=email><input autocomplete=given-name><input name=iban>
         <input aria-label='Telefon'><input name=q><input name=username>"""
-    guest = await Guest(await visit(pages.add("/", MAIN % form))).open()
+    guest = await meet(MAIN % form)
     page = guest.page
     for name, value in enumerate(("ada@example.com", "Ada", "DE00", "0421 1", "shoes", "ada1")):
         await page.locator("main input").nth(name).fill(value)
-    await guest.ask("Hello")
-    await guest.hears("ok")
+    await guest.ask("Hello", hears="ok")
 
     async def offered() -> dict[str, str]:
         await page.goto(f"{pages.url}/?{len(guest.posts)}")  # a reload would fill them in again
-        await guest.ask("Hello")
-        await guest.hears("ok")
+        await guest.ask("Hello", hears="ok")
         names = {
             one["id"]: one["text"] or one.get("name") for one in guest.context["indexedElements"]
         }
@@ -2306,14 +1952,12 @@ async def test_visitor_memory(visit: Visit, serve: Serve, model: FakeModel, page
     assert await offered() == {}
 
 
-async def test_attributes(visit: Visit, serve: Serve, model: FakeModel, pages: Pages) -> None:
+async def test_attributes(visit: Visit, meet: Meet, model: FakeModel, server: Server) -> None:
     """data-preview asks no server; data-no-spa-detect leaves routers alone; custom properties of
     the page restyle the panel."""
-    server = await chat_server(serve, pages, model)
     config = json.dumps({"greeting": "Look!", "layout": "side-panel"}).replace('"', "&quot;")
     style = "<style>:root { --leflux-primary: #123456; --leflux-bg: rgb(250, 240, 230) }</style>"
-    page = await visit(pages.add("/", style, script=f'data-preview="{config}"'))
-    guest = await Guest(page).open()
+    guest = await meet(style, f'data-preview="{config}"')
     await guest.ask("Hello")
     await guest.see(".bot", "This is a preview.").wait_for()
     assert (await guest.log())[:2] == ["bot: Look!", "user: Hello"]
@@ -2321,17 +1965,15 @@ async def test_attributes(visit: Visit, serve: Serve, model: FakeModel, pages: P
     assert await guest.see(".bar").evaluate(colour) == "rgb(18, 52, 86)"
     assert await guest.see(".panel").evaluate(colour) == "rgb(250, 240, 230)"
     assert not server.app.sessions
-    guest = await Guest(await visit(pages.add("/", "", script="data-no-spa-detect"))).open()
-    await guest.ask("Hello")
-    await guest.hears("ok")
+    guest = await meet("", "data-no-spa-detect")
+    await guest.ask("Hello", hears="ok")
     await guest.page.evaluate("history.pushState({}, '', '/about')")
     await guest.page.wait_for_timeout(1200)
     assert not guest.sent("update_context")
 
 
-async def test_strict_policy(meet: Meet, serve: Serve, model: FakeModel, pages: Pages) -> None:
+async def test_strict_policy(meet: Meet, model: FakeModel, pages: Pages, server: Server) -> None:
     """It works under a policy that allows the server's scripts and connections, and no more."""
-    server = await chat_server(serve, pages, model)
     policy = (
         f"default-src 'none'; script-src {server.url};"
         f" connect-src {server.url} {server.url.replace('http', 'ws')};"
@@ -2342,28 +1984,23 @@ async def test_strict_policy(meet: Meet, serve: Serve, model: FakeModel, pages: 
         '<p contenteditable="true" aria-label="Note">x</p></main>'
     )
     pages.add("/next", "<main>Next page</main>", Content_Security_Policy=policy)
-    guest = await meet(pages.add("/", body, Content_Security_Policy=policy))
+    guest = await meet(body, policy=policy)
     await guest.page.evaluate(
         """() => { window.violations = []; document.addEventListener("securitypolicyviolation",
             ({ violatedDirective, sourceFile }) => violations.push(violatedDirective)); }"""
     )
-    model.scripts.append(
-        does(fill("Name", "Ada"), fill("Note", "new"), message="With **Markdown** and `code`.")
-    )
-    items = [{"title": "T", "description": "x", "url": "/next"}]
-    block = {"block_type": "link_cards", "data": {"items": items}}
-    model.scripts.append(says("Here:", type="render_ui_block", **block))
-    await guest.ask("Fill it in")
+    message = "With **Markdown** and `code`."
+    plan = does(fill("Name", "Ada"), fill("Note", "new"), message=message)
+    cards = [{"title": "T", "description": "x", "url": "/next"}]
+    block = {"block_type": "link_cards", "data": {"items": cards}}
+    await guest.ask("Fill it in", plan, says("Here:", type="render_ui_block", **block))
     await guest.see("a.card", "T").wait_for()
     assert [step["success"] for step in guest.results()[0]["results"]] == [True, True]
     await expect(guest.see(".bot strong")).to_have_text("Markdown")
     style = "node => getComputedStyle(node).position"
     assert await guest.see(".panel").evaluate(style) == "fixed"
     assert await guest.page.evaluate("violations") == []
-    model.scripts.append(does({"action": "navigate", "url": "/next"}))
-    model.scripts.append(says("", type="task_complete", summary="There."))
-    await guest.ask("Next")
-    await guest.hears("There.")
+    await guest.ask("Next", does(go("/next")), ends("There."), hears="There.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2377,37 +2014,35 @@ async def test_visit_with_the_guide(meet: Meet, serve: Serve) -> None:
     """
     url = await shop(serve)
 
+    async def agrees(guest: Guest, selector: str, text: str) -> None:
+        await guest.see(".choices button:first-child:enabled").click()
+        await guest.page.locator(selector, has_text=text).wait_for()
+        await guest.hears("Done.")
+
     async def write(start: str) -> None:
         guest = await meet(f"{url}/{start}")
         await guest.ask("Send a message that I love your coffee, my name is Ada, ada@example.com")
-        await guest.see(".choices button:first-child:enabled").click()
-        await guest.page.locator("#sent", has_text="Thank you!").wait_for()
-        await guest.hears("Done.")
+        await agrees(guest, "#sent", "Thank you!")
         steps = [step for result in guest.results() for step in result.get("results", [])]
         assert [step["text"] for step in steps] == ["Ada", "ada@example.com", "I love your coffee"]
 
     async def visit_all() -> None:
         guest = await meet(url)
-        await guest.ask("What does Pro cost?")
-        await guest.hears("€18 a month")
+        await guest.ask("What does Pro cost?", hears="€18 a month")
         await guest.ask("Take me to contact")
         await guest.page.wait_for_url("**/contact")
         await guest.hears("Done.")
-        await guest.ask("Send a message, I'm Ada, ada@example.com")
-        await guest.hears("What shall I put into “Message”?")
-        assert await guest.page.input_value("#name") == "Ada"
-        assert await guest.page.input_value("#email") == "ada@example.com"
+        letter = "Send a message, I'm Ada, ada@example.com"
+        await guest.ask(letter, hears="What shall I put into “Message”?")
+        values = [await guest.page.input_value(field) for field in ("#name", "#email")]
+        assert values == ["Ada", "ada@example.com"]
         await guest.ask("I love your coffee")
-        await guest.see(".choices button:first-child:enabled").click()
-        await guest.page.locator("#sent", has_text="Thank you!").wait_for()
-        await guest.hears("Done.")
+        await agrees(guest, "#sent", "Thank you!")
         await guest.ask("Delete my account")
         await guest.see(".confirm button:enabled", "No").click()
         await guest.hears(lf.ENGLISH("not_confirmed"))
         await guest.ask("Delete my account")
-        await guest.see(".choices button:first-child:enabled").click()
-        await guest.page.locator("#account", has_text="is deleted").wait_for()
-        await guest.hears("Done.")
+        await agrees(guest, "#account", "is deleted")
 
     async with asyncio.TaskGroup() as group:
         for start in ("", "prices", "contact"):
@@ -2418,18 +2053,18 @@ async def test_visit_with_the_guide(meet: Meet, serve: Serve) -> None:
 async def test_visit_with_a_model(meet: Meet, serve: Serve, model: FakeModel) -> None:
     """With a model: over three pages, a form, a question and a confirmation in one task."""
     guest = await meet(await shop(serve, model))
-    model.scripts += [
-        does({"action": "navigate", "url": "/prices"}, message="I look at the prices."),
+    await guest.ask(
+        "Choose Pro and write to them",
+        does(go("/prices"), message="I look at the prices."),
         does(click("Choose Pro"), message="I choose Pro."),
         does(click("Contact"), message="Now to the form."),
         does(fill("Name", "Ada"), fill("E-mail", "ada@example.com"), message="I fill it in."),
-        says("", type="ask_user", question="What shall I write?", field_type="text"),
+        asks("What shall I write?"),
         does(fill("Message", "Hello there")),
         does(click("Send message")),
-        says("", type="task_complete", summary="It is on its way."),
-    ]
-    await guest.ask("Choose Pro and write to them")
-    await guest.hears("What shall I write?")
+        ends("It is on its way."),
+        hears="What shall I write?",
+    )
     assert "Choose Pro: a good choice" in model.prompt(2)
     await guest.ask("Hello there")
     await guest.see(".choices button:first-child:enabled").click()
