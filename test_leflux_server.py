@@ -868,8 +868,7 @@ async def leave(visitor: Visitor, how: str) -> None:
 
 
 async def test_delete_during_a_turn(keeper: Visitor, model: FakeModel, tmp_path: Path) -> None:
-    """DELETE stops a running turn, closes the socket and leaves nothing behind; nothing of what the
-    model says is written after all."""
+    """DELETE stops a running turn and closes the socket; nothing is left, or written after all."""
     model.scripts.append([sse(chunk("SECRET")), model.at_gate, *reply("SECRET")])
     await keeper.chat("SECRET")
     await keeper.next()
@@ -918,8 +917,7 @@ async def test_long_conversations(counts: Sequence[int], serve: Serve, tmp_path:
 
 
 async def test_state_directory_of_systemd(tmp_path: Path, monkeypatch: Patch) -> None:
-    """$STATE_DIRECTORY overrides state_dir; of several the first one counts. Without any state_dir
-    nothing is written."""
+    """$STATE_DIRECTORY's first folder overrides state_dir; without any nothing is written."""
     more = '[server]\nstate_dir = "unused"\n'
     folder = tmp_path / "first"
     async with program(tmp_path, more, STATE_DIRECTORY=f"{folder}:{tmp_path / 'second'}") as run:
@@ -1001,8 +999,7 @@ def reading(folder: Path) -> Iterator[None]:
 async def test_gone_sessions(
     how: str, load: Any, keeper: Visitor, model: FakeModel, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    """What is deleted, or idle and not to be kept, is in no file of the state 5 s later, however
-    much is written meanwhile."""
+    """What is deleted, or idle and not to be kept, is in no file 5 s later, whatever is written."""
     crowd, slow = load
     slow_down(monkeypatch, slow)
     leaving = await keeper.server.visitor()
@@ -1182,8 +1179,7 @@ def copies_fail(folder: Path, store: lf.Store) -> Iterator[None]:
 async def test_disk_that_fails(
     failure: Any, said: str, kept: int | None, keeper: Visitor, tmp_path: Path, caplog: Log
 ) -> None:
-    """Nobody waits for a disk that takes nothing, one error a minute is logged, and what is said
-    or deleted meanwhile is written afterwards."""
+    """Nobody waits for a disk that takes nothing; one error a minute is logged, nothing is lost."""
     store, leaving = keeper.server.app.store, await keeper.server.visitor()
     await keeper.ask("Before")
     await leaving.ask("SECRET")
@@ -1265,8 +1261,7 @@ async def test_damaged_log(
 
 @pytest.mark.parametrize("disk", [True, False])
 async def test_many_histories(disk: bool, serve: Serve, model: FakeModel, tmp_path: Path) -> None:
-    """The chats that were unused longest leave the memory; from the disk they come back, as if
-    nothing had been; without one they are dropped."""
+    """Chats unused longest leave the memory; they come back from the disk, if there is one."""
     limits = {**CROWD, "history_mb": 1}
     server = await serve(model, server=on_disk(tmp_path) if disk else {}, limits=limits)
     visitors = [await server.visitor() for _ in range(8)]
@@ -3009,8 +3004,7 @@ def expect_end(end: Json, text: str, cut_short: bool = False) -> None:
 
 @pytest.mark.parametrize("name", QUIRKS)
 async def test_stream_quirks(name: str, visitor: Visitor, model: FakeModel, caplog: Log) -> None:
-    """A stream means the same, in one read or cut at any byte, and ends visibly; a provider's own
-    texts stay with us."""
+    """However it is cut, a stream means the same and ends visibly; a provider's text stays here."""
     raw, text = QUIRKS[name]
     cut_short = name.startswith("cut")
     expected = (text, cut_short, 7 if name.startswith("usage") else None)
@@ -3398,8 +3392,7 @@ async def stale_model(how: str, seen: Counter[str]) -> AsyncIterator[str]:
 
 @pytest.mark.parametrize("how", ["close", "close soon", "reset", "half an answer"])
 async def test_stale_connections(how: str, serve: Serve, caplog: Log) -> None:
-    """A kept connection that turns out to be closed, or a pool of them, is no attempt: again at
-    once, without a word in the log."""
+    """A kept connection, or a pool, that turns out closed is no attempt: again, without a word."""
     seen, soon = Counter[str](), how == "close soon"
     async with stale_model(how, seen) as url:
         server = await serve(llm={"base_url": url})
@@ -4535,8 +4528,7 @@ async def test_a_sequence_is_planned_whole(page: OpenPage) -> None:
 
 
 async def test_what_failed_is_told_to_the_model(page: OpenPage) -> None:
-    """The trace names the failed step with its error, and that the page did not change; what is
-    new there is marked."""
+    """The trace names the failed step, its error, and if nothing changed; what is new is marked."""
     plan = await page.ask("Go", steps(step("click", 2), step("click", 2)), click(2))
     results = [{"success": True}, {"success": False, "error": "it is hidden"}]
     plan = await page.done(plan, success=False, results=results, completedSteps=1, totalSteps=2)
@@ -4590,8 +4582,7 @@ LABELS = {"message": "Show prices?", "confirm_label": "Do it", "cancel_label": "
 @cases("action", click(8), confirming(click(8), **LABELS))
 @cases("confirmed", True, False)
 async def test_an_irreversible_click_waits(page: OpenPage, action: Json, confirmed: bool) -> None:
-    """confirmation_required comes first whatever the model said, in the server's own words; one
-    yes releases it, once."""
+    """Whatever the model said, the server's own question comes first; one yes releases it, once."""
     asked = await page.ask("Go", action, ("Gone.", {"type": "task_complete"}))
     assert asked["event"] == "confirmation_required"
     assert asked["data"].keys() == {"message", "confirm_label", "cancel_label"}
@@ -4624,8 +4615,7 @@ async def test_going_where_an_irreversible_link_leads(page: OpenPage, url: str) 
 
 
 async def test_a_question_says_all_that_goes_with_it(page: OpenPage) -> None:
-    """It lists every field with what is or will be in it, on a line, cut to 200 characters; a yes
-    counts for these alone."""
+    """It lists all fields, each on a line, cut to 200 characters; a yes counts for these alone."""
     fields: list[Json] = [
         {"type": "email", "label": "To", "value": "attacker@evil.example"},
         {"type": "textarea", "label": "Message"},
@@ -4707,8 +4697,7 @@ async def test_how_actions_arrive(answer: Any, event: str, data: Json, page: Ope
     ({"inViewport": False}, True),
 )
 async def test_a_confirmed_action_is_checked_anew(page: OpenPage, change: Json, same: bool) -> None:
-    """If the element is gone, disabled or another one by now, it does not run; an element is the
-    same while it is called the same."""
+    """It does not run if the element is gone, disabled or, by its name, another one by now."""
     await page.ask("Go", click(8))
     await page.visitor.send("update_context", context=at("/shop/", SHOP_ELEMENTS[7] | change))
     end = await page.answer(True)
@@ -4721,8 +4710,7 @@ async def test_a_confirmed_action_is_checked_anew(page: OpenPage, change: Json, 
     *(("/b", "New", True), ("/", "", False)),
 )
 async def test_a_number_of_another_element(page: OpenPage, url: str, text: str, same: bool) -> None:
-    """A plan made for a page that changed while the model spoke must mean the same elements; they
-    may be gone."""
+    """A plan for a page that changed while the model spoke must mean the same elements."""
     first = {"id": 1, "type": "button", "text": "Go"}
     page.context = at("/", *([first] if text != "New" else []))  # the model has not seen it
     page.model.scripts += [[page.model.at_gate, *act("I open it.", click(1))], act("I look again.")]
@@ -5419,8 +5407,7 @@ async def test_public_addresses_only(reader: Office, website: Website) -> None:
 
 @with_constants(SWEEP_SECONDS=0.02)
 async def test_made_sites_are_crawled(reader: Office, website: Website, monkeypatch: Patch) -> None:
-    """A crawl begins by itself when one is set and when its hours are over; what is taken back, or
-    deleted, is forgotten."""
+    """A crawl begins when it is set, and by the hour; what is taken back or deleted is gone."""
     monkeypatch.setattr(lf, "is_public", lambda address: True)
     website.pages = {"/": "a"}
     server = await reader(crawl="")
@@ -5619,8 +5606,7 @@ async def test_threads_read_the_pages(reader: Office, website: Website, monkeypa
 
 @with_config(sites=[{**SHOP, "config": {"greeting": "Hey"}}])
 async def test_init(server: Server) -> None:
-    """session/init answers with a random id, the socket's address and the siteConfig; it checks
-    the fields of its body."""
+    """It tells a random id, the socket's address and the siteConfig; its fields are checked."""
     limits = {"limits": {"elements": 50, "text": 5000, "message": 5000}}
     config = server.app.sites["shop"].config | limits
     assert config["greeting"] == "Hey"
@@ -5701,8 +5687,7 @@ async def test_unregistered_host(server: Server, visitor: Visitor) -> None:
 
 
 async def test_session_and_its_history(server: Server, model: FakeModel) -> None:
-    """GET tells the conversation as the visitor saw it. For another site's pages, and for a wrong
-    id, a session does not exist."""
+    """GET tells the conversation as the visitor saw it; another site's session does not exist."""
     visitor = await server.visitor("https://www.ACME.com:8443")
     wrong = [Visitor(server, i) for i in ("x", visitor.id.upper(), "00000000-0000", "%00")]
     for stranger in (Visitor(server, visitor.id, "https://other.example"), *wrong):
@@ -5817,8 +5802,7 @@ GZIP = {"Content-Encoding": "gzip"}
 
 
 async def test_bodies(server: Server, visitor: Visitor) -> None:
-    """A body is one JSON object of 256 KiB at most, whatever its Content-Type; all else is an error
-    of the caller."""
+    """A body is one JSON object of 256 KiB at most, whatever its Content-Type."""
     fine = b'{"sessionId": "%b", "message": "Hi"}' % visitor.id.encode()
     wrong = (b"NaN", b"-Infinity", b"1e999", b'"\\ud800"', b'"\xff"')
     plain: Json = {}
@@ -6154,8 +6138,7 @@ async def init_from(server: Server, address: str) -> Answer:
 
 
 async def test_init_limit(server: Server, serve: Serve) -> None:
-    """An address gets 10 sessions a minute; one IPv6 /64 is one address. X-Forwarded-For counts
-    from trusted proxies alone."""
+    """An address or IPv6 /64 gets 10 sessions a minute; trusted proxies alone may name another."""
     for address, neighbour, stranger in (
         ("198.51.100.1", "198.51.100.1", "198.51.100.2"),
         ("2001:db8:1:2::1", "2001:db8:1:2:ffff::9", "2001:db8:1:3::1"),
@@ -6172,8 +6155,7 @@ async def test_init_limit(server: Server, serve: Serve) -> None:
 
 @with_constants(SWEEP_SECONDS=0.01)
 async def test_retry_after_is_true(serve: Serve) -> None:
-    """Who waits as long as Retry-After says is served. An address is remembered as long as its
-    limiter is not empty."""
+    """Who waits for Retry-After is served; an address is remembered until its limiter is empty."""
     slow, server = await serve(), await serve(limits={"init_per_minute": 60})
     assert (await slow.init()).status == 200
     answers = [await server.init() for _ in range(61)]
@@ -6189,8 +6171,7 @@ async def test_retry_after_is_true(serve: Serve) -> None:
 
 
 async def test_chat_limit(server: Server, visitor: Visitor) -> None:
-    """A session gets 30 messages a minute; one that fails or is a repeat does not count. No two
-    share an id, however fast they come."""
+    """A session gets 30 messages a minute, without failures and repeats; no two share an id."""
     stranger = await server.visitor()
     ids = await asyncio.gather(*(visitor.chat(clientMessageId=f"id-{n}") for n in range(30)))
     assert len(set(ids)) == 30
@@ -6204,8 +6185,7 @@ async def test_chat_limit(server: Server, visitor: Visitor) -> None:
 
 @with_config(limits={"max_sessions": 3})
 async def test_max_sessions(server: Server) -> None:
-    """Of a full house goes the oldest without a message, then the oldest without a socket; where
-    everybody talks on a socket it says so."""
+    """Of a full house goes the oldest without a message, then without a socket; else it says so."""
     talker, alone, silent = [await server.visitor(connect=n != 1) for n in range(3)]
     await talker.chat()
     await alone.chat()
@@ -6628,8 +6608,7 @@ def verdict(token: str, now: float = NOW) -> str:
 
 
 def test_good_tokens() -> None:
-    """A token of this project that Google has signed says who is calling, from 10 s before it was
-    issued to 10 s after it has expired."""
+    """A token that Google has signed says who calls, from 10 s before its time to 10 s after it."""
     for claims in GOOD_CLAIMS:
         assert verdict(make_token(claims)) == claims.get("sub", "olga")
         other_key = make_token(claims, {"kid": "key-2"}, functools.partial(sign_rsa, number=2))
@@ -6686,8 +6665,7 @@ async def keys_in(cache: lf.KeyCache, key_id: str = "key-1") -> set[str]:
 async def test_keys_are_cached_for_max_age(
     cache_control: str, seconds: int, cache: lf.KeyCache, key_server: KeyServer, clock: Clock
 ) -> None:
-    """Keys are fetched when they are first needed, and again when max-age is over; once, however
-    many need them at the same time."""
+    """Keys are fetched when needed, and when max-age is over; once, however many need them."""
     key_server.cache_control = cache_control
     assert key_server.fetches == 0
     for ahead, fetches in ((0, 1), (seconds - 10, 1), (seconds, 2), (2 * seconds - 10, 2)):
@@ -6872,8 +6850,7 @@ async def test_junk_over_http(admin: Server, caplog: Log) -> None:
 
 @pytest.mark.parametrize("who", STRANGERS)
 async def test_strangers(who: str, admin: Server) -> None:
-    """Who is neither this site's owner nor an admin gets 403 forbidden, and cannot tell a site of
-    others from none at all."""
+    """To who is no owner or admin all is 403 forbidden, a site of others and none at all alike."""
     visitor = await admin.visitor()
     own = [{"id": "other", "name": "Other", "allowedHosts": ["other.example"]}]
     expected = {"sites": own if who == "other owner" else []}
@@ -6894,8 +6871,7 @@ async def test_strangers(who: str, admin: Server) -> None:
 
 @pytest.mark.parametrize("who", ["owner", "owner by mail", "admin", "admin by mail"])
 async def test_owners_and_admins(who: str, admin: Server) -> None:
-    """Owners see and change their own sites, admins all of them and what does not exist. A site of
-    config.toml nobody deletes."""
+    """Owners manage their own sites, admins all of them; a site of config.toml nobody deletes."""
     visitor = await admin.visitor()
     shop = {"id": "shop", "name": "Acme Shop", "allowedHosts": ["acme.com", "localhost"]}
     other = {"id": "other", "name": "Other", "allowedHosts": ["other.example"]}
@@ -7045,8 +7021,7 @@ BAD_CHANGES: list[tuple[str, Json, set[str]]] = [  # the patch, the fields that 
 
 
 async def test_bad_patch(archive: Server, tmp_path: Path) -> None:
-    """A patch is validated whole: any bad field is 400 invalid_config with what is wrong with each
-    of them, and nothing is saved."""
+    """One bad field is 400 invalid_config with what is wrong with each, and nothing is saved."""
     for path, patch, wrong in BAD_CHANGES:
         answer = await archive.manage("PATCH", f"/shop{path}", patch, "admin")
         assert answer.error == (400, "invalid_config"), patch
@@ -7417,8 +7392,7 @@ async def test_search(archive: Server) -> None:
 
 
 async def test_owner_sees_what_the_agent_did(archive: Server, model: FakeModel) -> None:
-    """An owner's history holds each step with its outcome, and each answer to a question; the
-    visitor's does not."""
+    """An owner's history, not the visitor's, holds each step, its outcome, and each yes or no."""
     page = OpenPage(await archive.visitor(), model, SHOWN)
     plan = await page.ask("Do it", steps(*[step("click", 1)] * 2), ("Sure?", click(2)))
     results = [{"success": True}, {"success": False, "error": "it is covered"}]
@@ -7520,8 +7494,7 @@ async def test_activity_of_a_site(archive: Server, model: FakeModel, tmp_path: P
 
 
 async def test_hosts_that_owners_add(admin: Server) -> None:
-    """Only below a host that they have, and not below another site's, on whatever port; all else
-    is for admins to give."""
+    """They lie below a host of theirs, not below another site's; all else is for admins."""
     mine = {"allowedHosts": ["acme.com", "localhost", "ported.example:8443"]}
     theirs = {"allowedHosts": ["other.example", "shop.acme.com:8443"]}
     for refused, hosts in (
@@ -7776,8 +7749,7 @@ KEY = {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
 
 @pytest.mark.parametrize("path", ["/", "/ws"])
 async def test_upgrade_needs_a_site(path: str, server: Server, visitor: Visitor) -> None:
-    """The Origin is checked before the upgrade; a handshake that is none gets the one error
-    shape. ?sessionId= joins at once."""
+    """The Origin is checked first; errors have the one shape; ?sessionId= joins at once."""
     for origin, host in ((None, ""), ("null", ""), ("https://evil.example", "evil.example")):
         with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
             await server.socket(f"{path}?sessionId={visitor.id}", origin)
@@ -7933,8 +7905,7 @@ async def test_dropped_socket(known: bool, how: str, visitor: Visitor, model: Fa
      ("9" * 400, 3), ("%00", 3)],
 )  # fmt: skip
 async def test_last_seq(last_seq: Any, first: int | None, visitor: Visitor) -> None:
-    """lastSeq of an earlier turn, or none, gets the whole current one, a later one only what is
-    new. A lastSeq that is no number is none."""
+    """Of a lastSeq before the current turn, or none, all of that comes, else what is new."""
     await visitor.ask()  # seq 1 and 2
     await visitor.ask()  # seq 3 and 4
     await visitor.connect(last_seq)
@@ -7946,8 +7917,7 @@ async def test_last_seq(last_seq: Any, first: int | None, visitor: Visitor) -> N
 @pytest.mark.parametrize("said", ["", "Half an answer"])
 @pytest.mark.parametrize("how", ["message", "stop"])
 async def test_a_turn_is_settled(how: str, said: str, visitor: Visitor, model: FakeModel) -> None:
-    """A new message, or stop, ends the turn with its text so far and cancels the call upstream; the
-    next turn is like any other."""
+    """A new message, or stop, ends the turn with its text so far and cancels the call upstream."""
     model.scripts.append([sse(chunk(said)), forever])
     await visitor.chat("first")
     await until(lambda: len(model.requests) == 1)
@@ -8070,8 +8040,7 @@ def write_raw(visitor: Visitor, raw: bytes) -> None:
 
 
 async def test_largest_frame(visitor: Visitor) -> None:
-    """A frame may be 256 KiB long; a longer one closes with 1009. Fragments count together. A
-    binary frame closes with 1003."""
+    """A frame, or its fragments, of over 256 KiB closes with 1009, a binary one with 1003."""
     await visitor.ws.send_str("x" * 2**18)
     assert (await visitor.next())["data"]["code"] == "invalid_event"
     await visitor.ws.send_str("x" * (2**18 + 1))
@@ -8131,8 +8100,7 @@ async def test_frames_that_break_the_protocol(server: Server, visitor: Visitor) 
 
 @with_constants(PING_SECONDS=0.1)
 async def test_pings(server: Server) -> None:
-    """The server pings every 25 s, and goes on while it is answered. Per-message compression is
-    not agreed to."""
+    """The server pings every 25 s while it is answered; compression is not agreed to."""
     visitor = await server.visitor(connect=False)
     ws = await server.socket(f"/?sessionId={visitor.id}", autoping=False, compress=15)
     assert not ws.compress
@@ -8364,8 +8332,7 @@ async def test_systemd(environ: dict[str, str], tmp_path: Path, manager: socket.
 async def test_watchdog_is_fed(
     more: Json, serve: Serve, manager: socket.socket, monkeypatch: Patch
 ) -> None:
-    """A server that systemd watches says twice in the time it is given that it runs; nothing but
-    its event loop does."""
+    """A server that systemd watches says twice in its time that it runs; the event loop says it."""
     environ = {"NOTIFY_SOCKET": manager.getsockname(), "WATCHDOG_USEC": "600000", **more}
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
