@@ -791,8 +791,7 @@ async def test_state_is_private(tmp_path: Path) -> None:
 
 
 async def test_messages_are_kept_first(keeper: Visitor, model: FakeModel, tmp_path: Path) -> None:
-    """A session is on disk from its first message on, which is there when /api/chat answers and
-    before the model hears of it; a silent session is not."""
+    """A session is on disk from its first message on, before the model hears it; else it is not."""
     heard, silent = list[Any](), await keeper.server.visitor()
 
     async def note_what_is_kept(_: web.Request) -> None:
@@ -1851,8 +1850,7 @@ async def test_addresses_are_forgotten(serve: Serve) -> None:
 @pytest.mark.parametrize(("per_minute", "ends"), [(1, "message"), (600, "message_done")])
 @with_constants(MODEL_CALL_WAIT_SECONDS=0.3)
 async def test_session_calls(per_minute: int, ends: str, serve: Serve, model: FakeModel) -> None:
-    """Each call to the model counts for its session: over the limit a task waits, and ends visibly
-    if that takes too long; another session goes on."""
+    """Over its limit of calls a session's task waits, and ends visibly if that takes too long."""
     server = await serve(model, limits={"model_calls_per_minute": per_minute})
     visitor = await server.visitor()
     await visitor.ask()
@@ -3057,8 +3055,7 @@ async def test_model_request(model: FakeModel) -> None:
 
 
 async def test_refused_parameter_that_is_old_news(server: Server, model: FakeModel) -> None:
-    """Calls that are refused at the same time drop the parameter once; a late refusal does not
-    bring back what was dropped meanwhile."""
+    """Calls refused at once drop the parameter once; a late refusal brings nothing back."""
     late, *quick = [await server.visitor() for _ in range(4)]
     refuse = cast(Any, complaint("json_schema is not supported"))
 
@@ -3118,8 +3115,7 @@ async def test_retries(
     model: FakeModel,
     caplog: Log,
 ) -> None:
-    """429, 5xx and lost connections are retried twice, when the provider asks for it; what it says
-    is not shown; failures cost nothing."""
+    """429, 5xx and lost connections are retried twice; what a provider says is not shown."""
     model.scripts.extend(scripts)
     with taking(*seconds):
         expect_end(end := await visitor.ask(), text)
@@ -4229,8 +4225,7 @@ def test_prompt_holds_first_and_last_messages(count: int, forgotten: range) -> N
 
 
 async def test_prompt_of_a_turn(serve: Serve, model: FakeModel, tmp_path: Path) -> None:
-    """Owner's words in the system message, then the page under a nonce, then the conversation; what
-    belongs to this question alone comes last."""
+    """Owner's words, the page under a nonce, the talk; what is for this question comes last."""
     (tmp_path / "guide.md").write_text(GUIDEBOOK)
     site = {**SHOP, "instructions": "Always be formal.", "knowledge": ["guide.md"]}
     server = await serve(model, folder=tmp_path, sites=[site | {"timezone": "Asia/Tokyo"}])
@@ -4345,8 +4340,7 @@ async def test_a_new_picture_gets_a_new_nonce(visitor: Visitor, model: FakeModel
 async def test_long_page_is_cut(
     message: int, elements: int, text: int, serve: Serve, model: FakeModel
 ) -> None:
-    """More elements than 50 and text beyond 5,000 characters are cut silently; these limits, and
-    that of a message, are settings."""
+    """Elements over 50 and text over 5,000 characters are cut silently; the limits are settings."""
     limits = {"message_chars": message, "indexed_elements": elements, "visible_text_chars": text}
     visitor = await (await serve(model, limits=limits if text < 5000 else {})).visitor()
     shown = [{"id": n, "type": "button", "text": f"element-{n}."} for n in range(1, elements + 9)]
@@ -5085,8 +5079,7 @@ FIELDS = {  # of the demo's form: label, type, what is put into it
     *((path, wish, COFFEE) for path in DEMO_PAGES for wish in WHOLE_MESSAGES),
 )
 async def test_demo_messages(path: str, wish: str, given: Json, visit_demo: VisitDemo) -> None:
-    """The form is found, and filled in as far as the wish goes; all else that it requires is asked
-    for, one after the other; sending needs a yes."""
+    """The form is found and filled in; what the wish leaves out is asked; sending needs a yes."""
     page, values = await visit_demo(path), dict[str, str]()
     heard = await page.ask(wish)
     if path != "/contact":
@@ -5742,8 +5735,7 @@ async def test_stats_and_health(server: Server, visitor: Visitor, model: FakeMod
 
 @pytest.mark.parametrize("demo", [True, False])
 async def test_the_widget_is_for_every_page(serve: Serve, demo: bool) -> None:
-    """/embed.js may be loaded from anywhere, with and without Origin, demo or not; cors_origins
-    names those who may read other answers."""
+    """Anybody may load /embed.js, demo or not; cors_origins names who may read other answers."""
     server = await serve(server={"demo": demo, "cors_origins": ["https://acme.com"]})
     expected = {
         "Content-Type": "text/javascript; charset=utf-8",
@@ -5979,8 +5971,7 @@ async def test_routes_and_cors(broken: Json, origin: str, server: Server) -> Non
 
 
 async def test_preflight(admin: Server) -> None:
-    """A preflight of any route tells a browser on another's page that it may go on, without a
-    token; the answers of the admin API, 401 too, can be read."""
+    """Others' pages may go on, on any route, without a token, and read the admin API's answers."""
     asked = {"Access-Control-Request-Headers": "authorization,content-type,x-more"}
     visitors = {"POST": "/api/session/init /api/chat", "GET": "/api/session/x"}
     rows = [(method, path) for method, paths in visitors.items() for path in paths.split()]
@@ -6321,8 +6312,7 @@ SEQUENCE = {"success": False, "results": [{"success": False}], "completedSteps":
     ("chat", {}, True),
 )
 async def test_activity(event: str, data: Json, counts: bool, visitor: Visitor) -> None:
-    """Messages, results and confirmations are activity; a socket, GET and the rest are not. None
-    but a message has an answer of its own."""
+    """Messages, results and confirmations are activity; a socket, GET and the rest are not."""
     visitor.age(1000)
     if event == "chat":
         await visitor.ask()
@@ -7033,8 +7023,7 @@ async def test_bad_patch(archive: Server, tmp_path: Path) -> None:
 
 
 async def test_changes_hold_at_once(admin: Server, model: FakeModel) -> None:
-    """Changes hold at once, for running sessions too: the widget's config, what the model is told
-    and knows, and what it may do."""
+    """They hold for running sessions too: the config, what the model is told, what it may do."""
     page = OpenPage(await admin.visitor(), model, SHOWN)
     go = {"type": "navigate", "url": "/prices"}
     assert (await page.ask("Hello", go))["event"] == "action_plan"
@@ -7056,8 +7045,7 @@ async def test_changes_hold_at_once(admin: Server, model: FakeModel) -> None:
 
 @with_config(limits={"site_messages_per_day": 2})
 async def test_refusal_and_counts_hold_at_once(admin: Server, model: FakeModel) -> None:
-    """Owners see what is used, and visitors the refusal that the owner has just written; a paused
-    site's visitors get it at once and until it is taken back."""
+    """Owners see what is used, visitors the latest refusal; a paused site gives it at once."""
     visitor = await admin.visitor()
 
     async def expect_refusal(text: str) -> None:
@@ -8437,8 +8425,7 @@ SERVICE = lf.HERE / "leflux.service"
 
 
 async def test_service_file(tmp_path: Path) -> None:
-    """systemd knows every line of the service and puts its exposure at 1.2 of 10 or lower; it waits
-    longer than the drain, and watches."""
+    """systemd knows every line, puts its exposure at 1.2 of 10 or lower, and outwaits the drain."""
     text = SERVICE.read_text()
     settings = dict(re.findall(r"^(\w+)=(.*)$", text, re.M))
     assert int(settings["TimeoutStopSec"]) > lf.ServerConfig().shutdown_seconds + 10
