@@ -153,15 +153,12 @@ ENTRIES = {
 }
 
 
-def site_index() -> dict[tuple[str, int | None], lf.Site]:
+def site_of(method: str, headers: Sequence[tuple[str, str]], scheme: str = "http") -> str | None:
     sites = [{"id": i, "name": i, "allowed_hosts": hosts} for i, hosts in ENTRIES.items()]
     config = lf.parse_config({"sites": sites}, {})
-    return {entry: site for site in config.sites for entry in site.allowed_hosts}
-
-
-def site_of(method: str, headers: Sequence[tuple[str, str]], scheme: str = "http") -> str | None:
+    index = {entry: site for site in config.sites for entry in site.allowed_hosts}
     caller = lf.caller_host(method, CIMultiDict(headers), scheme)
-    site = lf.find_site(site_index(), *caller) if caller else None
+    site = lf.find_site(index, *caller) if caller else None
     return site.id if site else None
 
 
@@ -436,29 +433,6 @@ def outside(form: str) -> list[Any]:
     return [low - 1, low * 0.9 - 0.001, high + 0.1, "1", True, INF, NAN]
 
 
-WRONG_VALUES: list[tuple[str, list[Any], str]] = [  # keys, values, and what they must be
-    *((keys, outside(form), form) for form, keys in BOUNDS.items()),
-    (TABLES, [5, [5], "x"], "a table"),
-    (LISTS, ["127.0.0.1"], A_LIST),
-    ("sites", [5], A_LIST),
-    ("sites", [{}, {"id": "x"}], "written [[sites]], in double brackets, once for each site"),
-    ("server.host", ["", 5, "a b", "http://x"], "an address such as 127.0.0.1 "),
-    ("server.public_url", ["ftp://x.com", "https://x.com/path", "x.com"], PUBLIC_URL),
-    ("server.cors_origins/1", ["acme.com", 5, "https://acme.com/"], AN_ORIGIN),
-    ("server.trusted_proxies/1", ["localhost", "10.0.0.0/33", 5], NETWORK),
-    ("server.signup_url", ["javascript:x", 5], f"{A_URL}, or a relative one such as /logo.png "),
-    ("server.demo", [1, "yes"], "true or false"),
-    ("server.log_level", ["debug", 10], "one of DEBUG, INFO, WARNING, ERROR, CRITICAL"),
-    ("llm.base_url firebase.keys_url", ["", "localhost:8080", "ftp://x", 5], f"{ENDPOINT} "),
-    ("llm.api_key_env", ["", "A B", 5, "x-1"], "the name of the variable that holds the key "),
-    ("llm.extra", [{"model": "x"}], "a table without messages, model, stream and max_tokens"),
-    ("sites[shop].restrictions/1", ["fly"], "one of navigate, type, submit"),
-    ("sites[shop].timezone", ["Berlin", 0], "a time zone such as Europe/Berlin"),
-    ("sites[shop].config.layout", ["top"], "one of floating, bottom-bar, side-panel"),
-    ("sites[shop].config.primaryColor", ["#ff"], "a CSS colour such as #a855f7 "),
-    ("sites[shop].config.quickChips/1", [{"label": "x"}], CHIP_FORM),
-    ("sites[shop].allowed_hosts/2", [5, None, ["a.com"]], "a string of 0 to 300 characters "),
-]
 UNKNOWN = """srever:server port:server.port server.prot:port llm.api_key:api_key_env limits.zzz:
 limits.unknown: firebase.admin:admins firebase.unknown: sites[shop].allowedHosts:allowed_hosts
 sites[shop].greeting:config.greeting sites[shop].unknown: sites[shop].config.unknown:
@@ -480,7 +454,30 @@ def expect_line(key: str, value: Any, line: str) -> None:
     assert str(caught.value) == f"{key.replace('/', ' item ')} {line}"
 
 
-@pytest.mark.parametrize(("keys", "values", "form"), WRONG_VALUES)
+@cases(
+    "keys, values, form",
+    *((keys, outside(form), form) for form, keys in BOUNDS.items()),
+    (TABLES, [5, [5], "x"], "a table"),
+    (LISTS, ["127.0.0.1"], A_LIST),
+    ("sites", [5], A_LIST),
+    ("sites", [{}, {"id": "x"}], "written [[sites]], in double brackets, once for each site"),
+    ("server.host", ["", 5, "a b", "http://x"], "an address such as 127.0.0.1 "),
+    ("server.public_url", ["ftp://x.com", "https://x.com/path", "x.com"], PUBLIC_URL),
+    ("server.cors_origins/1", ["acme.com", 5, "https://acme.com/"], AN_ORIGIN),
+    ("server.trusted_proxies/1", ["localhost", "10.0.0.0/33", 5], NETWORK),
+    ("server.signup_url", ["javascript:x", 5], f"{A_URL}, or a relative one such as /logo.png "),
+    ("server.demo", [1, "yes"], "true or false"),
+    ("server.log_level", ["debug", 10], "one of DEBUG, INFO, WARNING, ERROR, CRITICAL"),
+    ("llm.base_url firebase.keys_url", ["", "localhost:8080", "ftp://x", 5], f"{ENDPOINT} "),
+    ("llm.api_key_env", ["", "A B", 5, "x-1"], "the name of the variable that holds the key "),
+    ("llm.extra", [{"model": "x"}], "a table without messages, model, stream and max_tokens"),
+    ("sites[shop].restrictions/1", ["fly"], "one of navigate, type, submit"),
+    ("sites[shop].timezone", ["Berlin", 0], "a time zone such as Europe/Berlin"),
+    ("sites[shop].config.layout", ["top"], "one of floating, bottom-bar, side-panel"),
+    ("sites[shop].config.primaryColor", ["#ff"], "a CSS colour such as #a855f7 "),
+    ("sites[shop].config.quickChips/1", [{"label": "x"}], CHIP_FORM),
+    ("sites[shop].allowed_hosts/2", [5, None, ["a.com"]], "a string of 0 to 300 characters "),
+)
 def test_wrong_values(keys: str, values: list[Any], form: str) -> None:
     """A wrong value gives a line that names the key, what it must be, and the value if it is
     short and no secret (a form that ends with a space: it is not shown)."""
@@ -526,7 +523,10 @@ NOT_A_HOST = """* a.com: a.com:0 a.com:65536 a.com:https a..b exam!ple.com a.com
 256.1.1.1 1.2.3.4.5 weißbier.de \uff41cme.com"""
 SHARED = """co.uk com.au github.io pages.dev netlify.app vercel.app web.app herokuapp.com com acme
 myshopify.com wordpress.com intranet"""
-WRONG_HOSTS: list[tuple[Any, str]] = [  # an entry of allowed_hosts, and what is said of it
+
+
+@cases(
+    "entry, problem",
     *(
         (entry, f'must be a host or host:port, not "{entry}"; write "a.com"')
         for entry in [*COPIED.split(), " a.com", "a.com "]
@@ -542,10 +542,7 @@ WRONG_HOSTS: list[tuple[Any, str]] = [  # an entry of allowed_hosts, and what is
             **{"*.co.uk": "co.uk", "a b.com": "a"},
         }.items()
     ),
-]
-
-
-@pytest.mark.parametrize(("entry", "problem"), WRONG_HOSTS)
+)
 def test_lines_about_wrong_hosts(entry: str, problem: str) -> None:
     """Shared suffixes, single labels and what is no host; the line says what to write instead."""
     expect_line("sites[shop].allowed_hosts/2", entry, problem)
@@ -811,17 +808,17 @@ async def test_messages_are_kept_first(keeper: Visitor, model: FakeModel, tmp_pa
 ENDED = {"type": "task_complete", "summary": "It"}
 FAQ: Json = {"type": "render_ui_block", "block_type": "faq_list"}
 FAQ["data"] = {"items": [{"q": "Q", "a": "A"}]}
-LAST_EVENTS = [  # the ends of a turn, and what of them the history keeps
+
+
+@cases(
+    "case",  # what ends a turn, how, and what of it the history keeps
     ("message_done", reply("The reply"), "The reply"),
     ("message", act("", {"type": "ask_user", "question": "The reply"}), "The reply"),
     ("message", act("The reply", {"type": "abort_workflow", "reason": "no"}), "The reply\n\nno"),
     ("task_complete", act("The reply", ENDED), "The reply\n\nIt"),
     ("confirmation_required", act("The reply", {**CLICK, "elementId": 2}), "The reply"),
     ("ui_block", act("The reply", FAQ), "The reply"),
-]
-
-
-@cases("case", *LAST_EVENTS)
+)
 async def test_end_of_a_turn(
     case: Any, keeper: Visitor, model: FakeModel, monkeypatch: Patch, tmp_path: Path
 ) -> None:
@@ -972,17 +969,6 @@ async def longest_stop() -> AsyncIterator[list[float]]:
     watcher.cancel()
 
 
-def slow_down(monkeypatch: Patch, seconds: float) -> None:
-    """Let each copy of a log that is written take so much longer, as on a slow disk."""
-    copy_log = lf.Store._copy_log
-
-    def slow(store: lf.Store) -> tuple[int, int]:
-        time.sleep(seconds if store.writable.is_set() else 0)
-        return copy_log(store)
-
-    monkeypatch.setattr(lf.Store, "_copy_log", slow)
-
-
 @contextlib.contextmanager
 def reading(folder: Path) -> Iterator[None]:
     """Another program holds on to what the database has now, as a backup does."""
@@ -999,8 +985,13 @@ async def test_gone_sessions(
     how: str, load: Any, keeper: Visitor, model: FakeModel, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     """What is deleted, or idle and not to be kept, is in no file 5 s later, whatever is written."""
-    crowd, slow = load
-    slow_down(monkeypatch, slow)
+    (crowd, seconds), copy_log = load, lf.Store._copy_log
+
+    def slow(store: lf.Store) -> tuple[int, int]:
+        time.sleep(seconds if store.writable.is_set() else 0)
+        return copy_log(store)
+
+    monkeypatch.setattr(lf.Store, "_copy_log", slow)
     leaving = await keeper.server.visitor()
     for visitor, mark in ((leaving, "SECRET"), (keeper, "STAYING")):
         for length in (0, 4900):
@@ -2164,7 +2155,9 @@ def test_knowledge_that_cannot_be_read(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------
 # Reading a page
 
-BUILDERS = [  # page of bench/pages, title, facts as "heading | text", contacts, what is left out
+
+@cases(
+    "name, title, facts, contacts, noise",  # facts as "heading | text"; noise: what is left out
     (
         "wordpress",
         "Öffnungszeiten \u2013 Fahrradwerkstatt Kette & Ritzel",
@@ -2207,10 +2200,7 @@ BUILDERS = [  # page of bench/pages, title, facts as "heading | text", contacts,
         "0117 555 0123 / hello@lumen.example",
         "Home reading Draft",
     ),
-]
-
-
-@pytest.mark.parametrize(("name", "title", "facts", "contacts", "noise"), BUILDERS)
+)
 def test_site_builders(name: str, title: str, facts: str, contacts: str, noise: str) -> None:
     """The facts of a page are found under their headings, without what stands around them."""
     raw = (lf.HERE / "bench" / "pages" / f"{name}.html").read_bytes()
@@ -2299,11 +2289,6 @@ def test_charsets(raw: bytes, header: str, text: str) -> None:
     assert page.sections == (("", text),)
 
 
-def linked_data(data: Any) -> list[tuple[str, str]]:
-    body = f"<script type=application/ld+json>{data if isinstance(data, str) else json.dumps(data)}"
-    return list(lf.read_page(f"{body}</script>".encode(), "https://acme.com/", {}).page.sections)
-
-
 @cases(
     "data, facts",
     ({"name": "Acme", "@type": "WebSite"}, []),
@@ -2323,7 +2308,9 @@ def linked_data(data: Any) -> list[tuple[str, str]]:
 )  # fmt: skip
 def test_linked_data(data: Any, facts: list[tuple[str, str]]) -> None:
     """What JSON-LD says of products, organisations and questions becomes readable."""
-    assert linked_data(data) == facts
+    body = f"<script type=application/ld+json>{data if isinstance(data, str) else json.dumps(data)}"
+    page = lf.read_page(f"{body}</script>".encode(), "https://acme.com/", {}).page
+    assert list(page.sections) == facts
 
 
 HOSTILE_MARKUP = """<a |<a b="|<!--|<!-- -->|<![CDATA[|<![x>|<!|<?|</|</a|<a>|</a>|<div hidden>|<p>a
