@@ -236,8 +236,7 @@ def config_of(config: Json) -> Any:
     ("language", ["pt-BR", "auto"], ["klingon-is-a-very-long-tag-of-more-than-35", "d e"]),
     ("words", [{"title": "Oi"}], [{"title": 5}, ["title"], {f"k{n}": "x" for n in range(201)}]),
     ("limits", [], [{"elements": 5}]),
-    ("nudge.enabled", [True, False], [1]),
-    ("nudge.message", ["x" * 140], ["x" * 141]),
+    *(("nudge.enabled", [True, False], [1]), ("nudge.message", ["x" * 140], ["x" * 141])),
     ("nudge.style", ["bubble", "card", "minimal"], ["box"]),
     ("nudge.delay", [0, 3000], [-1, "3000"]),
     ("nudge.dismissable", [True, False], [0]),
@@ -386,8 +385,7 @@ def expect_line(key: str, value: Any, line: str) -> None:
     "keys, values, form",
     *((keys, outside(form), form) for form, keys in BOUNDS.items()),
     (TABLES, [5, [5], "x"], "a table"),
-    (LISTS, ["127.0.0.1"], A_LIST),
-    ("sites", [5], A_LIST),
+    *((LISTS, ["127.0.0.1"], A_LIST), ("sites", [5], A_LIST)),
     ("sites", [{}, {"id": "x"}], "written [[sites]], in double brackets, once for each site"),
     ("server.host", ["", 5, "a b", "http://x"], "an address such as 127.0.0.1 "),
     ("server.public_url", ["ftp://x.com", "https://x.com/path", "x.com"], PUBLIC_URL),
@@ -2176,9 +2174,7 @@ BROKEN_PAGES: list[tuple[str, list[str]]] = [  # a page's body, and the texts wi
     ("<form><p>no</form><button>no</button><select><option>no</select><label>yes", ["yes"]),
     ("<script>no</script><style>no</style><template>no</template><noscript>no</noscript>a", ["a"]),
     ("<script>if (a < b) '<!--'</script>yes<!-- no --><!no><?no?><![CDATA[no]]>!", ["yes !"]),
-    ("yes<script>no, and so on", ["yes"]),
-    ("yes<!-- no, and so on", ["yes"]),
-    ("yes <a href='x", ["yes"]),
+    *((f"yes{rest}", ["yes"]) for rest in ("<script>no, and so on", "<!-- no, and", " <a href='x")),
     ("<p title='a>b' x=\"yes\">1</p><p title=a'b>2", ["1", "2"]),
     ("<title>no</title><svg><title>no</title><text>no</text></svg>\x00yes", ["\x00yes"]),
     ("<table><tr><td>Mug<td>£5<tr><th>Cup<td>£4</table>", ["Mug £5", "Cup £4"]),
@@ -2457,8 +2453,7 @@ BAD_URLS = (  # only http(s) of a host of the same site is good, however it is w
     steps(step("navigate", url="/x"), step("click", 2)),
     {"type": "execute_generic_sequence"},
     {"type": "execute_generic_sequence", "steps": {"0": step("click", 1)}},
-    {"type": "ask_user", "question": 5},
-    {"type": "task_complete", "summary": []},
+    *({"type": "ask_user", "question": 5}, {"type": "task_complete", "summary": []}),
     {"type": "abort_workflow", "reason": {}},
     {"type": "confirmation_required", "message": "Sure?"},
     *(confirming("click"), confirming(click(99)), confirming(click(2), confirm_label=1)),
@@ -3003,7 +2998,7 @@ AT_ONCE, SOON = (0, 0.45), (0.45, 9)  # Retry-After: 0 is less than our backoff
 
 
 @cases(
-    "scripts, text, calls, seconds",
+    "case",  # scripts, text, calls, seconds: low and high
     ([BUSY, reply("Hi")], "Hi", 2, AT_ONCE),
     ([*BROKEN, reply("Hi")], "Hi", 3, AT_ONCE),
     ([BUSY, BUSY, BUSY, reply("never")], "", 3, AT_ONCE),
@@ -3021,16 +3016,9 @@ AT_ONCE, SOON = (0, 0.45), (0.45, 9)  # Retry-After: 0 is less than our backoff
     *(([reset, [b": hello\n\n", cut_wire]], "ok", 3, (1.9, 9)), ([reset] * 4, "", 3, (1.9, 9))),
 )
 @with_config(limits=MUCH)
-async def test_retries(
-    scripts: list[Script],
-    text: str,
-    calls: int,
-    seconds: tuple[float, float],
-    visitor: Visitor,
-    model: FakeModel,
-    caplog: Log,
-) -> None:
+async def test_retries(case: Any, visitor: Visitor, model: FakeModel, caplog: Log) -> None:
     """429, 5xx and lost connections are retried twice; what a provider says is not shown."""
+    scripts, text, calls, seconds = case
     model.scripts.extend(scripts)
     with taking(*seconds):
         expect_end(end := await visitor.ask(), text)
@@ -3732,9 +3720,8 @@ def first_reply(message: str, page: Json = PAGE, found: lf.Found | None = None) 
     ("How much is the Pro plan?", ["20 euros a month"]),
     ("do you ship worldwide", ["We ship worldwide."]),
     ("Where can I book a demo?", ["you can use “Book a demo”"]),
-    ("pricing please", ["you can use “Pricing”"]),
+    *(("pricing please", ["you can use “Pricing”"]), ("xyzzy", ["do not know", "other words"])),
     ("When do you open?", ["nine in the morning"]),
-    ("xyzzy", ["do not know", "other words"]),
     *(("", ["do not know"]), ('"; DROP TABLE passage; --', ["do not know"])),
     *(("Is there a way to delete my account?", []), ("delete my account", [])),  # it is disabled
 )
@@ -5980,12 +5967,9 @@ async def test_metrics(serve: Serve, model: FakeModel, tmp_path: Path) -> None:
 async def test_numbers_are_for_trusted_addresses(serve: Serve) -> None:
     """/metrics and /health?deep are for server.metrics_from; strangers cannot tell they exist."""
     for forwarded_for, metrics_from, welcome in (
-        (None, None, True),
-        (None, [], False),
-        ("203.0.113.9", None, False),
-        ("203.0.113.9", ["203.0.113.0/24"], True),
-        ("127.0.0.1, 203.0.113.9", None, False),
-        ("nonsense, 203.0.113.9", None, False),
+        *((None, None, True), (None, [], False)),
+        *(("203.0.113.9", None, False), ("203.0.113.9", ["203.0.113.0/24"], True)),
+        *((f"{junk}, 203.0.113.9", None, False) for junk in ("127.0.0.1", "nonsense")),
         ("127.0.0.1", None, False),  # whoever it was that our proxy saw
     ):
         server = await serve(server={} if metrics_from is None else {"metrics_from": metrics_from})
@@ -6222,9 +6206,7 @@ SEQUENCE = {"success": False, "results": [{"success": False}], "completedSteps":
     ("sequence_complete", {"result": {"success": True, "results": []}}, True),
     ("confirmation_response", {"confirmed": False}, True),
     ("update_context", {"context": PAGE}, False),
-    ("stop", {}, False),
-    ("join_session", {}, False),
-    ("chat", {}, True),
+    *(("stop", {}, False), ("join_session", {}, False), ("chat", {}, True)),
 )
 async def test_activity(event: str, data: Json, counts: bool, visitor: Visitor) -> None:
     """Messages, results and confirmations are activity; a socket, GET and the rest are not."""
@@ -6470,15 +6452,10 @@ BAD_HEADERS: list[tuple[Json, Signer]] = [
     *(({"jku": url}, sign_rsa) for url in ("https://evil.example/keys", None)),
     *(({"x5u": url}, sign_rsa) for url in ("https://evil.example/cert", "")),
     ({"x5c": [certificate(1)]}, sign_rsa),
-    ({"jwk": OWN_KEY}, sign_rsa),
-    ({"jwk": OWN_KEY}, functools.partial(sign_rsa, number=2)),
-    ({"b64": False}, sign_not),
-    ({}, functools.partial(sign_rsa, number=2)),
-    ({"kid": "key-2"}, sign_rsa),
-    ({}, sign_not),
-    ({}, lambda signed: sign_rsa(signed)[:-1]),
-    ({}, lambda signed: sign_rsa(signed) + b"\0"),
-    ({}, lambda signed: bytes(256)),
+    *(({"jwk": OWN_KEY}, sign_rsa), ({"b64": False}, sign_not), ({}, sign_not)),
+    *((header, functools.partial(sign_rsa, number=2)) for header in ({"jwk": OWN_KEY}, {})),
+    *(({"kid": "key-2"}, sign_rsa), ({}, lambda signed: bytes(256))),
+    *(({}, lambda signed: sign_rsa(signed)[:-1]), ({}, lambda signed: sign_rsa(signed) + b"\0")),
     ({}, lambda signed: sign_rsa(signed + b" ")),
 ]
 
@@ -6563,9 +6540,7 @@ async def keys_in(cache: lf.KeyCache, key_id: str = "key-1") -> set[str]:
 @cases(
     "cache_control, seconds",
     ("public, max-age=3600, must-revalidate, no-transform", 3600),
-    ("max-age=60", 60),
-    ("Max-Age=90, public", 90),
-    ("s-maxage=5, max-age=70", 70),
+    *(("max-age=60", 60), ("Max-Age=90, public", 90), ("s-maxage=5, max-age=70", 70)),
 )
 async def test_keys_are_cached_for_max_age(
     cache_control: str, seconds: int, cache: lf.KeyCache, key_server: KeyServer, clock: Clock
@@ -6652,11 +6627,8 @@ ADMIN_PATHS = """GET|POST|GET /shop|PATCH /shop|PATCH /shop/config|DELETE /shop|
     POST /shop/messages/test|DELETE /shop/messages/x|GET /shop/crawl|POST /shop/crawl
     DELETE /shop/crawl|GET /shop/pages"""
 NEW: Json = {"name": "New", "host": "new.example"}
-ADMIN_BODIES: Json = {
-    "POST": NEW,
-    "PATCH/shop": {"name": "New"},
-    "PATCH/shop/config": {"greeting": "New"},
-}
+ADMIN_BODIES: Json = {"POST": NEW, "PATCH/shop": {"name": "New"}}
+ADMIN_BODIES["PATCH/shop/config"] = {"greeting": "New"}
 ADMIN_ROWS: list[tuple[str, str, Any]] = [  # method, path and body of every endpoint
     (method, path, ADMIN_BODIES.get(method + path))
     for method, _, path in (one.strip().partition(" ") for one in re.split("[|\n]", ADMIN_PATHS))
