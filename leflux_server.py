@@ -1776,7 +1776,7 @@ def zero_gaps(file: int, pages: Iterable[int]) -> None:
 def open_database(name: Path | str, wait_seconds: float) -> sqlite3.Connection:
     # Cached statements hold on to the texts that they wrote last.
     options: Json = {"check_same_thread": False, "cached_statements": 16, "isolation_level": None}
-    db: sqlite3.Connection = sqlite3.connect(name, wait_seconds, **options)
+    db: sqlite3.Connection = sqlite3.connect(name, timeout=wait_seconds, **options)
     db.text_factory = lambda raw: raw.decode(errors="replace")  # checksums find what is damaged
     return db
 
