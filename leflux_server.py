@@ -5514,7 +5514,7 @@ async def crawl_what_is_due(app: AppState, now: float) -> None:
             await running.stop()
         if site is None or (site_id in rows and not site.crawl):
             await app.knowledge.call(app.knowledge.forget, site_id, "page" if site else "%")
-    for site in app.sites.values():
+    for site in app.sites.values() if not app.draining else ():
         row = rows.get(site.id, {"started": -math.inf, "crawl": "", "state": NO_CRAWL})
         same, hours = row["crawl"] == site.crawl, site.crawl_hours
         hours = hours if row["state"]["fetched"] else min(hours, 1)  # it was down, perhaps

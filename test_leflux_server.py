@@ -5334,7 +5334,8 @@ async def test_made_sites_are_crawled(reader: Office, website: Website, monkeypa
 
 
 async def test_when_a_crawl_is_due(reader: Office, website: Website) -> None:
-    """A crawl is due after its hours; after one, where the site did not answer at all."""
+    """A crawl is due after its hours; after one, where the site did not answer at all. While the
+    server closes none begins: it would go on after the index is closed."""
     website.pages = {"/": 503}
     server = await reader(crawl_hours=24)
 
@@ -5350,6 +5351,8 @@ async def test_when_a_crawl_is_due(reader: Office, website: Website) -> None:
     assert await is_due(1.1)
     assert not await is_due(23.9)  # after that one, which began at 1.1
     assert await is_due(25.2)
+    server.app.draining = True
+    assert not await is_due(50)
 
 
 FAST = "lf.CRAWL_SECONDS = 0; lf.SWEEP_SECONDS = 0.1; lf.PAGE_SECONDS = 0.5"

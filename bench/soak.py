@@ -208,12 +208,12 @@ def small_socket(address: aiohttp.AddrInfoType) -> socket.socket:
 def verdict(soak: Soak) -> str:
     """Look at the memory and the log, and say it all in a table."""
     text = (soak.folder / "server.log").read_text(errors="replace")
-    for line in text.splitlines():
-        if not expected(line) and re.search(
-            r"ERROR|CRITICAL|Traceback|Unclosed|never (awaited|retrieved)|Warning:", line
+    for record in re.split(r"(?m)^(?=\d{4}-\d\d-\d\d )", text):
+        if not expected(record) and re.search(
+            r"ERROR|CRITICAL|Traceback|Unclosed|never (awaited|retrieved)|Warning:", record
         ):
-            soak.problem(f"in the log: {line}")
-        if re.search(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab]", line):
+            soak.problem(f"in the log: {record.strip()}")
+        if re.search(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab]", record):
             soak.problem("a session id is in the log")
     rows = [("seed", soak.seed), ("lives of the server", str(soak.life))]
     longest = max(range(1, soak.life + 1), key=lambda life: sum(r[0] == life for r in soak.samples))
