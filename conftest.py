@@ -324,6 +324,28 @@ def bearer(who: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {make_token(PEOPLE[who])}"}
 
 
+class Hook:
+    """A notify_url: notes what comes, and answers with the next of its statuses, else 204."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.statuses: deque[int] = deque()
+        self.got: list[Json] = []
+
+    async def answer(self, request: web.Request) -> web.Response:
+        self.got.append(await request.json())
+        code = self.statuses.popleft() if self.statuses else 204
+        return web.Response(status=code, headers={"Location": "/elsewhere"})
+
+
+@pytest.fixture
+async def hook() -> AsyncIterator[Hook]:
+    there = Hook()
+    async with listening(there.answer) as url:
+        there.url = f"{url}/hook?key=s3cret"
+        yield there
+
+
 # ---------------------------------------------------------------------------------------------
 # A server and its visitors
 

@@ -38,7 +38,7 @@ import time
 import tomllib
 import tracemalloc
 import weakref
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -59,14 +59,14 @@ import leflux_server as lf
 
 from conftest import (  # isort: skip
     CLAIMS, CUT_SHORT, DAMAGES, FOREIGN, HEADER, ISSUER, MANAGED, MANAGED_CONFIG, MANAGED_SITE,
-    MISSING, NOW, ORIGIN, OTHER, PATIENCE_SECONDS, PEOPLE, PROJECT, REFUSAL, SHOP, TURN_ENDS, UUID,
-    Answer, Clock, FakeModel, Json, KeyServer, Log, Patch, Program, Script, Serve, Server, Signer,
-    Step, Visitor, act, base64url, bearer, cases, certificate, changed, chunk, complaint, cut_wire,
-    damage, deltas, dial, error_code, errors_in, expect_no_gaps, files_in, forever, join_token,
-    kept_messages, listening, locked, make_config, make_token, names, needs, office, on_disk,
-    opened, private_key, program, query, raw_http, read_close, read_frame, reply, reset,
-    run_program, run_tool, running, sign_rsa, snapshot, sse, status, traces, until, using,
-    with_config, with_constants,
+    MISSING, NOW, ORIGIN, OTHER, PATIENCE_SECONDS, PEOPLE, PROJECT, REFUSAL, SHOP, TURN_ENDS,
+    UUID, Answer, Clock, FakeModel, Hook, Json, KeyServer, Log, Patch, Program, Script, Serve,
+    Server, Signer, Step, Visitor, act, base64url, bearer, cases, certificate, changed, chunk,
+    complaint, cut_wire, damage, deltas, dial, error_code, errors_in, expect_no_gaps, files_in,
+    forever, join_token, kept_messages, listening, locked, make_config, make_token, names,
+    needs, office, on_disk, opened, private_key, program, query, raw_http, read_close,
+    read_frame, reply, reset, run_program, run_tool, running, sign_rsa, snapshot, sse, status,
+    traces, until, using, with_config, with_constants,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------
@@ -7400,28 +7400,6 @@ async def test_hosts_that_owners_add(admin: Server) -> None:
 # Messages to the owner
 
 LETTER = {"name": "Ada", "email": "ada@example.com", "message": "Please call me.\nIt is urgent."}
-
-
-class Hook:
-    """A notify_url: notes what comes, and answers with the next of its statuses, else 204."""
-
-    def __init__(self) -> None:
-        self.url = ""
-        self.statuses: deque[int] = deque()
-        self.got: list[Json] = []
-
-    async def answer(self, request: web.Request) -> web.Response:
-        self.got.append(await request.json())
-        code = self.statuses.popleft() if self.statuses else 204
-        return web.Response(status=code, headers={"Location": "/elsewhere"})
-
-
-@pytest.fixture
-async def hook() -> AsyncIterator[Hook]:
-    there = Hook()
-    async with listening(there.answer) as url:
-        there.url = f"{url}/hook?key=s3cret"
-        yield there
 
 
 async def write_to_owner(visitor: Visitor, model: FakeModel) -> Json:

@@ -23,28 +23,11 @@ from cryptography.hazmat.primitives import serialization
 from multidict import CIMultiDict
 
 import leflux_server as lf
-from conftest import (
-    UUID,
-    FakeModel,
-    Json,
-    KeyServer,
-    Patch,
-    Serve,
-    Server,
-    Visitor,
-    bearer,
-    certificate,
-    chunk,
-    make_config,
-    needs,
-    office,
-    private_key,
-    program,
-    read_close,
-    run_tool,
-    sse,
-    until,
-)
+
+from conftest import (  # isort: skip
+    UUID, FakeModel, Json, KeyServer, Patch, Serve, Server, Visitor, bearer, certificate, chunk,
+    make_config, needs, office, private_key, program, read_close, run_tool, sse, until,
+)  # fmt: skip
 
 NGINX_SITE = lf.HERE / "deploy" / "leflux.nginx.conf"
 

@@ -19,30 +19,17 @@ from urllib.parse import parse_qs
 
 import pytest
 from aiohttp import web
-from playwright.async_api import FrameLocator, Locator, Page, Request, expect
+from playwright.async_api import Page, expect
+from playwright.async_api import Request as PageRequest
+from test_look import ask, part
 
 import leflux_server as lf
-from conftest import (
-    NOW,
-    OTHER,
-    PROJECT,
-    Clock,
-    FakeModel,
-    Json,
-    KeyServer,
-    Serve,
-    Server,
-    Visit,
-    Visitor,
-    act,
-    axe,
-    chunk,
-    listening,
-    make_token,
-    sse,
-    until,
+
+from conftest import (  # isort: skip
+    NOW, OTHER, PROJECT, Clock, FakeModel, Hook, Json, KeyServer, Request, Serve, Server, Visit,
+    Visitor, act, axe, chunk, listening, make_token, marked, sse, until, with_config,
     with_constants,
-)
+)  # fmt: skip
 
 KEY, PASSWORD = "web-key", "correct horse"
 OLGA, BOSS, EVE = "olga@example.com", "boss@example.com", "eve@example.com"
@@ -138,26 +125,6 @@ async def google() -> AsyncIterator[Google]:
         yield stand_in
 
 
-class Hook:
-    """A notify_url."""
-
-    def __init__(self) -> None:
-        self.url = ""
-        self.status = 204
-        self.got: list[Json] = []
-
-    async def answer(self, request: web.Request) -> web.Response:
-        self.got.append(await request.json())
-        return web.Response(status=self.status)
-
-
-@pytest.fixture
-async def hook() -> AsyncIterator[Hook]:
-    there = Hook()
-    async with listening(there.answer) as there.url:
-        yield there
-
-
 BUSY: Json = {"init_per_minute": 10_000}
 Open = Callable[..., Awaitable[Page]]
 
@@ -183,8 +150,10 @@ async def open_office(
 
 
 @pytest.fixture
-async def office(serve: Serve, key_server: KeyServer, google: Google, model: FakeModel) -> Server:
-    return await open_office(serve, key_server, google, model)
+async def office(
+    request: Request, serve: Serve, key_server: KeyServer, google: Google, model: FakeModel
+) -> Server:
+    return await open_office(serve, key_server, google, model, **marked(request, "config"))
 
 
 async def sign_in(page: Page, email: str = OLGA, password: str = PASSWORD) -> None:
@@ -204,6 +173,11 @@ async def save(page: Page) -> None:
     await expect(page.get_by_text("Saved.")).to_be_visible()
 
 
+async def search(page: Page, words: str) -> None:
+    await page.get_by_role("searchbox").fill(words)
+    await page.keyboard.press("Enter")
+
+
 async def follow(page: Page, name: str) -> None:
     """Follow a link to a view with that heading."""
     await page.get_by_role("link", name=name).click()
@@ -221,18 +195,6 @@ def enter(visit: Visit, office: Server) -> Open:
         return page
 
     return start
-
-
-def widget(page: Page | FrameLocator, selector: str) -> Locator:
-    return page.locator(f"leflux-widget {selector}")
-
-
-async def ask(page: Page, text: str) -> None:
-    """Write into the widget, and wait for the end of the answer."""
-    await widget(page, "textarea").fill(text)
-    await widget(page, "textarea").press("Enter")
-    await expect(widget(page, ".user").last).to_have_class("user")  # no longer pending
-    await expect(widget(page, ".stop")).to_be_hidden()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -300,22 +262,22 @@ async def test_a_whole_day(
     await expect(page.get_by_text("has found an answer")).to_be_visible()
     async with listening(answer) as url:
         guest = await visit(url)
-        await widget(guest, ".launcher").click()
+        await part(guest, ".launcher").click()
         await ask(guest, QUESTION)
-        await expect(widget(guest, ".bot").last).to_contain_text(ANSWER)
+        await expect(part(guest, ".bot").last).to_contain_text(ANSWER)
 
         # A colour, in the preview and on the site.
         await follow(page, "Looks")
         await page.get_by_label("Colour", exact=True).fill("#006400")
         green = ("background-color", "rgb(0, 100, 0)")
-        await expect(widget(page.frame_locator("iframe"), ".bar")).to_have_css(*green)
+        await expect(part(page.frame_locator("iframe"), ".bar")).to_have_css(*green)
         await save(page)
         await guest.reload()
-        await expect(widget(guest, ".bar")).to_have_css(*green)
+        await expect(part(guest, ".bar")).to_have_css(*green)
 
         # A message.
         await ask(guest, "Tell them that I love it, my name is Ada, ada@example.com")
-        await widget(guest, ".confirm button").first.click()
+        await part(guest, ".confirm button").first.click()
         await until(lambda: hook.got)
         await guest.close()
     assert "I love it" in hook.got[0]["message"]
@@ -325,8 +287,7 @@ async def test_a_whole_day(
     # A chat is erased.
     await follow(page, "Conversations")
     await expect(rows).to_have_count(3)
-    await page.get_by_role("searchbox").fill("open")
-    await press(page, "Search")
+    await search(page, "open")
     await expect(rows).to_have_count(1)
     await rows.click()
     await press(page, "Erase", "Erase it")
@@ -374,7 +335,7 @@ async def test_sign_in(visit: Visit, office: Server, google: Google) -> None:
     said: list[tuple[str, str | None]] = []
     path = "/api/admin/sites"
 
-    def listen(request: Request) -> None:
+    def listen(request: PageRequest) -> None:
         if path in request.url:
             host = request.headers.get("x-leflux-host")
             said.append((request.url.partition(path)[2], host))
@@ -592,7 +553,7 @@ async def test_preview(enter: Open, office: Server) -> None:
     from what is not saved asks first."""
     page = await enter("looks")
     bar, bot, panel, launcher = (
-        widget(page.frame_locator("iframe"), one) for one in (".bar", ".bot", ".panel", ".launcher")
+        part(page.frame_locator("iframe"), one) for one in (".bar", ".bot", ".panel", ".launcher")
     )
     await expect(bar).to_have_css("background-color", "rgb(138, 75, 42)")
     await expect(bot).to_have_text("Welcome!")
@@ -645,7 +606,8 @@ async def test_settings(enter: Open, office: Server, hook: Hook) -> None:
     assert (site.name, site.refusal, site.restrictions) == ("Acme", "Closed.", ("submit",))
     assert (site.paused, site.notify_url) == (True, hook.url)
     assert site.allowed_hosts == (("localhost", None), ("localhost", 8000))
-    for hook.status, words in ((500, "It did not arrive: HTTP 500"), (204, "It has arrived.")):
+    hook.statuses.append(500)
+    for words in ("It did not arrive: HTTP 500", "It has arrived."):
         await press(page, "Test the address")
         await expect(page.get_by_text(words)).to_be_visible()
     assert [one["event"] for one in hook.got] == ["test", "test"]
@@ -660,11 +622,9 @@ async def test_settings(enter: Open, office: Server, hook: Hook) -> None:
     assert office.app.sites["shop"].notify_url == ""
 
 
-async def test_conversations(
-    visit: Visit, serve: Serve, key_server: KeyServer, google: Google, model: FakeModel
-) -> None:
+@with_config(limits=BUSY)
+async def test_conversations(enter: Open, office: Server, model: FakeModel) -> None:
     """Chats are listed newest first, searched, and read with what was done in them."""
-    office = await open_office(serve, key_server, google, model, limits=BUSY)
     for number in range(51):
         await (await office.visitor("http://localhost", connect=False)).chat(f"Question {number}")
     await until(lambda: len(model.requests) == 51)
@@ -675,51 +635,43 @@ async def test_conversations(
     await visitor.send("action_complete", actionId=plan, result={"success": True})
     await visitor.send("continue_task", context={**SHOWN, "title": "Prices"})
     await visitor.turn()
-    page = await visit(f"{office.url}/owner#/shop/conversations")
+    page = await enter("conversations")
     rows, dialog = page.locator(".line"), page.get_by_role("dialog")
     said = dialog.locator("li")
-
-    async def search(words: str) -> None:
-        await page.get_by_role("searchbox").fill(words)
-        await page.keyboard.press("Enter")
-
-    await sign_in(page)
     await expect(rows).to_have_count(50)
     await expect(rows.first).to_contain_text("now")
     await press(page, "Older ones")
     await expect(rows).to_have_count(52)
     await expect(page.get_by_role("button", name="Older ones")).to_have_count(0)
-    await search("question 51")
+    await search(page, "question 51")
     await expect(rows).to_have_count(1)
     await rows.click()
     await expect(said.first).to_have_text("VisitorQuestion 51")
     await expect(dialog).to_contain_text(visitor.id)  # for --export, --erase
     await expect(said.filter(has_text="Action")).to_contain_text("Prices")
     await page.keyboard.press("Escape")
-    await search("nothing of this kind")
+    await search(page, "nothing of this kind")
     await expect(page.get_by_text("No conversations here.")).to_be_visible()
 
 
+LINKS = "".join(f'<a href="/{number}">Page {number}</a>' for number in range(1, 8))
+
+
+async def small_website(request: web.Request) -> web.Response:
+    """Seven pages, one of which is not there."""
+    if not re.fullmatch("/[1-6]?", request.path):
+        raise web.HTTPNotFound
+    html = f"<title>Page {request.path}</title><h1>Coffee</h1><p>A text of this page.</p>{LINKS}"
+    return web.Response(text=html, content_type="text/html")
+
+
 @with_constants(CRAWL_SECONDS=0.4)
-async def test_reading_a_website(
-    visit: Visit, serve: Serve, key_server: KeyServer, google: Google, model: FakeModel
-) -> None:
+@with_config(site={**SITE, "crawl_hours": 0})
+async def test_reading_a_website(enter: Open, office: Server) -> None:
     """A website is read while one looks on."""
-    links = "".join(f'<a href="/{number}">Page {number}</a>' for number in range(1, 8))
-    body = f"<h1>Coffee</h1><p>A text of this page.</p>{links}"
-
-    async def answer(request: web.Request) -> web.Response:
-        if not re.fullmatch("/[1-6]?", request.path):
-            raise web.HTTPNotFound
-        title = f"<title>Page {request.path}</title>"
-        return web.Response(text=title + body, content_type="text/html")
-
-    async with listening(answer) as url:
-        site = {**SITE, "crawl_hours": 0}
-        server = await open_office(serve, key_server, google, model, site)
-        server.app.public_http = server.app.http  # which may reach this machine
-        page = await visit(f"{server.url}/owner#/shop/knowledge")
-        await sign_in(page)
+    office.app.public_http = office.app.http  # which may reach this machine
+    page = await enter("knowledge")
+    async with listening(small_website) as url:
         await press(page, "Read it now")
         address = page.get_by_label("Address")
         await expect(address).to_have_accessible_description(re.compile("is not set"))
@@ -847,16 +799,13 @@ async def tab_to(page: Page, selector: str) -> None:
     assert await page.evaluate("(it) => document.activeElement.matches(it)", selector)
 
 
-async def test_by_keyboard(visit: Visit, office: Server) -> None:
-    """Everything can be reached and done with the keyboard, and the focus is never lost."""
-    page = await visit(f"{office.url}/owner#/shop/settings")
+async def test_by_keyboard(enter: Open, office: Server) -> None:
+    """Everything can be reached and done with the keyboard, and the focus is never lost.
+
+    The sign-in and the conversations: see test_engines.py.
+    """
+    page = await enter("settings")
     keyboard = page.keyboard
-    await expect(page.get_by_label("E-mail address")).to_be_focused()
-    await keyboard.type(OLGA)
-    await keyboard.press("Tab")
-    await keyboard.type(PASSWORD)
-    await keyboard.press("Enter")
-    await page.get_by_role("heading", name="Settings").wait_for()
     await tab_to(page, "nav a[href$=looks]")
     await keyboard.press("Enter")
     await page.get_by_role("heading", name="Looks").wait_for()

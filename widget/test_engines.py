@@ -25,20 +25,10 @@ from typing import Any
 import aiohttp
 import pytest
 from test_owner import OLGA, PASSWORD, TABS, Google, open_office
-from test_widget import (
-    BUSY,
-    LINKS,
-    SEEN,
-    SNIPPETS,
-    STEPS,
-    TRAPS,
-    chat_server,
-    does,
-    ends,
-    go,
-    shop,
-    wait,
-)
+
+from test_widget import (  # isort: skip
+    BUSY, LINKS, SEEN, SNIPPETS, STEPS, TRAPS, chat_server, does, ends, go, shop, wait,
+)  # fmt: skip
 
 from conftest import PATIENCE_SECONDS, FakeModel, Json, KeyServer, Pages, Serve, listening, needs
 

@@ -7,22 +7,23 @@ python -m pytest widget/test_look.py --screenshots    # the README's, into docs/
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.async_api import Locator, Page, expect
-from test_widget import shop
+from playwright.async_api import FrameLocator, Locator, Page, expect
+from test_widget import chat_server, shop
 
 import leflux_server as lf
-from conftest import FakeModel, Json, Serve, Visit, act, axe, chunk, reply, sse
+from conftest import FakeModel, Json, Pages, Serve, Visit, act, axe, cases, chunk, reply, sse
 
 LAYOUTS = ("floating", "bottom-bar", "side-panel")
 DESKTOP, PHONE = (1280, 800), (390, 844)
 
 
-def part(page: Page, selector: str) -> Locator:
+def part(page: Page | FrameLocator, selector: str) -> Locator:
     """A part of the widget; the locator looks into its shadow root."""
     return page.locator(f"leflux-widget {selector}")
 
@@ -453,18 +454,11 @@ async def test_everything_is_accessible(visit: Visit, serve: Serve, model: FakeM
         await assert_all_fits(page)
 
 
-async def test_every_language_fits(visit: Visit, serve: Serve) -> None:
-    """In each language all fits at 320 pixels, and axe-core has no complaint, light and dark."""
-    page = await visit("about:blank", 320, 568)
-    for path in sorted(lf.HERE.glob("widget/words/*.json")):
-        await page.goto(await shop(serve, language=path.stem, greeting="", quickChips=[]))
-        await ask(await opened(page), "delete my account")
-        await fail_to_ask(page)
-        await part(page, "textarea").fill("word " * 950)
-        await assert_all_fits(page)
-        for scheme in ("light", "dark"):
-            await page.emulate_media(color_scheme=scheme)
-            assert await axe(page) == [], path.stem
+async def assert_clean(page: Page) -> None:
+    """axe-core has no complaint, in light and dark."""
+    for scheme in ("light", "dark"):
+        await page.emulate_media(color_scheme=scheme)
+        assert await axe(page) == []
 
 
 async def assert_all_fits(page: Page) -> None:
@@ -488,9 +482,7 @@ async def test_demo_is_clean(visit: Visit, serve: Serve) -> None:
     for path in ("/", "/prices", "/contact"):
         await page.goto(url + path)
         await part(page, ".launcher").wait_for()
-        for scheme in ("light", "dark"):
-            await page.emulate_media(color_scheme=scheme)
-            assert await axe(page) == []
+        await assert_clean(page)
 
 
 async def test_keyboard_and_focus(visit: Visit, serve: Serve) -> None:
@@ -602,6 +594,86 @@ async def test_forced_colours(visit: Visit, serve: Serve, model: FakeModel) -> N
         edge, ground = await style(part(page, selector), "borderTopColor", "backgroundColor")
         assert contrast(edge, ground) >= 3
     assert await hard_to_read(page) == []
+
+
+# ---------------------------------------------------------------------------------------------
+# Languages
+
+WORDS = {path.stem: json.loads(path.read_text()) for path in lf.HERE.glob("widget/words/*.json")}
+ENGLISH: dict[str, str] = WORDS["en"]["widget"]
+
+
+def test_words_are_whole() -> None:
+    """What is inside embed.js is the English file; every language says all of it."""
+    source = (lf.HERE / "widget" / "embed.js").read_text()
+    block = source[source.index("const WORDS = {") : source.index("const limits")]
+    assert dict(re.findall(r'(\w+): "([^"]+)"', block)) == ENGLISH
+    for tag, words in WORDS.items():
+        assert words["widget"].keys() == ENGLISH.keys(), tag
+        same = {key for key, word in words["widget"].items() if word == ENGLISH[key]}
+        assert same <= {"title"} or tag == "en", tag
+    assert WORDS.keys() == set("en de fr es it pt nl pl tr ar hi ja zh".split())
+
+
+# Every text of the widget: what is written, and what is read out.
+TEXTS = """(root) => [...root.querySelectorAll("*")].flatMap((node) => [
+    ...[...node.childNodes].filter((one) => one.nodeType === 3).map((one) => one.data),
+    node.ariaLabel, node.title, node.placeholder]).filter((text) => text?.trim())"""
+
+
+@pytest.mark.parametrize("tag", WORDS)
+async def test_languages(tag: str, visit: Visit, serve: Serve, pages: Pages) -> None:
+    """In each language nothing English is left, of widget or server, all fits at 320 pixels, and
+    axe-core has no complaint; English asks for nothing."""
+    config = {"greeting": "👋", "words": {"title": "Ωmega"}}
+    site = {"id": "site", "name": "Site", "allowed_hosts": ["localhost"], "config": config}
+    await chat_server(serve, pages, sites=[site])
+    page = await visit("about:blank", 320, 568)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    english = {word for key, word in ENGLISH.items() if key != "title"}
+    english |= set(WORDS["en"]["server"].values())
+    own, said = WORDS[tag]["widget"], WORDS[tag]["server"]
+    body = f"<script>document.documentElement.lang = '{tag}-XX'</script><main><h1>XYZ</h1>"
+    await page.goto(pages.add("/", f"{body}<button>XYZ delete</button></main>"))
+    await ask(await opened(page), "XYZ delete")
+    await part(page, ".confirm").wait_for()
+    await fail_to_ask(page)
+    texts = await part(page, ".root").evaluate(TEXTS)
+    assert {own["retry"], own["unreachable"], "Ωmega", said["no"]} <= set(texts)
+    if tag != "en":
+        assert not (english - set(said.values())) & set(texts)
+        assert not [text for text in texts if any(w in text for w in english if len(w) > 12)]
+    assert await page.evaluate("LeFlux.getLanguage()") == f"{tag}-XX"
+    for seen in (".panel", "textarea"):
+        direction = "rtl" if tag == "ar" else "ltr"
+        assert await style(part(page, seen), "direction") == [direction]
+    await part(page, "textarea").fill("word " * 950)
+    await assert_all_fits(page)
+    await assert_clean(page)
+    assert await part(page, f"[aria-label='{own['clear']}']").is_visible()
+    files = [url.rpartition("/")[2] for url in asked if "/words/" in url]
+    assert files == ([] if tag == "en" else [f"{tag}.json"])
+
+
+@cases(
+    "config, heard, words",
+    ({}, ["pl", "en"], "Twoja wiadomość"),
+    ({"language": "de"}, ["de", None], "Ihre Nachricht"),
+)
+async def test_other_languages(
+    config: Json, heard: list[str | None], words: str, visit: Visit, serve: Serve
+) -> None:
+    """A page that changes its language changes the chat's, unless the site has fixed it."""
+    page = await visit("about:blank")
+    await page.add_init_script(
+        "addEventListener('leflux:language-detected', ({ detail }) => heard = detail)"
+    )
+    await page.goto(await shop(serve, **config))
+    await opened(page)
+    await page.evaluate("document.documentElement.lang = 'pl'")
+    await expect(part(page, "textarea")).to_have_attribute("aria-label", words)
+    assert await page.evaluate("[heard.lang, heard.prev]") == heard
 
 
 # ---------------------------------------------------------------------------------------------

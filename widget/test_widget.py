@@ -27,25 +27,11 @@ from playwright import async_api as api
 from playwright.async_api import Locator, Page, Route, WebSocket, expect
 
 import leflux_server as lf
-from conftest import (
-    FakeModel,
-    Json,
-    Pages,
-    Request,
-    Script,
-    Serve,
-    Server,
-    Visit,
-    act,
-    chunk,
-    cut_wire,
-    forever,
-    marked,
-    program,
-    sse,
-    until,
-    with_config,
-)
+
+from conftest import (  # isort: skip
+    FakeModel, Json, Pages, Request, Script, Serve, Server, Visit, act, chunk, cut_wire,
+    forever, marked, program, sse, until, with_config,
+)  # fmt: skip
 
 SHIPPED = tomllib.loads((lf.HERE / "config.toml").read_text())
 DEMO: Json = SHIPPED["sites"][0]
@@ -729,17 +715,32 @@ async def change_session(guest: Guest, change: str) -> None:
 async def test_session_is_kept(meet: Meet, model: FakeModel, server: Server) -> None:
     """The chat goes on after a reload, for 24 hours; an older one, or a lost one, begins anew."""
     guest = await meet()
-    await guest.ask("Remember me", hears="ok")
+    # A reload in the middle of a stream shows what was said and what is still to come.
+    await guest.ask("Count", streams(model, "One, ", "two, ", "three."))
+    await guest.see(".bot", "One,").wait_for()
+    await guest.page.reload()
+    await guest.see(".bot", "One,").wait_for()
+    await guest.see(".stop").wait_for()
+    model.gate.release()
+    await guest.see(".bot", "One, two,").wait_for()
+    await guest.page.reload()
+    model.gate.release()
+    model.gate.release()
+    await guest.hears("One, two, three.")
+    said = ["bot: Hello!", "user: Count", "bot: One, two, three."]
+    assert await guest.log() == said
+    assert len(model.requests) == 1
+
     [kept] = server.app.sessions
     assert await guest.page.evaluate(f"JSON.parse(localStorage[{STORED_SESSION}]).id") == kept
-
     await guest.page.add_init_script(REPLIES)
     calls: list[str] = []
     guest.page.on("request", lambda request: calls.append(f"{request.method} {request.url}"))
+    guest.said.clear()
     await guest.page.reload()
-    await guest.see(".bot", "ok").wait_for()  # the panel is open as before
+    await guest.see(".bot", "three.").wait_for()  # the panel is open as before
     await until(lambda: guest.sent("update_context"))  # the page has shown itself
-    assert await guest.log() == ["bot: Hello!", "user: Remember me", "bot: ok"]
+    assert await guest.log() == said
     assert f"GET {server.url}/api/session/{kept}" in calls
     assert not [line for line in calls if "session/init" in line]
     assert await guest.page.evaluate("replies") == []  # it is no news
@@ -747,10 +748,10 @@ async def test_session_is_kept(meet: Meet, model: FakeModel, server: Server) -> 
     lf.drop_session(server.app, server.app.sessions[kept])  # idle for too long, say
     await guest.ask("Are you still there?", says("Yes, I am."), hears="Yes, I am.")
     await expect(guest.see(".dots")).to_have_count(0)
+    note = "note: The earlier chat has ended; what follows starts afresh."
     assert (await guest.log())[-5:] == [
-        "user: Remember me",
-        "bot: ok",
-        "note: The earlier chat has ended; what follows starts afresh.",
+        *said[1:],
+        note,
         "user: Are you still there?",
         "bot: Yes, I am.",
     ]
@@ -778,24 +779,6 @@ async def test_session_is_kept(meet: Meet, model: FakeModel, server: Server) -> 
     await guest.ask("Hello again", hears="ok")
     assert await guest.log() == ["bot: Hello!", "user: Hello again", "bot: ok"]
     assert len(server.app.sessions) == 3
-
-
-async def test_reload_in_the_middle(meet: Meet, model: FakeModel) -> None:
-    """A reload in the middle of a stream shows what was said and what is still to come."""
-    guest = await meet()
-    await guest.ask("Count", streams(model, "One, ", "two, ", "three."))
-    await guest.see(".bot", "One,").wait_for()
-    await guest.page.reload()
-    await guest.see(".bot", "One,").wait_for()
-    await guest.see(".stop").wait_for()
-    model.gate.release()
-    await guest.see(".bot", "One, two,").wait_for()
-    await guest.page.reload()
-    model.gate.release()
-    model.gate.release()
-    await guest.hears("One, two, three.")
-    assert await guest.log() == ["bot: Hello!", "user: Count", "bot: One, two, three."]
-    assert len(model.requests) == 1
 
 
 async def test_cut_wire(meet: Meet, model: FakeModel, pages: Pages, server: Server) -> None:
@@ -1686,75 +1669,6 @@ TRAPS = {  # as in focus-trap, Bootstrap, MUI and Radix: the focus, the mouse or
     " if (key === 'Escape') box.remove() }, true)",
     "native": "box.showModal()",
 }
-
-
-# ---------------------------------------------------------------------------------------------
-# Languages
-
-WORDS = {path.stem: json.loads(path.read_text()) for path in lf.HERE.glob("widget/words/*.json")}
-ENGLISH: dict[str, str] = WORDS["en"]["widget"]
-
-
-def test_words_are_whole() -> None:
-    """What is inside embed.js is the English file; every language says all of it."""
-    source = (lf.HERE / "widget" / "embed.js").read_text()
-    block = source[source.index("const WORDS = {") : source.index("const limits")]
-    assert dict(re.findall(r'(\w+): "([^"]+)"', block)) == ENGLISH
-    for tag, words in WORDS.items():
-        assert words["widget"].keys() == ENGLISH.keys(), tag
-        same = {key for key, word in words["widget"].items() if word == ENGLISH[key]}
-        assert same <= {"title"} or tag == "en", tag
-    assert WORDS.keys() == set("en de fr es it pt nl pl tr ar hi ja zh".split())
-
-
-# Every text of the widget: what is written, and what is read out.
-TEXTS = """(root) => [...root.querySelectorAll("*")].flatMap((node) => [
-    ...[...node.childNodes].filter((one) => one.nodeType === 3).map((one) => one.data),
-    node.ariaLabel, node.title, node.placeholder]).filter((text) => text?.trim())"""
-
-
-async def test_languages(visit: Visit, serve: Serve, pages: Pages) -> None:
-    """In each language nothing English is left, of widget or server; English asks for nothing."""
-    config = {"greeting": "👋", "words": {"title": "Ωmega"}}
-    site = {"id": "site", "name": "Site", "allowed_hosts": ["localhost"], "config": config}
-    await chat_server(serve, pages, sites=[site])
-    page = await visit("about:blank")
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    english = {word for key, word in ENGLISH.items() if key != "title"}
-    english |= set(WORDS["en"]["server"].values())
-    for tag, words in WORDS.items():
-        body = f"<script>document.documentElement.lang = '{tag}-XX'</script>"
-        await page.goto(pages.add("/", f"{body}<main><button>XYZ delete</button></main>"))
-        guest = await Guest(page).open()
-        await guest.ask("XYZ delete")
-        await guest.see(".confirm").wait_for()
-        await page.route("**/api/chat", lambda route: route.abort())
-        await guest.ask("xyz")
-        await guest.see(".error button").wait_for()
-        await page.unroute("**/api/chat")
-        texts = await guest.see(".root").evaluate(TEXTS)
-        own, said = words["widget"], words["server"]
-        assert {own["retry"], own["unreachable"], "Ωmega", said["no"]} <= set(texts)
-        if tag != "en":
-            assert not (english - set(said.values())) & set(texts), tag
-            assert not [t for t in texts if any(w in t for w in english if len(w) > 12)], tag
-        assert await page.evaluate("LeFlux.getLanguage()") == f"{tag}-XX"
-        for seen in (".panel", "textarea"):
-            direction = await guest.see(seen).evaluate("(one) => getComputedStyle(one).direction")
-            assert direction == ("rtl" if tag == "ar" else "ltr")
-        await guest.see(f"[aria-label='{own['clear']}']").click()
-        await page.evaluate("localStorage.clear(), sessionStorage.clear()")
-    tags = [url.rpartition("/")[2] for url in asked if "/words/" in url]
-    assert tags == [f"{tag}.json" for tag in WORDS if tag != "en"]
-
-    # A page that changes its language changes the chat's.
-    await page.evaluate(
-        "addEventListener('leflux:language-detected', ({ detail }) => { window.heard = detail; });"
-        "document.documentElement.lang = 'pl'"
-    )
-    await expect(guest.see("textarea")).to_have_attribute("aria-label", "Twoja wiadomość")
-    assert await page.evaluate("heard") == {"lang": "pl", "prev": f"{tag}-XX"}
 
 
 # ---------------------------------------------------------------------------------------------
