@@ -501,7 +501,7 @@ def test_api_key_comes_from_the_environment_or_credentials(tmp_path: Path) -> No
 
 
 NOT_READ = "{}: the file cannot be read: "
-ASCII = "must be printable ASCII without spaces"
+API_KEY, ASCII = "LEFLUX_LLM_API_KEY", "must be printable ASCII without spaces"
 A_PORT = "must be a whole number from 0 to 65,535, not "
 
 
@@ -523,10 +523,7 @@ A_PORT = "must be a whole number from 0 to 65,535, not "
     (b"", {"LEFLUX_PORT": "http"}, f'LEFLUX_PORT {A_PORT}"http"'),
     (b"", {"LEFLUX_PORT": "65536"}, f"LEFLUX_PORT {A_PORT}65536"),
     (b"", {"LEFLUX_HOST": "a b"}, "LEFLUX_HOST must be an address such as 127.0.0.1"),
-    *(
-        (b"", {"LEFLUX_LLM_API_KEY": key}, f"{{}}: LEFLUX_LLM_API_KEY {ASCII}")
-        for key in ("sk bad", "sk-bad\nkey")
-    ),
+    *((b"", {API_KEY: key}, f"{{}}: {API_KEY} {ASCII}") for key in ("sk bad", "sk-bad\nkey")),
 )
 def test_lines_about_files(content: Any, environ: Json, line: str, tmp_path: Path) -> None:
     """What cannot be read is named with the reason; the environment is not the file's fault."""
@@ -3859,11 +3856,7 @@ PLAY = "press play in the video"
     ([WISH, NAME, "Ada"], {"did": ["type"]}, MAIL),
     ([PLAY], {}, 5),  # no form
     # Earlier messages count; an answer may be a whole sentence.
-    (
-        ["hi, I'm Ada", "Hello!", "ada@example.com", "Yes?", WISH],
-        {},
-        {2: "Ada", 3: "ada@example.com"},
-    ),
+    (["hi, I'm Ada", "Hi!", "a@example.com", "Yes?", WISH], {}, {2: "Ada", 3: "a@example.com"}),
     ([WISH, MAIL, "sure, it is ada@example.com"], {}, {3: "ada@example.com"}),
     # Asked for a name, the visitor may ask or want something else.
     *(([WISH, NAME, "how much is it?"], {}, None), ([WISH, NAME, "show me prices"], {}, 1)),
@@ -6014,7 +6007,7 @@ async def test_owner_page(serve: Serve, tmp_path: Path, monkeypatch: Patch) -> N
 
 
 # ---------------------------------------------------------------------------------------------
-# REST: limits and idempotence
+# REST: limits, idempotence, idle sessions
 
 
 def expect_too_many(answer: Answer, most_seconds: int) -> None:
@@ -6164,10 +6157,6 @@ async def test_client_message_id(server: Server, visitor: Visitor, model: FakeMo
     await stranger.turn()
     assert [text for role, text in await visitor.history() if role == "user"] == ["Hello", "Other"]
     assert len(model.requests) == 3
-
-
-# ---------------------------------------------------------------------------------------------
-# REST and sweeping: idle sessions
 
 
 @with_constants(SWEEP_SECONDS=0.3)
@@ -6394,7 +6383,7 @@ def test_readers_take_linear_time(name: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Tokens
+# Tokens, and the keys that they are checked with
 
 
 def public_keys() -> dict[str, rsa.RSAPublicKey]:
@@ -6517,10 +6506,6 @@ def test_email_of_a_token() -> None:
         assert caller.is_one_of(["olga"])
         assert not caller.is_one_of(["OLGA", "", "x"])
         assert caller.is_one_of(["OLGA@example.com"]) == counts
-
-
-# ---------------------------------------------------------------------------------------------
-# Tokens: the keys
 
 
 @pytest.fixture
@@ -6797,7 +6782,7 @@ async def test_admin_methods(admin: Server) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Admin: changes
+# Admin: changes, and sites made through the API
 
 
 SNIPPETS = [{"question": "Do you sell zebras?", "text": "Only striped ones."}, {"text": "Hi"}]
@@ -7036,10 +7021,6 @@ async def test_changes_are_kept(key_server: KeyServer, tmp_path: Path) -> None:
             await patched(server, back, "admin", "/shop/config")
     async with running(config("one")) as server:  # a site that is taken out of the file is gone
         assert (await server.manage("GET", "/shop", who="admin")).error == (404, "not_found")
-
-
-# ---------------------------------------------------------------------------------------------
-# Admin: sites made through the API
 
 
 @with_config(limits={"init_per_minute": 1000})
@@ -8217,7 +8198,7 @@ async def test_log_keeps_secrets(tmp_path: Path, model: FakeModel) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# docs/api.md
+# docs/api.md, and the service file
 
 
 def shape(value: Any) -> Any:
@@ -8276,9 +8257,6 @@ async def test_examples_of_the_api(tmp_path: Path, key_server: KeyServer) -> Non
             assert shape(one) == shape(other), one
             assert one.get("event") == other.get("event")
 
-
-# ---------------------------------------------------------------------------------------------
-# The service file
 
 SERVICE = lf.HERE / "leflux.service"
 
