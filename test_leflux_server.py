@@ -289,21 +289,17 @@ DEFAULTS: dict[str, str] = {
 }
 
 
-@pytest.mark.parametrize("table", DEFAULTS)
-def test_config_defaults(table: str) -> None:
-    """An empty file has the contract's values."""
+def test_config_defaults() -> None:
+    """An empty file has the contract's values. Numbers may be whole or fractional where that makes
+    sense."""
     config = lf.parse_config({}, {})
-    values = getattr(config, table)
-    for default in DEFAULTS[table].split():
-        name, _, value = default.partition("=")
-        assert repr(getattr(values, name)) == value, name
+    for table, defaults in DEFAULTS.items():
+        for default in defaults.split():
+            name, _, value = default.partition("=")
+            assert repr(getattr(getattr(config, table), name)) == value, name
     assert [str(n) for n in config.server.trusted_proxies] == ["127.0.0.1/32", "::1/128"]
     assert config.firebase.keys_url.startswith("https://www.googleapis.com/robot/v1/metadata/x509")
     assert config.offline
-
-
-def test_config_takes_whole_and_fractional_numbers() -> None:
-    """Numbers may be whole or fractional where that makes sense."""
     limits = {"idle_minutes": 0.5, "init_per_minute": 0.5, "chat_per_minute": 7}
     config = make_config(limits=limits, server={"shutdown_seconds": 0.25}, llm={"temperature": 1})
     assert {name: getattr(config.limits, name) for name in limits} == limits
@@ -474,18 +470,14 @@ def test_lines_about_wrong_hosts(entry: str, problem: str) -> None:
     expect_line("sites[shop].allowed_hosts/2", entry, problem)
 
 
-def test_environment_overrides_the_file() -> None:
-    """LEFLUX_HOST, LEFLUX_PORT and $STATE_DIRECTORY win over config.toml."""
+def test_environment(tmp_path: Path) -> None:
+    """LEFLUX_HOST, LEFLUX_PORT and $STATE_DIRECTORY win over config.toml. The API key is in
+    $api_key_env, else in $CREDENTIALS_DIRECTORY/llm_api_key; it is not shown."""
     table = {"server": {"host": "127.0.0.9", "port": 1, "state_dir": "here"}}
     environ = {"LEFLUX_HOST": "0.0.0.0", "LEFLUX_PORT": "8080"}
     server = lf.parse_config(table, {**environ, "STATE_DIRECTORY": "/var/lib/leflux"}).server
-    assert (server.host, server.port) == ("0.0.0.0", 8080)
-    assert server.state_dir == "/var/lib/leflux"
+    assert (server.host, server.port, server.state_dir) == ("0.0.0.0", 8080, "/var/lib/leflux")
     assert lf.parse_config(table, {}).server.port == 1
-
-
-def test_api_key_comes_from_the_environment_or_credentials(tmp_path: Path) -> None:
-    """The key is in $api_key_env, else in $CREDENTIALS_DIRECTORY/llm_api_key; it is not shown."""
     (tmp_path / "llm_api_key").write_text("sk-file\n")
     credentials = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
     by_name = {"LEFLUX_LLM_API_KEY": "sk-env"}
@@ -1286,7 +1278,8 @@ async def start_refused(folder: Path, constants: str = "") -> None:
 
 
 async def test_unusable_databases_stop_the_start(kept: Path, tmp_path: Path) -> None:
-    """A damaged, newer or unusable database stops the start with one line, and is left alone."""
+    """A damaged, newer or unusable database stops the start with one line, and is left alone; so
+    does a disk that takes nothing."""
     folders = [tmp_path / str(number) for number in range(len(DAMAGES))]
     for folder, name in zip(folders, DAMAGES, strict=True):
         shutil.copytree(kept, folder)
@@ -1296,12 +1289,8 @@ async def test_unusable_databases_stop_the_start(kept: Path, tmp_path: Path) -> 
     for few in (folders[::2], folders[1::2]):  # not all of them at once
         await asyncio.gather(*map(start_refused, few))
     assert newer.read_bytes() == untouched
-
-
-async def test_disk_that_takes_nothing_stops_the_start(kept: Path, tmp_path: Path) -> None:
-    """Where nothing can be written, the start ends with one line and a code that is not 0."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
     for folder in (kept, tmp_path / "new"):
-        limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
         await start_refused(folder, limit)
 
 
@@ -1990,12 +1979,6 @@ def test_knowledge_ranking(question: str, best: str) -> None:
     assert best in ranked(question, GUIDEBOOK)[0]
 
 
-def test_knowledge_that_does_not_answer() -> None:
-    """Words that mean nothing, or stand nowhere, find nothing."""
-    for question in ("", "what is the", "zebra", '"', "\x00", "?" * 5000, "ab1c" * 1250):
-        assert ranked(question, GUIDEBOOK) == []
-
-
 def passages_of(document: str) -> list[str]:
     passages = lf.split_sections(lf.sections(document))
     return [f"{heading}\n{text}".strip() for heading, text in passages]
@@ -2038,8 +2021,13 @@ def test_headings_and_lists(document: str, passages: list[str]) -> None:
     assert passages_of(document) == passages
 
 
-def test_ranking_counts_different_words_first() -> None:
-    """A passage that holds more of the question's words wins over one that repeats a word."""
+def test_ranking() -> None:
+    """A passage that holds more of the question's words wins over one that repeats a word. Words
+    that mean nothing, or stand nowhere, find nothing; at most 6,000 characters are found."""
+    for question in ("", "what is the", "zebra", '"', "\x00", "?" * 5000, "ab1c" * 1250):
+        assert ranked(question, GUIDEBOOK) == []
+    facts = [f"Zebra fact {n}. " + "Zebras have stripes. " * 30 for n in range(20)]
+    assert 5000 < sum(map(len, ranked("zebra", *facts))) <= 6000
     texts = ("plan " * 9, "The fees of plan Pro: $9.", "Plan")
     assert ranked("What does the Pro plan cost?", *texts)[0] == texts[1]
     assert sorted(ranked("plan", *texts)) == sorted(text.strip() for text in texts)
@@ -2057,13 +2045,6 @@ def test_ranking_counts_different_words_first() -> None:
 def test_knowledge_in_other_scripts(question: str, text: str) -> None:
     """Words are found in any script, with or without their accents."""
     assert ranked(question, text, "Zebras.") == [text]
-
-
-def test_knowledge_in_one_prompt_is_limited() -> None:
-    """The best passages are at most 6,000 characters in all."""
-    documents = [f"Zebra fact {n}. " + "Zebras have stripes. " * 30 for n in range(20)]
-    total = sum(map(len, ranked("zebra", *documents)))
-    assert 5000 < total <= 6000
 
 
 def test_knowledge_that_cannot_be_read(tmp_path: Path) -> None:
