@@ -3852,14 +3852,10 @@ def test_the_guide_fills_the_form_it_stands_on(talk: list[str], task: Json, expe
     assert reply["message"] == "" or "failure" not in task
 
 
-def test_the_guide_claims_nothing() -> None:
-    """A click without effect is not done."""
+def test_small_talk() -> None:
+    """Is answered in a sentence, and names no buttons. A click without effect is not done."""
     assert "nothing has changed" in guided(PLAY, did=["click"], unchanged=1)["message"]
     assert guided(PLAY, did=["click"])["message"].startswith("Done")
-
-
-def test_small_talk() -> None:
-    """Is answered in a sentence, and names no buttons."""
     for message in ("hello", "Hi there!", "good morning", "who are you?", "help"):
         reply = guided(message)
         assert reply["message"].startswith("Hello!")
