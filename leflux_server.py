@@ -5162,6 +5162,8 @@ def confirm(app: AppState, session: Session, confirmed: bool) -> None:
     session.begin_turn()
     if task.plan is None:
         return send_letter(turn)
+    if turn.site.paused:  # since it was asked
+        return end_with_message(turn, budget_exceeded(turn.site, turn.language).message)
     try:
         # The page may have changed since: check the plan as if it came now, and that every
         # element still is the one that was asked about.
@@ -5247,6 +5249,9 @@ def fits_rule(pieces: Sequence[str], path: str) -> bool:
     return end >= 0
 
 
+AGENT = re.compile("(user-agent:[^/]*)/.*", re.I)  # with a version
+
+
 def parse_robots(body: bytes) -> urllib.robotparser.RobotFileParser:
     """Read a robots.txt. By RFC 9309 the longest rule that fits counts, not the first, and rules
     have * for anything and $ for the end."""
@@ -5255,7 +5260,7 @@ def parse_robots(body: bytes) -> urllib.robotparser.RobotFileParser:
         text = unpacked(body, MAX_ROBOTS_BYTES)
         text = text if len(text) < MAX_ROBOTS_BYTES else text.rpartition(b"\n")[0]  # no half line
         lines = text.decode("utf-8-sig", "replace").splitlines()
-        rules.parse([line for line in lines if line.strip()])
+        rules.parse([AGENT.sub(r"\1", line) for line in lines if line.strip()])
     except ValueError:
         raise CrawlError("robots.txt cannot be read") from None
     for entry in filter(None, [*cast(Any, rules).entries, cast(Any, rules).default_entry]):
@@ -5510,7 +5515,9 @@ async def crawl_what_is_due(app: AppState, now: float) -> None:
     rows = await app.knowledge.call(app.knowledge.crawls)
     for site_id in {*rows, *await app.knowledge.call(app.knowledge.sites)}:
         site, running = app.sites.get(site_id), app.crawls.get(site_id)
-        if running and (site is None or site.crawl != running.site.crawl):
+        if running and site and site.crawl == running.site.crawl:
+            running.site, running.index = site, app.site_index  # what has changed holds at once
+        elif running:
             await running.stop()
         if site is None or (site_id in rows and not site.crawl):
             await app.knowledge.call(app.knowledge.forget, site_id, "page" if site else "%")
@@ -5758,6 +5765,7 @@ async def chat(request: web.Request) -> web.Response:
         language = language_of(session, site)
         charge = admit(app, site, address, 1, tokens, time.time(), language)
         keep_context(app, session, context)
+        session.page_url = session.page_url or context.get("url", "")
         release = functools.partial(settle_tokens, app, site, charge, tokens, 0)
         task = Task(message, address, release=release, only_asks=only_asks)
         message_id = start_task(app, session, task)
@@ -5905,7 +5913,9 @@ async def serve_words(request: web.Request) -> web.Response:
     """The widget's words of a language, de for de-AT."""
     words = all_words().get(shipped_language(request.match_info["tag"]))
     if words is None:
-        raise standard_error(404)
+        error = standard_error(404)
+        error.headers.update(EMBED_HEADERS)
+        raise error
     response = json_response(words["widget"])
     response.headers.update(EMBED_HEADERS | {"Cache-Control": "public, max-age=3600"})
     return response

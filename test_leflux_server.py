@@ -2771,7 +2771,9 @@ async def test_words_of_the_widget(server: Server, monkeypatch: Patch) -> None:
         assert answer.headers["Access-Control-Allow-Origin"] == "*"
         assert "max-age" in answer.headers["Cache-Control"]
     for tag in ("xx", "..%2Fen", "e", "en.json"):
-        assert (await server.call("GET", f"/words/{tag}.json")).error == (404, "not_found")
+        answer = await server.call("GET", f"/words/{tag}.json", origin="https://any.example")
+        assert answer.error == (404, "not_found")
+        assert answer.headers["Access-Control-Allow-Origin"] == "*"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5118,6 +5120,9 @@ WEBSITES: dict[str, tuple[str, Json]] = {  # the paths that are known afterwards
         {"/": links("/a", "/b/c", "/b/d"), "/a": "a", "/b/c": "c", "/b/d": "d",
          "/robots.txt": "User-agent: *\nDisallow: /\n\nUser-Agent: LeFlux\n\nAllow: /\n"
          "Disallow: /b\nAllow: /b/d\n"}),
+    "robots.txt with a version": ("/ /b",
+        {"/": links("/a", "/b"), "/a": "a", "/b": "b",
+         "/robots.txt": "User-agent: LeFlux/2.1 (a robot)\rDisallow: /a"}),
     "robots.txt with * and $": ("/ /a-php/b /sort /u?sort /x/s",
         {"/": links("/a-php", "/a-php/b", "/x?sort=a", "/x/y/sort", "/sort", "/x/s", "/u?sort"),
          "/a-php": "p", "/x?sort=a": "o", "/x/y/sort": "y", "/a-php/b": "b", "/sort": "s",
@@ -5244,6 +5249,25 @@ async def test_join_cancel_and_delete(reader: Office, website: Website) -> None:
     assert state["finishedAt"]
     assert website.paths() == ["/", "/a", "/wait"]
     assert await kept_pages(server, website) == ["/", "/a"]
+
+
+async def test_a_change_reaches_the_running_crawl(reader: Office, website: Website) -> None:
+    """Fewer pages are fewer pages, whenever the owner says so."""
+    changed = asyncio.Event()
+
+    async def slow(_: web.Request) -> web.Response:
+        await changed.wait()
+        return web.Response(text="slow", content_type="text/html")
+
+    website.pages = {"/": links("/slow", "/a"), "/slow": slow, "/a": "a"}
+    server = await reader()
+    await server.manage("POST", "/shop/crawl")
+    await until(lambda: "/slow" in website.paths())
+    await server.manage("PATCH", "/shop", {"crawlPages": 2})
+    await lf.crawl_what_is_due(server.app, time.time())
+    changed.set()
+    await until(lambda: "shop" not in server.app.crawls)
+    assert await kept_pages(server, website) == ["/", "/slow"]
 
 
 async def test_what_is_not_crawled(reader: Office, website: Website) -> None:
@@ -6886,6 +6910,10 @@ async def test_changes_hold_at_once(admin: Server, model: FakeModel) -> None:
     await patched(admin, {"restrictions": None, "snippets": []})
     assert (await page.ask("Do you have zebras?", go))["event"] == "action_plan"
     assert zebras not in model.prompt()
+    asked = await page.ask("Forget me", go | {"url": "/account/delete"})
+    assert asked["event"] == "confirmation_required"
+    await patched(admin, {"paused": True})
+    assert (await page.answer(True))["data"] == {"text": REFUSAL}
 
 
 @with_config(limits={"site_messages_per_day": 2})
@@ -7286,10 +7314,10 @@ async def test_activity_of_a_site(archive: Server, model: FakeModel, tmp_path: P
     visitors = []
     for number, question in enumerate(asked):
         page = f"{ORIGIN}/{'shop' if number < 3 else 'about'}?n={number}#top"
-        visitors.append(await archive.visitor(page=page))
+        visitors.append(await archive.visitor(page=page if number else ""))
         unknown = {"message": "I do not know.", "answered": number != 2, "action": None}
         model.scripts.append([sse(chunk(json.dumps(unknown)), "[DONE]")])
-        await visitors[-1].ask(question)
+        await visitors[-1].ask(question, pageContext={"url": page if number == 0 else ORIGIN})
     for kind in ("task_complete", "abort_workflow"):
         model.scripts.append(act("", {"type": kind, "summary": "x", "reason": "y"}))
         await visitors[3].ask("Do it", pageContext=SHOWN)
