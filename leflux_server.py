@@ -853,6 +853,8 @@ UNSEEN = re.compile(
 ACCENTS = re.compile(
     "[\u0300-\u036f\u064b-\u065f\u093c\u115f\u1160\u20d0-\u20ff\u2800\ufe00-\ufe0f]"
 )
+# Letters of Turkish, Polish, Danish, French and Arabic that many write otherwise.
+SPELLING = str.maketrans("\u0131łøđ\u0649\u0629", "ilod\u064a\u0647") | {0xE6: "ae", 0x153: "oe"}
 
 
 def plain_words(text: str) -> str:
@@ -862,7 +864,7 @@ def plain_words(text: str) -> str:
         text = ACCENTS.sub("", UNSEEN.sub("", text))
     plain = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", text)
     plain = re.sub(r"(?<=[a-zA-Z])(?=[0-9])", " ", plain)
-    plain = unicodedata.normalize("NFC", plain.casefold()).replace("\u0131", "i")  # Turkish
+    plain = unicodedata.normalize("NFC", plain.casefold()).translate(SPELLING)
     return re.sub(r"[\s_.\-/\[\]:'\u2019]+", " ", plain)
 
 
@@ -912,12 +914,13 @@ def intent(name: str, language: str) -> re.Pattern[str]:
     return re.compile(words_pattern(entries.strip(", ").split(", ")))
 
 
-def small_talk(text: str, language: str) -> str:
-    """Return "never_mind", "thanks" or "hello" if that is all that a plain text says, else ""."""
-    kinds = [one for one in ("never_mind", "thanks", "hello") if intent(one, language).search(text)]
-    for kind in (*kinds, "filler"):
-        text = intent(kind, language).sub(" ", text)
-    return kinds[0] if kinds and not re.search(r"\w", text) else ""
+def small_talk(said: str, language: str) -> str:
+    """Return "never_mind", "thanks" or "hello" if that is all that somebody says, else ""."""
+    text, kind = plain_words(said), ""
+    for one in ("hello", "thanks", "never_mind", "filler"):  # "no" may be part of the others
+        text, times = intent(one, language).subn(" ", text)
+        kind = one if times and one != "filler" else kind
+    return kind if not re.search(r"\w", text) else ""
 
 
 @functools.cache
@@ -2389,7 +2392,7 @@ PASSAGE_CHARS = 700
 EMAIL = r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,64}\.[\w.-]{0,190}\w"
 PHONE = r"(?<![\w-])(?:\+|\(?0|\(\d{3}\))(?:[\d ()]{2,9}/)?[\d ()-]{6,18}\d"
 CONTACT = re.compile(f"{EMAIL}|{PHONE}")
-IDEOGRAPH = re.compile(r"[\u3400-\u9fff]")
+ARABIC_THE = re.compile(r"(?<!\w)([\u0648\u0641\u0628\u0643]?\u0627\u0644|\u0644\u0644)(?=\w{3})")
 WORD = re.compile(r"(?:[^\W_]|[\u0900-\u0eff\u1000-\u109f\u1780-\u17ff])+")
 # What shows that a passage is about a topic though it does not say the word.
 SIGNS = re.compile(
@@ -2405,14 +2408,15 @@ SITEMAP_PAGES, SITEMAP_CHARS = 60, 3000
 
 
 def spaced(text: str) -> str:
-    """Fold case and accents; runs of scripts without spaces become pairs and ideographs."""
+    """Fold case, accents, the Arabic article; runs of scripts without spaces become pairs."""
 
     def pieces(run: re.Match[str]) -> str:
         pairs = (run[0][at : at + 2] for at in range(max(1, len(run[0]) - 1)))
-        return " ".join(["", *pairs, *IDEOGRAPH.findall(run[0]), ""])
+        return " ".join(["", *pairs, *re.findall(r"[\u3400-\u9fff]", run[0]), ""])
 
-    plain = re.sub(r"[\u0300-\u036f]", "", unicodedata.normalize("NFKD", text.casefold()))
-    return UNSPACED.sub(pieces, unicodedata.normalize("NFC", plain).replace("\u0131", "i"))
+    plain = unicodedata.normalize("NFKD", ARABIC_THE.sub("", text.casefold()))
+    plain = unicodedata.normalize("NFC", ACCENTS.sub("", plain)).translate(SPELLING)
+    return UNSPACED.sub(pieces, plain)
 
 
 def folded_words(text: str) -> list[str]:
@@ -2429,11 +2433,9 @@ class Topic(NamedTuple):
 
 
 def begins_with(words: set[str]) -> re.Pattern[str]:
-    """Words of up to three letters are meant whole, others are how a word begins, or goes on after
-    the Arabic article."""
-    whole = {one for one in words if len(one) <= 3 and not UNSPACED.match(one)}
-    any_word = "|".join(f"{one}$" if one in whole else one for one in sorted(words))
-    return re.compile(f"(?:\u0627\u0644)?(?:{any_word})")
+    """Words of up to three letters are meant whole, others are how a word begins."""
+    ends = (one if len(one) > 3 or UNSPACED.match(one) else f"{one}$" for one in sorted(words))
+    return re.compile("|".join(ends))
 
 
 @functools.cache
@@ -2451,15 +2453,13 @@ def topics() -> tuple[frozenset[str], list[Topic]]:
         if name == "nothing":
             nothing = frozenset(asks)
             continue
-        says.add(f"x{name}")
         found.append(Topic(f"x{name}", begins_with(asks | says), begins_with(says)))
     return nothing, found
 
 
 def meaningful(words: Iterable[str]) -> list[str]:
     """Return the words that carry a meaning: no particles, and no short words."""
-    nothing, _ = topics()
-    hiragana = re.compile(r"[\u3040-\u309f]")
+    hiragana, (nothing, _) = re.compile(r"[\u3040-\u309f]"), topics()
     kept = (one for one in words if one not in nothing and not hiragana.search(one))
     return [one for one in kept if len(one) > 2 or one.isdigit() or UNSPACED.match(one)]
 
@@ -2471,10 +2471,10 @@ def said_topics(word: str) -> tuple[str, ...]:
 
 
 def topical_words(text: str) -> tuple[list[str], list[str]]:
-    """Return a text's different words, signs of topics with them, and the topics that each says."""
-    found = WORD.findall(spaced(SIGNS.sub(lambda sign: f"{sign[0]} x{sign.lastgroup} ", text)))
-    words = list(dict.fromkeys(found))
-    return words, [name for word in words for name in said_topics(word)]
+    """Return a text's different words, and the topics that each says or a sign shows."""
+    words = folded_words(text)
+    signs = dict.fromkeys(f"x{sign.lastgroup}" for sign in SIGNS.finditer(text))
+    return words, [*signs, *(name for word in words for name in said_topics(word))]
 
 
 def indexed(text: str) -> str:
@@ -2500,13 +2500,13 @@ def alike(word: str, other: str) -> tuple[float, bool]:
         return part, True
     if short in long and (len(short) > 4 or long.endswith(short)):
         return part, False
-    near = len(long) - len(short) <= 2 < len(short) - 1 and len(set(short) ^ set(long)) <= 4
-    near = near and difflib.SequenceMatcher(None, word, other, autojunk=False).ratio() >= 0.75
+    near = same > 0 and len(long) - len(short) <= 2 < len(short) - 1
+    near = near and difflib.SequenceMatcher(None, word, other, autojunk=False).ratio() > 0.75
     return 0.8 * near, True
 
 
-def best_of(question: str, texts: Sequence[str], share: float) -> list[int]:
-    """Return the index of the text that says most of a question, if it says a share of it."""
+def shares_of(question: str, texts: Sequence[str]) -> Iterator[tuple[float, int, int, int]]:
+    """Yield how much of a question each text says, from 0 to 1, and what speaks for it beside."""
     _, about = topics()
     said = folded_words(question[:1000])[:32]
     words = set(meaningful(said))
@@ -2514,8 +2514,7 @@ def best_of(question: str, texts: Sequence[str], share: float) -> list[int]:
     # What is asked for: each word, or another of its topic, and topics of particles such as "when".
     wanted = [({word}, [one for one in about if word in asked[one]]) for word in sorted(words)]
     wanted += [(set(), [one]) for one in about if asked[one] and not asked[one] & words]
-    best = (share - 1e-9, 0, 0, 0, -1)
-    for at, text in enumerate(texts):
+    for text in texts:
         there, about_it = topical_words(text)
         total, signs = 0.0, 0
         for word, subjects in wanted:
@@ -2524,11 +2523,19 @@ def best_of(question: str, texts: Sequence[str], share: float) -> list[int]:
                 share, start = (1.0, True) if one == other else alike(one, other)
                 parts[start] = max(parts[start], share)
             on_topic = sum(about_it.count(one.name) for one in subjects)
-            total += max(min(sum(parts.values()), 1), (0.8 if word else 1) * (on_topic > 0))
+            total += max(min(sum(parts.values()), 1), (0.7 if word else 1) * (on_topic > 0))
             signs += min(on_topic, 2)
         light = sum(one in there for one in said)  # words that alone say little
-        best = max(best, (total / max(1, len(wanted)), signs, light, -len(there), at))
-    return [best[-1]] if best[-1] >= 0 else []
+        yield total / max(1, len(wanted)), signs, light, -len(there)
+
+
+def best_of(question: str, texts: Sequence[str], share: float, earlier: str = "") -> list[int]:
+    """Return the indexes of texts that say most of a question, a share at least; the best first."""
+    before = shares_of(earlier, texts) if earlier else itertools.repeat((0.0,))
+    both = enumerate(zip(shares_of(question, texts), before, strict=False))
+    ranked = sorted(((*new[:3], old[0], *new[3:], at) for at, (new, old) in both), reverse=True)
+    same = (one for one in ranked if (one[0], one[3]) == (ranked[0][0], ranked[0][3]))
+    return [one[-1] for one in same if one[0] > share - 1e-9]
 
 
 # Rules for single lines: a heading begins with "#", headings and list items stand alone.
@@ -2585,7 +2592,7 @@ def split_sections(sections: Iterable[tuple[str, str]]) -> Iterator[tuple[str, s
         yield from ((heading[-120:].strip(": "), piece) for piece in pieces if piece)
 
 
-KNOWLEDGE_VERSION = 7  # of the schema, of indexed(), and of the topics in widget/words
+KNOWLEDGE_VERSION = 8  # of the schema, of indexed(), and of the topics in widget/words
 KNOWLEDGE_SCHEMA = """
     CREATE TABLE site (number INTEGER PRIMARY KEY, id TEXT UNIQUE);
     CREATE TABLE page (
@@ -2634,6 +2641,7 @@ class Found:
     passages: Sequence[Passage] = ()
     sitemap: Sequence[tuple[str, str]] = ()  # (URL, title)
     contacts: Sequence[str] = ()
+    earlier: str = ""  # the message before, if the question is of one word and may follow it up
 
 
 class SiteTexts(NamedTuple):
@@ -2868,28 +2876,27 @@ class Knowledge:
         site = self._cached_site(site_id, version)
         if not site.pages:
             return Found()
+        words = sum(len(word) > 1 for word in meaningful(folded_words(question[:5000])[:32]))
+        earlier = earlier if words < 3 else ""
         ranked = self._ranked(site, question, earlier)
         if site.own_chars <= KNOWLEDGE_CHARS:  # the owner's texts go whole, as they stand
             sql = "SELECT rowid FROM passage WHERE rowid BETWEEN ? AND ?"
-            whole = [
-                row
-                for page_id in sorted(site.own)
-                for (row,) in self._db.execute(sql, (page_id << 16, (page_id + 1 << 16) - 1))
-            ]
+            ranges = ((page << 16, (page + 1 << 16) - 1) for page in sorted(site.own))
+            whole = (row for both in ranges for (row,) in self._db.execute(sql, both))
             ranked = list(dict.fromkeys([*whole, *ranked]))
         passages, room = list[Passage](), KNOWLEDGE_CHARS
         for row in ranked:
             url, title = site.pages[row >> 16]
             sql = "SELECT said FROM passage WHERE rowid = ?"
             heading, _, text = self._db.execute(sql, (row,)).fetchone()[0].partition("\n")
-            passages.append(Passage(title, url, heading, text))
             room -= len(text) if row >> 16 in site.own else len(f"{title}{url}{heading}{text}") + 4
             if room < 0:
-                passages.pop()
                 break
+            passages.append(Passage(title, url, heading, text))
         pages = [site.pages[row >> 16] for row in ranked]
         pages += sorted(site.pages.values(), key=lambda page: (page[0].count("/"), len(page[0])))
-        return Found(passages, [page for page in dict.fromkeys(pages) if page[0]], site.contacts)
+        sitemap = [page for page in dict.fromkeys(pages) if page[0]]
+        return Found(passages, sitemap, site.contacts, earlier if words < 2 else "")
 
     def _alike(self, word: str) -> dict[tuple[float, bool], str]:
         """Return FTS5 queries for a word and what is like it, by what they say of it."""
@@ -2913,17 +2920,12 @@ class Knowledge:
         """Return the rowids of the best passages: by how many of the question's words, rare ones
         before frequent ones, a passage holds, and by bm25."""
         nothing, about = topics()
-        words = dict.fromkeys(folded_words(question[:5000])[:32], 1.0)
-        if sum(len(word) > 1 for word in meaningful(words)) < 3:
-            words = dict.fromkeys(folded_words(earlier[:5000])[:32], EARLIER) | words
+        words = dict.fromkeys(folded_words(earlier[:5000])[:32], EARLIER)
+        words |= dict.fromkeys(folded_words(question[:5000])[:32], 1.0)
         flat, scores = set(meaningful(words)), defaultdict[int, float](float)
-        asked = {
-            topic: max(words[word] for word in words if topic.asks.match(word))
-            for topic in about
-            if any(map(topic.asks.match, words))
-        }
-        for topic, weight in asked.items():
-            for row, score in self._holding(site, topic.name):
+        for topic in about:
+            weight = max((words[one] for one in words if topic.asks.match(one)), default=0)
+            for row, score in self._holding(site, topic.name) if weight else ():
                 scores[row] += weight * TOPIC * score
         for word, weight in words.items():
             parts: tuple[dict[int, float], ...] = ({}, {})
@@ -2934,10 +2936,7 @@ class Knowledge:
                 scores[row] += score
         for row in scores:
             scores[row] *= OWN if row >> 16 in site.own else 1
-        return [
-            row
-            for row, _ in heapq.nsmallest(100, scores.items(), key=lambda one: (-one[1], one[0]))
-        ]
+        return heapq.nsmallest(100, scores, key=lambda row: (-scores[row], row))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2975,33 +2974,9 @@ INLINE_TAGS = frozenset(
     " samp small span strong sub sup time tt u var wbr".split()
 )
 WITHIN_BLOCKS = INLINE_TAGS | {"br", "td", "th"}
-HEADINGS = {f"h{level}": level for level in range(1, 7)}
+HEADINGS = {f"h{level}": level for level in range(1, 7)} | {"summary": 8, "thead": 9}
+HEADINGS |= dict.fromkeys(("details", "tbody", "table"), 0)  # none, and the end of one
 ENDED_BY_NEXT = frozenset("p li dt dd tr td th option".split())
-# How JSON-LD's objects are said, by the first key that they have.
-SAID = {
-    "opens": "{dayOfWeek} {validFrom} {opens}-{closes}",
-    "price": "{name} {price} {priceCurrency} {availability}",
-    "lowPrice": "{lowPrice}-{highPrice} {priceCurrency} {availability}",
-    "priceSpecification": "{name} {priceSpecification} {availability}",
-    "streetAddress": "{streetAddress}, {postalCode} {addressLocality} {addressCountry}",
-    "telephone": "{contactType} {telephone} {email}",
-    "email": "{contactType} {email}",
-    "text": "{text}",
-    "name": "{name}",
-    "@value": "{@value}",
-}
-# What is kept of them: products, offers, organisations and opening hours have one of these.
-FACTS = {
-    "offers": "Price: {}.",
-    "price": "Price: {}.",
-    "priceRange": "Prices: {}.",
-    "address": "Address: {}.",
-    "telephone": "Telephone: {}.",
-    "email": "E-mail: {}.",
-    "contactPoint": "Contact: {}.",
-    "openingHours": "Opening hours: {}.",
-    "openingHoursSpecification": "Opening hours: {}.",
-}
 
 
 class ReadPage(NamedTuple):
@@ -3048,7 +3023,7 @@ def in_words(value: Any) -> str:
     if isinstance(value, list):
         return "; ".join(filter(None, map(in_words, value)))
     if isinstance(value, dict):
-        form = next((form for key, form in SAID.items() if key in value), "")
+        form = next((form for key, form in all_words()["en"]["said"].items() if key in value), "")
         words = plain(re.sub(r"\{(.*?)\}", lambda name: in_words(value.get(name[1], "")), form))
         return re.sub(r"(?<!\d)00:00(:00)?-00:00(:00)?", "closed", words).strip(" ,-")
     words = html.unescape(LONG_NUMBER.sub("", re.sub("<[^<>]*>", " ", str(value)[:20_000])))
@@ -3063,16 +3038,17 @@ def facts(node: Any) -> Iterator[tuple[str, str]]:
         for one in node:
             yield from facts(one)
     elif isinstance(node, dict):
-        name, known = in_words(node.get("name", "")), [key for key in FACTS if node.get(key)]
+        name, how = in_words(node.get("name", "")), all_words()["en"]["facts"]
+        kept = [key for key in how if node.get(key)]
         if answer := in_words(node.get("acceptedAnswer", "")):
             yield name, answer
-        elif known and (name or "offers" not in node):
+        elif kept and (name or "offers" not in node):
             said = (
-                FACTS[key].format(in_words(node if key == "price" else node[key])) for key in known
+                how[key].format(in_words(node if key == "price" else node[key])) for key in kept
             )
             yield name, " ".join([in_words(node.get("description", "")), *said]).strip()
         for key, value in node.items():
-            if key not in FACTS and key != "acceptedAnswer":
+            if key not in how and key != "acceptedAnswer":
                 yield from facts(value)
 
 
@@ -3109,6 +3085,8 @@ class PageReader(html.parser.HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         self.separate(tag)
         self.level = 0 if tag in HEADINGS else self.level
+        if tag in ("table", "details") and self.blocks:  # what they are headed by ends with them
+            self.blocks.append((self.blocks[-1][0], 8, ""))
         if self.json:
             with contextlib.suppress(ValueError):
                 self.facts += facts(decode_json("".join(self.json).encode()))
@@ -3124,7 +3102,7 @@ class PageReader(html.parser.HTMLParser):
         elif self.inside["title"] and not self.inside["/hidden"]:
             self.title += data[:PAGE_CHARS]
         elif not self.inside["/hidden"]:
-            if not (self.inside["/around"] and self.inside["a"]):
+            if not (self.inside["/around"] and self.inside["a"]) or CONTACT.fullmatch(data.strip()):
                 self.words.append(data[: self.room])
             self.spend(len(data.strip()))
 
@@ -3170,7 +3148,7 @@ class PageReader(html.parser.HTMLParser):
             return "/main" if "main" in (tag, role) else ""
         names = given.get("class", "") + " " + given.get("id", "")
         if (
-            tag in HIDDEN_TAGS
+            (tag in HIDDEN_TAGS and not (self.level and tag == "button"))
             or role in HIDDEN_ROLES
             or given.get("hidden", "until-found") != "until-found"
             or given.get("aria-hidden") == "true"
@@ -3188,7 +3166,8 @@ def under_headings(blocks: Iterable[tuple[str, int, str]], body: str) -> Iterato
     for zone, level, text in blocks:
         if zone == body and level:
             path = [(one, title) for one, title in path if one < level] + [(level, text)]
-            heading = ": ".join(title for one, title in path if one > 1 or level == 1)
+            deep = any(1 < one < 8 for one, _ in path)
+            heading = ": ".join(title for one, title in path if title and (one > 1 or not deep))
         elif zone == body:
             yield heading, text
 
@@ -3752,7 +3731,7 @@ def asks_first(turn: Turn, plan: Plan, page: Page, asked: str = "") -> bool:
         return False
     names: dict[str, list[str]] = {}
     for key, name in risky:
-        names.setdefault(key, []).append(f"“{name}”" if name else turn.say("unnamed"))
+        names.setdefault(key, []).append(turn.say("quoted" if name else "unnamed", what=name))
     question = " ".join(turn.say(key, what=", ".join(what)) for key, what in names.items())
     if fields := filled_fields(plan, page):
         question = "\n".join([question, "", turn.say("confirm_fields"), *fields])
@@ -4721,6 +4700,7 @@ def is_looping(said: str) -> bool:
 FIELD = re.compile(r"(input )?(text|email|tel|search|url|number|date)")
 FACT = re.compile(rf"\bmy name is\b|{EMAIL}|{PHONE}")
 BARE = re.compile(r"[^\d.!?]{1,25}")  # the heading above alone makes it no answer
+QUESTION_MARKS = ("?", "\uff1f", "\u061f")
 OTHERS_SAY = re.compile(r"^[ \t]*[“„«\"©].*$", re.M)
 # What a field is for, by its names, and how a visitor gives it in so many words.
 GIVEN_VALUES = {
@@ -4733,12 +4713,13 @@ GIVEN_VALUES = {
 }
 
 
-def usable(page: Json) -> tuple[list[Json], list[Json]]:
-    """Return what a page has to write into, secrets left out, and its other usable elements."""
-    elements = [e for e in page.get("indexedElements", ()) if "id" in e and not e.get("disabled")]
-    fields = [e for e in elements if FIELD.match(f"{e.get('type')} {e.get('inputType', 'text')}")]
-    buttons = [e for e in elements if e not in fields]
-    return [field for field in fields if not is_sensitive(field)], buttons
+def lines_of(passage: Passage) -> Iterator[Passage]:
+    """Yield a passage's lines; a question is no answer, it stands over the lines below it."""
+    for line in passage.text.split("\n"):
+        if line.endswith(QUESTION_MARKS):
+            passage = passage._replace(heading=line)
+        else:
+            yield passage._replace(text=line)
 
 
 def quote(question: str, page: Json, found: Found) -> tuple[str, Passage | None]:
@@ -4748,28 +4729,48 @@ def quote(question: str, page: Json, found: Found) -> tuple[str, Passage | None]
     # Quotation marks hold what others say. A menu ends the part of the page above it.
     shown = OTHERS_SAY.sub("", page.get("visibleText", ""))
     lines = [line if re.search(r"\w", names.sub("", line)) else "#" for line in shown.split("\n")]
-    near = [
-        Passage("", "", heading, text)
-        for heading, text in sections("\n\n".join(lines))
-        if heading or not TITLE.fullmatch(text)
-    ]
+    here = sections("\n\n".join(lines))
+    near = [Passage("", "", *one) for one in here if one[0] or not TITLE.fullmatch(one[1])]
     units = [
         (one, sentences, at)
-        for one in [*near, *found.passages]
-        for sentences in map(SENTENCE_END.split, one.text.split("\n"))
+        for passage in [*near, *found.passages]
+        for one in lines_of(passage)
+        for sentences in [SENTENCE_END.split(one.text)]
         for at in range(len(sentences))
     ]
     pieces = [
         s[at] if BARE.fullmatch(s[at]) else f"{one.title}\n{one.heading}\n{s[at]}"
         for one, s, at in units
     ]
-    best = best_of(question, pieces, 0.51)
+    best = best_of(question, pieces, 0.51, found.earlier)
     if not best:
         return "", None
     one, sentences, at = units[best[0]]
-    answer = " ".join(sentences[at if len(sentences) > 3 else 0 :][:3])
-    bare = answer.endswith((".", "!", "?", "\u3002")) or not one.heading
-    return answer if bare else f"{one.heading}: {answer}", one
+    rows = [" ".join(sentences[at if len(sentences) > 3 else 0 :][:3])]
+    if rows[0].endswith((".", "!", "\u3002", *QUESTION_MARKS)):
+        heading = one.heading if one.url else ""
+    else:  # Other lines of a table or a list, too, that say as much of the question.
+        heading, lines = one.heading, [unit.text for unit, *_ in units if unit[:3] == one[:3]]
+        same = {units[at][0].text for at in best}.intersection(lines)
+        few = (line for line in dict.fromkeys(lines) if line in same or 2 * len(same) > len(lines))
+        rows = [line for line in few if len(line) <= 80][:8] or rows
+    colon = ": " * (heading != "") if not heading.endswith(QUESTION_MARKS) else " "
+    return f"{heading}{colon}{'; '.join(rows)}", one
+
+
+@functools.cache
+def small_words() -> dict[str, frozenset[str]]:
+    """Return each language's words that are in messages about anything."""
+    return {
+        tag: frozenset(folded_words(words["topics"]["nothing"] + json_text(words["intents"])))
+        for tag, words in all_words().items()
+    }
+
+
+def tongue_of(message: str, language: str) -> str:
+    """Return which language a message is in, by its small words: the page's in doubt."""
+    said, page = set(folded_words(message[:1000])), shipped_language(language) or "en"
+    return max(small_words(), key=lambda tag: (len(said & small_words()[tag]), tag == page))
 
 
 def find_label(wish: str, elements: Sequence[Json], share: float) -> Json | None:
@@ -4791,24 +4792,30 @@ class Guide:
         self, task: Task, page: Json, found: Found, past: Sequence[Json] = (), language: str = "en"
     ) -> None:
         self.task, self.page, self.found, self.past = task, page, found, past
-        self.fields, self.buttons = usable(page)
-        self.language, self.say = language, functools.partial(say, language)
+        shown = [e for e in page.get("indexedElements", ()) if "id" in e and not e.get("disabled")]
+        fields = [e for e in shown if FIELD.match(f"{e.get('type')} {e.get('inputType', 'text')}")]
+        self.buttons = [element for element in shown if element not in fields]
+        self.fields = [field for field in fields if not is_sensitive(field)]
+        self.language, self.tongue = language, tongue_of(task.wish, language)
+        self.say = functools.partial(say, language)
 
     def hears(self, name: str, text: str) -> bool:
         """Whether a text holds words of an intent."""
-        return intent(name, self.language).search(plain_words(text)) is not None
+        tongue = self.language if name == "reach" else self.tongue  # the page's own labels
+        return intent(name, tongue).search(plain_words(text)) is not None
 
     def is_question(self, text: str) -> bool:
-        return intent("question", self.language).match(plain_words(text).strip()) is not None
+        return intent("question", self.tongue).match(plain_words(text).strip()) is not None
 
     def ways_to_reach(self) -> list[str]:
-        """Up to 3 ways to people: addresses and numbers, else what to click on this page."""
+        """Up to 3 ways to people: addresses and numbers, each once, else what to click here."""
         shown = OTHERS_SAY.sub("", self.page.get("visibleText", ""))
         texts = [*self.found.contacts, shown, *(one.get("href", "") for one in self.buttons)]
         ways = [way[0] for one in (EMAIL, PHONE) for text in texts if (way := re.search(one, text))]
-        others = (one for one in self.buttons if one.get("href", "") != self.page.get("url"))
+        others = (e for e in self.buttons if e.get("href", "") != self.page.get("url"))
         labels = filter(functools.partial(self.hears, "reach"), map(element_label, others))
-        return [*dict.fromkeys([*ways, *(f"“{label}”" for label in labels)])][:3]
+        ways += [self.say("quoted", what=label) for label in labels]
+        return [*{re.sub(r"\D", "", way)[-8:] or way: way for way in ways}.values()][:3]
 
     def answer(self, question: str) -> Json:
         """The reply that quotes the page or the site's texts, or says that it does not know."""
@@ -4817,8 +4824,7 @@ class Guide:
         said, source = ("", None) if wants_person else quote(question, self.page, self.found)
         element = None if wants_person else find_label(question, others, 0.51)
         parts = [self.say("guide_found", what=said)] if said else []
-        if source is not None and source.url:
-            parts.append(f"[{source.title or source.url}]({source.url})")
+        parts += [f"[{source.title or source.url}]({source.url})"] if source and source.url else []
         parts += [self.say("guide_use", what=element_label(element))] if element else []
         if parts:
             return guide_says(" ".join(parts))
@@ -4875,7 +4881,7 @@ class Guide:
         writes = self.hears("write", wish)
         sends = self.hears("order", wish) and task.did[-1:] == ["type"]
         new = [f["id"] for f in fields if values.get(f["id"], f.get("value")) != f.get("value")]
-        bare = intent("go", self.language).sub(" ", plain_words(wish))
+        bare = intent("go", self.tongue).sub(" ", plain_words(wish))
         element = None if task.did else find_label(bare, buttons, 0.6)
         if writes and not areas and not task.did:
             links = [e for e in buttons if re.match(r"(?!mailto:|tel:).", e.get("href", ""))]
@@ -4908,7 +4914,7 @@ class Guide:
 
     def page_step(self, wish: str) -> Json | None:
         """The reply that goes to a page of the website that is not linked on this one."""
-        plain, go = plain_words(wish), intent("go", self.language)
+        plain, go = plain_words(wish), intent("go", self.tongue)
         names = [f"{title} {urllib.parse.urlsplit(url).path}" for url, title in self.found.sitemap]
         wanted = go.search(plain) and not self.task.did
         for at in best_of(go.sub(" ", plain), names, 0.6) if wanted else ():
@@ -4946,9 +4952,7 @@ class Guide:
         has_form = any("area" in str(field.get("type")) for field in self.fields)
         wants_person = self.hears("person", wish)
         wants_letter = wants_person or (is_order and self.hears("write", wish))
-        talk, given_up = (
-            small_talk(plain_words(one), self.language) for one in (wish, task.wish[:1000])
-        )
+        talk, given_up = (small_talk(one, self.tongue) for one in (wish, task.wish[:1000]))
         if given_up == "never_mind" and wish != task.wish:
             said = self.say("guide_never_mind")
         elif talk in ("thanks", "hello"):
@@ -4963,11 +4967,8 @@ class Guide:
         elif not acts or not task.did:
             return self.answer(wish)
         else:
-            said, end = self.say("guide_done"), "task_complete"
-            if task.did[-1] == "type":
-                said = self.say("guide_filled")
-            elif task.unchanged:
-                said = self.say("guide_no_change")
+            what = "filled" if task.did[-1] == "type" else "no_change" if task.unchanged else "done"
+            said, end = self.say(f"guide_{what}"), "task_complete"
         action = {"type": end, "reason": said, "summary": said} if end else None
         return guide_says(said * (end != "abort_workflow"), action)
 
@@ -5349,9 +5350,8 @@ class Crawl:
             except TimeoutError:
                 raise CrawlError(f"took longer than {PAGE_SECONDS} s", passing=True) from None
             except (aiohttp.ClientError, OSError, ValueError) as error:
-                raise CrawlError(
-                    f"gives no answer ({type(error).__name__})", passing=True
-                ) from None
+                reason = f"gives no answer ({type(error).__name__})"
+                raise CrawlError(reason, passing=True) from None
             finally:
                 self.next_request = time.monotonic() + self.delay
             url, conditions = target, {}
