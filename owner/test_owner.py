@@ -310,13 +310,15 @@ WRONG = [  # e-mail address, password, what Google says instead, the field, what
 ]
 
 
-async def test_wrong_sign_in(visit: Visit, office: Server, google: Google) -> None:
-    """What Google refuses is said in words, at the field that it is about."""
+async def test_trouble_at_the_sign_in(visit: Visit, office: Server, google: Google) -> None:
+    """What Google refuses is said in words, at the field that it is about; who forgot the password
+    gets an e-mail; whose address is not proven owns nothing, and reads how to prove it."""
     page = await visit(f"{office.url}/owner")
+    alert = page.get_by_role("alert")
     for email, password, google.refusal, name, words in WRONG:
         await sign_in(page, email, password)
         if name is None:
-            await expect(page.get_by_role("alert")).to_contain_text(words)
+            await expect(alert).to_contain_text(words)
             continue
         field = page.get_by_label(name)
         await expect(field).to_have_attribute("aria-invalid", "true")
@@ -324,6 +326,26 @@ async def test_wrong_sign_in(visit: Visit, office: Server, google: Google) -> No
         await expect(field).to_have_accessible_description(re.compile(words))
         await expect(page.locator("[aria-invalid]")).to_have_count(1)
     assert await page.evaluate("sessionStorage.length + localStorage.length") == 0
+    google.refusal = ""
+    google.calls.clear()
+
+    await page.reload()
+    await press(page, "I forgot my password")
+    await expect(alert).to_contain_text("Enter your e-mail address")
+    await page.get_by_label("E-mail address").fill(OLGA)
+    await press(page, "I forgot my password")
+    await expect(page.get_by_text(f"An e-mail to {OLGA}")).to_be_visible()
+    wanted = {"requestType": "PASSWORD_RESET", "email": OLGA}
+    assert google.calls == [{"call": "/v1/accounts:sendOobCode", **wanted}]
+
+    await sign_in(page, EVE)
+    await expect(page.get_by_text("This account owns no site here")).to_contain_text(EVE)
+    await press(page, "Send me an e-mail")
+    await expect(page.get_by_text("Sent.")).to_be_visible()
+    google.claims.append({"email_verified": True})
+    await press(page, "I have opened it")
+    await expect(page.get_by_role("heading", name="Acme Shop")).to_be_visible()
+    assert [call["call"] for call in google.calls[2:]] == ["/v1/accounts:sendOobCode", "/token"]
 
 
 async def test_sign_in(visit: Visit, office: Server, google: Google) -> None:
@@ -356,30 +378,6 @@ async def test_sign_in(visit: Visit, office: Server, google: Google) -> None:
     assert await page.evaluate("sessionStorage.length") == 0
     assert OLGA not in await page.content()
     assert len(google.calls) == 1
-
-
-async def test_forgotten_password(visit: Visit, office: Server, google: Google) -> None:
-    page = await visit(f"{office.url}/owner")
-    await press(page, "I forgot my password")
-    await expect(page.get_by_role("alert")).to_contain_text("Enter your e-mail address")
-    await page.get_by_label("E-mail address").fill(OLGA)
-    await press(page, "I forgot my password")
-    await expect(page.get_by_text(f"An e-mail to {OLGA}")).to_be_visible()
-    wanted = {"requestType": "PASSWORD_RESET", "email": OLGA}
-    assert google.calls == [{"call": "/v1/accounts:sendOobCode", **wanted}]
-
-
-async def test_proving_an_address(visit: Visit, office: Server, google: Google) -> None:
-    """Whose address is not proven yet owns nothing, and reads how to prove it."""
-    page = await visit(f"{office.url}/owner")
-    await sign_in(page, EVE)
-    await expect(page.get_by_text("This account owns no site here")).to_contain_text(EVE)
-    await press(page, "Send me an e-mail")
-    await expect(page.get_by_text("Sent.")).to_be_visible()
-    google.claims.append({"email_verified": True})
-    await press(page, "I have opened it")
-    await expect(page.get_by_role("heading", name="Acme Shop")).to_be_visible()
-    assert [call["call"] for call in google.calls[1:]] == ["/v1/accounts:sendOobCode", "/token"]
 
 
 AGED = """() => { // an hour later
@@ -590,8 +588,18 @@ async def test_preview(enter: Open, office: Server) -> None:
 
 
 async def test_settings(enter: Open, office: Server, hook: Hook) -> None:
-    """Settings hold at once and stay; a button tells whether the notify URL works."""
+    """Settings hold at once and stay; a button tells whether the notify URL works.
+
+    An owner makes and deletes no sites, and reads who the owners are.
+    """
     page = await enter("settings")
+    await expect(page.get_by_label("Owners")).to_have_attribute("readonly", "")
+    await expect(page.get_by_role("button", name="Delete this site")).to_have_count(0)
+    await page.get_by_role("link", name="leflux").click()
+    await page.get_by_role("link", name="Acme Shop").wait_for()
+    await expect(page.get_by_role("button", name="Make it")).to_have_count(0)
+    for name in ("Acme Shop", "Settings"):
+        await follow(page, name)
     await press(page, "Test the address")
     address = page.get_by_label("Address for messages")
     await expect(address).to_have_accessible_description(re.compile("is not set"))
@@ -620,6 +628,8 @@ async def test_settings(enter: Open, office: Server, hook: Hook) -> None:
     await press(page, "Save")
     await expect(page.get_by_label("Name")).to_have_value("Acme Shop")
     assert office.app.sites["shop"].notify_url == ""
+    await page.goto(f"{office.url}/owner#/other/settings")
+    await expect(page.get_by_role("alert")).to_be_visible()
 
 
 @with_config(limits=BUSY)
@@ -849,18 +859,6 @@ async def test_new_sites(enter: Open, office: Server) -> None:
     await follow(page, "Settings")
     await press(page, "Delete this site", "Delete it")
     await expect(page.get_by_role("alert")).to_contain_text("config.toml")
-
-
-async def test_what_owners_cannot(enter: Open, office: Server) -> None:
-    """An owner makes and deletes no sites, and reads who the owners are."""
-    page = await enter("settings")
-    await expect(page.get_by_label("Owners")).to_have_attribute("readonly", "")
-    await expect(page.get_by_role("button", name="Delete this site")).to_have_count(0)
-    await page.get_by_role("link", name="leflux").click()
-    await expect(page.get_by_role("link", name="Acme Shop")).to_be_visible()
-    await expect(page.get_by_role("button", name="Make it")).to_have_count(0)
-    await page.goto(f"{office.url}/owner#/other/settings")
-    await expect(page.get_by_role("alert")).to_be_visible()
 
 
 # ---------------------------------------------------------------------------------------------

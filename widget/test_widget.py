@@ -1526,15 +1526,11 @@ BUSY = f"""
 </script>
 """
 SEEN: dict[str, Json | None] = {  # what is indexed of that page, and how
-    "Card one": {"type": "button"},
-    "Card two": {"type": "button"},
-    "Stop": {"type": "button"},
-    "In a card": {"type": "button"},
-    "Data action": {"type": "button"},
+    **{f"Card {number}": {"type": "button"} for number in ("one", "two")},
+    **{name: {"type": "button"} for name in ("Stop", "In a card", "Data action", "Price")},
     "No address": {"type": "link"},
     "Elsewhere": {"newTab": True},
     "Area": {"type": "link"},
-    "Price": {"type": "button"},
     "14": {"type": "gridcell"},
     "Menu": {"expanded": False},
     "Submenu": None,
@@ -1584,14 +1580,10 @@ def press(key: str, name: str) -> Json:
     return {"action": "press", "on": name, "key": key}
 
 
+CLICKS = {"Card one": "card", "Card two": "listened", "No address": "a", "Price": "sorted"}
+CLICKS |= {'row="Bob"': "bob", '"14"': "14", "In a frame": "framed"}
 STEPS: list[tuple[Json, str, str]] = [  # a step, what it does (a line of JavaScript), or its error
-    (click("Card one"), "said.includes('card;')", ""),
-    (click("Card two"), "said.includes('listened;')", ""),
-    (click("No address"), "said.includes('a;')", ""),
-    (click("Price"), "said.includes('sorted;')", ""),
-    (click('row="Bob"'), "said.includes('bob;')", ""),
-    (click('"14"'), "said.includes('14;')", ""),
-    (click("In a frame"), "said.includes('framed;')", ""),
+    *((click(name), f"said.includes('{said};')", "") for name, said in CLICKS.items()),
     (click("Elsewhere"), "location.pathname === '/'", "opens a new tab"),
     (click("Pops up"), "location.pathname === '/'", "opens a new tab"),
     (click("Join"), "!said.includes('joined')", "the form was not sent: Mail: "),
