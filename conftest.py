@@ -36,7 +36,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.x509.oid import NameOID
 from multidict import CIMultiDict
-from playwright.async_api import Page, async_playwright
+from playwright.async_api import ConsoleMessage, Page, async_playwright
 
 import leflux_server as lf
 
@@ -993,6 +993,10 @@ async def visit(chromium: str, serve: Serve) -> AsyncIterator[Visit]:
     async with async_playwright() as playwright, contextlib.AsyncExitStack() as stack:
         browser = await playwright.chromium.connect_over_cdp(chromium)
 
+        def hear(line: ConsoleMessage) -> None:
+            if line.type == "error" and not NO_FAULT.search(line.text):
+                problems.append(line.text)
+
         async def start(
             url: str, width: int = 1280, height: int = 800, dark: bool = False, **options: Any
         ) -> Page:
@@ -1005,14 +1009,7 @@ async def visit(chromium: str, serve: Serve) -> AsyncIterator[Visit]:
             page = await context.new_page()
             page.set_default_timeout(10_000)
             page.on("pageerror", lambda error: problems.append(str(error)))
-            page.on(
-                "console",
-                lambda line: (
-                    problems.append(line.text)
-                    if line.type == "error" and not NO_FAULT.search(line.text)
-                    else None
-                ),
-            )
+            page.on("console", hear)
             await page.goto(url)
             return page
 

@@ -18,7 +18,7 @@ import aiohttp
 import doctor
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestServer, unused_port
+from aiohttp.test_utils import unused_port
 from cryptography.hazmat.primitives import serialization
 from multidict import CIMultiDict
 
@@ -26,14 +26,11 @@ import leflux_server as lf
 
 from conftest import (  # isort: skip
     UUID, FakeModel, Json, KeyServer, Patch, Serve, Server, Visitor, bearer, certificate, chunk,
-    make_config, needs, office, private_key, program, read_close, run_tool, sse, until,
+    listening, make_config, needs, office, private_key, program, read_close, run_tool, sse,
+    until,
 )  # fmt: skip
 
 NGINX_SITE = lf.HERE / "deploy" / "leflux.nginx.conf"
-
-
-def port_of(server: Server) -> int:
-    return int(server.url.rpartition(":")[2])
 
 
 def listens(port: int) -> bool:
@@ -189,10 +186,8 @@ async def mirror() -> AsyncIterator[Server]:
     async def answer(request: web.Request) -> web.Response:
         return web.json_response([*request.headers.items()])
 
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", answer)
-    async with TestServer(app) as server:
-        yield Server(str(server.make_url("")).rstrip("/"))
+    async with listening(answer) as url:
+        yield Server(url.replace("localhost", "127.0.0.1"))
 
 
 async def test_headers_through_nginx(mirror: Server, tmp_path: Path) -> None:
@@ -341,7 +336,7 @@ async def test_killed_instance(tmp_path: Path) -> None:
             async with site.http.get(url, headers={"Origin": visitor.origin}) as response:
                 assert response.status == 502
         await asyncio.gather(*(visitor.ask("Still here?") for visitor in untouched))
-        port = str(port_of(killed.server))
+        port = killed.server.url.rpartition(":")[2]
         await stack.enter_async_context(program(folders[0], more, LEFLUX_PORT=port))
         for visitor in waiting:
             assert (await visitor.connect(visitor.frames[-1]["seq"]))["restored"]

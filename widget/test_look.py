@@ -253,6 +253,7 @@ async def test_layouts_and_positions(visit: Visit, serve: Serve) -> None:
         assert layout != "bottom-bar" or edges[0] == edges[2]
         for width, height in (PHONE, (900, 400)):
             await page.set_viewport_size({"width": width, "height": height})
+            await expect(part(page, ".panel")).to_have_js_property("offsetHeight", height)
             assert await edges_of(part(page, ".panel")) == [0, 0, 0, 0]
 
 
