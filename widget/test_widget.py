@@ -234,7 +234,7 @@ async def shop(serve: Serve, model: FakeModel | None = None, **config: Any) -> s
 # Mount
 
 
-async def test_tags(visit: Visit, model: FakeModel, pages: Pages, server: Server) -> None:
+async def test_tags(visit: Visit, pages: Pages, server: Server) -> None:
     """What a page calls before the chat is there is done once it is; a second tag does nothing."""
     early = """<script>
         new MutationObserver((_, observer) => {
@@ -331,7 +331,7 @@ HOSTILE = [
 ]
 
 
-async def test_hostile_reply(meet: Meet, model: FakeModel) -> None:
+async def test_hostile_reply(meet: Meet) -> None:
     """Whatever a model says is text: nothing runs, nothing is slow, and no link is a script."""
     guest = await meet()
 
@@ -382,7 +382,7 @@ CARDS: dict[str, tuple[list[Json], str]] = {  # of each type of block, and what 
 }
 
 
-async def test_questions_and_blocks(meet: Meet, model: FakeModel, pages: Pages) -> None:
+async def test_questions_and_blocks(meet: Meet, pages: Pages) -> None:
     """A question brings the right keyboard; all four blocks are shown as cards, and read out."""
     guest = await meet()
     area = guest.see("textarea")
@@ -494,7 +494,7 @@ REPLIES = """window.replies = []; addEventListener('leflux:reply',
     ({ detail }) => replies.push(`bot: ${detail.text.replaceAll('*', '')}`))"""
 
 
-async def test_what_follows_a_text(meet: Meet, model: FakeModel) -> None:
+async def test_what_follows_a_text(meet: Meet) -> None:
     """The event after a turn's text has a bubble of its own, none for the same words.
 
     A reload shows the same, and is no news.
@@ -559,7 +559,7 @@ BREAKING = """
 """
 
 
-async def test_cut_wire_before_the_end(meet: Meet, model: FakeModel) -> None:
+async def test_cut_wire_before_the_end(meet: Meet) -> None:
     """When the socket breaks between a turn's text and what follows, that comes once, too."""
     guest = await meet(ADD, before=BREAKING)
     plan, end = does(click("Add"), message="I add one."), says("Now?", **ENDS["end"][0])
@@ -624,7 +624,7 @@ async def test_errors_and_retry(meet: Meet, model: FakeModel, server: Server) ->
     await expect(retry).to_have_count(0)
 
 
-async def test_long_messages(meet: Meet, model: FakeModel, server: Server) -> None:
+async def test_long_messages(meet: Meet, model: FakeModel) -> None:
     """A counter appears near 5,000 characters, counted as people and the server count; above
     them, sending waits."""
     guest = await meet()
@@ -1033,7 +1033,7 @@ PLAIN = "name email pinboard company subject spinner city comment cardigan".spli
 HIDING = "elements parentElement getAttribute closest matches querySelectorAll shadowRoot".split()
 
 
-async def test_names_of_fields(meet: Meet, model: FakeModel) -> None:
+async def test_names_of_fields(meet: Meet) -> None:
     """Every field that the server takes for a secret one is one for the widget, too; fields called
     like what a form is asked for cost their own form at most."""
     assert {name: lf.is_sensitive({"name": name}) for name in [*SECRET, *PLAIN]} == {
@@ -1053,7 +1053,7 @@ async def test_names_of_fields(meet: Meet, model: FakeModel) -> None:
     assert "Fine" in [element["text"] for element in guest.context["indexedElements"]]
 
 
-async def test_the_nearest_fifty(meet: Meet, model: FakeModel) -> None:
+async def test_the_nearest_fifty(meet: Meet) -> None:
     """Of many elements the dialog's come first, then those in view; each keeps its number."""
     many = "".join(f"<p><a href='/{n}'>Link {n}</a></p>" for n in range(200))
     guest = await meet(
@@ -1074,9 +1074,7 @@ async def test_the_nearest_fifty(meet: Meet, model: FakeModel) -> None:
     assert [element["id"] for element in found] == list(range(1, 51))
 
 
-async def test_single_page_navigation(
-    meet: Meet, model: FakeModel, pages: Pages, server: Server
-) -> None:
+async def test_single_page_navigation(meet: Meet, pages: Pages, server: Server) -> None:
     """When a router changes the page, the server gets the new picture."""
     guest = await meet("<main><h1>Home</h1></main>")
     await guest.ask("Hello", hears="ok")
@@ -1135,7 +1133,7 @@ FORM = """
 """
 
 
-async def test_filling_a_form(meet: Meet, model: FakeModel) -> None:
+async def test_filling_a_form(meet: Meet) -> None:
     """Each kind of field takes what is typed or chosen, frameworks hear of it, the rest fails."""
     guest = await meet(FORM)
     steps = [
@@ -1221,7 +1219,7 @@ async def test_failed_steps(meet: Meet, model: FakeModel) -> None:
     await asyncio.gather(*(fail(range(n, len(FAILURES), 3)) for n in range(3)))
 
 
-async def test_settled_while_acting(meet: Meet, model: FakeModel) -> None:
+async def test_settled_while_acting(meet: Meet) -> None:
     """A new message, or stop, ends what is being done: no further step runs, none is reported."""
     guest = await meet(ADD)
     added = guest.page.locator("main")
@@ -1401,7 +1399,7 @@ async def test_leaving_in_the_middle(
 # Pages that make it hard
 
 
-async def test_modal_dialog(meet: Meet, model: FakeModel) -> None:
+async def test_modal_dialog(meet: Meet) -> None:
     """A modal dialog of the page makes all else inert, but not the chat that is asked for a yes."""
     form = "<form method=dialog onsubmit='window.sent = 1'><button>Send message</button></form>"
     body = f"<button onclick='d.showModal()'>Write to us</button><dialog id=d>{form}</dialog>"
@@ -1550,7 +1548,7 @@ SEEN: dict[str, Json | None] = {  # what is indexed of that page, and how
 }
 
 
-async def test_what_is_indexed(meet: Meet, model: FakeModel, pages: Pages) -> None:
+async def test_what_is_indexed(meet: Meet, pages: Pages) -> None:
     """Of 300 links and all else, what can be used is seen, the important first.
 
     Each element's state is in test_engines.py.
@@ -1820,7 +1818,7 @@ async def test_nothing_is_stored_before(visit: Visit, pages: Pages, server: Serv
     assert {"leflux:userData", f"leflux {server.url} session"} <= set(stored)
 
 
-async def test_visitor_memory(meet: Meet, model: FakeModel, pages: Pages) -> None:
+async def test_visitor_memory(meet: Meet, pages: Pages) -> None:
     """What a visitor has typed into forms is offered to later ones for 30 days, secrets never."""
     form = """<input name=email><input autocomplete=given-name><input name=iban>
         <input aria-label='Telefon'><input name=q><input name=username>"""
@@ -1858,7 +1856,7 @@ async def test_visitor_memory(meet: Meet, model: FakeModel, pages: Pages) -> Non
     assert await offered() == {}
 
 
-async def test_attributes(visit: Visit, meet: Meet, model: FakeModel, server: Server) -> None:
+async def test_attributes(meet: Meet, server: Server) -> None:
     """data-preview asks no server; data-no-spa-detect leaves routers alone; custom properties of
     the page restyle the panel."""
     config = json.dumps({"greeting": "Look!", "layout": "side-panel"}).replace('"', "&quot;")
@@ -1878,7 +1876,7 @@ async def test_attributes(visit: Visit, meet: Meet, model: FakeModel, server: Se
     assert not guest.sent("update_context")
 
 
-async def test_strict_policy(meet: Meet, model: FakeModel, pages: Pages, server: Server) -> None:
+async def test_strict_policy(meet: Meet, pages: Pages, server: Server) -> None:
     """It works under a policy that allows the server's scripts and connections, and no more."""
     policy = (
         f"default-src 'none'; script-src {server.url};"
