@@ -290,8 +290,7 @@ DEFAULTS: dict[str, str] = {
 
 
 def test_config_defaults() -> None:
-    """An empty file has the contract's values. Numbers may be whole or fractional where that makes
-    sense."""
+    """An empty file has the contract's values; numbers may be whole or fractional."""
     config = lf.parse_config({}, {})
     for table, defaults in DEFAULTS.items():
         for default in defaults.split():
@@ -1278,8 +1277,7 @@ async def start_refused(folder: Path, constants: str = "") -> None:
 
 
 async def test_unusable_databases_stop_the_start(kept: Path, tmp_path: Path) -> None:
-    """A damaged, newer or unusable database stops the start with one line, and is left alone; so
-    does a disk that takes nothing."""
+    """An unusable database, which is left alone, or a disk that takes nothing stops the start."""
     folders = [tmp_path / str(number) for number in range(len(DAMAGES))]
     for folder, name in zip(folders, DAMAGES, strict=True):
         shutil.copytree(kept, folder)
@@ -1809,8 +1807,7 @@ async def test_tokens_are_settled_with_usage(limit: int, serve: Serve, model: Fa
 )
 @with_config(limits={"site_tokens_per_day": 100_000})
 async def test_estimated_tokens(script: Any, said: int, visitor: Visitor, model: FakeModel) -> None:
-    """Without usage 4 characters count as a token, of what was asked and what was said, also in a
-    call that is cut or stopped; it holds nothing afterwards."""
+    """Without usage 4 characters asked or said count as a token, also in a call that is cut."""
     model.scripts.append(script)
     await visitor.chat("y" * 4000)
     await until(lambda: model.requests)
@@ -3477,8 +3474,7 @@ async def test_answers_without_text(
 @pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
 @pytest.mark.parametrize("indent", [None, 2])
 async def test_one_body(indent: Any, kind: str, visitor: Visitor, model: FakeModel) -> None:
-    """One JSON body is an answer, too, also one that arrives in pieces; an error in it is one. What
-    a response is counts, not what its Content-Type says."""
+    """One JSON body is an answer, also in pieces, and an error in it one, whatever its type."""
     answer = {"choices": [{"message": {"content": "Hi"}}], "usage": {"total_tokens": 9}}
     bodies = [" " + json.dumps(body, indent=indent) for body in (answer, BOOM, answer)]
 
@@ -3637,8 +3633,7 @@ def test_reply_cut_anywhere(raw: str, text: str) -> None:
 @given(st.data())
 @settings(max_examples=200, deadline=None)
 def test_any_text_comes_out_as_it_went_in(data: st.DataObject) -> None:
-    """However it is escaped, wherever deltas and reads end, and whatever comes before it; the whole
-    reply is there at the end."""
+    """However it is escaped and cut, whatever comes before it; the whole reply is there at last."""
 
     def cut(raw: Any) -> list[Any]:
         places = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=6)))
@@ -4952,9 +4947,8 @@ WAYS = {
 
 @on_every_page
 async def test_questions_and_ways_on_the_demo(visit_demo: VisitDemo, path: str) -> None:
-    """The guide quotes the passage that answers, and clicks the link that was named, on whichever
-    page it is asked; it does not claim to have done what the page did not do. Who wants an account
-    deleted is asked first; a no leaves it alone."""
+    """The guide quotes what answers and clicks the link that was named, on whichever page; it
+    claims nothing that the page did not do, and asks before it deletes; a no leaves it alone."""
     page = await visit_demo(path)
     for confirmed in (False, True):
         asked = await page.ask("delete my account")
@@ -5054,9 +5048,8 @@ async def test_a_question_of_the_guide_may_be_left_alone(visit_demo: VisitDemo) 
 
 
 async def test_forms_that_are_not_the_demos(serve: Serve) -> None:
-    """The guide does not claim to have sent what it could not send. What a newsletter further down
-    requires is not asked for, nor is its button clicked; what the visitor gives in so many words is
-    typed, and no password."""
+    """The guide claims to have sent only what it could send. It asks for nothing of a newsletter
+    further down, nor clicks its button; it types what it was told, and no password."""
     visitor = await (await serve()).visitor()
     page = OpenPage(visitor, context=showing({"type": "textarea", "text": "Message"}))
     end = await page.done(await page.ask("send a message: message: hello"))
@@ -5602,9 +5595,8 @@ async def test_ws_url(serve: Serve) -> None:
     sites=[{**SHOP, "allowed_hosts": ["acme.com", "127.0.0.1"]}],
 )
 async def test_unregistered_host(server: Server, visitor: Visitor) -> None:
-    """Strangers get 403 with the host as seen and the signup URL, whatever their body says. Two
-    Origin headers are no Origin. A page of our own origin reads its session without, and only
-    reads."""
+    """Strangers get 403 with the host as seen and the signup URL, and two Origin headers are none.
+    A page of our own origin reads its session without, and only reads."""
     unknown = (403, "host_not_registered")
     body = {"siteHost": "acme.com", "pageUrl": "https://acme.com/", "sessionId": visitor.id}
     path = f"/api/session/{visitor.id}"
@@ -5946,8 +5938,7 @@ async def test_preflight(admin: Server) -> None:
 
 
 async def test_bodies_on_the_wire(server: Server) -> None:
-    """Who leaves in mid-body is no error (see quiet_log). Chunks may be small; so many that they
-    are only work end the connection."""
+    """Who leaves in mid-body is no error; chunks that are nothing but work end the connection."""
     _, writer = await dial(server.url)
     writer.write(POST_CHAT + f"Origin: {ORIGIN}\r\nContent-Length: 99\r\n\r\n{{".encode())
     await writer.drain()
