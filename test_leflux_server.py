@@ -5600,10 +5600,8 @@ async def test_unregistered_host(server: Server, visitor: Visitor) -> None:
     unknown = (403, "host_not_registered")
     body = {"siteHost": "acme.com", "pageUrl": "https://acme.com/", "sessionId": visitor.id}
     path = f"/api/session/{visitor.id}"
-    for method, place in (
-        *(("POST", "/api/session/init"), ("POST", "/api/chat")),
-        *(("GET", path), ("DELETE", path)),
-    ):
+    posts = [("POST", "/api/session/init"), ("POST", "/api/chat")]
+    for method, place in (*posts, ("GET", path), ("DELETE", path)):
         for origin in ("https://Evil.example:8443", "null", None, "https://user@acme.com"):
             sent = {**body, "message": "Hi"} if method == "POST" else None
             answer = await server.call(method, place, sent, origin=origin)
@@ -7071,19 +7069,16 @@ async def test_made_sites_get_both_forms(admin: Server) -> None:
         **{"refusal": lf.Site().refusal, "config": lf.SITE_CONFIG_DEFAULTS},
         "usage": {"messagesToday": 0, "tokensToday": 0},
     }
-    for hosts in (  # what is asked for, as it is written in the answer, and the form beside it
-        "new.example new.example www.new.example",
-        "www.new.example www.new.example new.example",
-        "WWW.New.Example. www.new.example new.example",
-        "shop.new.co.uk shop.new.co.uk www.shop.new.co.uk",
-        "new.example:8443 new.example:8443 www.new.example:8443",
-        "bücher.example xn--bcher-kva.example www.xn--bcher-kva.example",
-        "10.0.0.1 10.0.0.1",
-        "[2001:DB8::1]:80 [2001:db8::1]:80",
-        "me.github.io me.github.io www.me.github.io",
-        "[::] [::]",
-    ):
-        host, *allowed_hosts = hosts.split()
+    for host, allowed in {  # what is asked for, and what is allowed then
+        "new.example": "new.example www.new.example",
+        **dict.fromkeys(("www.new.example", "WWW.New.Example."), "www.new.example new.example"),
+        "shop.new.co.uk": "shop.new.co.uk www.shop.new.co.uk",
+        "new.example:8443": "new.example:8443 www.new.example:8443",
+        "bücher.example": "xn--bcher-kva.example www.xn--bcher-kva.example",
+        **{"10.0.0.1": "10.0.0.1", "[2001:DB8::1]:80": "[2001:db8::1]:80", "[::]": "[::]"},
+        "me.github.io": "me.github.io www.me.github.io",
+    }.items():
+        allowed_hosts = allowed.split()
         answer = await admin.manage("POST", "", {"name": "New", "host": host}, "admin")
         assert answer.status == 201
         assert sorted(answer.body["allowedHosts"]) == sorted(allowed_hosts)
