@@ -2592,7 +2592,7 @@ def split_sections(sections: Iterable[tuple[str, str]]) -> Iterator[tuple[str, s
         yield from ((heading[-120:].strip(": "), piece) for piece in pieces if piece)
 
 
-KNOWLEDGE_VERSION = 8  # of the schema, of indexed(), and of the topics in widget/words
+KNOWLEDGE_VERSION = 9  # of the schema, of indexed(), and of the topics in widget/words
 KNOWLEDGE_SCHEMA = """
     CREATE TABLE site (number INTEGER PRIMARY KEY, id TEXT UNIQUE);
     CREATE TABLE page (
@@ -4904,7 +4904,7 @@ class Guide:
         if element is None:
             return None
         parents = [element.get("parent"), *(parents if is_submit(element) else [])]
-        for field in [] if element.get("href") else fields:
+        for field in [] if element.get("href") and not sends_form(element) else fields:
             needed = field.get("required") or (writes and field in areas)
             is_empty = not field.get("value") and field["id"] not in values
             if needed and is_empty and field.get("parent") in parents:

@@ -3827,7 +3827,10 @@ CALL_BACK: list[Json] = [
     {"id": 1, "type": "link", "text": "Prices", "href": "/prices"},
     {"id": 2, "type": "text", "text": "Your name", "required": True, "parent": "Appointments"},
     {"id": 3, "type": "email", "text": "E-mail", "required": True, "parent": "Appointments"},
-    {"id": 4, "type": "submit", "text": "Request appointment", "parent": "Appointments"},
+    {
+        **{"id": 4, "type": "submit", "text": "Request appointment", "parent": "Appointments"},
+        "href": "https://acme.com/request",  # where the form is sent
+    },
     {"id": 5, "type": "button", "text": "Play video", "parent": "Tour"},
 ]
 
