@@ -1330,9 +1330,10 @@ class AppState:
     """Everything a running server holds; request handlers and turns share it."""
 
     config: Config
-    started: float
-    store: Store
-    backend: ChatModel | OfflineGuide  # kind: what /health says; reply(turn): yields JSON in pieces
+    started: float = dataclasses.field(default_factory=time.monotonic)
+    store: Store = dataclasses.field(init=False)
+    # kind: what /health says; reply(turn): yields JSON in pieces
+    backend: ChatModel | OfflineGuide = dataclasses.field(init=False)
     sites: dict[str, Site] = dataclasses.field(default_factory=dict)
     site_index: dict[HostEntry, Site] = dataclasses.field(default_factory=dict)
     site_patches: dict[str, Json] = dataclasses.field(default_factory=dict)  # over config.toml
@@ -6722,25 +6723,21 @@ def load_state(app: AppState) -> None:
 def open_state(app: AppState, path: Path | None) -> None:
     """Open a database and load what it keeps; raise ConfigError if it cannot be used."""
     try:
-        store = Store(path, app.config.limits.history_mb * MEGABYTE)
-        app.store.close()
-        app.store = store
-        load_state(app)
+        with contextlib.ExitStack() as opened:
+            app.store = Store(path, app.config.limits.history_mb * MEGABYTE)
+            opened.callback(app.store.close)
+            load_state(app)
+            opened.pop_all()
     except Exception as error:
-        app.store.close()
         problem = f"it is damaged ({type(error).__name__})"  # its words may quote what is in there
         if isinstance(error, (ConfigError, OSError)) or hasattr(error, "sqlite_errorcode"):
             problem = str(error).partition("\n")[0]  # a damaged schema may be quoted after that
         raise ConfigError(f"{path} cannot be used as the database: {problem}") from None
 
 
-def new_state(config: Config) -> AppState:
-    return AppState(config, time.monotonic(), Store(None), OfflineGuide())
-
-
 def check_database(path: Path, config: Config) -> int:
     """Return how many live chats a database holds, opened as a start does; raise ConfigError."""
-    state = new_state(config)
+    state = AppState(config)
     open_state(state, path)
     state.store.close()
     return len(state.sessions)
@@ -6942,7 +6939,7 @@ ROUTES: dict[str, dict[str, Any]] = {
 def make_app(config: Config) -> web.Application:
     """Build the application; raise ConfigError if the knowledge cannot be read."""
     app = web.Application(middlewares=[shape_errors], client_max_size=MAX_BODY_BYTES)
-    app[APP_STATE] = new_state(config)
+    app[APP_STATE] = AppState(config)
     app[APP_STATE].files = read_knowledge(config)
     allowed = aiohttp_cors.ResourceOptions(  # type: ignore[no-untyped-call]
         expose_headers=("Retry-After",), allow_headers="*", allow_methods="*", max_age=600
@@ -7078,7 +7075,7 @@ def erase_person(config: Config, path: Path, kept: Json) -> None:
     except ConfigError:
         pass  # a server runs, and looks every other second
     else:
-        app = new_state(config)
+        app = AppState(config)
         open_state(app, path)
         take_erasures(app)
         asyncio.run(app.store.checkpoint())
@@ -7110,7 +7107,7 @@ async def crawl_now(config: Config, site_id: str) -> int:
 
     The server may run meanwhile; what owners changed through it counts here too.
     """
-    state, failed = new_state(config), 0
+    state, failed = AppState(config), 0
     path = state_file(config, "leflux.db")
     if path is None:
         raise ConfigError("server.state_dir is empty, so nothing could be kept")

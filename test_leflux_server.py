@@ -1633,7 +1633,7 @@ NOON = datetime(2026, 2, 28, 12, tzinfo=UTC).timestamp()
 
 
 def offline_state(**limits: float) -> lf.AppState:
-    state = lf.new_state(make_config(limits=limits, sites=[FRUGAL, OTHER]))
+    state = lf.AppState(make_config(limits=limits, sites=[FRUGAL, OTHER]))
     lf.rebuild_sites(state)
     return state
 
@@ -1668,6 +1668,7 @@ def test_budgets(limits: str, calls: str) -> None:
     on which it began; what is refused counts as nothing."""
     names = ("site_messages_per_day", "site_tokens_per_day", "address_share")
     app = offline_state(**dict(zip(names, map(json.loads, limits.split()), strict=True)))
+    lf.open_state(app, None)
     site, held = app.config.sites[0], list[tuple[Any, int]]()
     for call in calls.split("; "):
         hour, address, *wanted, spent = call.split()
@@ -1696,6 +1697,7 @@ def test_budgets(limits: str, calls: str) -> None:
         lf.settle_tokens(app, site, charge, tokens, 7)
         assert [(usage.tokens, usage.reserved) for usage in charge] == settled
     assert not any(usage.reserved for charge, _ in held for usage in charge)
+    app.store.close()
 
 
 @with_config(limits={"site_messages_per_day": 2}, sites=[FRUGAL, OTHER])
@@ -6256,7 +6258,8 @@ async def test_activity(event: str, data: Json, counts: bool, visitor: Visitor) 
 
 async def test_sweeping_many_sessions_holds_up_nobody() -> None:
     """A sweep of 10,000 idle sessions stops nobody for 10 ms, and frees them all."""
-    app = lf.make_app(make_config())[lf.APP_STATE]
+    app = offline_state()
+    lf.open_state(app, None)
     pages: list[weakref.ref[Counter[str]]] = []  # one in each session
     for number in range(10_000):
         page: Counter[str] = Counter()
@@ -6272,6 +6275,7 @@ async def test_sweeping_many_sessions_holds_up_nobody() -> None:
     assert longest < 0.01
     assert app.sessions == {}
     assert not any(page() is not None for page in pages)
+    app.store.close()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def fill_memory(app: lf.AppState, count: int) -> Iterator[int]:
 
 async def memory_rows(folder: Path, count: int) -> list[str]:
     config = lf.parse_config({"server": {"state_dir": str(folder)}, "sites": [SITE]}, {})
-    app, before = lf.new_state(config), resident_mb()
+    app, before = lf.AppState(config), resident_mb()
     lf.open_state(app, folder / "leflux.db")
     for number in fill_memory(app, count):
         if number % 200 == 0:

@@ -151,9 +151,9 @@ class Owner:
     async def call(
         self, method: str, path: str, body: Json | None = None, wanted: int = 200
     ) -> Any:
-        """A request, repeated while the server is down, and once after a jump of the clock. What
-        a server has erased before it was killed is no longer there the second time."""
-        attempt, gone = 0, wanted
+        """A request, repeated while the server is down, and once after a jump of the clock. A chat
+        may have been deleted by its visitor meanwhile, or by this before the server was killed."""
+        attempt, erased = 0, False
         while True:
             await self.record.up.wait()
             now = int(time.time() + self.machine.clock)
@@ -163,7 +163,8 @@ class Owner:
             try:
                 async with request as response:
                     answer = await response.json()
-                if response.status in (wanted, gone):
+                gone = erased or path.rpartition("/")[2] in self.record.deleted
+                if response.status == wanted or (gone and response.status == 404):
                     self.record.seen["owner"] += 1
                     return answer
                 if response.status != 503 and (response.status != 401 or attempt):
@@ -172,7 +173,7 @@ class Owner:
                     return {}
                 attempt += 1
             except (aiohttp.ClientError, ConnectionError):
-                gone = 404 if method == "DELETE" else wanted
+                erased = method == "DELETE"
             await asyncio.sleep(0.05)
 
     async def chats(self, query: str = "") -> list[Json]:

@@ -70,6 +70,7 @@ class Record:
         self.life = 0  # how often it has been started
         self.seen: Counter[str] = Counter()
         self.problems: list[str] = []
+        self.deleted: set[str] = set()  # ids of sessions, or about to be
         self.letters: set[str] = set()  # to the owner, of which the visitor was told that they go
         self.clock_wrong_until = 0.0  # monotonic seconds
 
@@ -121,6 +122,7 @@ class Visitor:
         if self.choose.random() < 0.2 or time.monotonic() > self.record.end:
             self.left.append(Left(self.id, self.sent, self.heard, self.active, time.monotonic()))
             return
+        self.record.deleted.add(self.id)
         await self.call("DELETE", f"/api/session/{self.id}", may_be_gone=True)
         status, _ = await self.call("GET", f"/api/session/{self.id}", may_be_gone=True)
         if status != 404:
