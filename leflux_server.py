@@ -117,6 +117,7 @@ from collections.abc import (
     Sequence,
 )
 from datetime import UTC, datetime, timedelta
+from encodings import aliases, normalize_encoding
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
@@ -152,7 +153,7 @@ READ_OUT_SECONDS = 2  # for what follows a finish_reason, usage above all
 END_SECONDS = 0.2  # for the end of a response after its [DONE]
 MAX_REPLY_CHARS = 200_000
 MAX_TOKENS = 10**9  # that one call can have cost, whatever a provider reports
-MAX_SSE_LINE_BYTES = 4 * 1024 * 1024
+MAX_SSE_LINE_BYTES = 1024 * 1024
 MAX_HISTORY = 500  # entries kept of a chat: the first 2 and the last ones
 MAX_HISTORY_CHARS = 200_000
 PROMPT_FIRST, PROMPT_LAST = 2, 50  # messages of the conversation that the model sees
@@ -252,7 +253,7 @@ def check_table(
     if not isinstance(table, dict):
         errors[path] = str(wrong_value("a table", table))
         return clean
-    for name, value in table.items():
+    for name, value in itertools.islice(table.items(), 1000):  # more are not all known ones
         rule, where = rules.get(name), f"{path}.{name}".lstrip(".")
         if rule is None:
             inner = [key for key, rule in rules.items() if not callable(rule) and name in rule]
@@ -1025,7 +1026,8 @@ def kept_json(value: Any) -> bytes:
 def decode_json(raw: bytes) -> Any:
     """Parse strict JSON of bounded nesting and size; raise ValueError for everything else."""
     if raw.count(b"[") + raw.count(b"{") > MAX_JSON_DEPTH:
-        brackets = re.sub(rb'(?:"(?:[^"\\]++|\\.)*+"?|[^]["{}]++)++', b"", raw, flags=re.S)
+        found = re.finditer(rb'(?:"(?:[^"\\]++|\\.)*+"?|[^]["{}]++)*+([][{}]|\Z)', raw, flags=re.S)
+        brackets = b"".join(one[1] for one in itertools.islice(found, MAX_JSON_BRACKETS + 1))
         depths = itertools.accumulate(1 if one in b"[{" else -1 for one in brackets)
         if len(brackets) > MAX_JSON_BRACKETS or max(depths) > MAX_JSON_DEPTH:
             raise ValueError("has too many brackets")
@@ -1286,11 +1288,7 @@ class Connection:
         """Send what there is to send until the socket closes or the client is gone."""
         with contextlib.suppress(ConnectionError, RuntimeError):  # the reader's loop ends too
             while True:
-                if (
-                    (session := self.session)
-                    and session.home
-                    and not session.home.writable.is_set()
-                ):
+                if (session := self.session) and session.home:
                     await session.home.committed(session)
                 if frame := self.next_frame():
                     self.sending_since = min(self.sending_since, time.monotonic())
@@ -1470,8 +1468,8 @@ def client_address(
     proxies."""
     if peer is None or not forwarded_for or not is_one_of(peer, proxies):
         return peer
-    try:
-        hops = [parse_ip(hop.strip()) for line in forwarded_for for hop in line.split(",")]
+    try:  # what a client sent itself may be long; the last ones are by proxies
+        hops = [parse_ip(hop.strip()) for hop in ",".join(forwarded_for).split(",")[-50:]]
     except ValueError:  # a malformed header counts as absent
         return peer
     return [peer, *(hop for hop in hops if not is_one_of(hop, proxies))][-1]
@@ -1911,7 +1909,8 @@ class Store:
         self._rows: dict[tuple[str, str], tuple[str, Any]] = {}  # all else, the last of a kind
         self._held = Held(history_bytes, self._let_go)
         self._once_a_minute = RateLimitedLog()
-        self._next_row = 0  # that expired() looks at
+        self._next_row, self._next_try = 0, 0.0  # of expired(), and of flush() in monotonic seconds
+        self._looks = asyncio.Lock()
         self.failing = False
 
     def save(self, session: Session) -> None:
@@ -1942,7 +1941,8 @@ class Store:
 
     def flush(self) -> None:
         """Commit what is marked; on failure it stays marked, and serving goes on from memory."""
-        if not (self._sessions or self._rows) or not self.writable.is_set():
+        began, marked = time.monotonic(), self._sessions or self._rows
+        if not marked or not self.writable.is_set() or began < self._next_try:
             return
         try:
             with self.db as db:
@@ -1954,6 +1954,7 @@ class Store:
         except sqlite3.Error as error:
             self.failing = True
             self._complain(error)
+            self._next_try = began + 20 * (time.monotonic() - began)  # more and more is marked
             return
         for session in self._sessions.values():
             session.saved, session.unanswered = session.number, []
@@ -1997,7 +1998,8 @@ class Store:
     async def look(self, read: Callable[..., T], *values: Any) -> T:
         """Return what a function of (connection, *values) reads, in a thread: it may take long."""
         run = asyncio.get_running_loop().run_in_executor
-        return await run(self._thread, read, self._reader, *values)
+        async with self._looks:  # else commits would wait for all that the thread has to do
+            return await run(self._thread, read, self._reader, *values)
 
     async def checkpoint(self) -> None:
         """Bring the log into the file and empty it, so that nothing deleted is left in either.
@@ -2015,16 +2017,18 @@ class Store:
             return
         run, emptied = asyncio.get_running_loop().run_in_executor, False
         try:
-            await run(self._thread, self._copy_log)
-            self.writable.clear()
-            emptied = await run(self._thread, self._empty_log)
+            async with self._looks:
+                await run(self._thread, self._copy_log)
+                self.writable.clear()
+                emptied = await run(self._thread, self._empty_log)
         except FileNotFoundError:
             pass  # the log vanished with the file
         except (sqlite3.Error, OSError) as error:
             self._complain(error)
+        finally:
+            self.writable.set()
         # Not emptied, a commit may reuse the log's start, and must order that on the disk.
         self.db.execute(f"PRAGMA synchronous = {'OFF' if emptied else 'NORMAL'}")
-        self.writable.set()
         self.flush()
 
     def _copy_log(self) -> tuple[int, int]:
@@ -2059,7 +2063,7 @@ class Store:
     def close(self) -> None:
         """Commit what is marked, and let go of the database."""
         self._thread.shutdown()
-        self.writable.set()
+        self._next_try = 0
         self.flush()
         self.db.execute("PRAGMA synchronous = NORMAL")
         with contextlib.suppress(sqlite3.Error, OSError):  # what is left is in the log
@@ -2231,7 +2235,7 @@ def release(task: Task) -> None:
 # Page context: what the visitor's page shows, cut to its limits, of known types only.
 
 MAX_PAGE_CHARS = 24_000  # of what the model is told of a page
-ITEMS = list_of(lambda item: item, MAX_BODY_BYTES)
+ITEMS = must_be("a list", lambda value: isinstance(value, list))
 NOTHING_SHOWN = ("", 0)
 
 
@@ -2293,9 +2297,7 @@ def clean_element(raw: Any, where: str) -> Json:
             raise invalid(f"{where}.{field}", f"must be {KIND_NAMES[kind]}")
         clean[field] = printable(value[:300]) if kind is str else value
     if options := clean.get("options", [])[:30]:
-        labels = (
-            one.get("text", one.get("value")) if type(one) is dict else one for one in options
-        )
+        labels = (o.get("text", o.get("value")) if type(o) is dict else o for o in options)
         clean["options"] = [printable(one[:100]) for one in labels if type(one) is str]
     if clean.get("value") and is_sensitive(clean):
         clean["value"] = "•••"  # no business of the model's
@@ -2714,7 +2716,8 @@ class Knowledge:
     def __init__(self, path: Path | None) -> None:
         self._db = open_knowledge(path)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "knowledge")
-        self._cached_site = functools.lru_cache(64)(self._site)
+        self._cached_site = functools.lru_cache(16)(self._site)  # some may be of older versions
+        self._last_word = 0  # that forget_words() saw
 
     async def call(self, method: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, method, *args)
@@ -2814,7 +2817,6 @@ class Knowledge:
         with self._writing():
             sql = "SELECT id FROM page WHERE site = ? AND source = 'page' AND fetched < ?"
             self._delete(sql, site_id, since)
-            self._forget_words()
 
     def forget(self, site_id: str, source: str = "%") -> None:
         """Delete a site's pages, or those of a source, and how its crawl went."""
@@ -2823,14 +2825,18 @@ class Knowledge:
             self._db.execute("DELETE FROM crawl WHERE site = ?", (site_id,))
             sql = "DELETE FROM site WHERE id = ? AND id NOT IN (SELECT site FROM page)"
             self._db.execute(sql, (site_id,))
-            self._forget_words()
 
-    def _forget_words(self) -> None:
-        """Delete the words that no passage has any more."""
-        gone = """FROM word WHERE NOT EXISTS
-            (SELECT 1 FROM passage WHERE passage MATCH '"' || word || '"')"""
-        self._db.execute(f"INSERT INTO gram (gram, rowid, word) SELECT 'delete', id, word {gone}")
-        self._db.execute(f"DELETE {gone}")
+    def forget_words(self) -> None:
+        """Of the next few words, delete those that no passage has any more: all take their time."""
+        sql = """SELECT id, word, EXISTS (SELECT 1 FROM passage WHERE passage MATCH '"' || word
+            || '"') FROM word WHERE id > ? ORDER BY id LIMIT 200"""
+        words = self._db.execute(sql, (self._last_word,)).fetchall()
+        self._last_word = words[-1][0] if words else 0
+        if gone := [(number, word) for number, word, used in words if not used]:
+            with self._writing():
+                sql = "INSERT INTO gram (gram, rowid, word) VALUES ('delete', ?, ?)"
+                self._db.executemany(sql, gone)
+                self._db.executemany("DELETE FROM word WHERE id = ? AND word = ?", gone)
 
     def put_crawl(self, site_id: str, row: Json) -> None:
         self._db.execute("REPLACE INTO crawl VALUES (?, ?)", (site_id, json_text(row)))
@@ -2896,7 +2902,7 @@ class Knowledge:
             passages.append(Passage(title, url, heading, text))
         pages = [site.pages[row >> 16] for row in ranked]
         pages += sorted(site.pages.values(), key=lambda page: (page[0].count("/"), len(page[0])))
-        sitemap = [page for page in dict.fromkeys(pages) if page[0]]
+        sitemap = [page for page in dict.fromkeys(pages) if page[0]][:500]
         return Found(passages, sitemap, site.contacts, earlier if words < 2 else "")
 
     def _alike(self, word: str) -> dict[tuple[float, bool], str]:
@@ -2985,14 +2991,21 @@ class ReadPage(NamedTuple):
     indexed: bool  # it may be kept
 
 
+def charset_name(label: str) -> str:
+    """Return Python's name of a charset, else "": lookup() keeps whatever it is asked for."""
+    name = normalize_encoding(label).lower()
+    name = aliases.aliases.get(name, name)
+    return codecs.lookup(name).name if name in (*aliases.aliases.values(), "koi8_u") else ""
+
+
 def decode_page(raw: bytes, content_type: str) -> str:
     """Return the text of a page: UTF-8 if it is, else in the charset that it names, or a guess."""
     lost = len(raw) - len(raw.decode("utf-8", "ignore").encode())
     high = len(raw) - len(raw.decode("ascii", "ignore"))
     name = "utf-8-sig" if lost * 4 <= high else "cp1252"
-    for named in CHARSET.findall(content_type + raw[:4096].decode("latin-1")) if lost else ():
+    for named in CHARSET.findall(f"{content_type}\n{raw[:4096].decode('latin-1')}" * (lost > 0)):
         with contextlib.suppress(LookupError):
-            known = codecs.lookup(named).name.replace("iso8859-1", "cp1252")
+            known = re.sub("^iso8859-1$", "cp1252", charset_name(named))
             name = known if PAGE_CHARSETS.fullmatch(known) else name
     name = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else name
     decoder = codecs.getincrementaldecoder(name)("replace")
@@ -4797,7 +4810,7 @@ class Guide:
         fields = [e for e in shown if FIELD.match(f"{e.get('type')} {e.get('inputType', 'text')}")]
         self.buttons = [element for element in shown if element not in fields]
         self.fields = [field for field in fields if not is_sensitive(field)]
-        self.language, self.tongue = language, tongue_of(task.wish, language)
+        self.language, self.tongue = shipped_language(language), tongue_of(task.wish, language)
         self.say = functools.partial(say, language)
 
     def hears(self, name: str, text: str) -> bool:
@@ -5300,8 +5313,8 @@ class Crawl:
         return (site is not None and site.id == self.site.id) or self.start.startswith(f"{host}/")
 
     def add(self, urls: Iterable[str]) -> None:
-        """Queue what is new and may be a page: in all ten times the pages that may be kept."""
-        for url in itertools.filterfalse(NO_PAGE.search, urls):
+        """In a thread: queue what is new and may be a page, ten times what may be kept in all."""
+        for url in (one for one in urls if not NO_PAGE.search(one)):
             if url not in self.seen and len(self.seen) < 10 * self.site.crawl_pages + 100:
                 self.seen.add(url)
                 self.queue.append(url)
@@ -5366,18 +5379,19 @@ class Crawl:
     async def sitemaps(self) -> list[str]:
         """Return the URLs in the sitemaps that robots.txt names, else in /sitemap.xml."""
         named = (await self.rules(self.start)).site_maps() or ["/sitemap.xml"]
-        waiting, found = [normal_url(one, self.start) for one in named], list[str]()
+        waiting, found = [normal_url(one, self.start) for one in named[:MAX_SITEMAPS]], list[str]()
         for _, url in zip(range(MAX_SITEMAPS), waiting, strict=False):  # it grows meanwhile
             with contextlib.suppress(CrawlError):
                 body = (await self.get(url, MAX_PAGE_BYTES)).body if self.is_ours(url) else b""
                 is_index, urls = await asyncio.to_thread(self.read_sitemap, body)
-                (waiting if is_index else found).extend(one for one in urls if one not in waiting)
+                waiting += [one for one in urls[:MAX_SITEMAPS] if is_index and one not in waiting]
+                found += [] if is_index else urls
         return found
 
     def read_sitemap(self, body: bytes) -> tuple[bool, list[str]]:
         """In a thread: return whether a sitemap is an index of others, and our URLs in it."""
         text = unpacked(body, MAX_PAGE_BYTES)
-        found = re.findall(rb"<loc>\s{0,99}(?:<!\[CDATA\[)?\s{0,99}([^<\]\s]{1,2000})", text)
+        found = re.findall(rb"<loc>\s{0,99}+(?:<!\[CDATA\[\s{0,99}+)?([^<\]\s]{1,2000})", text)
         urls = (normal_url(html.unescape(one.decode("utf-8", "replace"))) for one in found)
         few = itertools.islice(filter(self.is_ours, urls), 10 * self.site.crawl_pages)
         return b"<sitemapindex" in text, list(few)
@@ -5452,11 +5466,11 @@ class Crawl:
         knowledge = self.app.knowledge
         self.known = await knowledge.call(knowledge.known, self.site.id)
         self.seen.add(self.start)
-        self.add(await self.visit(self.start))
-        self.add(await self.sitemaps())
+        await asyncio.to_thread(self.add, await self.visit(self.start))
+        await asyncio.to_thread(self.add, await self.sitemaps())
         while self.queue and self.kept < self.site.crawl_pages:
             self.state["url"] = self.queue.popleft()
-            self.add(await self.visit(self.state["url"]))
+            await asyncio.to_thread(self.add, await self.visit(self.state["url"]))
             await self.save()
         await knowledge.call(knowledge.prune, self.site.id, self.started)
 
@@ -5513,6 +5527,7 @@ def start_crawl(app: AppState, site: Site, started: float) -> Crawl:
 
 async def crawl_what_is_due(app: AppState, now: float) -> None:
     """Begin crawls whose time has come, take up interrupted ones, drop what is not wanted."""
+    await app.knowledge.call(app.knowledge.forget_words)
     rows = await app.knowledge.call(app.knowledge.crawls)
     for site_id in {*rows, *await app.knowledge.call(app.knowledge.sites)}:
         site, running = app.sites.get(site_id), app.crawls.get(site_id)
@@ -5690,7 +5705,7 @@ async def read_object(
     if empty_ok and not raw:
         return {}
     try:
-        charset = codecs.lookup(request.charset or "utf-8").name
+        charset = charset_name(request.charset or "utf-8")
         if charset not in CHARSETS:
             raise LookupError
         value = decode_json(raw.decode(charset).encode())
@@ -6114,13 +6129,14 @@ ADMIN_FIELDS = {  # what owners see and change: {allowedHosts: allowed_hosts, ..
 ADMIN_RULES: Rules = {name: checks_of(Site)[field] for name, field in ADMIN_FIELDS.items()}
 
 
-def rebuild_sites(app: AppState) -> None:
-    """Put the patches over config.toml again: what the server goes by from now on."""
-    app.sites, app.site_index = {}, {}
+def rebuild_sites(app: AppState, *changed: str) -> None:
+    """Put the patches over config.toml again; if sites are named, of these alone: it takes time."""
+    known, app.sites, app.site_index = app.sites if changed else {}, {}, {}
     for base in (*app.config.raw_sites, *app.api_sites.values()):
+        same = None if base["id"] in changed else known.get(base["id"])
         for table in (merge_patch(base, app.site_patches.get(base["id"], {})), base):
             try:
-                site = app.sites[base["id"]] = parse_site(table, base["id"])
+                site = app.sites[base["id"]] = same or parse_site(table, base["id"])
                 break
             except ConfigError as error:  # the rules have changed since it was saved
                 log.error("a saved change of a site is left out: %s", error)
@@ -6196,7 +6212,7 @@ def site_details(app: AppState, site_id: str) -> Json:
 def save_site(app: AppState, site_id: str, patch: Json) -> None:
     """Make a site's patch hold at once, and keep it."""
     app.site_patches[site_id] = patch
-    rebuild_sites(app)
+    rebuild_sites(app, site_id)
     base = app.api_sites.get(site_id)
     values = (site_id, None if base is None else orjson.dumps(base), orjson.dumps(patch))
     app.store.put("site", site_id, "REPLACE INTO site VALUES (?, ?, ?)", *values)
@@ -6216,7 +6232,7 @@ def refuse_taken(
         if mine is not None:
             above = [host, *(host[dot.end() :] for dot in re.finditer(r"\.", host))]
             own = [n for n, name in enumerate(above, 1) if {(name, None), (name, port)} & mine]
-            between = above[: own[0]] if own else above
+            between = {*(above[: own[0]] if own else above)}
             theirs |= {site for (name, _), site in app.site_index.items() if name in between}
             strange += [] if own else [host]
         if any(site is not None and site.id != site_id for site in theirs):
@@ -6307,7 +6323,7 @@ async def delete_site(app: AppState, site: Site, request: web.Request) -> Json:
         drop_session(app, session, keep=True)  # it is erased with the kept ones, bit by bit
     del app.api_sites[site.id]
     app.site_patches.pop(site.id, None)
-    rebuild_sites(app)
+    rebuild_sites(app, site.id)
     drop_letters(app, lambda letter: letter.site_id == site.id)
     app.store.put("site", site.id, "DELETE FROM site WHERE id = ?", site.id)
     app.store.put("usage", site.id, "DELETE FROM usage WHERE site = ?", site.id)
@@ -6784,6 +6800,7 @@ async def read_again(app: AppState, path: Path) -> None:
     kept = {name: getattr(before.server, name) for name in HOLDS_FROM_THE_START}
     server = dataclasses.replace(config.server, **kept)
     app.config, app.files = dataclasses.replace(config, server=server), files
+    app.buckets.clear()  # with the limits of before
     logging.getLogger().setLevel(server.log_level)
     if any(getattr(before, it) != getattr(config, it) for it in ("llm", "api_key", "firebase")):
         connect(app)
@@ -6795,7 +6812,7 @@ async def read_again(app: AppState, path: Path) -> None:
     for crawl in [one for site_id, one in app.crawls.items() if site_id not in app.sites]:
         await crawl.stop()
     for site in list(app.sites.values()):
-        await index_texts(app, site)
+        await index_texts(app, app.sites.get(site.id, site))  # it may be changed meanwhile
     log.info("config.toml has been read again: %d site(s)", len(config.sites))
 
 
@@ -7117,10 +7134,8 @@ async def crawl_now(config: Config, site_id: str) -> int:
             load_sites(state, db.execute("SELECT id, base, patch FROM site"))
     sites = [one for one in state.sites.values() if one.crawl and site_id in ("", one.id)]
     if not sites:
-        named = f"sites[{site_id}]" + (
-            ".crawl is not set" if site_id in state.sites else " is unknown"
-        )
-        raise ConfigError(named if site_id else "no crawl is set")
+        problem = ".crawl is not set" if site_id in state.sites else " is unknown"
+        raise ConfigError(f"sites[{site_id}]{problem}" if site_id else "no crawl is set")
     with open_index(state) as knowledge:
         async with new_client() as state.http, new_client(public=True) as state.public_http:
             for site in sites:
@@ -7165,9 +7180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # These quote what clients send, a session id perhaps.
         logging.getLogger("aiohttp.websocket").setLevel(logging.ERROR)
         # Busy servers gain by uvloop, which need not be installed.
-        loops = importlib.import_module(
-            "uvloop" if importlib.util.find_spec("uvloop") else "asyncio"
-        )
+        name = "uvloop" if importlib.util.find_spec("uvloop") else "asyncio"
+        loops = importlib.import_module(name)
         with asyncio.Runner(loop_factory=loops.new_event_loop) as runner:
             if options.crawl is not None:
                 return runner.run(crawl_now(config, options.crawl))

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import copy
 import dataclasses
+import encodings
 import functools
 import gc
 import gzip
@@ -37,6 +38,7 @@ import threading
 import time
 import tomllib
 import tracemalloc
+import types
 import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -650,6 +652,7 @@ def test_kept_events_take_no_more_memory_than_they_need() -> None:
         "|\udcff",
         "127.0.0.1",
     ),
+    ("127.0.0.1", "x," * 99 + "::1," * 48 + "9.9.9.9,::1", "9.9.9.9"),  # the end of it counts
     ("::1", "2001:db8:1:2:3:4:5:6|2001:DB8:1:2:ffff::", "2001:db8:1:2::"),
     ("2001:db8:1:2:3:4:5:6", "9.9.9.9|-", "2001:db8:1:2::"),
     ("fd00::1", "9.9.9.9", "9.9.9.9"),
@@ -1044,6 +1047,46 @@ async def test_slow_checkpoint(
     assert stops[0] < 0.5
     await checkpoint
     assert ((tmp_path / "leflux.db-wal").stat().st_size == 0) is (part == "_copy_log")
+
+
+@with_constants(SWEEP_SECONDS=3600)
+async def test_searches_hold_up_no_message(keeper: Visitor) -> None:
+    """Owners who search one after the other make no visitor wait until a message is kept."""
+    store = keeper.server.app.store
+    await keeper.ask()
+    copying = asyncio.create_task(store.look(lambda db: time.sleep(0.3)))
+    await asyncio.sleep(0)
+    checkpoint = asyncio.create_task(store.checkpoint())
+    await asyncio.sleep(0)
+    searches = [asyncio.create_task(store.look(lambda db: time.sleep(0.2))) for _ in range(15)]
+    await copying
+    for number in range(8):
+        with taking(0, 1):
+            assert (await keeper.post(f"{number}")).status == 200
+        await asyncio.sleep(0.1)
+    await asyncio.gather(checkpoint, *searches)
+
+
+async def test_trying_a_full_disk_takes_little_time(
+    keeper: Visitor, monkeypatch: Patch, caplog: Log
+) -> None:
+    """The more waits to be written the longer a try takes, so it is tried the less often."""
+    store, write = keeper.server.app.store, lf.write_session
+
+    def slowly(*written: Any) -> None:
+        time.sleep(0.05)
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(lf, "write_session", slowly)
+    with taking(0, 1):
+        for _ in range(40):
+            keeper.session.remember("user", "Hello")
+            store.save(keeper.session)
+    assert store.failing
+    assert len(errors_in(caplog, clear=True)) == 1
+    monkeypatch.setattr(lf, "write_session", write)
+    await until(lambda: not store.failing)
+    assert len(kept_messages(Path(store.path or "").parent, keeper.id)) == 40
 
 
 @contextlib.contextmanager
@@ -2177,12 +2220,24 @@ def test_broken_pages(body: str, texts: list[str]) -> None:
     assert [" ".join(one.split()) for one in lines] == texts
 
 
+def test_words_are_forgotten_in_steps() -> None:
+    """Those that no text has any more, some hundred at a time: it takes its time."""
+    with contextlib.closing(lf.Knowledge(None)) as knowledge:
+        for text in (" ".join(f"word{n}" for n in range(250)), "word249 lion"):
+            knowledge.replace("a", "file", [lf.WebPage("", "", (("", text),))])
+        for left in (50, 2, 2, 2):
+            knowledge.forget_words()
+            words = [word for (word,) in knowledge._db.execute("SELECT word FROM word")]
+            assert (len(words), words[-2:]) == (left, ["word249", "lion"])
+
+
 @cases(
     "raw, header, text",
     ("größer".encode(), "", "größer"),
     ("größer".encode(), "text/html; charset=iso-8859-1", "größer"),  # it is no Latin-1
     ("größer €".encode("cp1252"), "text/html; charset=utf-8", "größer €"),
     ("größer €".encode("cp1252"), "text/html; charset=ISO-8859-1", "größer €"),
+    ("größer €".encode("iso-8859-15"), "text/html; charset=ISO-8859-15", "größer €"),
     ("日本語".encode("shift_jis"), 'text/html; charset="Shift_JIS"', "日本語"),
     (b"<meta charset=euc-jp>" + "日本語".encode("euc_jp"), "text/html", "日本語"),
     ("привет".encode("koi8-r"), "text/html;charset=KOI8-R", "привет"),
@@ -5539,6 +5594,18 @@ async def test_threads_read_the_pages(reader: Office, website: Website, monkeypa
     assert threading.get_ident() not in threads != set()
 
 
+async def test_long_lists_hold_up_nobody(reader: Office, website: Website) -> None:
+    """However many sitemaps, and pages in one, are named, or links of a page are of all dots."""
+    dots = (f"/{'.' * 1900}{number}.png" for number in range(500))
+    website.pages = {"/": links(*dots, text="x"), "/robots.txt": "Sitemap: /s\n" * 40_000}
+    website.pages["/s"] = "".join(f"<loc>$/{number}.png</loc>" for number in range(2000))
+    server = await reader()
+    async with longest_stop() as stops:
+        state = await crawl(server)
+    assert (state["fetched"], state["discovered"], website.paths().count("/s")) == (1, 1, 20)
+    assert stops[0] < 0.8
+
+
 # ---------------------------------------------------------------------------------------------
 # REST
 
@@ -5814,6 +5881,18 @@ CHUNKED = b"Transfer-Encoding: chunked\r\n"
 GET_HEALTH, POST_CHAT = (
     f"{start} HTTP/1.1\r\nHost: x\r\n".encode() for start in ("GET /health", "POST /api/chat")
 )
+
+
+@with_config(limits={"init_per_minute": 100})
+async def test_unknown_charsets_leave_nothing(server: Server) -> None:
+    """Python keeps each name of a charset that it is asked for, and strangers can name many."""
+    known = len(cast(Any, encodings)._cache)
+    for number in range(20):
+        for name in (f"x{number}", f"utf{'-' * number}8"):
+            kind = f"Content-Type: application/json;charset={name}\r\n".encode()
+            code, *_ = await raw_http(server.url, INIT + kind + b"Content-Length: 2\r\n\r\n{}")
+            assert code == (400 if name[0] == "x" else 200)
+    assert len(cast(Any, encodings)._cache) <= known + 1
 
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 100\r\n", CHUNKED])
@@ -6421,6 +6500,60 @@ def test_readers_take_linear_time(name: str) -> None:
 
     small, large = (min(seconds(size) for _ in range(2)) for size in (25_000, 100_000))
     assert large < min(0.05 + 8 * small, 1), (small, large)
+
+
+def many_sites() -> tuple[lf.AppState, list[lf.HostEntry]]:
+    """100 sites with 200 snippets each, and 500 hosts of the first one."""
+    snippets = [{"text": "x", "question": "y"}] * 200
+    raw = [{"id": f"s{n}", "name": "A", "snippets": snippets} for n in range(100)]
+    state = lf.AppState(lf.Config(raw_sites=tuple(raw)))
+    lf.rebuild_sites(state)
+    hosts: list[lf.HostEntry] = [(f"{'a.' * 100}{n}.acme.com", None) for n in range(500)]
+    state.site_index |= dict.fromkeys(hosts, state.sites["s0"])
+    return state, hosts
+
+
+def change_one(sites: tuple[lf.AppState, list[lf.HostEntry]]) -> None:
+    (state, _), before = sites, sites[0].sites
+    state.site_patches["s1"] = {"name": "B"}
+    lf.rebuild_sites(state, "s1")
+    assert [one.name for one in state.sites.values()] == ["A", "B", *["A"] * 98]
+    assert state.sites["s0"] is before["s0"]
+
+
+CRAWLER: Any = types.SimpleNamespace(site=lf.Site(), is_ours=bool)
+LONGEST: dict[
+    str, tuple[Callable[[Any], object], Callable[[], Any]]
+] = {  # reader, the longest text
+    "a chain of proxies": (
+        lambda line: lf.client_address(lf.parse_ip("127.0.0.1"), [line] * 20, TRUSTED),
+        lambda: "::1," * 4000 + "::1",
+    ),
+    "brackets of a change": (lf.decode_json, lambda: b"[" * lf.MAX_PATCH_BYTES),
+    "keys of a change": (
+        lambda table: lf.check_body(table, lf.ADMIN_RULES),
+        lambda: {f"key{number}": 0 for number in range(380_000)},
+    ),
+    "a change of one of many sites": (change_one, many_sites),
+    "hosts of a change": (
+        lambda sites: lf.refuse_taken(sites[0], sites[1], "s0", {("acme.com", None)}),
+        many_sites,
+    ),
+    "a sitemap": (
+        lambda body: lf.Crawl.read_sitemap(CRAWLER, body),
+        lambda: (b"<loc>" + b" " * 199) * (lf.MAX_PAGE_BYTES // 204),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LONGEST)
+def test_the_longest_takes_no_time(name: str) -> None:
+    """What holds up the event loop, or in one call of C all threads, does so for a moment."""
+    read, make = LONGEST[name]
+    given, started = make(), time.thread_time()
+    with contextlib.suppress(lf.ApiError, ValueError):
+        read(given)
+    assert time.thread_time() - started < 0.15
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8094,9 +8227,28 @@ async def test_reload(tmp_path: Path, model: FakeModel) -> None:
         path.write_text(before)
         assert "read again" in await reload(running)
         assert (await server.init(origin=new)).error == (403, "host_not_registered")
+        assert (await newcomer.post()).status == 200
         await visitor.ask("How much is a zebra?")
         assert "5 euros" not in model.prompt()
         assert "Traceback" not in await running.stop()
+
+
+async def test_change_during_a_reload(admin: Server, monkeypatch: Patch, tmp_path: Path) -> None:
+    """What an owner saves while SIGHUP reads the texts of many sites is not undone by that."""
+    app, index = admin.app, lf.index_texts
+    last = [*app.sites][-1]
+
+    async def slowly(app: lf.AppState, site: lf.Site) -> None:
+        if site.id == next(iter(app.sites)):
+            change = {"snippets": [{"text": "Zebras cost 5 euros."}]}
+            await patched(admin, change, "admin", f"/{last}")
+        await index(app, site)
+
+    monkeypatch.setattr(lf, "load_config", lambda *_: app.config)
+    monkeypatch.setattr(lf, "index_texts", slowly)
+    await lf.read_again(app, tmp_path)
+    found = await app.knowledge.call(app.knowledge.find, last, "zebras")
+    assert [one.text for one in found.passages] == ["Zebras cost 5 euros."]
 
 
 async def test_closing_the_terminal(tmp_path: Path) -> None:
