@@ -316,10 +316,9 @@ async def test_keyboard_and_traps(browser: Driver, serve: Serve, pages: Pages) -
 @pytest.mark.parametrize("size", [(1280, 800), (390, 700)], ids=["desktop", "phone"])
 async def test_layouts(browser: Driver, serve: Serve, pages: Pages, size: tuple[int, int]) -> None:
     """In each layout the panel is inside the window, and nothing in it is wider than it."""
-    site = {"id": "site", "name": "Site", "allowed_hosts": ["localhost"]}
     for layout in ("floating", "bottom-bar", "side-panel"):
         config = {"layout": layout, "greeting": "word " * 40, "siteName": "A house of long names"}
-        await chat_server(serve, pages, sites=[{**site, "config": config}])
+        await chat_server(serve, pages, config=config)
         await browser.go(pages.add("/", "<main>Hello</main>"))
         await browser.resize(*size)
         await browser.open()

@@ -627,8 +627,7 @@ async def test_languages(tag: str, visit: Visit, serve: Serve, pages: Pages) -> 
     """In each language nothing English is left, of widget or server, all fits at 320 pixels, and
     axe-core has no complaint; English asks for nothing."""
     config = {"greeting": "👋", "words": {"title": "Ωmega"}}
-    site = {"id": "site", "name": "Site", "allowed_hosts": ["localhost"], "config": config}
-    await chat_server(serve, pages, sites=[site])
+    await chat_server(serve, pages, config=config)
     page = await visit("about:blank", 320, 568)
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
