@@ -8419,7 +8419,7 @@ async def test_examples_of_the_api(tmp_path: Path, key_server: KeyServer) -> Non
     needs("curl")
     document = (lf.HERE / "docs" / "api.md").read_text()
     blocks = re.findall(r"^```(\w+)\n(.*?)^```$", document, re.M | re.S)
-    commands, documented = ["set -e"], []
+    commands, documented = [f"set -e; export TOKEN={make_token()}"], []
     for (kind, body), (next_kind, printed) in itertools.pairwise(blocks):
         if kind in ("sh", "python"):
             command = body if kind == "sh" else f"'{sys.executable}' - <<'END'\n{body}END\n"
@@ -8433,15 +8433,10 @@ async def test_examples_of_the_api(tmp_path: Path, key_server: KeyServer) -> Non
     more = more.replace("widget/demo", f"{lf.HERE}/widget/demo")
     async with program(tmp_path, more) as running:
         address = running.server.url.replace("127.0.0.1", "localhost").removeprefix("http://")
-        child = await asyncio.create_subprocess_exec(
-            *("bash", "-c", "\n".join(commands).replace("localhost:3002", address)),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, "TOKEN": make_token()},
-        )
-        out, err = await asyncio.wait_for(child.communicate(), PATIENCE_SECONDS)
-    assert (child.returncode, err) == (0, b"")
-    outputs = out.decode().split("\0")[:-1]
+        script = "\n".join(commands).replace("localhost:3002", address)
+        code, out = await run_tool("bash", "-c", script)
+    *outputs, rest = out.split("\0")
+    assert (code, rest) == (0, "")
     assert len(documented) > 12
     for output, expected in zip(outputs, documented, strict=True):
         found = [json.loads(line) for line in output.strip().splitlines()]
