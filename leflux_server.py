@@ -3738,19 +3738,20 @@ def ask_first(turn: Turn, plan: Plan | None, question: str, yes: str, no: str = 
     finish_turn(turn, "confirmation_required", data, question)
 
 
-def asks_first(turn: Turn, plan: Plan, page: Page, asked: str = "") -> bool:
+def asks_first(
+    turn: Turn, plan: Plan, page: Page, risky: Sequence[tuple[str, str]], asked: str = ""
+) -> bool:
     """Ask the visitor in our words before a plan runs that needs it, unless that was `asked`."""
-    risky = dict.fromkeys(irreversible_steps(plan, page))
     if not risky:
         return False
     names: dict[str, list[str]] = {}
-    for key, name in risky:
+    for key, name in dict.fromkeys(risky):
         names.setdefault(key, []).append(turn.say("quoted" if name else "unnamed", what=name))
     question = " ".join(turn.say(key, what=", ".join(what)) for key, what in names.items())
     if fields := filled_fields(plan, page):
         question = "\n".join([question, "", turn.say("confirm_fields"), *fields])
     if question != asked:
-        ask_first(turn, plan, question, next(iter(risky))[1])
+        ask_first(turn, plan, question, risky[0][1])
     return question != asked
 
 
@@ -4037,15 +4038,16 @@ def check_action(raw: Any, page: Page) -> tuple[Action, Json]:
     return kind, texts | kind.check(raw, page)
 
 
-def perform(turn: Turn, raw: Any, seen: Json) -> None:
+async def perform(turn: Turn, raw: Any, seen: Json) -> None:
     """Check an action that was decided on the page context `seen`, and let it end the turn."""
-    page = page_of(turn)
-    kind, action = check_action(raw, page)
+    page, call = page_of(turn), turn.app.knowledge.call  # many steps take their time
+    kind, action = await call(check_action, raw, page)
     if plan := action.get("plan"):
         check_unchanged(plan, page, seen)
         if turn.task.only_asks:
             raise ActionRejected("the visitor has asked a question: answer it, and do nothing")
-        if asks_first(turn, plan, page):  # the model's words could make it look harmless
+        risky = await call(irreversible_steps, plan, page)
+        if asks_first(turn, plan, page, risky):  # the model's words could make it look harmless
             return
     kind.apply(turn, action)
 
@@ -4536,9 +4538,8 @@ class ChatModel:
             params, connection = self._params, dict[str, bool]()
             body = {"model": self._config.model, "stream": True, "messages": prompt, **params}
             try:
-                response = await self._http.post(
-                    **self._request, data=orjson.dumps(body), trace_request_ctx=connection
-                )
+                more: Json = {"data": orjson.dumps(body), "trace_request_ctx": connection}
+                response = await self._http.post(**self._request, **more)
             except aiohttp.ClientConnectionError:
                 if connection:
                     continue
@@ -4685,9 +4686,8 @@ class ReplyReader:
             if self.unfinished and late and not self._streamed:
                 rest = self._say(raw[late.end() :], last=True)
             return rest if self._streamed or self.unfinished else raw, None
-        reply = unwrapped(
-            json.loads(PairJoiner().feed(json.dumps(reply, ensure_ascii=False), True))
-        )
+        whole = PairJoiner().feed(json.dumps(reply, ensure_ascii=False), True)
+        reply = unwrapped(json.loads(whole))
         message = reply.get("message")
         return message if isinstance(message, str) and not self._streamed else rest, reply
 
@@ -5044,7 +5044,7 @@ async def answer(turn: Turn) -> None:
             turn.session.unanswered.append(task.question)
             task.question = None
         try:
-            perform(turn, reply.get("action"), seen)
+            await perform(turn, reply.get("action"), seen)
             return
         except ActionRejected as rejection:
             if task.only_asks and turn.said.strip():
@@ -5187,7 +5187,8 @@ def confirm(app: AppState, session: Session, confirmed: bool) -> None:
         check_unchanged(plan, page, task.seen)
     except ActionRejected:
         return end_with_message(turn, turn.say("page_changed"))
-    if not asks_first(turn, plan, page, task.asked):  # other things are in the fields by now
+    risky = irreversible_steps(plan, page)
+    if not asks_first(turn, plan, page, risky, task.asked):  # the fields may hold others by now
         offer_plan(turn, plan)
     return None
 
@@ -7174,9 +7175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if who := options.export or options.erase:
             print(answer_person(config, who, erase=not options.export))
             return 0
-        logging.basicConfig(
-            level=config.server.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-        )
+        line = "%(asctime)s %(levelname)s %(name)s %(message)s"
+        logging.basicConfig(level=config.server.log_level, format=line)
         # These quote what clients send, a session id perhaps.
         logging.getLogger("aiohttp.websocket").setLevel(logging.ERROR)
         # Busy servers gain by uvloop, which need not be installed.

@@ -5578,16 +5578,30 @@ async def test_traps(tmp_path: Path, website: Website) -> None:
     assert not any(path.startswith("/forbidden") for path in asked)
 
 
-async def test_threads_read_the_pages(reader: Office, website: Website, monkeypatch: Patch) -> None:
-    """What takes its time on hostile input runs in threads."""
+def threads_of(monkeypatch: Patch, names: str) -> set[int]:
+    """The threads that functions of the server will run in."""
     threads = set[int]()
 
     def noted(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         threads.add(threading.get_ident())
         return function(*args, **options)
 
-    for name in ("read_page", "parse_robots", "unpacked", "page_digest", "fits_rule"):
+    for name in names.split():
         monkeypatch.setattr(lf, name, functools.partial(noted, getattr(lf, name)))
+    return threads
+
+
+async def test_threads_check_plans(visitor: Visitor, model: FakeModel, monkeypatch: Patch) -> None:
+    """A plan of many steps holds up nobody while it is checked."""
+    threads = threads_of(monkeypatch, "check_plan irreversible_steps")
+    model.scripts.append(act("", {**CLICK, "elementId": 2}))
+    assert (await visitor.ask(pageContext=SHOWN))["event"] == "confirmation_required"
+    assert threading.get_ident() not in threads != set()
+
+
+async def test_threads_read_the_pages(reader: Office, website: Website, monkeypatch: Patch) -> None:
+    """What takes its time on hostile input runs in threads."""
+    threads = threads_of(monkeypatch, "read_page parse_robots unpacked page_digest fits_rule")
     robots = "User-agent: *\nDisallow: /b"
     website.pages = {"/": "a", "/robots.txt": robots, "/sitemap.xml": "<loc>$/"}
     assert (await crawl(await reader()))["fetched"] == 1
