@@ -1469,7 +1469,7 @@ def client_address(
     if peer is None or not forwarded_for or not is_one_of(peer, proxies):
         return peer
     try:  # what a client sent itself may be long; the last ones are by proxies
-        hops = [parse_ip(hop.strip()) for hop in ",".join(forwarded_for).split(",")[-50:]]
+        hops = [parse_ip(hop.strip()) for hop in ",".join(forwarded_for).rsplit(",", 50)[-50:]]
     except ValueError:  # a malformed header counts as absent
         return peer
     return [peer, *(hop for hop in hops if not is_one_of(hop, proxies))][-1]
@@ -5408,7 +5408,7 @@ class Crawl:
         """Fetch a page and keep what it says; return the links to follow."""
         knowledge = self.app.knowledge
         fetched_at, conditions = self.known.get(url, (0, {}))
-        done = fetched_at >= self.started  # before a restart
+        done = time.time() >= fetched_at >= self.started  # before a restart
         try:
             fetched = None if done else await self.get(url, MAX_PAGE_BYTES, conditions, page=True)
             if fetched is None or (fetched.status == 304 and url in self.known):
@@ -5543,7 +5543,7 @@ async def crawl_what_is_due(app: AppState, now: float) -> None:
         same, hours = row["crawl"] == site.crawl, site.crawl_hours
         hours = hours if row["state"]["fetched"] else min(hours, 1)  # it was down, perhaps
         cut_off = same and row["state"]["running"]
-        due = hours and (not same or now - row["started"] >= hours * 3600)
+        due = hours and not (same and 0 <= now - row["started"] < hours * 3600)
         if site.crawl and (cut_off or due) and len(app.crawls) < MAX_CRAWLS:
             start_crawl(app, site, row["started"] if cut_off else now)
 

@@ -5608,6 +5608,18 @@ async def test_threads_read_the_pages(reader: Office, website: Website, monkeypa
     assert threading.get_ident() not in threads != set()
 
 
+async def test_a_clock_that_was_ahead(reader: Office, website: Website, clock: Clock) -> None:
+    """What was crawled while the clock was wrong by years is crawled again, when it is right."""
+    website.pages = {"/": links("/a"), "/a": "a"}
+    app = (await reader(crawl_hours=24)).app
+    clock.stopped_at = time.time() + 1e8
+    assert await lf.start_crawl(app, app.sites["shop"], clock.time()).runner
+    clock.stopped_at = None
+    await lf.crawl_what_is_due(app, clock.time())
+    await until(lambda: not app.crawls)
+    assert website.paths() == ["/", "/a"] * 2
+
+
 async def test_long_lists_hold_up_nobody(reader: Office, website: Website) -> None:
     """However many sitemaps, and pages in one, are named, or links of a page are of all dots."""
     dots = (f"/{'.' * 1900}{number}.png" for number in range(500))
