@@ -2746,7 +2746,7 @@ class Knowledge:
         (page_id,) = self._db.execute(sql, (first, first, last)).fetchone()
         passages = list(split_sections(page.sections))
         shown = "\n".join(text for _, text in passages)
-        contacts = [*page.contacts, *(match[0] for match in CONTACT.finditer(shown))]
+        contacts = [*page.contacts, *(m[0] for _, text in passages for m in CONTACT.finditer(text))]
         known = [one for one in dict.fromkeys(contacts) if CONTACT.fullmatch(one)][:20]
         given = (page_id, site_id, source, page.url, page.title, digest, len(shown))
         more = (json_text(known), json_text(page.links), page.etag, page.modified, now)
@@ -2758,7 +2758,8 @@ class Knowledge:
             for at, passage in enumerate(passages[: 1 << 16])
         )
         self._db.executemany(sql, rows)
-        words = folded_words(" ".join([page.title, *itertools.chain(*passages)]))
+        texts = [page.title, *itertools.chain(*passages)]  # all at once would hold up all threads
+        words = dict.fromkeys(word for text in texts for word in folded_words(text))
         (known_words,) = self._db.execute("SELECT ifnull(max(id), 0) FROM word").fetchone()
         long_words = ((one,) for one in words if 4 <= len(one) <= 40)
         self._db.executemany("INSERT OR IGNORE INTO word (word) VALUES (?)", long_words)

@@ -5620,6 +5620,22 @@ async def test_a_clock_that_was_ahead(reader: Office, website: Website, clock: C
     assert website.paths() == ["/", "/a"] * 2
 
 
+def test_long_files_hold_up_nobody(monkeypatch: Patch) -> None:
+    """No reader of texts gets more than a passage: one call of C holds up all threads."""
+    longest = 0
+
+    def noted(text: str) -> list[str]:
+        nonlocal longest
+        longest = max(longest, len(text))
+        return folded_words(text)
+
+    folded_words = lf.folded_words
+    monkeypatch.setattr(lf, "folded_words", noted)
+    with contextlib.closing(lf.Knowledge(None)) as knowledge:
+        knowledge.replace("a", "file", [lf.WebPage("", "", (("", "Zebras cost 5 euros. " * 999),))])
+    assert 100 < longest <= lf.PASSAGE_CHARS
+
+
 async def test_long_lists_hold_up_nobody(reader: Office, website: Website) -> None:
     """However many sitemaps, and pages in one, are named, or links of a page are of all dots."""
     dots = (f"/{'.' * 1900}{number}.png" for number in range(500))
