@@ -114,17 +114,24 @@ class Guest:
         self.heard: list[Json] = []
         self.joins: list[str] = []  # addresses of its sockets
         self.posts: list[Json] = []
+        self.contexts: list[Json] = []  # pictures of the page, as they went out
         page.on("websocket", self._on_socket)
         page.on("request", self._on_request)
 
     def _on_socket(self, ws: WebSocket) -> None:
         self.joins.append(ws.url)
-        ws.on("framesent", lambda frame: self.said.append(json.loads(frame)))
+        ws.on("framesent", lambda frame: self._on_frame(json.loads(frame)))
         ws.on("framereceived", lambda frame: self.heard.append(json.loads(frame)))
+
+    def _on_frame(self, frame: Json) -> None:
+        self.said.append(frame)
+        if "context" in frame["data"]:
+            self.contexts.append(frame["data"]["context"])
 
     def _on_request(self, request: api.Request) -> None:
         if request.url.endswith("/api/chat") and request.method == "POST":
             self.posts.append(json.loads(request.post_data or ""))
+            self.contexts.append(self.posts[-1]["pageContext"])
 
     async def open(self) -> Guest:
         await self.page.click("leflux-widget .launcher")
@@ -171,9 +178,7 @@ class Guest:
     @property
     def context(self) -> Json:
         """The picture of the page that went out last."""
-        shown = [f["data"]["context"] for f in self.said if "context" in f["data"]]
-        context: Json = shown[-1] if shown else self.posts[-1]["pageContext"]
-        return context
+        return self.contexts[-1]
 
 
 Meet = Callable[..., Any]
