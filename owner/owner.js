@@ -571,6 +571,7 @@ async function openSite(id, signal) {
     link: (tab) => `#/${name}/${tab}`,
     async save(patch) {
       site.details = await site.ask("PATCH", "", patch);
+      sites.set(id, site.details);
       return site.details;
     },
   };

@@ -628,6 +628,8 @@ async def test_settings(enter: Open, office: Server, hook: Hook) -> None:
     await press(page, "Save")
     await expect(page.get_by_label("Name")).to_have_value("Acme Shop")
     assert office.app.sites["shop"].notify_url == ""
+    await page.get_by_role("link", name="leflux").click()  # the list knows it, too
+    await page.get_by_role("link", name="Acme Shop").wait_for()
     await page.goto(f"{office.url}/owner#/other/settings")
     await expect(page.get_by_role("alert")).to_be_visible()
 
