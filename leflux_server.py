@@ -1909,7 +1909,8 @@ class Store:
         self._rows: dict[tuple[str, str], tuple[str, Any]] = {}  # all else, the last of a kind
         self._held = Held(history_bytes, self._let_go)
         self._once_a_minute = RateLimitedLog()
-        self._next_row, self._next_try = 0, 0.0  # of expired(), and of flush() in monotonic seconds
+        self._next_row = 0  # that expired() looks at
+        self._next_try = -math.inf  # of flush(), in monotonic seconds
         self._looks = asyncio.Lock()
         self.failing = False
 
@@ -2063,7 +2064,7 @@ class Store:
     def close(self) -> None:
         """Commit what is marked, and let go of the database."""
         self._thread.shutdown()
-        self._next_try = 0
+        self._next_try = -math.inf
         self.flush()
         self.db.execute("PRAGMA synchronous = NORMAL")
         with contextlib.suppress(sqlite3.Error, OSError):  # what is left is in the log
