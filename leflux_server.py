@@ -2718,7 +2718,8 @@ class Knowledge:
         self._db = open_knowledge(path)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "knowledge")
         self._cached_site = functools.lru_cache(16)(self._site)  # some may be of older versions
-        self._last_word = 0  # that forget_words() saw
+        self._last_word = 0  # that forget_words() saw, and
+        self._words_of: tuple[int, int] | None = None  # the version that its round is about
 
     async def call(self, method: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, method, *args)
@@ -2733,6 +2734,10 @@ class Knowledge:
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
             yield
+
+    def _version(self) -> tuple[int, int]:
+        """Return what changes with each write, by this process or another."""
+        return self._db.execute("PRAGMA data_version").fetchone()[0], self._db.total_changes
 
     def _range(self, site_id: str) -> tuple[int, int]:
         """Return the first and the last id that a page of a site can have."""
@@ -2829,7 +2834,12 @@ class Knowledge:
             self._db.execute(sql, (site_id,))
 
     def forget_words(self) -> None:
-        """Of the next few words, delete those that no passage has any more: all take their time."""
+        """Of the next few words, delete those that no passage has any more: all take their time.
+        A round that is over is followed by another once something has changed."""
+        if not self._last_word:
+            if self._words_of == (version := self._version()):
+                return
+            self._words_of = version
         sql = """SELECT id, word, EXISTS (SELECT 1 FROM passage WHERE passage MATCH '"' || word
             || '"') FROM word WHERE id > ? ORDER BY id LIMIT 200"""
         words = self._db.execute(sql, (self._last_word,)).fetchall()
@@ -2881,8 +2891,7 @@ class Knowledge:
 
     def find(self, site_id: str, question: str, earlier: str = "") -> Found:
         """Return what a site says to a question; `earlier` is the message before it."""
-        version = self._db.execute("PRAGMA data_version").fetchone()[0], self._db.total_changes
-        site = self._cached_site(site_id, version)
+        site = self._cached_site(site_id, self._version())
         if not site.pages:
             return Found()
         words = sum(len(word) > 1 for word in meaningful(folded_words(question[:5000])[:32]))
@@ -2993,11 +3002,14 @@ class ReadPage(NamedTuple):
     indexed: bool  # it may be kept
 
 
+KNOWN_CHARSETS = frozenset(aliases.aliases.values()) | {"koi8_u"}
+
+
 def charset_name(label: str) -> str:
     """Return Python's name of a charset, else "": lookup() keeps whatever it is asked for."""
     name = normalize_encoding(label).lower()
     name = aliases.aliases.get(name, name)
-    return codecs.lookup(name).name if name in (*aliases.aliases.values(), "koi8_u") else ""
+    return codecs.lookup(name).name if name in KNOWN_CHARSETS else ""
 
 
 def decode_page(raw: bytes, content_type: str) -> str:

@@ -2221,14 +2221,23 @@ def test_broken_pages(body: str, texts: list[str]) -> None:
 
 
 def test_words_are_forgotten_in_steps() -> None:
-    """Those that no text has any more, some hundred at a time: it takes its time."""
+    """Those that no text has any more, some hundred at a time: it takes its time. Nothing is
+    searched for when nothing has changed."""
     with contextlib.closing(lf.Knowledge(None)) as knowledge:
         for text in (" ".join(f"word{n}" for n in range(250)), "word249 lion"):
             knowledge.replace("a", "file", [lf.WebPage("", "", (("", text),))])
-        for left in (50, 2, 2, 2):
+        for left in (50, 2, 2, 2, 2, 2):
             knowledge.forget_words()
             words = [word for (word,) in knowledge._db.execute("SELECT word FROM word")]
             assert (len(words), words[-2:]) == (left, ["word249", "lion"])
+        asked: list[str] = []
+        knowledge._db.set_trace_callback(asked.append)
+        knowledge.forget_words()
+        knowledge._db.set_trace_callback(None)
+        assert "MATCH" not in " ".join(asked)
+        knowledge.replace("a", "file", [lf.WebPage("", "", (("", "lion"),))])
+        knowledge.forget_words()
+        assert knowledge._db.execute("SELECT word FROM word").fetchall() == [("lion",)]
 
 
 @cases(
