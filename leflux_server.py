@@ -863,8 +863,7 @@ def plain_words(text: str) -> str:
     if not text.isascii():
         text = unicodedata.normalize("NFKD", LIGATURES.sub(" ", text))
         text = ACCENTS.sub("", UNSEEN.sub("", text))
-    plain = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", text)
-    plain = re.sub(r"(?<=[a-zA-Z])(?=[0-9])", " ", plain)
+    plain = re.sub("(?<=[a-z])(?=[A-Z0-9])|(?<=[A-Z])(?=[0-9]|[A-Z][a-z])", " ", text)
     plain = unicodedata.normalize("NFC", plain.casefold()).translate(SPELLING)
     return re.sub(r"[\s_.\-/\[\]:'\u2019]+", " ", plain)
 
@@ -1923,6 +1922,9 @@ class Store:
             self.flush()
             self._held.note(session, session.held_bytes)
 
+    def has_written(self, session: Session) -> bool:
+        return session.row not in self._sessions
+
     def forget(self, session: Session, *, keep: bool = False) -> None:
         """Let go of a session, and mark its rows for deletion at the next flush, unless kept."""
         session.gone = True
@@ -1973,8 +1975,9 @@ class Store:
 
     def _let_go(self, session: Session) -> None:
         """Take a session's messages out of the memory; what no disk has ends with that."""
-        if self.path is None or session.row in self._sessions:
+        if self.path is None or not self.has_written(session):
             session.gone = True
+            self._sessions.pop(session.row, None)
         else:
             session.unload()
 
@@ -2279,8 +2282,10 @@ def element_text(element: Json, *fields: str) -> str:
 
 
 def is_sensitive(element: Json) -> bool:
-    """Whether a field takes secrets that an agent has no business with."""
-    return is_named("secret", element_text(element, "type", "inputType", "autocomplete", *_NAMES))
+    """Whether a field takes secrets that an agent has no business with, by how its names begin."""
+    fields = ("type", "inputType", "autocomplete", *_NAMES)
+    beginnings = dict.fromkeys(element.get(field, "")[:100] for field in fields)
+    return is_named("secret", plain_words("| " + " | ".join(beginnings) + " |"))
 
 
 def clean_element(raw: Any, where: str) -> Json:
@@ -2478,7 +2483,7 @@ def topical_words(text: str) -> tuple[list[str], list[str]]:
     """Return a text's different words, and the topics that each says or a sign shows."""
     words = folded_words(text)
     signs = dict.fromkeys(f"x{sign.lastgroup}" for sign in SIGNS.finditer(text))
-    return words, [*signs, *(name for word in words for name in said_topics(word))]
+    return words, [*signs, *(name for word in words for name in said_topics(word[:60]))]
 
 
 def indexed(text: str) -> str:
@@ -4052,8 +4057,9 @@ def check_action(raw: Any, page: Page) -> tuple[Action, Json]:
     return kind, texts | kind.check(raw, page)
 
 
-async def perform(turn: Turn, raw: Any, seen: Json) -> None:
-    """Check an action that was decided on the page context `seen`, and let it end the turn."""
+async def perform(turn: Turn, raw: Any, seen: Json, asked: str = "") -> None:
+    """Check an action that was decided on the page context `seen`, and let it end the turn. The
+    visitor has agreed to what was `asked`."""
     page, call = page_of(turn), turn.app.knowledge.call  # many steps take their time
     kind, action = await call(check_action, raw, page)
     if plan := action.get("plan"):
@@ -4061,7 +4067,7 @@ async def perform(turn: Turn, raw: Any, seen: Json) -> None:
         if turn.task.only_asks:
             raise ActionRejected("the visitor has asked a question: answer it, and do nothing")
         risky = await call(irreversible_steps, plan, page)
-        if asks_first(turn, plan, page, risky):  # the model's words could make it look harmless
+        if asks_first(turn, plan, page, risky, asked):  # not in the model's words
             return
     kind.apply(turn, action)
 
@@ -4321,6 +4327,7 @@ class EventReader:
         self._line += data[cut:]
         events = []
         for line in lines:
+            line = line.removeprefix(codecs.BOM_UTF8)
             payload = line[5:].strip() if line.startswith(b"data:") else b""
             self.done |= payload == b"[DONE]"
             whole = payload * payload.endswith(b"}") if line else bytes(self._event)
@@ -5092,11 +5099,21 @@ async def end_without_action(turn: Turn, failure: Exception | None) -> None:
     end_with_message(turn, text, isError=True)
 
 
-async def run_turn(turn: Turn) -> None:
+async def release_plan(turn: Turn) -> None:
+    """Let the plan run that the visitor has agreed to, checked as if it came now: the page may
+    have changed since, an element be another one, or a field hold something else."""
+    try:
+        plan = cast(Plan, turn.task.plan)
+        await perform(turn, plan.raw, turn.task.seen, turn.task.asked)
+    except ActionRejected:
+        end_with_message(turn, turn.say("page_changed"))
+
+
+async def run_turn(turn: Turn, act: Callable[[Turn], Awaitable[None]]) -> None:
     """One turn. Ends visibly, whatever the model, the network or a bug does."""
     failure: Exception | None = None
     try:
-        await answer(turn)
+        await act(turn)
     except asyncio.CancelledError:
         return  # it has been ended already; what holds the cancelled task's frames goes free
     except ApiError as error:  # the budget is spent, or calls came too fast
@@ -5119,13 +5136,15 @@ async def run_turn(turn: Turn) -> None:
             end_with_message(turn, turn.say("no_answer"), isError=True)
 
 
-def start_turn(app: AppState, session: Session, task: Task) -> int:
+def start_turn(
+    app: AppState, session: Session, task: Task, act: Callable[[Turn], Awaitable[None]] = answer
+) -> int:
     """Start the agent's next answer; returns the number that its ids carry."""
     number = app.next_id()
     session.begin_turn()
     task.phase, task.deadline, task.resumable = "running", math.inf, False
     task.stream_id, task.said = f"stream-{number}", []
-    task.runner = asyncio.create_task(run_turn(Turn(app, session, task)))
+    task.runner = asyncio.create_task(run_turn(Turn(app, session, task), act))
     task.runner.add_done_callback(lambda _: release(task))  # it may end before it begins
     return number
 
@@ -5193,17 +5212,7 @@ def confirm(app: AppState, session: Session, confirmed: bool) -> None:
         return send_letter(turn)
     if turn.site.paused:  # since it was asked
         return end_with_message(turn, budget_exceeded(turn.site, turn.language).message)
-    try:
-        # The page may have changed since: check the plan as if it came now, and that every
-        # element still is the one that was asked about.
-        page = page_of(turn)
-        plan = check_plan(task.plan.raw, page)
-        check_unchanged(plan, page, task.seen)
-    except ActionRejected:
-        return end_with_message(turn, turn.say("page_changed"))
-    risky = irreversible_steps(plan, page)
-    if not asks_first(turn, plan, page, risky, task.asked):  # the fields may hold others by now
-        offer_plan(turn, plan)
+    start_turn(app, session, task, release_plan)
     return None
 
 
@@ -6834,7 +6843,7 @@ async def read_again(app: AppState, path: Path) -> None:
 async def sweep(app: AppState, now: float) -> None:
     """Free what is idle: sessions, sockets that stopped reading, buckets that ran empty."""
     async for session in unhurried(app, app.sessions.values()):
-        if is_idle(app, session, now):
+        if is_idle(app, session, now) and app.store.has_written(session):
             drop_session(app, session, keep=True)
         elif session.task is not None and session.task.deadline <= now:
             interrupt_task(app, session, "interrupted")

@@ -798,15 +798,21 @@ async def test_delete_during_a_turn(keeper: Visitor, model: FakeModel, tmp_path:
 
 
 async def test_stop_when_the_disk_is_back(model: FakeModel, tmp_path: Path, caplog: Log) -> None:
-    """What a failing disk kept in memory is flushed at the end, if the disk takes it again."""
+    """What a failing disk kept in memory is flushed at the end, if the disk takes it again; the
+    chats that have ended meanwhile, too."""
     async with running(make_config(model, server=on_disk(tmp_path))) as server:
-        visitor = await server.visitor()
+        visitor, gone = await server.visitor(), await server.visitor()
         with locked(tmp_path):
             await visitor.ask("Hello")  # that fails; the next try is two seconds away
+            await gone.ask("Hello")
+            history = await visitor.history()
+            gone.session.last_active -= 3600
+            await lf.sweep(server.app, time.monotonic())
+            assert (await gone.get()).error == (404, "session_not_found")
         assert server.app.store.failing
-        history = await visitor.history()
     assert len(errors_in(caplog, clear=True)) == 1
     assert kept_messages(tmp_path, visitor.id) == history
+    assert kept_messages(tmp_path, gone.id) == history
     assert len(history) == 2
 
 
@@ -2880,6 +2886,7 @@ QUIRKS: dict[str, tuple[bytes, str]] = {  # a stream, its text; "usage" has 7 to
     "crlf": (HELLO.replace(b"\n", b"\r\n"), "Hello world"),
     "crlf in an event": (HI_IN_TWO_LINES.replace(b"\n", b"\r\n"), "Hi"),
     "cr": (HELLO.replace(b"\n", b"\r"), "Hello world"),
+    "byte-order mark": (b"\xef\xbb\xbf" + HELLO, "Hello world"),
     "comments": (b": hi\n\n" + HELLO.replace(b"\n\n", b"\n\n: ping\n\n:\n"), "Hello world"),
     "fields": (b"retry: 5\nid: 1\nevent: message\n" + HELLO, "Hello world"),
     "other fields": (b"data\n:\ndat\ndatax: 5\n data: {}\n" + HELLO, "Hello world"),
