@@ -6783,13 +6783,13 @@ def check_database(path: Path, config: Config) -> int:
     return len(state.sessions)
 
 
-def take_erasures(app: AppState) -> None:
+async def take_erasures(app: AppState) -> None:
     """Erase the chats and letters that --erase has found, and its requests after them."""
     requests = list(app.store.path.parent.glob("*.erase")) if app.store.path else []
     if not requests:
         return
     ids = {one for request in requests for one in request.read_text().split()}
-    for one in ids:
+    async for one in unhurried(app, ids):
         if one in app.sessions:
             drop_session(app, app.sessions[one])
         for (row,) in app.store.read("SELECT row FROM session WHERE id = ?", one):
@@ -6847,7 +6847,7 @@ async def sweep(app: AppState, now: float) -> None:
             drop_session(app, session, keep=True)
         elif session.task is not None and session.task.deadline <= now:
             interrupt_task(app, session, "interrupted")
-    take_erasures(app)
+    await take_erasures(app)
     rows = app.store.expired(time.time(), app.config.limits.keep_days, app.sites)
     live = {session.row for session in app.sessions.values()} if rows else set()
     async for row in unhurried(app, (row for row in rows if row not in live)):
@@ -7118,7 +7118,7 @@ def erase_person(config: Config, path: Path, kept: Json) -> None:
     else:
         app = AppState(config)
         open_state(app, path)
-        take_erasures(app)
+        asyncio.run(take_erasures(app))
         asyncio.run(app.store.checkpoint())
         app.store.close()
     for _ in range(100):
