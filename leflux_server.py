@@ -3683,11 +3683,19 @@ def possible_choices(step: Json, element: Json) -> list[str]:
     return options if "key" in step else []
 
 
+# Letters that look like those of another alphabet, or stand alone: who writes so hides a word.
+DISGUISED = re.compile(
+    r"[a-z][\u0370-\u03bb\u03bd-\u052f]|[\u0370-\u03bb\u03bd-\u052f][a-z]"
+    r"|\b[a-z\u0370-\u052f](?: [a-z\u0370-\u052f]\b){3}"
+)
+
+
 def is_irreversible(element: Json, choices: Iterable[str], page: Page) -> bool:
     """Whether to set an element off reads as what cannot be taken back, or says nothing at all."""
     names = element_text(element, *_NAMES, *([] if is_field(element) else ["value"]))
     words = [names, *map(plain_words, choices)]
     is_clear = names.strip("| ") != "" or "id" not in element  # an address names itself
+    is_clear &= not DISGUISED.search(names)
     if element.get("href"):
         url = page.resolve(element["href"])
         path = urllib.parse.unquote(" ".join(url[2:]))

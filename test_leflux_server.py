@@ -2598,6 +2598,8 @@ HARMLESS = "Cancel/Close/Show more/My orders/Payments explained/Borderless"
     ({"text": "Cancel", "ariaLabel": "Cancel", "name": "cancel"}, False),
     ({"type": "submit", "text": "Search", "parent": "Find a shop"}, False),
     # What nobody sees; a title, a heading, no name at all.
+    *(({"text": one}, True) for one in ("D\u0435lete", "Canc\u0435l now", "Go d e l e t e")),
+    *(({"text": one}, False) for one in ("25 \u00b5g", "A B C", "お 問 合 せ", "Узнать")),
     *(({"text": f"De{unseen}lete"}, True) for unseen in "\u200b\U000e0041\ufe0f\u20dd"),
     *(({"text": blank}, True) for blank in "\u2800\u3164"),
     ({"text": "Go", "title": "Erase everything"}, True),
