@@ -2281,10 +2281,11 @@ def element_text(element: Json, *fields: str) -> str:
     return plain_words("".join(names) + "|")
 
 
-def is_sensitive(element: Json) -> bool:
-    """Whether a field takes secrets that an agent has no business with, by how its names begin."""
+def is_sensitive(element: Json, high: int = 300) -> bool:
+    """Whether a field takes secrets that an agent has no business with, by its names, or by how
+    they begin: all of them take a thread's time."""
     fields = ("type", "inputType", "autocomplete", *_NAMES)
-    beginnings = dict.fromkeys(element.get(field, "")[:100] for field in fields)
+    beginnings = dict.fromkeys(element.get(field, "")[:high] for field in fields)
     return is_named("secret", plain_words("| " + " | ".join(beginnings) + " |"))
 
 
@@ -2301,11 +2302,11 @@ def clean_element(raw: Any, where: str) -> Json:
             value = str(value)
         if type(value) is not kind:
             raise invalid(f"{where}.{field}", f"must be {KIND_NAMES[kind]}")
-        clean[field] = printable(value[:300]) if kind is str else value
+        clean[field] = printable(value).lstrip()[:300] if kind is str else value
     if options := clean.get("options", [])[:30]:
         labels = (o.get("text", o.get("value")) if type(o) is dict else o for o in options)
         clean["options"] = [printable(one[:100]) for one in labels if type(one) is str]
-    if clean.get("value") and is_sensitive(clean):
+    if clean.get("value") and is_sensitive(clean, 100):
         clean["value"] = "•••"  # no business of the model's
     return clean
 
@@ -3433,6 +3434,8 @@ class ActionRejected(Exception):
     """Why an action may not run, in words for the model."""
 
 
+# A link that may have been cut says where it leads if its host, or its path here, has begun.
+LONG_LINK = re.compile(r"(https?://[^/?#\\\s]+)?/[^/\\\s]", re.I)
 NO_FIELD = "button|link|submit|image|reset|summary|tab|menuitem|option|iframe"
 
 
@@ -3557,6 +3560,8 @@ class Page:
             if "submit" in self.site.restrictions and is_submit(one):
                 self.allow("submit")
             if href := one.get("href"):
+                if len(href) >= 300 and not LONG_LINK.match(href):
+                    raise ActionRejected("url is too long to tell where it leads")
                 url, here = self.resolve(href), urllib.parse.urlsplit(self.address)
                 if not sends_form(one) and ("#" not in href or url[:4] != here[:4]):
                     self.allow("navigate")
@@ -4075,6 +4080,7 @@ async def perform(turn: Turn, raw: Any, seen: Json, asked: str = "") -> None:
         if turn.task.only_asks:
             raise ActionRejected("the visitor has asked a question: answer it, and do nothing")
         risky = await call(irreversible_steps, plan, page)
+        check_unchanged(plan, page, turn.session.context)  # while that took its time
         if asks_first(turn, plan, page, risky, asked):  # not in the model's words
             return
     kind.apply(turn, action)

@@ -2528,7 +2528,8 @@ SECRET_FIELDS = {  # an attribute, and values that give a secret away
     "autocomplete": "current-password|new-password|one-time-code|cc-number|cc-csc|section-a billing"
     " cc-exp",
     "name": "userPassword|pwd|user[passwd]|cardNumber|card_number|cc-num|cvv|otp|ssn|CVVCode|pw"
-    "|OTPInput|SSNField|otp1|user_pass|onetimecode|ccnum|ccExpMonth|cc_cvv2|PANNumber",
+    "|OTPInput|SSNField|otp1|user_pass|onetimecode|ccnum|ccExpMonth|cc_cvv2|PANNumber"
+    f"|{'form$' * 30}card_number",
     "label": "Password|Credit card|Card number|Card|Security code|Verification code|IBAN|MM / YY"
     "|Bank account|Account number|Sort code|Social Security Number|National ID|Passport number"
     "|Passwort|Hasło|Mot de passe|Contraseña|Senha|Wachtwoord|Şifre|كلمة المرور|पासवर्ड|暗証番号"
@@ -2668,6 +2669,22 @@ def test_nothing_leads_to_another_website(raw: Json, kind: str) -> None:
     field = {"type": "text", "label": "Find", "href": "" if kind == "submit" else away}
     with pytest.raises(lf.ActionRejected, match="leaves"):
         lf.check_action(raw, page_of(showing({"type": kind, "text": "Go", "href": away}, field)))
+
+
+@cases(
+    "href, leads",
+    *((f"https:{'/' * 300}evil.example", "too long"), ("https:\t\n//evil.example/", "leaves")),
+    *((f"{ORIGIN}{blank * 300}@evil.example/", "too long") for blank in "\t \\"),
+    *((f"{blank * 300}//evil.example/", "leaves") for blank in "\t \u200b"),
+    *((f"{begin}/{'x' * 300}", "") for begin in ("", ORIGIN)),
+)
+def test_where_a_long_link_leads(href: str, leads: str) -> None:
+    """What is cut of an address cannot hide whose it is, nor padding the name of a field."""
+    raw = {"id": 1, "text": "Go", "href": href, "label": "\u200b" * 300 + "Password"}
+    element = lf.clean_element(raw, "")
+    assert element["label"] == "Password"
+    with pytest.raises(lf.ActionRejected, match=leads) if leads else contextlib.nullcontext():
+        lf.check_action(click(1), page_of(showing(element)))
 
 
 TEXT = {"type": "text", "label": "x"}
@@ -5615,6 +5632,28 @@ async def test_threads_check_plans(visitor: Visitor, model: FakeModel, monkeypat
     model.scripts.append(act("", {**CLICK, "elementId": 2}))
     assert (await visitor.ask(pageContext=SHOWN))["event"] == "confirmation_required"
     assert threading.get_ident() not in threads != set()
+
+
+async def test_a_page_that_changes_while_a_plan_is_checked(
+    page: OpenPage, monkeypatch: Patch
+) -> None:
+    """The yes counts for the page that it was said on, also while the plan is checked again."""
+    await page.ask("Go", click(8))
+    checking, changed, real = threading.Event(), threading.Event(), lf.irreversible_steps
+
+    def check(plan: lf.Plan, on: lf.Page) -> list[tuple[str, str]]:
+        checking.set()
+        assert changed.wait(PATIENCE_SECONDS)
+        return real(plan, on)
+
+    monkeypatch.setattr(lf, "irreversible_steps", check)
+    await page.visitor.send("confirmation_response", confirmed=True)
+    await until(checking.is_set)
+    other = SHOP_ELEMENTS[7] | {"text": "Delete everything"}
+    await page.visitor.send("update_context", context=at("/shop/", other))
+    await page.visitor.expect_open()
+    changed.set()
+    assert (await page.turn())["data"] == {"text": lf.ENGLISH("page_changed")}
 
 
 async def test_threads_read_the_pages(reader: Office, website: Website, monkeypatch: Patch) -> None:

@@ -327,15 +327,14 @@
       .replace(/[\s_.\-/[\]:]+/g, " ").toLowerCase());
   }
   const isTab = (target) => Boolean(target) && !/^_(self|parent|top)$/i.test(target);
-  const linkAround = (element) => around(element, "a[href], area[href]");
+  const linkAround = (element) => around(element, "a[*|href], area[href]");
   /** Where a click leads: the address of the link around, or of the form it sends. */
   function targetOf(element) {
     const link = linkAround(element);
-    if (link) return link.href.baseVal ?? link.href;
-    if (element.localName === "iframe") return element.src;
-    const action = isSubmit(element)
-      && (said(element, "formaction") || said(element.form, "action"));
-    return action ? URL.parse?.(action, document.baseURI)?.href ?? action : undefined;
+    const raw = link ? link.href.baseVal ?? link.href
+      : element.localName === "iframe" ? element.src
+      : isSubmit(element) && (said(element, "formaction") || said(element.form, "action"));
+    return raw ? URL.parse?.(raw, document.baseURI)?.href ?? raw.trim() : undefined;
   }
   const listOf = (element) => (element.matches("[role=listbox]") ? element
     : element.getRootNode().getElementById?.(said(element, "aria-controls")

@@ -957,6 +957,7 @@ PAGE = """
   <div inert><button>Inert</button></div><div aria-hidden="true"><button>Hidden</button></div>
   <fieldset disabled><button>Not now</button></fieldset>
   <svg width="40" height="20"><a href="/svg"><text y="15">Drawn</text></a></svg>
+  <svg width="40" height="20"><a xlink:href="/\t/x.example/"><text y="15">Old</text></a></svg>
   <button aria-label="Close"><svg width="20" height="20"></svg></button>
   <button title="Search"><i></i>&nbsp;</button><a href="/img"><img alt="Logo" width=9 height=9></a>
   <shadow-box></shadow-box>
@@ -985,6 +986,7 @@ FOUND: dict[str, Json] = {  # what is indexed of that page, by its text or name,
     "Join later": {"type": "submit"},
     "Not now": {"disabled": True},
     "Drawn": {"type": "link", "href": "/svg"},
+    "Old": {"type": "link", "href": "http://x.example/"},
     "Close": {"ariaLabel": "Close"},
     "Search": {"type": "button"},
     "Logo": {"href": "/img"},
