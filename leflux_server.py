@@ -3474,14 +3474,15 @@ class Page:
         return cast(Sequence[Json], self.context.get("indexedElements", ()))
 
     @functools.cached_property
-    def links(self) -> Mapping[str, list[Json]]:
-        """Its links and submits that stay on this site, by their absolute URLs."""
-        links: dict[str, list[Json]] = {}
+    def links(self) -> Mapping[tuple[str, str], list[Json]]:
+        """Its links and submits that stay on this site, by their normal URLs and fragments."""
+        links: dict[tuple[str, str], list[Json]] = {}
         for element in self.elements:
             with contextlib.suppress(ActionRejected):
                 href, says_more = element.get("href"), element_label(element) or sends_form(element)
                 if href and says_more:
-                    links.setdefault(self.resolve(href).geturl(), []).append(element)
+                    url = self.resolve(href)
+                    links.setdefault((normal_url(url.geturl()), url.fragment), []).append(element)
         return links
 
     @functools.cached_property
@@ -3534,8 +3535,10 @@ class Page:
         """Return what a step sets off: its element, a field's Enter its form, a URL its links."""
         what = step.get("key", step["action"])
         if url := step.get("url"):
-            path = urllib.parse.urlsplit(url)._replace(scheme="", netloc="").geturl()
-            return self.links.get(url) or [{"text": path, "href": url}]
+            parts, links = urllib.parse.urlsplit(str(url)), self.links
+            address, path = normal_url(url), parts._replace(scheme="", netloc="").geturl()
+            near = [*links.get((address, ""), ()), {"text": path, "href": url}]
+            return links.get((address, parts.fragment)) or near
         if what == "Enter" and is_field(element):
             near = [e for e in self.submits if e.get("parent") == element.get("parent")]
             field = element | {"inputType": "submit", "value": ""}

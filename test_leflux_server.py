@@ -4610,10 +4610,10 @@ async def test_an_irreversible_click_waits(page: OpenPage, action: Json, confirm
     assert page.plans == int(confirmed)
 
 
-@cases("url", "/account/delete", "https://acme.com/account/delete")
+@cases("url", "/users/6", "https://acme.com/users/6", "https://ACME.com:443/users/6?utm_x=1#now")
 async def test_going_where_an_irreversible_link_leads(page: OpenPage, url: str) -> None:
     """To navigate is no way around the question that a click on the link would raise."""
-    links = {"Delete my account": "/account/delete", "Ada": "/users/5", "Buy": "http://[x", "": "/"}
+    links = {"Delete my account": "/users/6", "Ada": "/users/5", "Buy": "http://[x", "": "/"}
     shown = [{"type": "link", "text": text, "href": to} for text, to in links.items()]
     page.context = showing(*shown, url="https://acme.com/")
     asked = await page.ask("Go", go(url))
