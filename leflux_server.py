@@ -1356,6 +1356,9 @@ class AppState:
     draining: bool = False
     contexts: Held = dataclasses.field(init=False)
     knowledge: Knowledge = dataclasses.field(init=False)
+    worker: concurrent.futures.Executor = dataclasses.field(
+        default_factory=lambda: concurrent.futures.ThreadPoolExecutor(1, "worker")
+    )
 
     def __post_init__(self) -> None:
         def let_go(session: Session) -> None:
@@ -1367,6 +1370,10 @@ class AppState:
         """Add to a number of /metrics; its labels have few values, none of a visitor's making."""
         key = name, ",".join(f'{label}="{of}"' for label, of in labels.items())
         self.counts[key] = self.counts.get(key, 0) + amount
+
+    async def aside(self, work: Callable[..., T], *args: Any) -> T:
+        """Do in a thread what takes its time: it holds up nobody, and waits for no long file."""
+        return await asyncio.get_running_loop().run_in_executor(self.worker, work, *args)
 
     def client_for(self, site: Site, field: str) -> aiohttp.ClientSession:
         """Return the client for the URL in a site's field: that of an owner may not lead into our
@@ -4076,7 +4083,7 @@ def check_action(raw: Any, page: Page) -> tuple[Action, Json]:
 async def perform(turn: Turn, raw: Any, seen: Json, asked: str = "") -> None:
     """Check an action that was decided on the page context `seen`, and let it end the turn. The
     visitor has agreed to what was `asked`."""
-    page, call = page_of(turn), turn.app.knowledge.call  # many steps take their time
+    page, call = page_of(turn), turn.app.aside  # many steps take their time
     kind, action = await call(check_action, raw, page)
     if plan := action.get("plan"):
         check_unchanged(plan, page, seen)
@@ -5036,7 +5043,7 @@ class OfflineGuide:
     async def reply(self, turn: Turn) -> AsyncGenerator[str, None]:
         context, history = turn.session.context, list(turn.session.history)
         guide = functools.partial(Guide, turn.task, context, turn.found, history, turn.language)
-        raw = json_text(await turn.app.knowledge.call(lambda: guide().reply()))  # off the loop
+        raw = json_text(await turn.app.aside(lambda: guide().reply()))
         for start in range(0, len(raw), 24):
             yield raw[start : start + 24]
             await asyncio.sleep(GUIDE_PIECE_SECONDS)
@@ -5112,7 +5119,7 @@ async def end_without_action(turn: Turn, failure: Exception | None) -> None:
         text = turn.say("too_long")
     else:  # the guide is there when the model is not
         about = (turn.task, turn.session.context, turn.found, (), turn.language)
-        text += await turn.app.knowledge.call(lambda: Guide(*about).stand_in())  # off the loop
+        text += await turn.app.aside(lambda: Guide(*about).stand_in())
     end_with_message(turn, text, isError=True)
 
 

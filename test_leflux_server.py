@@ -5627,11 +5627,17 @@ def threads_of(monkeypatch: Patch, names: str) -> set[int]:
 
 
 async def test_threads_check_plans(visitor: Visitor, model: FakeModel, monkeypatch: Patch) -> None:
-    """A plan of many steps holds up nobody while it is checked."""
+    """A plan of many steps holds up nobody while it is checked, nor is it held up by the index."""
     threads = threads_of(monkeypatch, "check_plan irreversible_steps")
+    indexed = threading.Event()
+    indexing = asyncio.ensure_future(visitor.server.app.knowledge.call(indexed.wait, 60))
     model.scripts.append(act("", {**CLICK, "elementId": 2}))
     assert (await visitor.ask(pageContext=SHOWN))["event"] == "confirmation_required"
+    await visitor.send("confirmation_response", confirmed=True)
+    assert (await visitor.turn())[-1]["event"] == "action_plan"
     assert threading.get_ident() not in threads != set()
+    indexed.set()
+    await indexing
 
 
 async def test_a_page_that_changes_while_a_plan_is_checked(
