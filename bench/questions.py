@@ -23,7 +23,7 @@ import sqlite3
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,17 +88,17 @@ def subjects(text: str) -> set[str]:
 Ranking = Callable[[Question], list[str]]
 
 
-def plain_index(texts: list[str]) -> sqlite3.Connection:
+@contextlib.contextmanager
+def plain_index(texts: Iterable[str]) -> Iterator[sqlite3.Connection]:
     db = sqlite3.connect(":memory:")
     tokens = "tokenize='porter unicode61 remove_diacritics 2'"
     db.execute(f"CREATE VIRTUAL TABLE passage USING fts5(text, {tokens})")
     db.executemany("INSERT INTO passage (rowid, text) VALUES (?, ?)", enumerate(texts))
-    return db
+    yield db
+    db.close()
 
 
-def plain_bm25(texts: list[str]) -> Ranking:
-    db = plain_index(texts)
-
+def plain_bm25(db: sqlite3.Connection, texts: list[str]) -> Ranking:
     def ranked(question: Question) -> list[str]:
         words = " OR ".join(f'"{word}"' for word in re.findall(r"\w+", question.text))
         sql = "SELECT rowid FROM passage WHERE passage MATCH ? ORDER BY rank, rowid LIMIT 20"
@@ -133,9 +133,8 @@ SIGNS = re.compile(
 )
 
 
-def version_0_1(texts: list[str]) -> Ranking:
+def version_0_1(db: sqlite3.Connection, texts: list[str]) -> Ranking:
     """By how many of the question's different words a passage holds, then by bm25."""
-    db = plain_index([SIGNS.sub(lambda m: f"{m[0]} {m.lastgroup} ", text) for text in texts])
 
     def queries(question: str) -> list[str]:
         found = []
@@ -179,12 +178,17 @@ def ask_site(path: Path) -> Iterator[Result]:
         for page in pages
         for passage in lf.split_sections(page.sections)
     ]
-    with contextlib.closing(lf.Knowledge(None)) as knowledge:
+    marked = (SIGNS.sub(lambda m: f"{m[0]} {m.lastgroup} ", text) for text in texts)
+    with (
+        contextlib.closing(lf.Knowledge(None)) as knowledge,
+        plain_index(texts) as plain,
+        plain_index(marked) as with_signs,
+    ):
         for page in pages:
             knowledge.put_page(path.stem, page, 0)
         rankings = {
-            "plain bm25": plain_bm25(texts),
-            "version 0.1": version_0_1(texts),
+            "plain bm25": plain_bm25(plain, texts),
+            "version 0.1": version_0_1(with_signs, texts),
             "now": asked_of_server(knowledge, path.stem),
         }
         for question in questions:
