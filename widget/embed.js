@@ -2,11 +2,10 @@
  *
  *     <script src="https://chat.example.com/embed.js" async></script>
  *
- * and all else comes from that server. For the page's author there are window.LeFlux and events (at
- * the end), custom properties (--leflux-primary, -bg, …), and attributes of the tag: data-consent
- * (nothing before LeFlux.allow()), data-preview (no server; a siteConfig), data-no-user-memory,
- * data-no-spa-detect, data-debug. Nothing needs inline styles or scripts, and texts only ever become
- * text nodes.
+ * and all else comes from that server. For the page's author there are window.LeFlux and its events,
+ * custom properties (--leflux-primary, …), and attributes of the tag: data-consent (nothing before
+ * LeFlux.allow()), data-preview (no server; a siteConfig), data-no-user-memory,
+ * data-no-spa-detect, data-debug. Nothing needs inline styles or scripts; texts are text nodes.
  */
 (() => {
   "use strict";
@@ -37,7 +36,7 @@
   const TOUCH = matchMedia("(pointer: coarse)");
   const debug = (...what) => { if (DEBUG) console.debug("leflux:", ...what); };
   const pause = (ms) => new Promise((resume) => setTimeout(resume, ms));
-  /** What can be said of something, or null if it is impossible. */
+  /** What can be said of something, or else null. */
   const attempt = (say) => (one) => { try { return say(one); } catch { return null; } };
   async function until(isTrue, tries) {
     while (!isTrue() && tries-- > 0) await pause(50);
@@ -439,7 +438,7 @@
   function scan() {
     const found = ranked();
     for (const [number, reference] of elements) if (!reference.deref()) elements.delete(number);
-    lastNumber = Math.max(lastNumber, keptNumber.get() || 0);
+    lastNumber = Math.max(lastNumber, keptNumber.get());
     for (const element of found.filter((one) => !numbers.has(one))) {
       numbers.set(element, ++lastNumber);
       elements.set(lastNumber, new WeakRef(element));
@@ -533,14 +532,16 @@
     throw new Error("it opens a new tab, which only the visitor can: the chat shows them the link");
   }
   async function guarded(element, act) {
-    const problems = [], { form } = element, { open: native } = window;
+    const { form, ownerDocument: page } = element, its = page.defaultView, native = its.open;
+    const problems = [];
     const note = ({ target }) => { if (form && target.form === form) problems.push(target); };
     let tab;
-    window.open = (url) => { tab = url; return null; };
-    element.ownerDocument.addEventListener("invalid", note, true);
+    its.open = (url, name) =>
+      (isTab(name || "_blank") ? (tab = url, null) : native.call(its, url, name));
+    page.addEventListener("invalid", note, true);
     try { await act(); } finally {
-      window.open = native;
-      element.ownerDocument.removeEventListener("invalid", note, true);
+      its.open = native;
+      page.removeEventListener("invalid", note, true);
     }
     need(!problems.length, "the form was not sent: " + problems.slice(0, 5)
       .map((one) => `${labelOf(one) || one.name}: ${one.validationMessage}`).join("; "));
@@ -556,13 +557,14 @@
   const HINTS = { date: "a date is YYYY-MM-DD", time: "a time is HH:MM", month: "a month is YYYY-MM",
     week: "a week is YYYY-Www", "datetime-local": "date and time are YYYY-MM-DDTHH:MM",
     number: "a number is like 12.5", color: "a colour is #rrggbb" };
-  function checkTyped(element, text) {
+  function asTaken(element, text) {
     const probe = element.cloneNode(), { type, min, max, step } = element;
     probe.value = text;
     const isSame = type === "range" ? Number(probe.value) === Number(text)
       : type === "color" ? probe.value === text.toLowerCase() : probe.value !== "" || !text;
     need(isSame, `the field did not take the text: ${HINTS[type]
       || `numbers from ${min || 0} to ${max || 100} in steps of ${step || 1}`}`);
+    return probe.value;
   }
   const folded = (text) => squeeze(text).toLowerCase();
   const matching = (options, wish, nameOf) => options.find((one) => folded(nameOf(one)) === wish)
@@ -653,14 +655,14 @@
       strike(element, "keyup", key);
     },
     async type(step) {
-      const element = elementOf(step), text = step.inputData, { type } = element;
-      const editable = element.isContentEditable, isNumber = /^(range|number)$/.test(type);
+      const element = elementOf(step), { type, isContentEditable: editable } = element;
+      let text = step.inputData;
       need(editable || element.matches("input, textarea"), "text cannot be typed there");
       need(!/^(checkbox|radio|file|submit|button|reset|image)$/.test(type), `a ${type} takes no text`);
       need(!isSecret(element), "only the visitor fills this field");
       need(!element.readOnly, "the field is read-only");
       need(!(element.maxLength >= 0 && text.length > element.maxLength), "the text is too long");
-      if (HINTS[type] || type === "range") checkTyped(element, text);
+      if (HINTS[type] || type === "range") text = asTaken(element, text);
       const read = () => (editable ? element.innerText : element.value);
       const write = (written) => {
         if (!editable) return setValue(element, written);
@@ -676,7 +678,7 @@
       const plain = (written) => written.replace(/[^\p{L}\p{N}]/gu, "").toLowerCase();
       const now = read();
       const isTaken = squeeze(now) === squeeze(text) || (plain(now) && plain(now) === plain(text))
-        || (isNumber && Number(now) === Number(text));
+        || (type === "number" && Number(now) === Number(text));
       if (!isTaken) write(before);
       need(isTaken, "the field did not take the text");
       return { text: squeeze(now, 200) };
@@ -963,7 +965,7 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
   }
   const view = { dots: null, docked: false, worded: [] };
   function mount() {
-    view.host = h("leflux-widget");
+    view.host = h("leflux-widget", { id: "ai-chat-widget-container" }); // its id at LeFlux
     const shadow = view.host.attachShadow({ mode: "open" });
     const sheet = new CSSStyleSheet();
     sheet.replaceSync(STYLE);
@@ -1076,7 +1078,7 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
 
     view.chips.append(...(config.quickChips || []).map(({ text, payload }) =>
       button("button.plain", () => { send(payload || text); focusInput(); }, text)));
-    if (nudge.enabled && nudge.message && Date.now() - (keptNudge.get() || 0) > KEEP_MS) {
+    if (nudge.enabled && nudge.message && Date.now() - keptNudge.get() > KEEP_MS) {
       setTimeout(() => offerNudge(nudge), nudge.delay ?? 5000);
     }
   }
@@ -1090,7 +1092,7 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
   }
   function offerNudge({ message, style, dismissable }) {
     if (isDead() || isOpen() || view.isHidden || view.log.querySelector(".user")) return;
-    const dismiss = () => { settleNudge(); view.launcher.focus(); };
+    const dismiss = () => { settleNudge(); keptNudge.save(); view.launcher.focus(); };
     view.nudge.className = `nudge ${style || "bubble"}`;
     view.nudge.replaceChildren(button("button", () => open("click"), h("span", { dir: "auto" }, message)));
     if (dismissable !== false) view.nudge.append(iconButton("button", "dismiss", dismiss, "close"));
@@ -1100,7 +1102,6 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
     if (view.nudge.hidden) return;
     view.nudge.hidden = true;
     keptNudge.set(Date.now());
-    keptNudge.save();
   }
   const isOpen = () => !view.panel.hidden;
   function show(opened) {
@@ -1136,8 +1137,8 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
     const hadFocus = document.activeElement === view.host;
     show(false);
     // Back to the page's own button that opened it, or the launcher.
-    const wasOutside = ![view.host, document.body, null].includes(focusBefore);
-    if (hadFocus) (wasOutside && focusBefore.isConnected ? focusBefore : view.launcher).focus();
+    const back = isIdle(focusBefore) || !focusBefore.isConnected ? view.launcher : focusBefore;
+    if (hadFocus) back.focus();
     emit("close", { source });
   }
   function dock(on) {
@@ -1148,14 +1149,13 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
     if (on) open("api");
   }
   function keyInPanel(event) {
-    if (event.key === "Tab" && PHONE.matches) {
-      const stops = [...view.panel.querySelectorAll("button, a, textarea, summary, [tabindex='0']")]
-        .filter((one) => !one.disabled && one.getClientRects().length);
-      const focused = view.host.shadowRoot.activeElement;
-      if ([stops.at(event.shiftKey ? 0 : -1), view.panel].includes(focused)) {
-        event.preventDefault();
-        stops.at(event.shiftKey ? -1 : 0).focus();
-      }
+    if (event.key !== "Tab" || !PHONE.matches) return;
+    const stops = [...view.panel.querySelectorAll("button, a, textarea, summary, [tabindex='0']")]
+      .filter((one) => !one.disabled && one.getClientRects().length);
+    const focused = view.host.shadowRoot.activeElement;
+    if ([stops.at(event.shiftKey ? 0 : -1), view.panel].includes(focused)) {
+      event.preventDefault();
+      stops.at(event.shiftKey ? -1 : 0).focus();
     }
   }
 
@@ -1198,7 +1198,7 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
     if (config.greeting) addBot(config.greeting, "bot.greeting");
     view.log.append(view.chips);
   }
-  const isText = (value) => ["string", "number"].includes(typeof value);
+  const isText = (value) => /^(string|number)$/.test(typeof value);
   function words(item, ...names) {
     return String(names.map((name) => item[name]).find(isText) ?? "");
   }
@@ -1257,7 +1257,8 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
     become("awaiting-input");
     scrollDown();
   }
-  const isIdle = () => [view.host, document.body, null].includes(document.activeElement);
+  const isIdle = (focused = document.activeElement) =>
+    [view.host, document.body, null].includes(focused);
   function retireCards() {
     for (const button of view.log.querySelectorAll(".confirm button")) button.disabled = true;
   }
@@ -1266,7 +1267,7 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
     const retry = () => { node.remove(); focusInput(); again(); };
     const canRetry = again && !/^(budget_exceeded|invalid_message|payload_too_large)$/.test(code);
     const node = add("bot.error", h("p", { dir: "auto", role: "alert" }, text),
-      canRetry ? button("button.plain", retry, WORDS.retry) : null);
+      canRetry && button("button.plain", retry, WORDS.retry));
     if (!isOpen()) markUnread(true);
     emit("error", { code, message: text });
   }

@@ -368,7 +368,7 @@ async def test_sight_and_steps(
         assert error in outcome, (step, outcome)
         assert (": failed: " in outcome) is bool(error), (step, outcome)
     links = "return all('.bot a').map((one) => one.innerText)"
-    assert await browser.js(links) == ["Elsewhere", "Pops up"]
+    assert await browser.js(links) == ["Elsewhere", "Pops up", "Pops up inside"]
 
 
 async def test_published_snippets(

@@ -1106,6 +1106,7 @@ FORM = """
   <input aria-label="Plain"><input aria-label="Controlled"><input aria-label="Phone">
   <input aria-label="Stubborn"><input aria-label="Short" maxlength="3">
   <textarea aria-label="Story"></textarea><input aria-label="Born" type="date">
+  <input aria-label="Meeting" type="datetime-local">
   <div contenteditable="true" aria-label="Rich" id="rich"><b>old</b></div>
   <select aria-label="Colour"><option value="">?</option><option value="b">Blue</option></select>
   <select aria-label="Sizes" multiple><option>S</option><option>M</option></select>
@@ -1148,6 +1149,7 @@ async def test_filling_a_form(meet: Meet) -> None:
         fill("Phone", "5551234567"),
         fill("Story", "Once\nupon a time"),
         fill("Born", "1815-12-10"),
+        fill("Meeting", "2026-05-05 10:00"),
         fill("Rich", "new text"),
         fill("Colour", "blue", "select"),
         fill("Sizes", "M", "select"),
@@ -1164,9 +1166,10 @@ async def test_filling_a_form(meet: Meet) -> None:
     [result] = guest.results()
     results = result.pop("results")
     assert [step for step in results if not step["success"]] == []
-    assert {"success": True, "completedSteps": 14, "totalSteps": 14}.items() <= result.items()
+    assert {"success": True, "completedSteps": 15, "totalSteps": 15}.items() <= result.items()
     texts = ["Ada “L” 🙂", "kept", "(555) 123-4567", "Once upon a time", "1815-12-10"]
-    assert [step.get("text") for step in results][:8] == [*texts, "new text", "Blue", "M"]
+    texts += ["2026-05-05T10:00", "new text", "Blue", "M"]
+    assert [step.get("text") for step in results][:9] == texts
     assert await guest.page.evaluate(
         """[state, field('Controlled').value, field('Rich').innerText, field('Story').value,
             document.querySelectorAll(':is([type=radio], [type=checkbox]):checked').length,
@@ -1496,7 +1499,7 @@ BUSY = f"""
   <div role="tab" aria-selected="true">Tab</div><div role="slider" aria-label="Speed"
     aria-valuenow="3" aria-valuemin="1" aria-valuemax="9" tabindex="0">|</div>
   <iframe title="Inner" srcdoc="<p>Framed text</p><button onclick='parent.log(`framed`)'>In a frame
-    </button>"></iframe>
+    </button><button onclick='window.open(`/popup`)'>Pops up inside</button>"></iframe>
   <button ondblclick="log('twice')">Twice</button>
   <form action="/search" onsubmit="log('searched ' + q.value); return false">
     <h2>Find it</h2><input id="q" aria-label="Search" onkeyup="log('key')"></form>
@@ -1589,7 +1592,8 @@ CLICKS |= {'row="Bob"': "bob", '"14"': "14", "In a frame": "framed"}
 STEPS: list[tuple[Json, str, str]] = [  # a step, what it does (a line of JavaScript), or its error
     *((click(name), f"said.includes('{said};')", "") for name, said in CLICKS.items()),
     (click("Elsewhere"), "location.pathname === '/'", "opens a new tab"),
-    (click("Pops up"), "location.pathname === '/'", "opens a new tab"),
+    (click('"Pops up"'), "location.pathname === '/'", "opens a new tab"),
+    (click("Pops up inside"), "location.pathname === '/'", "opens a new tab"),
     (click("Join"), "!said.includes('joined')", "the form was not sent: Mail: "),
     ({"action": "double_click", "on": "Twice"}, "said.includes('twice;')", ""),
     ({"action": "hover", "on": "Menu"}, "document.querySelector('.sub').offsetWidth > 0", ""),
@@ -1622,6 +1626,7 @@ LATE = {  # what a page does late, with the time in ms
     "data": "<button onclick=\"main.ariaBusy = 'true', setTimeout(() => {"
     " main.append('late'); main.ariaBusy = 'false' }, 2500)\">Go</button>",
     "leaving": "<button onclick=\"setTimeout(() => location.href = '/late', 1300)\">Go</button>",
+    "in this tab": "<button onclick=\"window.open('/late', '_self')\">Go</button>",
     "slow after a while": f'<a href="/late" onclick="{FADE}">Go</a>',
     "slow without beforeunload": f'{DEAF}<a href="/late">Go</a>',
     "slow to navigate": DEAF,
@@ -1787,6 +1792,9 @@ async def test_published_snippets(
     gate.set()
     await guest.ask("Hello again", hears="ok")
     assert [post["message"] for post in guest.posts[3:]] == ["Hello again"]
+    await page.reload()
+    await page.wait_for_function("heard.some(([name]) => name === 'ready')")
+    assert ["open", {"source": "restore"}] in await get("heard")
     await tell("LeFlux.close()", "close")
 
     assert await tell("LeFlux.destroy()", "destroy") == [{}]
@@ -1806,6 +1814,7 @@ async def test_published_snippets(
 STORED = "Object.keys(localStorage).concat(Object.keys(sessionStorage), document.cookie || [])"
 
 
+@with_config(config={"nudge": {"enabled": True, "message": "Help?", "delay": 0}})
 async def test_nothing_is_stored_before(visit: Visit, pages: Pages, server: Server) -> None:
     """The browser stores nothing before the visitor opens the chat; with data-consent, not even
     the server is asked before LeFlux.allow()."""
@@ -1813,7 +1822,7 @@ async def test_nothing_is_stored_before(visit: Visit, pages: Pages, server: Serv
     assert await page.evaluate("Object.keys(LeFlux)") == ["allow"]
     assert await page.locator("leflux-widget").count() == len(server.app.sessions) == 0
     await page.evaluate("LeFlux.allow()")
-    await page.locator("leflux-widget .launcher").wait_for()
+    await page.locator("leflux-widget .nudge").wait_for()
     await page.fill("input", "ada@example.com")
     await page.keyboard.press("Tab")
     await page.evaluate("LeFlux.setVisitorData({ plan: 'Pro' }), LeFlux.open(), LeFlux.close()")
@@ -1862,18 +1871,27 @@ async def test_visitor_memory(meet: Meet, pages: Pages) -> None:
     assert await offered() == {}
 
 
+CUSTOM = [  # a property that the page may set, where it is seen, and as what
+    *(("primary", ".bar", "backgroundColor"), ("bg", ".panel", "backgroundColor")),
+    *(("messages-bg", ".log", "backgroundColor"), ("input-bg", "form", "backgroundColor")),
+    *(("input-border", "form", "borderTopColor"), ("border", ".panel", "borderLeftColor")),
+    *(("text-primary", ".panel", "color"), ("text-secondary", ".counter", "color")),
+]
+
+
 async def test_attributes(meet: Meet, server: Server) -> None:
     """data-preview asks no server; data-no-spa-detect leaves routers alone; custom properties of
     the page restyle the panel."""
     config = json.dumps({"greeting": "Look!", "layout": "side-panel"}).replace('"', "&quot;")
-    style = "<style>:root { --leflux-primary: #123456; --leflux-bg: rgb(250, 240, 230) }</style>"
+    looks = [f"--leflux-{name}: rgb({n}, 0, 0) !important" for n, (name, *_) in enumerate(CUSTOM)]
+    style = f"<style>#ai-chat-widget-container {{ {';'.join(looks)} }}</style>"  # as at LeFlux
     guest = await meet(style, f'data-preview="{config}"')
     await guest.ask("Hello")
     await guest.see(".bot", "This is a preview.").wait_for()
     assert (await guest.log())[:2] == ["bot: Look!", "user: Hello"]
-    colour = "(node) => getComputedStyle(node).backgroundColor"
-    assert await guest.see(".bar").evaluate(colour) == "rgb(18, 52, 86)"
-    assert await guest.see(".panel").evaluate(colour) == "rgb(250, 240, 230)"
+    for number, (_, selector, what) in enumerate(CUSTOM):
+        shown = await guest.see(selector).evaluate(f"(node) => getComputedStyle(node).{what}")
+        assert shown == f"rgb({number}, 0, 0)", selector
     assert not server.app.sessions
     guest = await meet("", "data-no-spa-detect")
     await guest.ask("Hello", hears="ok")
