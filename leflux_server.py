@@ -2414,13 +2414,13 @@ WORD = re.compile(r"(?:[^\W_]|[\u0900-\u0eff\u1000-\u109f\u1780-\u17ff])+")
 # What shows that a passage is about a topic though it does not say the word.
 SIGNS = re.compile(
     r"(?P<price>[€$£¥円₺₹元])|(?P<discount>%)|(?P<time>\d[:.時点]\d\d|\d ?(?:[ap]m|uhr|h|時|点)\b)"
-    r"|(?P<place>\b\d{4,5} [^\W\d_]{3}|\b[A-Z]{1,2}\d\w? \d[A-Z]{2}\b|〒)"
+    r"|(?P<place>\b\d{4,5} (?!(?-i:[A-Z]{3})\b)[^\W\d_]{3}|\b[A-Z]{1,2}\d\w? \d[A-Z]{2}\b|〒)"
     rf"|(?P<contact>{EMAIL}|{PHONE})",
     re.I,
 )
-# What counts how much, beside a word of the question: another word of its topic, a word of the
-# message before, bm25, and that a passage is the owner's own.
-TOPIC, EARLIER, BM25, OWN = 1.6, 0.5, 0.5, 1.2
+# What counts how much, beside a word of the question: another word of its topic, the same if only
+# a particle asks for it, a word of the message before, bm25, and that a passage is the owner's own.
+TOPIC, PARTICLE, EARLIER, BM25, OWN = 1.6, 0.3, 0.5, 0.5, 1.2
 SITEMAP_PAGES, SITEMAP_CHARS = 60, 3000
 
 
@@ -2499,6 +2499,9 @@ def indexed(text: str) -> str:
     return " ".join([spaced(text), *topical_words(text)[1]])
 
 
+ENDING = re.compile(r"(?<=\w{3})(?:ing|e[drs]?|s)$")
+
+
 @functools.lru_cache(20_000)
 def alike(word: str, other: str) -> tuple[float, bool]:
     """Return how much of a word another one says, from 0 to 1, and whether it does at its start.
@@ -2512,13 +2515,15 @@ def alike(word: str, other: str) -> tuple[float, bool]:
     if long.startswith(short) and len(long) - len(short) < 3:
         inflected = len(short) > 3 or long == f"{short}s"  # a team is no kind of tea
         return 0.95 * inflected, True
+    if "ing" in (short[-3:], long[-3:]) and ENDING.sub("", short) == ENDING.sub("", long):
+        return 0.95, True  # "tuned" and "tuning", which have three letters in common
     same = next((at for at, c in enumerate(short) if c != long[at]), len(short))
     if same >= 4 and same >= 0.6 * len(short):
         return part, True
     if short in long and (len(short) > 4 or long.endswith(short)):
         return part, False
     near = same > 0 and len(long) - len(short) <= 2 < len(short) - 1
-    near = near and difflib.SequenceMatcher(None, word, other, autojunk=False).ratio() > 0.75
+    near = near and difflib.SequenceMatcher(None, word, other, autojunk=False).ratio() > 0.77
     return 0.8 * near, True
 
 
@@ -2533,6 +2538,7 @@ def shares_of(question: str, texts: Sequence[str]) -> Iterator[tuple[float, int,
     wanted += [(set(), [one]) for one in about if asked[one] and not asked[one] & words]
     for text in texts:
         there, about_it = topical_words(text)
+        signs_in = {sign.lastgroup for sign in SIGNS.finditer(text)} - {"contact"}
         total, signs = 0.0, 0
         for word, subjects in wanted:
             parts = {True: 0.0, False: 0.0}  # a compound may begin as one word, end as another
@@ -2540,7 +2546,8 @@ def shares_of(question: str, texts: Sequence[str]) -> Iterator[tuple[float, int,
                 share, start = (1.0, True) if one == other else alike(one, other)
                 parts[start] = max(parts[start], share)
             on_topic = sum(about_it.count(one.name) for one in subjects)
-            total += max(min(sum(parts.values()), 1), (0.7 if word else 1) * (on_topic > 0))
+            credit = 0.85 if any(one.name[1:] in signs_in for one in subjects) else 0.7
+            total += max(min(sum(parts.values()), 1), (credit if word else 1) * (on_topic > 0))
             signs += min(on_topic, 2)
         light = sum(one in there for one in said)  # words that alone say little
         yield total / max(1, len(wanted)), signs, light, -len(there)
@@ -2609,7 +2616,7 @@ def split_sections(sections: Iterable[tuple[str, str]]) -> Iterator[tuple[str, s
         yield from ((heading[-120:].strip(": "), piece) for piece in pieces if piece)
 
 
-KNOWLEDGE_VERSION = 9  # of the schema, of indexed(), and of the topics in widget/words
+KNOWLEDGE_VERSION = 10  # of the schema, of indexed(), and of the topics in widget/words
 KNOWLEDGE_SCHEMA = """
     CREATE TABLE site (number INTEGER PRIMARY KEY, id TEXT UNIQUE);
     CREATE TABLE page (
@@ -2940,12 +2947,15 @@ class Knowledge:
                 queries[kind] = f'{queries[kind]} OR "{other}"' if kind in queries else f'"{other}"'
         return queries
 
-    def _holding(self, site: SiteTexts, query: str, flat: float = 0) -> Iterator[tuple[int, float]]:
-        """Yield (rowid, score) of the passages that match a query, the best 1,000 at most."""
+    def _holding(
+        self, site: SiteTexts, query: str, flat: float = 0, known: int = 0
+    ) -> list[tuple[int, float]]:
+        """Return (rowid, score) of the passages that match a query, the best 1,000 at most; it is
+        no rarer than what `known` passages hold."""
         sql = "SELECT rowid, rank FROM passage WHERE passage MATCH ? AND rowid BETWEEN ? AND ?"
         rows = self._db.execute(f"{sql} ORDER BY rank LIMIT 1000", (query, *site.range)).fetchall()
-        rarity = math.log(1 + site.passages / (1 + len(rows)))
-        return ((row, flat + rarity - BM25 * rank) for row, rank in rows)
+        rarity = math.log(1 + site.passages / (1 + max(known, len(rows))))
+        return [(row, flat + rarity - BM25 * rank) for row, rank in rows]
 
     def _ranked(self, site: SiteTexts, question: str, earlier: str) -> list[int]:
         """Return the rowids of the best passages: by how many of the question's words, rare ones
@@ -2955,13 +2965,17 @@ class Knowledge:
         words |= dict.fromkeys(folded_words(question[:5000])[:32], 1.0)
         flat, scores = set(meaningful(words)), defaultdict[int, float](float)
         for topic in about:
-            weight = max((words[one] for one in words if topic.asks.match(one)), default=0)
+            asking = [one for one in words if topic.asks.match(one)]
+            weight = max((words[one] for one in asking), default=0)
+            weight *= PARTICLE if flat and nothing.issuperset(asking) else 1
             for row, score in self._holding(site, topic.name) if weight else ():
                 scores[row] += weight * TOPIC * score
         for word, weight in words.items():
-            parts: tuple[dict[int, float], ...] = ({}, {})
+            parts, known = tuple[dict[int, float], ...](({}, {})), 0
             for (share, start), query in self._alike(word).items() if word not in nothing else ():
-                for row, score in self._holding(site, query, word in flat):
+                found = self._holding(site, query, word in flat, known)
+                known = max(known, len(found))  # a misspelling does not make a word rarer
+                for row, score in found:
                     parts[start][row] = max(parts[start].get(row, 0), weight * share * score)
             for row, score in itertools.chain.from_iterable(map(dict.items, parts)):
                 scores[row] += score
@@ -2990,7 +3004,7 @@ HIDDEN_TAGS = frozenset(
 )
 HIDDEN_ROLES = frozenset("navigation search dialog alertdialog menu menubar toolbar".split())
 HIDDEN_NAMES = re.compile(  # of classes and ids
-    r"(?<![\w-])(?:sr-only|visually-?hidden|screen-reader-text|skip-(?:to-)?(?:link|content)[\w-]*"
+    r"(?<![\w-])(?:sr-only|visually-?hidden|screen-reader-text|(?:[\w-]*-)?skip-(?:to-)?(?:link|content)[\w-]*"
     r"|breadcrumbs?|(?:table-of-contents|tableofcontents|toc)|[\w-]*cookie[\w-]*|[\w-]*consent[\w-]*)"
     r"(?![\w-])",
     re.I,

@@ -2085,6 +2085,11 @@ def test_ranking() -> None:
     assert sorted(ranked("plan", *texts)) == sorted(text.strip() for text in texts)
     assert ranked("a b c " * 2000 + "plan", *texts) == []  # words 33 and on do not count
     assert (ranked("lender", "Lendor"), ranked("lender", "Fender")) == (["Lendor"], [])
+    pianos = ("I tune it.", "We tune pianos.", "They tune it.", "She, a tuner, is here.")
+    assert ranked("tuned", *pianos)[-1] == pianos[-1]  # rarer, and yet a misspelling at best
+    ways = "By bus or by train."
+    assert ranked("How do I get it to tune?", *pianos[:3], ways)[-1] == ways
+    assert ranked("How do I get to you?", *pianos, ways) == [ways]
 
 
 @cases(
@@ -2199,6 +2204,7 @@ BROKEN_PAGES: list[tuple[str, list[str]]] = [  # a page's body, and the texts wi
     ("<p>One<p>Two<br>three<li>four", ["One", "Two three", "four"]),
     (f"a < b & c > d &amp; e &nosuch; &#x41;&#{'1' * 9000};", ["a < b & c > d & e &nosuch; A"]),
     ("<h1>A</h1>x<h3>B</h3>y<h2>C</h2>z", ["A", "x", "B", "y", "C", "z"]),
+    ("<a class='header-skip-link x' href=#a>no</a>yes", ["yes"]),
     ("<div hidden>no</div>yes<div hidden><div>no</div>no", ["yes"]),
     ("<p hidden>no<p>yes", ["yes"]),
     ("<nav>no<ul><li>no</nav>yes</b></nav>!", ["yes", "!"]),
@@ -3877,6 +3883,10 @@ HOURS = "Mon 9:00-17:00\nSat 9:00-12:00\nSun 11:00-12:00, by the side door"
     (f"Opening hours\n{HOURS}", "are you open on sat", "Opening hours: Sat 9:00-12:00"),
     ("Home\n\nIs there a lift to floor 3?", "is there a lift to floor 3?", ""),  # not opened
     ("Find us\n9 Mill Lane, 12345 Ely\nParking is free.", "where can I park?", "Parking is free"),
+    ("Find us\n9 Mill Lane, 12345 Ely\n\nA lamp: 6800 GBP", "where are you based?", "Mill Lane"),
+    ("Ways of paying\nBy card.\n\nA car park is near.", "is there parking?", "car park is near"),
+    ("Our tuner is Ruth.\nPiano tuning\n£75", "cost to have a piano tuned?", "tuning: £75"),
+    ("On the day, before doors open.\n\nSaturday 10.30", "are you open on saturdays?", "10.30"),
 )
 def test_the_guide_quotes_what_fits(shown: str, question: str, expected: str) -> None:
     """By how many different words it holds; one word of two is too few, a heading is no answer."""
