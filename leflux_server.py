@@ -2503,10 +2503,11 @@ ENDING = re.compile(r"(?<=\w{3})(?:ing|e[drs]?|s)$")
 
 
 @functools.lru_cache(20_000)
-def alike(word: str, other: str) -> tuple[float, bool]:
+def alike(word: str, other: str, *, spelt: bool = False) -> tuple[float, bool]:
     """Return how much of a word another one says, from 0 to 1, and whether it does at its start.
 
-    Inflections and misspellings say most of it, a part of a compound as much as it is long.
+    Inflections and misspellings say most of it, a part of a compound as much as it is long. A word
+    that is known to be `spelt` as it should be is no misspelling.
     """
     short, long = sorted((word, other), key=len)
     part = min(0.8, len(other) / len(word))
@@ -2522,28 +2523,31 @@ def alike(word: str, other: str) -> tuple[float, bool]:
         return part, True
     if short in long and (len(short) > 4 or long.endswith(short)):
         return part, False
-    near = same > 0 and len(long) - len(short) <= 2 < len(short) - 1
+    near = not spelt and same > 0 and len(long) - len(short) <= 2 < len(short) - 1
     near = near and difflib.SequenceMatcher(None, word, other, autojunk=False).ratio() > 0.77
     return 0.8 * near, True
 
 
 def shares_of(question: str, texts: Sequence[str]) -> Iterator[tuple[float, int, int, int]]:
     """Yield how much of a question each text says, from 0 to 1, and what speaks for it beside."""
-    _, about = topics()
+    nothing, about = topics()
     said = folded_words(question[:1000])[:32]
     words = set(meaningful(said))
     asked = {topic: set(filter(topic.asks.match, said)) for topic in about}
     # What is asked for: each word, or another of its topic, and topics of particles such as "when".
     wanted = [({word}, [one for one in about if word in asked[one]]) for word in sorted(words)]
     wanted += [(set(), [one]) for one in about if asked[one] and not asked[one] & words]
-    for text in texts:
-        there, about_it = topical_words(text)
+    rows = list(map(topical_words, texts))
+    spelt = words.intersection(itertools.chain(*(there for there, _ in rows)))  # no mistakes
+    for text, (there, about_it) in zip(texts, rows, strict=True):
         signs_in = {sign.lastgroup for sign in SIGNS.finditer(text)} - {"contact"}
-        total, signs = 0.0, 0
+        total, signs, telling = 0.0, 0, set(there) - nothing
         for word, subjects in wanted:
             parts = {True: 0.0, False: 0.0}  # a compound may begin as one word, end as another
-            for one, other in itertools.product(word, there):
-                share, start = (1.0, True) if one == other else alike(one, other)
+            for one, other in itertools.product(word, telling):
+                share, start = (
+                    (1.0, True) if one == other else alike(one, other, spelt=one in spelt)
+                )
                 parts[start] = max(parts[start], share)
             on_topic = sum(about_it.count(one.name) for one in subjects)
             credit = 0.85 if any(one.name[1:] in signs_in for one in subjects) else 0.7

@@ -3886,6 +3886,9 @@ HOURS = "Mon 9:00-17:00\nSat 9:00-12:00\nSun 11:00-12:00, by the side door"
     ("Find us\n9 Mill Lane, 12345 Ely\n\nA lamp: 6800 GBP", "where are you based?", "Mill Lane"),
     ("Ways of paying\nBy card.\n\nA car park is near.", "is there parking?", "car park is near"),
     ("Our tuner is Ruth.\nPiano tuning\n£75", "cost to have a piano tuned?", "tuning: £75"),
+    ("A grand starts at £9.\nStairs: £25.", "can you get a grand up the stairs?", ""),
+    ("We are glad to help.\nCall 01632 960123.", "Whats your phone number", "01632 960123"),
+    ("By bus and by train.", "can you get a grand?", ""),  # "and" is no part of it
     ("On the day, before doors open.\n\nSaturday 10.30", "are you open on saturdays?", "10.30"),
 )
 def test_the_guide_quotes_what_fits(shown: str, question: str, expected: str) -> None:
