@@ -8424,8 +8424,10 @@ async def test_graceful_shutdown(tmp_path: Path, model: FakeModel) -> None:
     """On SIGTERM there is no new work, running turns finish, sockets close with 1001."""
     async with program(tmp_path, told_of(model, 30)) as running:
         server = running.server
-        visitor, idle = await server.visitor(), await server.visitor()
+        visitor, idle, acting = [await server.visitor() for _ in range(3)]
+        model.scripts.append(act("", CLICK))
         model.scripts.append([sse(chunk("Half")), model.at_gate, sse(chunk(" done"))])
+        action = (await acting.ask(pageContext=SHOWN))["data"]["actions"][0]["id"]
         await visitor.chat()
         await visitor.next()
         running.child.send_signal(signal.SIGTERM)
@@ -8437,9 +8439,13 @@ async def test_graceful_shutdown(tmp_path: Path, model: FakeModel) -> None:
             await server.socket()
         assert caught.value.status == 503
         assert (await visitor.get()).status == 200
+        await acting.send("action_complete", actionId=action, result={"success": True})
+        await acting.send("continue_task", context=SHOWN)
+        await acting.expect_open()
         model.gate.release()
         assert (await visitor.turn())[-1]["data"]["text"] == "Half done"
-        for one in (visitor, idle):
+        assert (await acting.turn())[-1]["data"] == {"text": lf.ENGLISH("interrupted")}
+        for one in (visitor, idle, acting):
             assert (await read_close(one.ws))[1] == 1001
         assert (await running.end())[0] == 0
 
