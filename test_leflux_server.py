@@ -4820,6 +4820,7 @@ async def test_results_that_belong_to_no_task_change_nothing(page: OpenPage) -> 
         await page.visitor.send("continue_task", context=PAGE_CONTEXT)
         await page.visitor.expect_open()
         assert len(page.model.requests) == asked
+        assert (task := page.visitor.session.task) is None or task.phase == "acting"
 
     await expect_nothing()
     plan = await page.ask("Go", click(2), "Fine.")
