@@ -48,7 +48,7 @@
   const isDead = () => over.signal.aborted;
   const listen = (target, name, heard, capture = false) =>
     target.addEventListener(name, heard, { signal: over.signal, capture });
-  /** Make an element, "name.class": attributes, on… handlers, then children (nodes, texts). */
+  /** Make an element, "name.class": attributes, on… handlers, then children. */
   function h(name, attributes = {}, ...children) {
     const [tag, ...classes] = name.split(".");
     const space = tag === "svg" || tag === "path" ? "2000/svg" : "1999/xhtml";
@@ -99,7 +99,7 @@
   // Colours, as parts from 0 to 1: any may be the site's own; text on and of it stays readable.
 
   const WHITE = [1, 1, 1], BLACK = [0, 0, 0];
-  const css = (colour) => `rgb(${colour.map((part) => Math.round(part * 255)).join(" ")})`;
+  const css = (colour) => `rgb(${colour.map((part) => part * 255).join(" ")})`;
   const mix = (one, other, share) => one.map((part, i) => part + (other[i] - part) * share);
   const inSrgb = (colour) => `color-mix(in srgb, ${colour}, ${colour})`;
   function rgb(colour) {
@@ -408,8 +408,11 @@
     const rest = parts.reduce((text, part) => text.replace(part, ""), document.body.innerText);
     const frames = allVisible("iframe").map((frame) => insideOf(frame)?.innerText);
     const text = [...parts, rest, ...frames].filter(Boolean).join("\n").trim();
-    const seen = scrollY > 99 && document.elementFromPoint(innerWidth / 2, innerHeight / 4);
-    const at = seen ? text.indexOf((seen.innerText || "").trim().slice(0, 40)) - 200 : 0;
+    const seen = [...Array(24)]
+      .map((_, n) => document.elementFromPoint(innerWidth / 5 * (n % 4 + 1), innerHeight / 4 + n * 20))
+      .map((one) => one?.textContent.length < limits.text && one.innerText?.trim().slice(0, 40))
+      .find((some) => some && text.split(some).length === 2);
+    const at = scrollY > 99 ? text.indexOf(seen) - 200 : 0;
     return text.slice(Math.max(0, Math.min(at, text.length - limits.text))).slice(0, limits.text);
   }
 
@@ -791,7 +794,7 @@
     };
     const signs = ["beforeunload", "click", "submit"];
     leftAt = 0;
-    // Only now: it may cost the page its back/forward cache.
+    // Only now: it may cost the page its bfcache.
     for (const sign of signs) window.addEventListener(sign, leave);
     for (const [at, step] of steps.entries()) {
       const result = { success: true, elementId: step.elementId };
@@ -1027,7 +1030,7 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
   const custom = (name) => getComputedStyle(view.host).getPropertyValue(`--leflux-${name}`).trim();
   function dress({ launcher = {}, typography = {}, nudge = {}, ...config }) {
     const { bodyFont, headingFont, headingWeight, buttonRadius } = typography;
-    // The server knows it is harmless, the browser whether a colour.
+    // The browser knows colours.
     const accent = rgb([custom("primary"), config.primaryColor, "#a855f7"]
       .find((colour) => colour && CSS.supports("color", inSrgb(colour))));
     const isDark = contrast(accent, WHITE) >= 4.5;
@@ -1059,8 +1062,7 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
     view.panel.setAttribute("aria-modal", PHONE.matches);
     view.logo.hidden = !config.logoUrl;
     if (config.logoUrl) view.logo.src = config.logoUrl;
-    const isBar = config.layout === "bottom-bar";
-    const isPill = launcher.shape === "pill";
+    const isBar = config.layout === "bottom-bar", isPill = launcher.shape === "pill";
     view.badge = h("i.badge", { hidden: true });
     view.launcher.classList.add(launcher.shape || "circle", isBar ? "line" : "accent");
     const words = h("span", { dir: "auto" });
@@ -1082,7 +1084,7 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
       setTimeout(() => offerNudge(nudge), nudge.delay ?? 5000);
     }
   }
-  /** A modal dialog of the page makes all else inert: the chat moves into it, and out again. */
+  /** A modal dialog makes all else inert: the chat moves into it, and out again. */
   function stayOnTop() {
     const home = [...document.querySelectorAll("dialog:modal")].at(-1) || document.documentElement;
     if (view.host.parentNode === home) return;
@@ -1136,7 +1138,7 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
     if (!isOpen()) return;
     const hadFocus = document.activeElement === view.host;
     show(false);
-    // Back to the page's own button that opened it, or the launcher.
+    // Back to the page's button, or the launcher.
     const back = isIdle(focusBefore) || !focusBefore.isConnected ? view.launcher : focusBefore;
     if (hadFocus) back.focus();
     emit("close", { source });
@@ -1159,7 +1161,7 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
     }
   }
 
-  // Messages. Who reads at the bottom stays there, who scrolled up is left alone.
+  // Messages. Who reads at the bottom stays there.
 
   const isAtEnd = () => view.log.scrollHeight - view.log.scrollTop - view.log.clientHeight < 80;
   const scrollDown = () => { view.log.scrollTop = view.log.scrollHeight; };
@@ -1447,7 +1449,7 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
     if (event !== "message_chunk") {
       unanswered = [];
       retireCards();
-      // A turn's text is locked just before the event that ends it, if there is one.
+      // A turn's text is locked just before the event that ends it.
       if (event === "message_done") ending = setTimeout(setRunning, 250, false);
       else setRunning(event === "action_plan");
     }

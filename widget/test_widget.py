@@ -628,27 +628,28 @@ async def test_errors_and_retry(meet: Meet, model: FakeModel, server: Server) ->
     await expect(retry).to_have_count(0)
 
 
+@with_config(limits={"message_chars": 500})
 async def test_long_messages(meet: Meet, model: FakeModel) -> None:
-    """A counter appears near 5,000 characters, counted as people and the server count; above
-    them, sending waits."""
+    """A counter appears near the server's limit of characters, counted as people and the server
+    count; above them, sending waits."""
     guest = await meet()
     counter, area = guest.see(".counter"), guest.see("textarea")
     send = guest.page.get_by_role("button", name="Send", exact=True)
-    for length, shown in ((4000, ""), (4499, ""), (4990, "4990 / 5000"), (5001, "5001 / 5000")):
+    for length, shown in ((400, ""), (449, ""), (499, "499 / 500"), (501, "501 / 500")):
         await area.fill("🙂" * (length - 1) + "a")
         assert await counter.inner_text() == shown
         await expect(counter).to_be_visible(visible=shown != "")
-        await expect(send).to_be_enabled(enabled=length <= 5000)
-        assert await area.get_attribute("aria-invalid") == str(length > 5000).lower()
+        await expect(send).to_be_enabled(enabled=length <= 500)
+        assert await area.get_attribute("aria-invalid") == str(length > 500).lower()
     await area.press("Enter")
     await expect(guest.see(".user")).to_have_count(0)
     await area.press("Backspace")
-    await expect(counter).to_have_text("5000 / 5000")
+    await expect(counter).to_have_text("500 / 500")
     await area.press("Enter")
     await guest.hears("ok")
-    assert model.requests[-1]["messages"][-1]["content"].endswith("🙂" * 5000)
+    assert model.requests[-1]["messages"][-1]["content"].endswith("🙂" * 500)
     await expect(counter).to_be_hidden()
-    await guest.page.evaluate("LeFlux.send('b'.repeat(5001))")
+    await guest.page.evaluate("LeFlux.send('b'.repeat(501))")
     await guest.see(".error", "too long").wait_for()
     await guest.page.evaluate(r"LeFlux.send('half \ud83d a character')")
     await guest.hears("ok")
@@ -1059,11 +1060,14 @@ async def test_names_of_fields(meet: Meet) -> None:
     assert "Fine" in [element["text"] for element in guest.context["indexedElements"]]
 
 
-async def test_the_nearest_fifty(meet: Meet) -> None:
-    """Of many elements the dialog's come first, then those in view; each keeps its number."""
+@with_config(limits={"indexed_elements": 40, "visible_text_chars": 500})
+async def test_the_nearest_elements(meet: Meet) -> None:
+    """Of many elements, up to the server's limits, the dialog's come first, then those in view;
+    each keeps its number. Of the text it is what the visitor looks at."""
     many = "".join(f"<p><a href='/{n}'>Link {n}</a></p>" for n in range(200))
+    narrow = f"<main style='width: 300px'>{many}</main>"  # much of what is in view is empty
     guest = await meet(
-        f"{many}<dialog open style='position: fixed'><button>Agree</button></dialog>"
+        f"{narrow}<dialog open style='position: fixed'><button>Agree</button></dialog>"
     )
     await guest.page.evaluate("scrollTo(0, document.links[100].offsetTop)")
     await guest.ask("What is here?", hears="ok")
@@ -1074,10 +1078,12 @@ async def test_the_nearest_fifty(meet: Meet) -> None:
     assert first["inViewport"] is True
     assert last["text"] < "Link 99"
     assert "inViewport" not in last
-    assert guest.context["visibleText"].startswith("Agree")
+    lines = guest.context["visibleText"].split()
+    assert "100" in lines
+    assert not {"10", "190"} & set(lines)
     await guest.ask("And now?", hears="ok")
     assert guest.context["indexedElements"] == found
-    assert [element["id"] for element in found] == list(range(1, 51))
+    assert [element["id"] for element in found] == list(range(1, 41))
 
 
 async def test_single_page_navigation(meet: Meet, pages: Pages, server: Server) -> None:
