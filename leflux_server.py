@@ -2075,6 +2075,7 @@ class Store:
         """Commit what is marked, and let go of the database."""
         self._thread.shutdown()
         self._next_try = -math.inf
+        self.db.execute("PRAGMA busy_timeout = 2000")  # the last try may take its time
         self.flush()
         self.db.execute("PRAGMA synchronous = NORMAL")
         with contextlib.suppress(sqlite3.Error, OSError):  # what is left is in the log

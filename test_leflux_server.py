@@ -800,18 +800,29 @@ async def test_delete_during_a_turn(keeper: Visitor, model: FakeModel, tmp_path:
 
 
 async def test_stop_when_the_disk_is_back(model: FakeModel, tmp_path: Path, caplog: Log) -> None:
-    """What a failing disk kept in memory is flushed at the end, if the disk takes it again; the
-    chats that have ended meanwhile, too."""
+    """What a failing disk kept in memory is flushed at the end, if the disk takes it within two
+    seconds; the chats that have ended meanwhile, too."""
+    held, stopping = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with locked(tmp_path):
+            held.set()
+            stopping.wait(30)
+            time.sleep(0.7)
+
     async with running(make_config(model, server=on_disk(tmp_path))) as server:
         visitor, gone = await server.visitor(), await server.visitor()
-        with locked(tmp_path):
-            await visitor.ask("Hello")  # that fails; the next try is two seconds away
-            await gone.ask("Hello")
-            history = await visitor.history()
-            gone.session.last_active -= 3600
-            await lf.sweep(server.app, time.monotonic())
-            assert (await gone.get()).error == (404, "session_not_found")
+        holding = asyncio.create_task(asyncio.to_thread(hold))
+        await asyncio.to_thread(held.wait)
+        await visitor.ask("Hello")  # that fails
+        await gone.ask("Hello")
+        history = await visitor.history()
+        gone.session.last_active -= 3600
+        await lf.sweep(server.app, time.monotonic())
+        assert (await gone.get()).error == (404, "session_not_found")
         assert server.app.store.failing
+        stopping.set()
+    await holding
     assert len(errors_in(caplog, clear=True)) == 1
     assert kept_messages(tmp_path, visitor.id) == history
     assert kept_messages(tmp_path, gone.id) == history
