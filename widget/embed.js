@@ -62,7 +62,7 @@
     return element;
   }
 
-  // Small JSON stores: in memory until the visitor opens the chat or writes (mayStore).
+  // Small JSON stores: in memory until the visitor opens the chat or writes.
   let mayStore = false;
   const stores = [];
   function keep(area, name, key = `leflux ${SERVER} ${name}`) {
@@ -96,7 +96,7 @@
   const keptAnswers = keep("sessionStorage", "answers"); // [{text, label}] to confirmations
 
   // ---------------------------------------------------------------------------------------------
-  // Colours, as parts from 0 to 1: any may be the site's own; text on and of it stays readable.
+  // Colours, as parts from 0 to 1: any may be the site's; text on and of it stays readable.
 
   const WHITE = [1, 1, 1], BLACK = [0, 0, 0];
   const css = (colour) => `rgb(${colour.map((part) => part * 255).join(" ")})`;
@@ -467,7 +467,7 @@
     };
   }
 
-  // What visitors type into forms of themselves, for later ones: by the first kind that fits.
+  // What visitors type of themselves, for later forms: by the first kind that fits.
   const KINDS = Object.entries({
     email: /e-?mail|correo/, tel: /\btel|phone|mobile|handy/,
     "given-name": /(given|first|fore|vor)[ -]?name|pr[ée]nom/,
@@ -1702,7 +1702,7 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
     enqueue(() => tell("stop", {}));
   }
 
-  // Now and then: is the page another, the socket still there?
+  // Is the page another, the socket still there?
   let address = location.href, timer = 0;
   async function look() {
     stayOnTop();
@@ -1842,7 +1842,7 @@ textarea:focus-visible { outline: 0; } textarea::placeholder { color: var(--soft
         config = siteConfig;
         return history;
       } catch (error) {
-        // By plain http and IP a GET does not say whose it is: the chat begins anew.
+        // By http and IP a GET does not say whose it is: the chat begins anew.
         const isLost = /session_not_found|host_not_registered/.test(error.code);
         if (isLost && session) { keptSession.set(null); continue; }
         if (error.code === "host_not_registered") break;

@@ -6,6 +6,7 @@ python -m pytest widget/test_look.py --screenshots    # the README's, into docs/
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import re
@@ -605,8 +606,10 @@ ENGLISH: dict[str, str] = WORDS["en"]["widget"]
 
 
 def test_words_are_whole() -> None:
-    """What is inside embed.js is the English file; every language says all of it."""
+    """What is inside embed.js is the English file; every language says all of it. It is small."""
     source = (lf.HERE / "widget" / "embed.js").read_text()
+    assert source.count("\n") < 1900
+    assert len(gzip.compress(source.encode(), 9)) < 30 * 1024
     block = source[source.index("const WORDS = {") : source.index("const limits")]
     assert dict(re.findall(r'(\w+): "([^"]+)"', block)) == ENGLISH
     for tag, words in WORDS.items():
