@@ -1056,9 +1056,11 @@ class RateLimitedLog:
         return True
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Tame aiohttp's log: its tracebacks quote what clients send, a session id perhaps."""
+        """Tame aiohttp's log: it names addresses, and quotes what clients send, an id perhaps."""
         kind = record.exc_info[0] if record.exc_info else None
-        record.msg, record.exc_info = f"{record.msg} ({kind.__name__ if kind else '?'})", None
+        what = str(record.msg).partition(" from %s")[0]
+        record.msg, record.args = f"{what} ({kind.__name__ if kind else '?'})", ()
+        record.exc_info = None
         record.levelno, record.levelname = logging.WARNING, "WARNING"
         return self.is_due(str(record.msg))
 

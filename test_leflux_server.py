@@ -6038,8 +6038,8 @@ async def test_slow_body(framing: bytes, server: Server) -> None:
 
 
 async def test_malformed_http(server: Server, caplog: Log) -> None:
-    """What is no HTTP gets a 400, is logged once a minute and not quoted, and harms nobody. What
-    nobody can expect is refused in the shape of every error, on preflights too."""
+    """What is no HTTP gets a 400, is logged once a minute, not quoted and without an address, and
+    harms nobody. What nobody can expect is refused in every error's shape, on preflights too."""
     for request_bytes in (
         b"GARBAGE\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 200 + b"\r\n\r\n",
@@ -6056,6 +6056,7 @@ async def test_malformed_http(server: Server, caplog: Log) -> None:
             assert (await raw_http(server.url, request_bytes))[0] == 400, request_bytes[:50]
         lines = [one.getMessage() for one in caplog.records if one.name == "leflux.http"]
         assert len(lines) == len({*lines})
+        assert "127.0.0.1" not in str(lines)
         assert "GARBAGE" not in caplog.text
         assert (await server.call("GET", "/health")).status == 200
     starts = ("POST /api/chat", "GET /nope", "OPTIONS /api/chat", "GET /ws")
