@@ -2096,6 +2096,9 @@ def test_ranking() -> None:
     assert sorted(ranked("plan", *texts)) == sorted(text.strip() for text in texts)
     assert ranked("a b c " * 2000 + "plan", *texts) == []  # words 33 and on do not count
     assert (ranked("lender", "Lendor"), ranked("lender", "Fender")) == (["Lendor"], [])
+    assert (
+        ranked("boat", "A boat is a boat.", "# Boats\nThey are here.")[0] == "Boats\nThey are here."
+    )
     pianos = ("I tune it.", "We tune pianos.", "They tune it.", "She, a tuner, is here.")
     assert ranked("tuned", *pianos)[-1] == pianos[-1]  # rarer, and yet a misspelling at best
     ways = "By bus or by train."
@@ -5304,7 +5307,7 @@ WEBSITES: dict[str, tuple[str, Json]] = {  # the paths that are known afterwards
          "/a?x=2": "<link rel=canonical href='$/a'>2"}),
     "canonical elsewhere": ("/", {"/": "<link rel=canonical href=https://acme.example/>a"}),
     "redirects": ("/ /b",
-        {"/": links("/a", "/away", "/loop", "/r1"), "/a": "->/b#x", "/b": "b",
+        {"/": links("/a", "/away", "/loop", "/r1"), "/a": "->/b#x", "/b": "b", "/r9": "far",
          "/away": "->http://127.0.0.1:9/", "/loop": "->/loop2", "/loop2": "->/loop",
          **{f"/r{n}": f"->/r{n + 1}" for n in range(1, 9)}}),
     "the start is redirected": ("/a /home", {"/": "->/home", "/home": links("/", "/a"), "/a": "a"}),
@@ -5399,6 +5402,10 @@ async def test_politeness(reader: Office, website: Website, monkeypatch: Patch) 
     assert paths == ("/robots.txt", "/", "/sitemap.xml")
     assert 0.95 < times[1] - times[0] < 1.9  # robots.txt is read, then its delay holds
     assert times[2] - times[1] > 1.95
+    monkeypatch.setattr(lf, "CRAWL_DELAY_SECONDS", 1.1)
+    website.pages["/robots.txt"] = "User-agent: *\nCrawl-delay: 999"
+    async with asyncio.timeout(20):
+        await crawl(await reader())
 
 
 async def test_join_cancel_and_delete(reader: Office, website: Website) -> None:
