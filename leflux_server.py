@@ -2726,7 +2726,8 @@ def open_knowledge(path: Path | None) -> sqlite3.Connection:
                 raise
         db.close()
         if path is not None:
-            log.warning("%s is damaged or of another version: it is made anew", path)
+            message = "%s is damaged or of another version: it is made anew, websites by a crawl"
+            log.warning(message, path)
             path.replace(path.with_suffix(".old"))
             for end in ("-wal", "-shm"):
                 path.with_name(path.name + end).unlink(missing_ok=True)
