@@ -6961,7 +6961,7 @@ async def resources(app: web.Application) -> AsyncIterator[None]:
             repeat(lambda: post_letters(state, time.monotonic())),
             repeat(lambda: crawl_what_is_due(state, time.time())),
             repeat(state.store.checkpoint),
-            asyncio.to_thread(compile_risks),
+            state.knowledge.call(compile_risks),  # before a crawl begins
         )
         tasks = [asyncio.create_task(work) for work in works]
         yield
