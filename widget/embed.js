@@ -408,11 +408,11 @@
     const rest = parts.reduce((text, part) => text.replace(part, ""), document.body.innerText);
     const frames = allVisible("iframe").map((frame) => insideOf(frame)?.innerText);
     const text = [...parts, rest, ...frames].filter(Boolean).join("\n").trim();
-    const seen = [...Array(24)]
+    const seen = scrollY > 99 && [...Array(24)]
       .map((_, n) => document.elementFromPoint(innerWidth / 5 * (n % 4 + 1), innerHeight / 4 + n * 20))
       .map((one) => one?.textContent.length < limits.text && one.innerText?.trim().slice(0, 40))
       .find((some) => some && text.split(some).length === 2);
-    const at = scrollY > 99 ? text.indexOf(seen) - 200 : 0;
+    const at = seen ? text.indexOf(seen) - 200 : 0;
     return text.slice(Math.max(0, Math.min(at, text.length - limits.text))).slice(0, limits.text);
   }
 
