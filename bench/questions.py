@@ -88,14 +88,12 @@ def subjects(text: str) -> set[str]:
 Ranking = Callable[[Question], list[str]]
 
 
-@contextlib.contextmanager
-def plain_index(texts: Iterable[str]) -> Iterator[sqlite3.Connection]:
+def plain_index(texts: Iterable[str]) -> sqlite3.Connection:
     db = sqlite3.connect(":memory:")
     tokens = "tokenize='porter unicode61 remove_diacritics 2'"
     db.execute(f"CREATE VIRTUAL TABLE passage USING fts5(text, {tokens})")
     db.executemany("INSERT INTO passage (rowid, text) VALUES (?, ?)", enumerate(texts))
-    yield db
-    db.close()
+    return db
 
 
 def plain_bm25(db: sqlite3.Connection, texts: list[str]) -> Ranking:
@@ -181,8 +179,8 @@ def ask_site(path: Path) -> Iterator[Result]:
     marked = (SIGNS.sub(lambda m: f"{m[0]} {m.lastgroup} ", text) for text in texts)
     with (
         contextlib.closing(lf.Knowledge(None)) as knowledge,
-        plain_index(texts) as plain,
-        plain_index(marked) as with_signs,
+        contextlib.closing(plain_index(texts)) as plain,
+        contextlib.closing(plain_index(marked)) as with_signs,
     ):
         for page in pages:
             knowledge.put_page(path.stem, page, 0)
